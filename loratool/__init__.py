@@ -1,0 +1,57 @@
+"""Reads, merges and inspects adapter checkpoints: LoRA and its relatives, in the formats that people have.
+
+`inspect` and the reports need no torch; `load`, `merge` and `Checkpoint` import it when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+__version__: Final = "0.1.0"
+
+if TYPE_CHECKING:
+    from loratool.adapter import Adapter, Change, load
+    from loratool.checkpoint import Checkpoint
+    from loratool.errors import LoratoolError
+    from loratool.ops.inspect import AdapterReport, CheckpointReport, inspect
+    from loratool.ops.merge import MergeReport, Options, Source, merge
+
+_HOMES: Final = {
+    "Adapter": "loratool.adapter",
+    "AdapterReport": "loratool.ops.inspect",
+    "Change": "loratool.adapter",
+    "Checkpoint": "loratool.checkpoint",
+    "CheckpointReport": "loratool.ops.inspect",
+    "LoratoolError": "loratool.errors",
+    "MergeReport": "loratool.ops.merge",
+    "Options": "loratool.ops.merge",
+    "Source": "loratool.ops.merge",
+    "inspect": "loratool.ops.inspect",
+    "load": "loratool.adapter",
+    "merge": "loratool.ops.merge",
+}
+"""Where each public name lives; it is imported from there on first use."""
+
+__all__ = [
+    "Adapter",
+    "AdapterReport",
+    "Change",
+    "Checkpoint",
+    "CheckpointReport",
+    "LoratoolError",
+    "MergeReport",
+    "Options",
+    "Source",
+    "inspect",
+    "load",
+    "merge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loratool' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,69 @@
+"""The command line: parses words into calls of the library and prints what they return."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from loratool import __version__
+from loratool.cli.inspect import inspect_command
+from loratool.cli.merge import merge_command
+from loratool.cli.render import message
+from loratool.errors import LoratoolError
+
+
+class Failure(click.ClickException):
+    """An error that we explain: `error: …` on stderr, exit code 1."""
+
+    exit_code = 1
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"error: {message(self.message)}", err=True)
+
+
+class Commands(click.Group):
+    """A group whose commands end as every one of ours must: explained errors, quiet signals, whole lines."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LoratoolError as error:
+            raise Failure(str(error)) from error
+        except KeyboardInterrupt:
+            ctx.exit(130)
+        except BrokenPipeError:
+            # Whoever read our output has left; what Python still holds for it goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="loratool")
+def cli() -> None:
+    """Inspect and merge LoRA adapters in PEFT, kohya and diffusers formats.
+
+    An adapter is a safetensors file or a PEFT folder; a base is a safetensors file, or a folder of Hugging Face or
+    diffusers. Every command has an example on its own help page.
+    """
+
+
+cli.add_command(inspect_command)
+cli.add_command(merge_command)
+
+
+def main() -> NoReturn:
+    """The entry point: SIGTERM unwinds like an exception, so that outputs are tidied up, and exits with 143."""
+    signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.exit(cli())
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)

@@ -1,0 +1,112 @@
+"""`loratool merge`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loratool.cli.options import (
+    adapter_and_strength,
+    component_strengths,
+    exclude_option,
+    include_option,
+    json_option,
+    overwrite_option,
+    pickle_option,
+    quiet_option,
+    verbose_option,
+)
+from loratool.cli.render import print_facts, print_json, print_table, progress_bar, size, warn
+
+if TYPE_CHECKING:
+    from loratool.ops.merge import MergeReport
+
+
+@click.command("merge", short_help="Merge adapters into a base checkpoint.")
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:STRENGTH]...")
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="File or folder to write.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Store all floating-point tensors so. Default: as the base.",
+)
+@include_option
+@exclude_option
+@click.option(
+    "--component",
+    "components",
+    multiple=True,
+    metavar="NAME=FACTOR",
+    help="Multiply the strength of unet, te1, te2, te3 or model. Repeatable.",
+)
+@click.option("--round", "rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of stochastic rounding.")
+@click.option("--allow-unmatched", is_flag=True, help="Leave out modules that have no target, and say which.")
+@pickle_option
+@overwrite_option
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@json_option
+@quiet_option
+@verbose_option
+def merge_command(
+    base: Path,
+    adapters: tuple[str, ...],
+    out: Path,
+    components: tuple[str, ...],
+    rounding: str,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **chosen: object,
+) -> None:
+    """Merge one or more ADAPTERs into BASE, each at its STRENGTH (default 1), and write the result to OUT.
+
+    BASE is a safetensors file or a folder of Hugging Face or diffusers, and OUT becomes the same. Strength w adds
+    exactly w · ΔW, computed in float32 and rounded once. A module without a target is an error.
+
+    \b
+    Example:
+      loratool merge sdxl.safetensors style.safetensors:0.8 detail.safetensors:-0.3 -o merged.safetensors
+      loratool merge Llama-3-8B/ my-adapter/ -o merged/
+    """
+    from loratool.ops.merge import Options, Source, merge
+
+    options = Options(
+        components=component_strengths(components),
+        stochastic=rounding == "stochastic",
+        **chosen,  # type: ignore[arg-type]
+    )
+    sources = [Source(path, strength) for path, strength in map(adapter_and_strength, adapters)]
+    with progress_bar("merging", quiet=quiet) as progress:
+        report = merge(base, sources, out, options, progress)
+    for warning in report.warnings:
+        warn(warning)
+    if as_json:
+        print_json(report)
+    elif not quiet:
+        _print(report, verbose=verbose)
+
+
+def _print(report: MergeReport, *, verbose: bool) -> None:
+    adapters = "1 adapter" if len(report.adapters) == 1 else f"{len(report.adapters)} adapters"
+    print_facts(f"{'would merge' if report.dry_run else 'merged'} {adapters} into {report.out}", _facts(report))
+    if verbose or report.dry_run:
+        print_table(["tensor"], [[name] for name in report.changed])
+
+
+def _facts(report: MergeReport) -> Iterator[tuple[str, str]]:
+    lost = f", {len(report.unmatched)} without a target" if report.unmatched else ""
+    yield "modules", f"{report.matched} matched{lost}"
+    yield "tensors", f"{len(report.changed)} changed, {report.copied} copied byte for byte"
+    if report.dry_run:
+        yield "size", size(report.nbytes)
+        return
+    if report.realised_strength is not None:
+        sampled = "" if report.sampled > 0.999 else f" (measured on {report.sampled:.0%} of them)"
+        yield "strength", f"{report.realised_strength:.4f} of what was asked is in the stored weights"
+        yield "rounding", f"left {report.unchanged:.1%} of the touched weights unchanged{sampled}"
+    yield "size", f"{size(report.nbytes)} in {report.seconds:.1f} s, peak memory {size(report.peak_bytes)}"

@@ -1,0 +1,49 @@
+"""Options that several commands share, each spelled once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loratool.errors import LoratoolError
+from loratool.formats.prefixes import COMPONENTS
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="Print more.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+pickle_option = click.option(
+    "--allow-pickle", is_flag=True, help="Read .bin adapters, with torch's restricted loader in a separate process."
+)
+include_option = click.option(
+    "--include", multiple=True, metavar="GLOB", help="Only modules whose name or path matches. Repeatable."
+)
+exclude_option = click.option(
+    "--exclude", multiple=True, metavar="GLOB", help="No modules whose name or path matches. Repeatable."
+)
+
+
+def adapter_and_strength(text: str) -> tuple[Path, float]:
+    """`PATH[:STRENGTH]`: the last colon counts only where a number follows it and no file has the whole as its name."""
+    path, colon, number = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(number)
+    except ValueError:
+        return Path(text), 1.0
+
+
+def component_strengths(pairs: tuple[str, ...]) -> dict[str, float]:
+    """`te1=0.5` and the like to a map; raises `LoratoolError` for an unknown component or no number."""
+    strengths = {}
+    for pair in pairs:
+        name, _, number = pair.partition("=")
+        if name not in (*COMPONENTS, "model"):
+            raise LoratoolError(f"--component {pair}: no component {name!r}; there are {', '.join(COMPONENTS)} and model")
+        try:
+            strengths[name] = float(number)
+        except ValueError as error:
+            raise LoratoolError(f"--component {pair}: expected {name}=NUMBER") from error
+    return strengths

@@ -1,0 +1,124 @@
+"""Tables, JSON and progress. Everything that comes from a file passes through `safe` before it reaches a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import click
+
+LONGEST: Final = 200
+LONGEST_MESSAGE: Final = 4000
+NARROWEST: Final = 40
+UNITS: Final = ("bytes", "kB", "MB", "GB", "TB")
+
+
+def safe(text: object, longest: int = LONGEST) -> str:
+    """Text from outside with control characters, escapes and bidi overrides made visible, and cut to a length."""
+    shown = str(text)
+    cut = f"{shown[:longest]}…" if len(shown) > longest else shown
+    return "".join(character if character.isprintable() else _escaped(character) for character in cut)
+
+
+def message(text: str) -> str:
+    """An error's or a warning's text, made safe."""
+    return safe(text, LONGEST_MESSAGE)
+
+
+def warn(text: str) -> None:
+    """`warning: …` on stderr."""
+    click.echo(f"warning: {message(text)}", err=True)
+
+
+def print_json(report: Any) -> None:
+    """A report as one JSON document on stdout, in ASCII."""
+    document = dataclasses.asdict(report)
+    click.echo(json.dumps(document, indent=2, default=str, allow_nan=False, ensure_ascii=True))
+
+
+def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:
+    """A title and lines of "name  what", aligned, folded to the terminal's width."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, what in facts:
+        grid.add_row(Text(f"  {name}", style="dim"), Text(what))
+    console = _console()
+    console.print(Text(safe(title), style="bold"))
+    console.print(grid)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()) -> None:
+    """A table whose first column takes what width is left; columns in `numbers` are aligned to the right."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in columns:
+        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=name != columns[0], overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(safe(cell)) for cell in row))
+    _console().print(table)
+
+
+@contextmanager
+def progress_bar(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A callback that draws bytes, rate and time left on stderr, or None where nobody is watching."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        "[progress.description]{task.description}",
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def size(nbytes: float) -> str:
+    """Bytes with a decimal unit: 85.3 MB."""
+    value, unit = float(nbytes), 0
+    while value >= 1000 and unit < len(UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{value:.3g} {UNITS[unit]}" if unit else f"{int(value)} {UNITS[0]}"
+
+
+def count(number: int) -> str:
+    """A number of things, in millions or billions where it is large: 42.6 M."""
+    if number >= 1_000_000_000:
+        return f"{number / 1e9:.3g} B"
+    return f"{number / 1e6:.3g} M" if number >= 1_000_000 else f"{number:,}"
+
+
+def histogram(counts: dict[Any, int], shown: int = 8) -> str:
+    """Values and how often each occurs, the most frequent first: 16 ×700, 8 ×88."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))
+    more = f", {len(ordered) - shown} more" if len(ordered) > shown else ""
+    return ", ".join(f"{safe(value)} ×{times:,}" for value, times in ordered[:shown]) + more
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", errors="backslashreplace").decode("ascii", errors="backslashreplace")
+
+
+def _console() -> Any:
+    """A console that never reads markup or emoji into what it prints, as wide as the terminal, or as the text in a pipe."""
+    from rich.console import Console
+
+    width = max(shutil.get_terminal_size().columns, NARROWEST) if sys.stdout.isatty() else 10_000
+    return Console(markup=False, emoji=False, highlight=False, width=width, soft_wrap=False)

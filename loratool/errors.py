@@ -1,0 +1,56 @@
+"""Every exception that loratool raises on purpose; anything else is a bug."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class LoratoolError(Exception):
+    """The root of all of them: the message says what was met, what was expected and what to do."""
+
+
+class InvalidFile(LoratoolError):
+    """A file that is not what it should be: broken, truncated, of another type, or unreadable."""
+
+
+class InvalidConfig(LoratoolError):
+    """A JSON file beside the tensors (``adapter_config.json``, an index) that cannot be trusted."""
+
+
+class InvalidAdapter(LoratoolError):
+    """Factors that do not make up a delta: a missing half, unlike ranks, an alpha that is no number."""
+
+
+class UnknownTensors(LoratoolError):
+    """Tensors that no kind of delta explains."""
+
+
+class UnmatchedModules(LoratoolError):
+    """Modules of an adapter that have no weight in the base."""
+
+
+class ShapeMismatch(LoratoolError):
+    """A delta whose shape is not that of its weight."""
+
+
+class NonFinite(LoratoolError):
+    """NaN or Inf where a number has to be."""
+
+
+class NeedsBase(LoratoolError):
+    """A delta that is no fixed matrix: what it adds depends on the weight it meets."""
+
+
+class Unsupported(LoratoolError):
+    """Something recognised that cannot be done; the message says why, and what to do instead."""
+
+
+class OutputError(LoratoolError):
+    """An output that cannot be written, or must not be."""
+
+
+def some(names: Iterable[str], shown: int = 5) -> str:
+    """The first few names and how many more there are, for an error's message."""
+    listed = list(names)
+    more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    return ", ".join(listed[:shown]) + more

@@ -1,0 +1,101 @@
+"""The ends of keys: which leaf each known suffix spells, and which family of files writes it. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+KOHYA: Final = "kohya"
+PEFT: Final = "PEFT"
+DIFFUSERS_OLD: Final = "old diffusers"
+LYCORIS: Final = "LyCORIS"
+LORALIB: Final = "loralib"
+
+LEAVES: Final[Mapping[str, tuple[str, str]]] = {
+    # kohya sd-scripts and all who follow it
+    "lora_down.weight": ("down", KOHYA), "lora_up.weight": ("up", KOHYA), "lora_mid.weight": ("mid", KOHYA),
+    "alpha": ("alpha", KOHYA), "dora_scale": ("dora_scale", KOHYA),
+    # PEFT save_and_load.py; embeddings and magnitudes are parameters, without .weight
+    "lora_A.weight": ("down", PEFT), "lora_B.weight": ("up", PEFT), "lora_B.bias": ("bias_up", PEFT),
+    "lora_embedding_A": ("embedding_down", PEFT), "lora_embedding_B": ("embedding_up", PEFT),
+    "lora_magnitude_vector": ("magnitude", PEFT), "lora_magnitude_vector.weight": ("magnitude", PEFT),
+    "lora_E": ("lora_e", PEFT), "token_adapter.trainable_tokens_delta": ("token_rows", PEFT),
+    "vera_lambda_b": ("vera_lambda_b", PEFT), "vera_lambda_d": ("vera_lambda_d", PEFT), "ia3_l": ("ia3_l", PEFT),
+    "oft_R.weight": ("oft_r", PEFT), "oft_R.scaled_oft": ("scaled_oft", PEFT),
+    "boft_R": ("boft_r", PEFT), "boft_s": ("boft_s", PEFT),
+    # microsoft/loralib, and PEFT's AdaLoRA
+    "lora_A": ("down", LORALIB), "lora_B": ("up", LORALIB),
+    # diffusers before PEFT: the U-Net, then text encoders
+    "lora.down.weight": ("down", DIFFUSERS_OLD), "lora.up.weight": ("up", DIFFUSERS_OLD),
+    "lora_linear_layer.down.weight": ("down", DIFFUSERS_OLD), "lora_linear_layer.up.weight": ("up", DIFFUSERS_OLD),
+    # LyCORIS functional/*
+    "diff": ("diff", LYCORIS), "diff_b": ("diff_b", LYCORIS), "w_norm": ("w_norm", LYCORIS), "b_norm": ("b_norm", LYCORIS),
+    "a1.weight": ("a1", LYCORIS), "a2.weight": ("a2", LYCORIS), "b1.weight": ("b1", LYCORIS), "b2.weight": ("b2", LYCORIS),
+    "bm.weight": ("bm", LYCORIS), "oft_blocks": ("oft_blocks", LYCORIS), "rescale": ("rescale", LYCORIS),
+    "on_input": ("on_input", LYCORIS),
+    **{leaf: (leaf, LYCORIS) for leaf in (
+        "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+        "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+    )},
+}  # fmt: skip
+"""Suffix behind the module's last dot: (leaf, who writes it). Sources are named per group."""
+
+ABSOLUTE: Final[Mapping[str, str]] = {
+    "modules_to_save.weight": "weight", "modules_to_save.bias": "bias",
+    "base_layer.weight": "weight", "base_layer.bias": "bias",
+    "weight": "weight", "bias": "bias",
+}  # fmt: skip
+"""PEFT's `modules_to_save`, `bias="all"` and stored base layers: values that replace those of the base."""
+
+CONTAINER: Final = "base_model.model."
+"""What PEFT puts before every key of a wrapped model."""
+
+_NAMED = re.compile(
+    r"(.*\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save))\.(?!weight$|bias$)[^.]+(.*)"
+)
+"""A raw state_dict, and DiffSynth, keep the adapter's name in the key: lora_A.default.weight."""
+_PROCESSOR = re.compile(r"(.*)\.processor\.(to_[qkv]|to_out|add_[qkv]_proj|to_add_out)_lora\.(down|up)\.weight")
+"""diffusers up to 0.20 kept attention LoRA in processors (diffusers utils/state_dict_utils.py)."""
+_HALF_EXPORTED = re.compile(r"(.*)_lora\.(down|up)\.weight")
+"""diffusers' --output_kohya_format left these in files with a text encoder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """A key taken apart: the module's `stem` (with all prefixes), its leaf, and the family that spells it so."""
+
+    stem: str
+    leaf: str
+    family: str
+
+
+def spelled(key: str) -> Spelled | None:
+    """Takes a key apart, or None where no suffix is known; absolute values are known behind PEFT's container only."""
+    if found := _PROCESSOR.fullmatch(key):
+        module = found[2].replace("to_out", "to_out.0")
+        return Spelled(f"{found[1]}.{module}", found[3], DIFFUSERS_OLD)
+    if named := _NAMED.fullmatch(key):
+        key = named[1] + named[2]
+    parts = key.split(".")
+    for count in (3, 2, 1):
+        stem, suffix = ".".join(parts[:-count]), ".".join(parts[-count:])
+        if stem and suffix in LEAVES:
+            leaf, family = LEAVES[suffix]
+            return Spelled(stem, leaf, family)
+    return _absolute(key) or _half_exported(key)
+
+
+def _absolute(key: str) -> Spelled | None:
+    if not key.startswith(CONTAINER) and ".modules_to_save." not in key and ".base_layer." not in key:
+        return None
+    for suffix, leaf in ABSOLUTE.items():
+        if key.endswith(f".{suffix}"):
+            return Spelled(key.removesuffix(f".{suffix}"), leaf, PEFT)
+    return None
+
+
+def _half_exported(key: str) -> Spelled | None:
+    found = _HALF_EXPORTED.fullmatch(key)
+    return Spelled(found[1], found[2], DIFFUSERS_OLD) if found else None

@@ -1,0 +1,153 @@
+"""PEFT's adapter_config.json: what scale it gives each module, and what it asks for that factors do not show.
+
+Source: PEFT tuners/lora/config.py and utils/other.py (get_pattern_key). The file comes from strangers: nothing in it
+is followed, imported or fetched, and its patterns are matched only where they cannot take exponential time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Final
+
+from loratool.errors import InvalidConfig, Unsupported
+
+CONFIG_NAME: Final = "adapter_config.json"
+METADATA_KEY: Final = "lora_adapter_metadata"
+"""Where diffusers keeps the same facts, prefixed by component (loaders/lora_base.py)."""
+
+BASE_CHANGING_INITS: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that subtract the adapter's first value from the base it is trained on."""
+
+REFUSED: Final[Mapping[str, str]] = {
+    "layer_replication": "the base must have its layers replicated first (layer_replication)",
+    "alora_invocation_tokens": "an activated LoRA acts on some tokens only and cannot be merged into weights",
+    "megatron_config": "Megatron's parallel layers store factors in pieces",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """The facts of adapter_config.json that change a result, checked; `where` names the file in errors."""
+
+    where: str
+    kind: str = "LORA"
+    rank: int = 0
+    alpha: float | None = None
+    rslora: bool = False
+    dora: bool = False
+    rank_pattern: Mapping[str, Any] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, Any] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+    tied: bool = False
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any], where: str) -> PeftConfig:
+        """Checks a config's document; raises `InvalidConfig`, or `Unsupported` where it cannot be merged into weights."""
+        for name, reason in REFUSED.items():
+            if document.get(name):
+                raise Unsupported(f"{where}: {reason}")
+        init = document.get("init_lora_weights")
+        if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+            raise Unsupported(
+                f"{where}: init_lora_weights is {init!r}, which changed the base it was trained on; save it with PEFT's "
+                "path_initial_model_for_weight_conversion; or, if the base is that changed one, set init_lora_weights to true"
+            )
+        return cls(
+            where,
+            kind=str(document.get("peft_type", "LORA")).removeprefix("PeftType."),
+            rank=_rank(document.get("r", 0), f"{where}: r"),
+            alpha=_number(document["lora_alpha"], f"{where}: lora_alpha") if "lora_alpha" in document else None,
+            rslora=_flag(document, "use_rslora", where),
+            dora=_flag(document, "use_dora", where),
+            rank_pattern=_pattern(document, "rank_pattern", where),
+            alpha_pattern=_pattern(document, "alpha_pattern", where),
+            fan_in_fan_out=_flag(document, "fan_in_fan_out", where),
+            tied=_flag(document, "ensure_weight_tying", where),
+        )
+
+    def alpha_of(self, path: str) -> float | None:
+        """The alpha of the module at `path`, None where the config has none."""
+        alpha = _matched(self.alpha_pattern, path, self.alpha, self.where)
+        return None if alpha is None else _number(alpha, f"{self.where}: alpha of {path}")
+
+    def rank_of(self, path: str) -> int:
+        """The rank that the config gives the module at `path`, 0 where it has none."""
+        return _rank(_matched(self.rank_pattern, path, self.rank, self.where), f"{self.where}: rank of {path}")
+
+    def scale(self, path: str, rank: int) -> float:
+        """What the product of the factors of the module at `path`, of `rank`, is multiplied by."""
+        alpha = self.alpha_of(path)
+        if alpha is None:
+            return 1.0
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+def from_metadata(metadata: Mapping[str, str], where: str) -> dict[str, PeftConfig]:
+    """The configs that diffusers put into a file's metadata, by component prefix ("unet", "text_encoder" …)."""
+    if METADATA_KEY not in metadata:
+        return {}
+    where = f"{where}: metadata {METADATA_KEY}"
+    try:
+        document = json.loads(metadata[METADATA_KEY])
+    except (ValueError, RecursionError) as error:
+        raise InvalidConfig(f"{where}: is not JSON") from error
+    if not isinstance(document, dict):
+        raise InvalidConfig(f"{where}: is not a JSON object")
+    components: dict[str, dict[str, Any]] = {}
+    for key, value in document.items():
+        component, _, name = key.partition(".")
+        components.setdefault(component, {})[name] = value
+    return {component: PeftConfig.parse(part, where) for component, part in components.items()}
+
+
+def _matched(patterns: Mapping[str, Any], path: str, default: Any, where: str) -> Any:
+    """The value of the first pattern that matches `path`, by PEFT's rule: re.match(rf"(.*\\.)?({key})$", path)."""
+    for pattern, value in patterns.items():
+        compiled = _compiled(pattern, where)
+        starts = [0, *(found.end() for found in re.finditer(r"\.", path))]
+        if any(compiled.match(path, start) for start in starts):
+            return value
+    return default
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str, where: str) -> re.Pattern[str]:
+    """A stranger's pattern, refused where backtracking could run away: no repeated groups, at most two repetitions."""
+    bare = re.sub(r"\[[^\]]*\]", "c", re.sub(r"\\.", "c", pattern))
+    if len(pattern) > 1000 or re.search(r"\)[*+{]|\(\?[^:]", bare) or len(re.findall(r"[*+{]", bare)) > 2:
+        raise InvalidConfig(f"{where}: pattern {pattern!r} is too intricate to be matched safely; list module names instead")
+    try:
+        return re.compile(f"(?:{pattern})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InvalidConfig(f"{where}: pattern {pattern!r} is not a regular expression: {error}") from error
+
+
+def _rank(value: object, what: str) -> int:
+    if type(value) is not int or value < 0:
+        raise InvalidConfig(f"{what} is {value!r}, expected a whole number")
+    return value
+
+
+def _number(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidConfig(f"{what} is {value!r}, expected a finite number")
+    return float(value)
+
+
+def _flag(document: Mapping[str, Any], name: str, where: str) -> bool:
+    value = document.get(name, False)
+    if value not in (True, False, None):
+        raise InvalidConfig(f"{where}: {name} is {value!r}, expected true or false")
+    return bool(value)
+
+
+def _pattern(document: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    value = document.get(name) or {}
+    if not isinstance(value, dict):
+        raise InvalidConfig(f"{where}: {name} is {value!r}, expected a map from patterns to numbers")
+    return value

@@ -1,0 +1,144 @@
+"""From an adapter's header to its modules and their leaves: every key is accounted for, no tensor is read. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from loratool.errors import InvalidAdapter, InvalidFile, LoratoolError, Unsupported
+from loratool.formats.leaves import CONTAINER, spelled
+from loratool.formats.peft import CONFIG_NAME, PeftConfig, from_metadata
+from loratool.formats.prefixes import ADAPTER_PREFIXES, adapter_component
+from loratool.header import ADAPTER_HEADER_BYTES, Header, TensorInfo, read_header, read_json
+from loratool.names import Module
+from loratool.schema import Part, explain
+
+WEIGHTS: Final = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+PICKLES: Final = ("adapter_model.bin",)
+PASSENGERS: Final = ("bundle_emb.",)
+"""Tensors that travel with an adapter and change no weight: bundled textual inversions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One module of an adapter: its leaves with their tensors, and who spells them so."""
+
+    module: Module
+    leaves: Mapping[str, TensorInfo]
+    families: frozenset[str]
+
+    def parts(self) -> tuple[Part, ...]:
+        """The deltas these leaves make up; raises `InvalidAdapter`."""
+        return explain({leaf: info.shape for leaf, info in self.leaves.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """An adapter as its header and config describe it."""
+
+    path: Path
+    header: Header
+    groups: tuple[Group, ...]
+    passengers: tuple[str, ...]
+    unexplained: tuple[str, ...]
+    problems: tuple[str, ...]
+    configs: Mapping[str, PeftConfig]
+
+    def config(self, module: Module) -> PeftConfig | None:
+        """The config that speaks of `module`: the folder's, or its component's in diffusers' metadata."""
+        component = module.stem.partition(".")[0]
+        return self.configs.get("") or self.configs.get(component)
+
+    @property
+    def prefix_counts(self) -> Counter[str]:
+        return Counter(_prefix(group.module.stem) for group in self.groups)
+
+
+def locate(path: Path) -> tuple[Path, Path | None]:
+    """The tensors' file and the config's, if any, of an adapter given as a file or as a folder."""
+    if not path.is_dir():
+        beside = path.parent / CONFIG_NAME
+        return path, beside if path.name in (*WEIGHTS, *PICKLES) and beside.exists() else None
+    config = path / CONFIG_NAME
+    for name in (*WEIGHTS, *PICKLES):
+        if (path / name).exists():
+            return path / name, config if config.exists() else None
+    raise InvalidFile(f"{path}: a folder without {WEIGHTS[0]}: not an adapter")
+
+
+def is_adapter_folder(path: Path) -> bool:
+    """Whether `path` is a folder that holds an adapter."""
+    return path.is_dir() and any((path / name).exists() for name in (CONFIG_NAME, *WEIGHTS, *PICKLES))
+
+
+def read_listing(path: Path) -> Listing:
+    """Lists the adapter at `path`, a safetensors file or a PEFT folder; raises `LoratoolError`."""
+    weights, config = locate(path)
+    if weights.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise Unsupported(
+            f"{weights}: a pickle can run code when it is opened; load it with PEFT and save_pretrained it as safetensors, "
+            "or pass --allow-pickle if you trust where it comes from"
+        )
+    return listing(path, read_header(weights, ADAPTER_HEADER_BYTES), config)
+
+
+def listing(path: Path, header: Header, config: Path | None) -> Listing:
+    """Sorts the keys of `header` into modules; what cannot be sorted is listed, not raised."""
+    leaves: dict[str, dict[str, TensorInfo]] = {}
+    families: dict[str, set[str]] = {}
+    passengers, unexplained, problems = [], [], []
+    for name, info in header.tensors.items():
+        found = spelled(name)
+        if name.startswith(PASSENGERS):
+            passengers.append(name)
+        elif found is None:
+            unexplained.append(name)
+        elif found.leaf in leaves.setdefault(found.stem, {}):
+            problems.append(f"{found.stem}: has {found.leaf} twice, in two spellings")
+        else:
+            leaves[found.stem][found.leaf] = info
+            families.setdefault(found.stem, set()).add(found.family)
+    groups = tuple(
+        Group(Module(*adapter_component(stem), stem), leaves[stem], frozenset(families[stem])) for stem in sorted(families)
+    )
+    return Listing(
+        path, header, groups, tuple(passengers), tuple(unexplained), tuple(problems), _configs(header, config, groups)
+    )
+
+
+def require_adapter(found: Listing) -> None:
+    """Raises `InvalidAdapter` unless every tensor is explained and there is a delta at all."""
+    name = found.path
+    if not found.groups:
+        full = "; this looks like a full checkpoint" if found.header.tensors else ": it has no tensors"
+        raise InvalidAdapter(f"{name}: not an adapter{full}")
+    if found.problems:
+        raise InvalidAdapter(f"{name}: {found.problems[0]}")
+    if found.unexplained:
+        count, first = len(found.unexplained), found.unexplained[0]
+        raise InvalidAdapter(
+            f"{name}: {count} of {len(found.header.tensors)} tensors are not explained by any kind of delta, "
+            f"the first is {first!r}; `loratool inspect` lists them"
+        )
+    container = any(group.module.stem.startswith(CONTAINER) for group in found.groups)
+    if container and not found.configs:
+        raise InvalidAdapter(f"{name}: {CONFIG_NAME} is missing, so the scale is unknown; put it beside the tensors")
+
+
+def _configs(header: Header, config: Path | None, groups: tuple[Group, ...]) -> Mapping[str, PeftConfig]:
+    if config is None:
+        return from_metadata(header.metadata, str(header.path))
+    parsed = PeftConfig.parse(read_json(config), str(config))
+    dora = any({"magnitude", "dora_scale"} & group.leaves.keys() for group in groups)
+    if parsed.dora and not dora:
+        raise LoratoolError(f"{config}: use_dora is true, but no tensor holds a magnitude")
+    return {"": parsed}
+
+
+def _prefix(stem: str) -> str:
+    if stem.startswith(CONTAINER):
+        return CONTAINER
+    return next((prefix for prefix, _ in ADAPTER_PREFIXES if stem.startswith(prefix)), "")

@@ -1,0 +1,26 @@
+"""Linear algebra on factors: norms and spectra of a product without forming it. Tensors in, tensors out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def singular_values(up: Tensor, down: Tensor) -> Tensor:
+    """The singular values of `up @ down`, (m, r) and (r, n), largest first, in float64, from a core of at most r × r.
+
+    QR of both factors, then the SVD of the product of the triangles: exact to rounding, O((m + n) r²).
+    """
+    up_core = torch.linalg.qr(up.double(), mode="r").R
+    down_core = torch.linalg.qr(down.double().T, mode="r").R
+    sigma: Tensor = torch.linalg.svdvals(up_core @ down_core.T)
+    return sigma
+
+
+def effective_rank(sigma: Tensor) -> float:
+    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007); 0 for a zero matrix."""
+    total = sigma.sum()
+    if total == 0:
+        return 0.0
+    shares = sigma[sigma > 0] / total
+    return float(torch.exp(-(shares * shares.log()).sum()))

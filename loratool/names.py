@@ -1,0 +1,75 @@
+"""The vocabulary of architecture tables: how one model's modules are called in two naming schemes. No tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+DIFFUSERS = "diffusers"
+"""The naming of diffusers and transformers, which is also PEFT's: q, k and v apart."""
+ORIGINAL = "original"
+"""The naming of the model's own authors, which kohya, ComfyUI and single-file checkpoints follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """`parts`, stacked along the output dimension in the ratio `sizes`, are `whole`.
+
+    `parts` are module paths of diffusers or transformers, `whole` one of the original checkpoint.
+    With `swapped` the two halves of the output stand in the opposite order (adaLN's scale and shift);
+    with `transposed` the original stores the weight as (in, out).
+    """
+
+    parts: tuple[str, ...]
+    whole: str
+    sizes: tuple[int, ...] = (1,)
+    swapped: bool = False
+    transposed: bool = False
+
+
+def rename(parts: str, whole: str, table: Mapping[str, str]) -> Iterator[Link]:
+    """One link for each row of `table`, below the block `parts` here and `whole` there."""
+    for ours, theirs in table.items():
+        yield Link((_join(parts, ours),), _join(whole, theirs))
+
+
+def fuse(block: str, parts: str, whole: str, sizes: tuple[int, ...] | None = None) -> Link:
+    """The link that stacks the space-separated `parts` of `block` into `whole`; equal sizes unless given."""
+    names = tuple(_join(block, part) for part in parts.split())
+    return Link(names, whole, sizes or (1,) * len(names))
+
+
+def flat(path: str) -> str:
+    """kohya's spelling of a module path: dots become underscores."""
+    return path.replace(".", "_")
+
+
+def boundary_suffixes(path: str) -> Iterator[str]:
+    """`path` and every suffix of it that begins behind a dot, longest first."""
+    yield path
+    for position, character in enumerate(path):
+        if character == ".":
+            yield path[position + 1 :]
+
+
+def mentioned(links: Iterable[Link]) -> tuple[set[str], set[str]]:
+    """All module paths of the one naming, and all of the other."""
+    rows = list(links)
+    return {part for link in rows for part in link.parts}, {link.whole for link in rows}
+
+
+def _join(block: str, name: str) -> str:
+    return f"{block}.{name}" if block and name else block or name
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Module:
+    """A module of the base as an adapter names it: its component (`unet`, `te1`, "" for a model without any), its
+    path there, dotted or flattened, and the whole `stem` that its keys share in the file."""
+
+    component: str
+    path: str
+    stem: str
+
+    def __str__(self) -> str:
+        return self.stem

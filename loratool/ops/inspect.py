@@ -1,0 +1,309 @@
+"""`inspect`: what a file is and why, from its header alone. No torch, unless values are asked for."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from loratool.detect import Verdict, detect
+from loratool.errors import InvalidAdapter, some
+from loratool.formats.leaves import CONTAINER
+from loratool.formats.prefixes import base_component
+from loratool.formats.reading import Group, Listing, is_adapter_folder, read_listing
+from loratool.header import Header, TensorInfo, read_scalars
+from loratool.layout import Layout, open_layout
+from loratool.names import Module
+
+if TYPE_CHECKING:
+    from loratool.ops.values import Values
+
+FEW: Final = 200
+"""Longest text of one metadata value that is shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleReport:
+    """One delta of one module: the shape of its weight where known, its rank, alpha, and scale (alpha over
+    rank, or over its root for rsLoRA; 1 without an alpha)."""
+
+    name: str
+    component: str
+    kind: str
+    shape: tuple[int, ...] | None
+    rank: int | None
+    alpha: float | None
+    scale: float | None
+    dtype: str
+    nbytes: int
+    values: Values | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReport:
+    """What `inspect` finds in an adapter. Bytes are those of tensors; `share` is of the weights it changes."""
+
+    path: str
+    format: str
+    arch: Verdict
+    components: Mapping[str, int]
+    kinds: Mapping[str, int]
+    ranks: Mapping[int, int]
+    alphas: Mapping[str, int]
+    dtypes: Mapping[str, int]
+    nbytes: int
+    parameters: int
+    share: float | None
+    metadata: Mapping[str, str]
+    suspicions: tuple[str, ...]
+    modules: tuple[ModuleReport, ...]
+    what: str = "adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointReport:
+    """What `inspect` finds in a base checkpoint."""
+
+    path: str
+    format: str
+    arch: Verdict
+    components: Mapping[str, int]
+    dtypes: Mapping[str, int]
+    nbytes: int
+    parameters: int
+    tensors: int
+    files: tuple[str, ...]
+    metadata: Mapping[str, str]
+    suspicions: tuple[str, ...]
+    what: str = "checkpoint"
+
+
+def inspect(path: str | Path, *, values: bool = False, base: str | Path | None = None) -> AdapterReport | CheckpointReport:
+    """Says what the adapter or checkpoint at `path` is; with `values`, reads its tensors too (this imports torch).
+
+    `base`, a checkpoint, makes the adapter's share of parameters one of that whole base. Raises `LoratoolError`.
+    """
+    path = Path(path)
+    if path.is_dir() and not is_adapter_folder(path):
+        return _checkpoint(open_layout(path))
+    if path.name.endswith(".index.json"):
+        return _checkpoint(open_layout(path))
+    found = read_listing(path)
+    if not found.groups:
+        return _checkpoint(open_layout(path))
+    whole = sum(info.numel for _, info in open_layout(Path(base)).tensors.values()) if base else None
+    return _adapter(found, whole, values=values)
+
+
+def _adapter(found: Listing, whole: int | None, *, values: bool) -> AdapterReport:
+    tensors = found.header.tensors.values()
+    measured = _measure(found) if values else {}
+    modules, problems = _modules(found, measured)
+    parameters = sum(info.numel for leaf, info in _leaves(found) if leaf != "alpha")
+    touched = sum(prod(module.shape) for module in modules if module.shape)
+    return AdapterReport(
+        path=str(found.path),
+        format=_format(found),
+        arch=detect([(group.module, _input_width(group)) for group in found.groups]),
+        components=Counter(group.module.component or "model" for group in found.groups),
+        kinds=Counter(module.kind for module in modules),
+        ranks=dict(sorted(Counter(module.rank for module in modules if module.rank is not None).items())),
+        alphas=Counter(_alpha_text(module.alpha) for module in modules if module.rank is not None),
+        dtypes=Counter(info.dtype for info in tensors),
+        nbytes=sum(info.nbytes for info in tensors),
+        parameters=parameters,
+        share=parameters / (whole or touched) if whole or touched else None,
+        metadata=summarised(found.header.metadata),
+        suspicions=(*problems, *_suspicions(found)),
+        modules=modules,
+    )
+
+
+def _measure(found: Listing) -> Mapping[str, Values]:
+    from loratool.ops.values import measure
+
+    return measure(found)
+
+
+def _modules(found: Listing, measured: Mapping[str, Values]) -> tuple[tuple[ModuleReport, ...], list[str]]:
+    modules: list[ModuleReport] = []
+    problems: list[str] = []
+    scalars = _scalars(found, problems)
+    for group in found.groups:
+        try:
+            parts = group.parts()
+        except InvalidAdapter as error:
+            problems.append(f"{group.module}: {error}")
+            continue
+        for part in parts:
+            infos = [group.leaves[leaf] for leaf in part.leaves]
+            name = str(group.module) if part.kind.parameter == "weight" else f"{group.module} (bias)"
+            alpha, scale = _alpha(found, group, part.rank, scalars)
+            modules.append(
+                ModuleReport(
+                    name=name,
+                    component=group.module.component,
+                    kind=part.kind.name,
+                    shape=part.shape,
+                    rank=part.rank,
+                    alpha=alpha,
+                    scale=scale,
+                    dtype="+".join(sorted({info.dtype for leaf, info in group.leaves.items() if leaf != "alpha"})),
+                    nbytes=sum(info.nbytes for info in infos),
+                    values=measured.get(name),
+                )
+            )
+    return tuple(modules), problems
+
+
+def _scalars(found: Listing, problems: list[str]) -> dict[str, float]:
+    """The alphas that the file itself holds, by tensor name; those that are no number go to `problems`."""
+    infos = [group.leaves["alpha"] for group in found.groups if "alpha" in group.leaves]
+    scalars = {}
+    for name, value in read_scalars(found.header, infos):
+        if value is None or not isfinite(value):
+            problems.append(f"{name}: alpha is {'not one number' if value is None else value}")
+        else:
+            scalars[name] = value
+    return scalars
+
+
+def _alpha(
+    found: Listing, group: Group, rank: int | None, scalars: Mapping[str, float]
+) -> tuple[float | None, float | None]:
+    """(alpha, scale) of a module: the file's own alpha, else the config's; None where there is no rank to divide by."""
+    info = group.leaves.get("alpha")
+    if rank is None:
+        return None, None
+    if info is not None:
+        alpha = scalars.get(info.name)
+        return alpha, None if alpha is None else alpha / rank
+    config = found.config(group.module)
+    if config is None or config.alpha_of(group.module.path) is None:
+        return None, 1.0
+    return config.alpha_of(group.module.path), config.scale(group.module.path, rank)
+
+
+def _format(found: Listing) -> str:
+    """Who writes keys like these, in words: the layout of modules, and the spelling of leaves where it differs."""
+    families = sorted({family for group in found.groups for family in group.families})
+    prefixes = [prefix for prefix, _ in found.prefix_counts.most_common()]
+    if CONTAINER in prefixes:
+        return f"PEFT {'folder' if found.configs else 'names without a config'}"
+    flattened = [prefix for prefix in prefixes if prefix.endswith("_")]
+    dotted = [prefix for prefix in prefixes if not prefix.endswith("_")]
+    if flattened and dotted:
+        return f"a mixture of {', '.join(prefix or 'bare names' for prefix in prefixes)}"
+    if flattened:
+        return f"kohya ({', '.join(prefix + '…' for prefix in flattened)})" + _with(families, "kohya")
+    if dotted == [""]:
+        return f"bare module names, {' and '.join(families)} leaves"
+    maker = "ComfyUI" if any("diffusion_model" in prefix for prefix in dotted) else "diffusers"
+    return f"{maker} ({', '.join(prefix + '…' for prefix in dotted if prefix)})" + _with(families, "PEFT")
+
+
+def _with(families: Sequence[str], usual: str) -> str:
+    other = [family for family in families if family != usual]
+    return f" with {' and '.join(other)} leaves" if other else ""
+
+
+def _suspicions(found: Listing) -> list[str]:
+    """What is odd about an adapter, without saying that it is wrong."""
+    odd = list(found.problems)
+    if found.unexplained:
+        odd.append(f"{len(found.unexplained)} tensors that no kind explains: {some(found.unexplained, 3)}")
+    if found.passengers:
+        odd.append(f"{len(found.passengers)} tensors of bundled embeddings travel along")
+    needing = [group for group in found.groups if {"down", "hada_w1_a"} & group.leaves.keys()]
+    missing = [group for group in needing if "alpha" not in group.leaves and found.config(group.module) is None]
+    if missing:
+        which = "all" if len(missing) == len(needing) else f"{len(missing)} of {len(needing)}"
+        odd.append(f"{which} modules have no alpha: their scale is 1")
+    dtypes = {info.dtype for leaf, info in _leaves(found) if leaf != "alpha"}
+    if len(dtypes) > 1:
+        odd.append(f"mixed dtypes: {', '.join(sorted(dtypes))}")
+    if found.groups[0].module.stem.startswith(CONTAINER) and not found.configs:
+        odd.append("adapter_config.json is missing: the scale is unknown")
+    return odd
+
+
+def _checkpoint(layout: Layout) -> CheckpointReport:
+    tensors = [info for _, info in layout.tensors.values()]
+    components = Counter(_component(name) for name in layout.tensors)
+    return CheckpointReport(
+        path=str(layout.root),
+        format=_layout_name(layout),
+        arch=_checkpoint_arch(layout),
+        components=components,
+        dtypes=Counter(info.dtype for info in tensors),
+        nbytes=sum(info.nbytes for info in tensors),
+        parameters=sum(info.numel for info in tensors),
+        tensors=len(tensors),
+        files=tuple(layout.files),
+        metadata=summarised(_first_metadata(layout.files.values())),
+        suspicions=tuple(f"{name} is not part of the model and is left alone" for name in layout.left_out),
+    )
+
+
+def _layout_name(layout: Layout) -> str:
+    if not layout.is_folder:
+        return "one safetensors file"
+    if len({name.rpartition("/")[0] for name in layout.files}) > 1:
+        return "diffusers folder"
+    return f"{len(layout.files)} shards with an index" if layout.indexes else "folder with one safetensors file"
+
+
+def _checkpoint_arch(layout: Layout) -> Verdict:
+    modules: list[tuple[Module, int | None]] = []
+    for name, (_, info) in layout.tensors.items():
+        component, prefix, rest = base_component(name)
+        if rest.endswith(".weight") and len(info.shape) > 1 and component in ("unet", "te1", "te2", ""):
+            modules.append((Module(component, rest.removesuffix(".weight"), prefix + rest), info.shape[1]))
+    config = layout.config()
+    if isinstance(config.get("model_type"), str):
+        return Verdict("llm", config["model_type"], "config.json says so (model_type)")
+    return detect(modules)
+
+
+def _component(name: str) -> str:
+    component, prefix, _ = base_component(name)
+    return component or prefix or "model"
+
+
+def _first_metadata(headers: Iterable[Header]) -> Mapping[str, str]:
+    return next((header.metadata for header in headers if header.metadata), {})
+
+
+def summarised(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata with long values cut, and JSON objects replaced by how many entries they hold."""
+    return {key: _summary(value) for key, value in sorted(metadata.items())}
+
+
+def _summary(value: str) -> str:
+    if len(value) <= FEW:
+        return value
+    try:
+        document: Any = json.loads(value)
+    except (ValueError, RecursionError):
+        document = None
+    if isinstance(document, dict | list):
+        return f"JSON, {len(document)} entries, {len(value):,} characters"
+    return f"{value[:FEW]}… ({len(value):,} characters)"
+
+
+def _leaves(found: Listing) -> list[tuple[str, TensorInfo]]:
+    return [(leaf, info) for group in found.groups for leaf, info in group.leaves.items()]
+
+
+def _input_width(group: Group) -> int | None:
+    """The width of a module's input, where a down factor shows it."""
+    down = group.leaves.get("down")
+    return down.shape[1] if down and len(down.shape) > 1 else None
+
+
+def _alpha_text(alpha: float | None) -> str:
+    return "none" if alpha is None else f"{alpha:g}"

@@ -1,0 +1,352 @@
+"""`merge`: W' = W + Σ strength · ΔW into a checkpoint of any size, in memory that does not grow with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from loratool import __version__
+from loratool.adapter import Adapter, load
+from loratool.checkpoint import TensorFile
+from loratool.header import TensorInfo, encode_header, read_json
+from loratool.layout import open_layout, require_base
+from loratool.ops.plan import Choice, Plan, TensorPlan, check_strength, make_plan
+from loratool.ops.streaming import Measure, Rounding, Scratch, by_blocks, change_whole, jobs_of, run_job
+from loratool.output import Output, Writer, copy_file
+
+METADATA_KEY: Final = "loratool"
+DTYPE_CHOICES: Final[Mapping[str, str]] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+WEAK: Final = 0.9
+"""Realised strength under which rounding has taken so much of an adapter that it is worth a warning."""
+COPY_TASK_BYTES: Final = 256 << 20
+WORKERS: Final = 8
+PROVENANCE_BYTES: Final = 16384
+"""Room that a header keeps for the provenance, which is only known at the end."""
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done so far and all there are to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An adapter and how strongly to merge it."""
+
+    adapter: Adapter | str | Path
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge did, or with `dry_run` would do.
+
+    `realised_strength` is ⟨stored change, ΔW⟩ / ‖ΔW‖², `unchanged` the share of touched weights that rounding left as
+    they were; both come from the share `sampled` of the touched weights, and are None when nothing was computed.
+    """
+
+    out: str
+    adapters: tuple[tuple[str, float], ...]
+    matched: int
+    unmatched: tuple[str, ...]
+    changed: tuple[str, ...]
+    copied: int
+    nbytes: int
+    realised_strength: float | None
+    unchanged: float | None
+    sampled: float
+    seconds: float
+    peak_bytes: int
+    dry_run: bool
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to merge: which modules, how strongly per component, and how results are stored."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    components: Mapping[str, float] = field(default_factory=dict)
+    dtype: str | None = None
+    stochastic: bool = False
+    seed: int = 0
+    allow_unmatched: bool = False
+    allow_pickle: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+def merge(
+    base: str | Path,
+    adapters: Sequence[Source | str | Path],
+    out: str | Path,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merges `adapters` into the checkpoint `base` and writes the result to `out`.
+
+    `base` is a safetensors file, or a folder of Hugging Face or diffusers; `out` becomes of the same make, with every
+    other file of the folder beside it. Each weight is computed in float32 and rounded once to the dtype it is stored in.
+    Raises `LoratoolError` and leaves nothing behind where a module has no target, a shape does not fit, a value is not
+    finite, or the output cannot be written.
+    """
+    started = time.monotonic()
+    options = options or Options()
+    layout = open_layout(Path(base).expanduser())
+    require_base(layout)
+    loaded = [_loaded(source, options) for source in adapters]
+    dtype = DTYPE_CHOICES[options.dtype] if options.dtype else None
+    plan = make_plan(layout, loaded, dtype=dtype, allow_unmatched=options.allow_unmatched)
+    target = Path(out).expanduser()
+    measure = Measure()
+    if not options.dry_run:
+        measure = _write(plan, loaded, target, options, progress)
+    report = _report(plan, loaded, target, measure, options.dry_run)
+    return replace(report, seconds=time.monotonic() - started, peak_bytes=_peak_bytes())
+
+
+def _loaded(source: Source | str | Path, options: Options) -> tuple[Adapter, Choice]:
+    source = source if isinstance(source, Source) else Source(source)
+    adapter = source.adapter
+    if not isinstance(adapter, Adapter):
+        adapter = load(adapter, allow_pickle=options.allow_pickle)
+    strength = check_strength(source.strength, str(adapter.path))
+    return adapter, Choice(strength, options.include, options.exclude, options.components)
+
+
+def _write(
+    plan: Plan,
+    adapters: Sequence[tuple[Adapter, Choice]],
+    target: Path,
+    options: Options,
+    progress: Progress | None,
+) -> Measure:
+    layout = plan.layout
+    inputs = [layout.root, *(adapter.path for adapter, _ in adapters)]
+    rewritten = _rewritten(plan)
+    needed = sum(tensor.nbytes for tensor in plan.tensors.values()) + (1 << 20)
+    with Output(target, folder=layout.is_folder, overwrite=options.overwrite, nbytes=needed, inputs=inputs) as output:
+        for name in (*layout.other_files(), *(file for file in layout.files if file not in rewritten)):
+            copy_file(layout.root / name, output.path(name))
+        _write_configs(plan, output, options)
+        with ExitStack() as stack:
+            files = [_OutputFile(plan, file, tensors, output, stack) for file, tensors in rewritten.items()]
+            measure = _run(files, Rounding(options.stochastic, options.seed), progress)
+            for opened in files:
+                opened.finish(_provenance(adapters, options, measure))
+        output.commit()
+    return measure
+
+
+def _rewritten(plan: Plan) -> dict[str, list[TensorPlan]]:
+    """The files with a tensor that changes, and what is to be in them; the rest are copied as they are."""
+    by_file: dict[str, list[TensorPlan]] = {}
+    for tensor in sorted(plan.tensors.values(), key=lambda tensor: (tensor.source.start, tensor.name != tensor.source.name)):
+        by_file.setdefault(tensor.file, []).append(tensor)
+    return {
+        file: tensors
+        for file, tensors in sorted(by_file.items())
+        if any(tensor.touched or tensor.name not in plan.layout.tensors for tensor in tensors)
+    }
+
+
+class _OutputFile:
+    """One safetensors file on its way out: the header first, with room for what is only known at the end."""
+
+    def __init__(self, plan: Plan, file: str, tensors: list[TensorPlan], output: Output, stack: ExitStack) -> None:
+        header = plan.layout.files[file]
+        self.infos: dict[str, TensorInfo] = {}
+        position = 0
+        for tensor in tensors:
+            self.infos[tensor.name] = TensorInfo(tensor.name, tensor.dtype, tensor.shape, position, position + tensor.nbytes)
+            position += tensor.nbytes
+        self.metadata = header.metadata
+        self.length = len(encode_header(self.infos, self.metadata)) + PROVENANCE_BYTES
+        self.tensors = tensors
+        self.source = stack.enter_context(TensorFile(header))
+        self.writer = stack.enter_context(Writer(output.path(file), self.length + position))
+
+    def offset(self, tensor: TensorPlan) -> int:
+        return self.length + self.infos[tensor.name].start
+
+    def work(self) -> Iterator[Callable[[_Worker], tuple[int, Measure]]]:
+        """Everything there is to do for this file, each piece returning the bytes it wrote."""
+        for untouched, run in groupby(self.tensors, key=lambda tensor: not tensor.touched):
+            if untouched:
+                yield from self._copies(list(run))
+                continue
+            for tensor in run:
+                yield from self._computations(tensor)
+
+    def _copies(self, tensors: list[TensorPlan]) -> Iterator[Callable[[_Worker], tuple[int, Measure]]]:
+        """Neighbours in the source that are neighbours in the output are one range."""
+        start, stop, offset = tensors[0].source.start, tensors[0].source.start, self.offset(tensors[0])
+        for tensor in tensors:
+            if tensor.source.start != stop or stop - start > COPY_TASK_BYTES:
+                yield self._copy(start, stop - start, offset)
+                start, offset = tensor.source.start, self.offset(tensor)
+            stop = tensor.source.stop
+        yield self._copy(start, stop - start, offset)
+
+    def _copy(self, start: int, count: int, offset: int) -> Callable[[_Worker], tuple[int, Measure]]:
+        def copy(worker: _Worker) -> tuple[int, Measure]:
+            self.writer.copy(self.source.descriptor, start, count, offset)
+            return count, Measure()
+
+        return copy
+
+    def _computations(self, tensor: TensorPlan) -> Iterator[Callable[[_Worker], tuple[int, Measure]]]:
+        if not by_blocks(tensor):
+            yield lambda worker: (
+                tensor.nbytes,
+                change_whole(tensor, self.source, self.writer, self.offset(tensor), worker.rounding),
+            )
+            return
+        for job in jobs_of(tensor, self.source, self.writer, self.offset(tensor)):
+            yield lambda worker, job=job: (job.nbytes, run_job(job, worker.rounding, worker.scratch, worker.stopped))  # type: ignore[misc]
+
+    def finish(self, provenance: str) -> None:
+        """Writes the header, now that everything in it is known."""
+        raw = encode_header(self.infos, {**self.metadata, METADATA_KEY: provenance}, self.length)
+        if len(raw) != self.length:
+            raise AssertionError(f"the provenance is longer than {PROVENANCE_BYTES} bytes")
+        self.writer.write(raw, 0)
+
+
+class _Worker(threading.local):
+    """What each worker thread has for itself, and what stops all of them."""
+
+    def __init__(self, rounding: Rounding, stopped: threading.Event) -> None:
+        self.rounding = rounding
+        self.stopped = stopped
+        self.scratch = Scratch()
+        # One thread each: the blocks are too small to share, and sums must not depend on how many there are.
+        torch.set_num_threads(1)
+
+
+def _run(files: Sequence[_OutputFile], rounding: Rounding, progress: Progress | None) -> Measure:
+    """Runs all work on a few threads, a bounded number of pieces ahead, and adds up what they measured in order."""
+    total, done = sum(info.nbytes for file in files for info in file.infos.values()), 0
+    measures: dict[int, Measure] = {}
+    running: dict[Future[tuple[int, Measure]], int] = {}
+    threads, stopped = torch.get_num_threads(), threading.Event()
+    worker = _Worker(rounding, stopped)
+    count = min(WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    pieces = enumerate(piece for file in files for piece in file.work())
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            while True:
+                for index, piece in pieces:
+                    running[pool.submit(piece, worker)] = index
+                    if len(running) >= 2 * count:
+                        break
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    nbytes, measures[running.pop(future)] = future.result()
+                    done += nbytes
+                    if progress:
+                        progress(done, total)
+        finally:
+            stopped.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(threads)
+    measure = Measure()
+    for index in sorted(measures):
+        measure.add(measures[index])
+    return measure
+
+
+def _write_configs(plan: Plan, output: Output, options: Options) -> None:
+    """Rewrites the copies of shard indexes and config.json where the tensors are no longer those of the base."""
+    layout = plan.layout
+    added = {name: tensor.file for name, tensor in plan.tensors.items() if name not in layout.tensors}
+    for name, weight_map in layout.indexes.items():
+        mine = [tensor for tensor in plan.tensors.values() if tensor.file in _files_of(weight_map, name)]
+        total = sum(tensor.nbytes for tensor in mine)
+        if added or total != sum(tensor.source.nbytes for tensor in mine):
+            document = read_json(layout.root / name)
+            document["weight_map"] = dict(sorted({**weight_map, **added}.items()))
+            document["metadata"] = {**(document.get("metadata") or {}), "total_size": total}
+            output.path(name).write_text(json.dumps(document, indent=2) + "\n")
+    config = layout.config()
+    dtypes = {key: options.dtype for key in ("torch_dtype", "dtype") if options.dtype and key in config}
+    if config and (plan.config or dtypes):
+        output.path("config.json").write_text(json.dumps({**config, **plan.config, **dtypes}, indent=2) + "\n")
+
+
+def _files_of(weight_map: Mapping[str, str], index: str) -> set[str]:
+    folder = index.rpartition("/")[0]
+    return {f"{folder}/{shard}" if folder else shard for shard in weight_map.values()}
+
+
+def _provenance(adapters: Sequence[tuple[Adapter, Choice]], options: Options, measure: Measure) -> str:
+    """A short account for the output's metadata, without times or paths, so that equal runs write equal bytes."""
+    document: dict[str, Any] = {
+        "version": __version__,
+        "command": "merge",
+        "adapters": [{"name": adapter.path.name[:100], "strength": choice.strength} for adapter, choice in adapters[:20]],
+        "round": f"stochastic, seed {options.seed}" if options.stochastic else "nearest",
+        "realised_strength": _figure(measure.along, measure.wanted),
+        "unchanged": _figure(measure.unchanged, measure.elements),
+    }
+    return json.dumps(document)
+
+
+def _figure(part: float, whole: float) -> float | None:
+    return round(part / whole, 6) if whole else None
+
+
+def _report(
+    plan: Plan, adapters: Sequence[tuple[Adapter, Choice]], target: Path, measure: Measure, dry_run: bool
+) -> MergeReport:
+    touched = sum(tensor.source.numel for tensor in plan.changed)
+    strength = measure.along / measure.wanted if measure.wanted else None
+    unchanged = measure.unchanged / measure.elements if measure.elements else None
+    return MergeReport(
+        out=str(target),
+        adapters=tuple((str(adapter.path), choice.strength) for adapter, choice in adapters),
+        matched=plan.matched,
+        unmatched=plan.unmatched,
+        changed=tuple(tensor.name for tensor in plan.changed),
+        copied=sum(not tensor.touched for tensor in plan.tensors.values()),
+        nbytes=sum(tensor.nbytes for tensor in plan.tensors.values()),
+        realised_strength=strength,
+        unchanged=unchanged,
+        sampled=measure.elements / touched if touched else 0.0,
+        seconds=0.0,
+        peak_bytes=0,
+        dry_run=dry_run,
+        warnings=(*plan.warnings, *_warnings(plan, measure, strength)),
+    )
+
+
+def _warnings(plan: Plan, measure: Measure, strength: float | None) -> Iterator[str]:
+    if plan.unmatched:
+        yield f"{len(plan.unmatched)} modules have no target and were left out, the first is {plan.unmatched[0]}"
+    if measure.elements and not measure.wanted:
+        yield "the adapters change nothing: every ΔW that was measured is zero"
+    if strength is not None and strength < WEAK:
+        share = measure.unchanged / measure.elements
+        yield (
+            f"rounding left {share:.0%} of the touched weights unchanged, and the adapters act at {strength:.2f} of their "
+            "strength; try --dtype float32, or --round stochastic"
+        )
+
+
+def _peak_bytes() -> int:
+    """The most memory this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,277 @@
+"""What a merge is going to do, settled before the first byte is written: every change has its place, or is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from math import isfinite, prod
+from typing import Any, Final
+
+from loratool.adapter import Adapter, Change
+from loratool.checkpoint import FLOATS
+from loratool.deltas import Delta
+from loratool.detect import detect
+from loratool.errors import LoratoolError, ShapeMismatch, UnmatchedModules, Unsupported, some
+from loratool.header import BITS, TensorInfo
+from loratool.layout import Layout
+from loratool.names import Module
+from loratool.targets import Place, Targets
+
+HEADS: Final = {"embed_tokens": "lm_head", "wte": "lm_head"}
+"""Input embedding and the output layer that may be tied to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which of an adapter's changes are merged, and how strongly.
+
+    Globs match a module's name in the file, or its path. `components` multiplies the strength of whole components.
+    """
+
+    strength: float = 1.0
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    components: Mapping[str, float] = field(default_factory=dict)
+
+    def takes(self, module: Module) -> bool:
+        """Whether the globs let `module` through."""
+        names = (module.stem, module.path)
+        included = not self.include or _any_match(names, self.include)
+        return included and not _any_match(names, self.exclude)
+
+    def strength_of(self, module: Module) -> float:
+        """The strength at which `module` is merged."""
+        return self.strength * self.components.get(module.component or "model", 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One delta, or a part of one, on output rows `start` to `stop` of a tensor."""
+
+    change: str
+    delta: Delta
+    strength: float
+    start: int
+    stop: int
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """One tensor of the output: where its values come from, its new dtype and shape, and the terms it receives."""
+
+    name: str
+    file: str
+    source: TensorInfo
+    dtype: str
+    shape: tuple[int, ...]
+    terms: tuple[Term, ...] = ()
+
+    @property
+    def touched(self) -> bool:
+        return bool(self.terms) or self.dtype != self.source.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole merge: every tensor of the output, what found no place, and what configs must say afterwards."""
+
+    layout: Layout
+    tensors: Mapping[str, TensorPlan]
+    matched: int
+    unmatched: tuple[str, ...]
+    config: Mapping[str, Any]
+    warnings: tuple[str, ...]
+
+    @property
+    def changed(self) -> tuple[TensorPlan, ...]:
+        return tuple(tensor for tensor in self.tensors.values() if tensor.terms)
+
+
+def make_plan(
+    layout: Layout, adapters: Sequence[tuple[Adapter, Choice]], *, dtype: str | None = None, allow_unmatched: bool = False
+) -> Plan:
+    """Finds the place of every change; raises `UnmatchedModules`, `ShapeMismatch` or another `LoratoolError`."""
+    draft = _Draft(layout)
+    for adapter, choice in adapters:
+        draft.add(adapter, choice)
+    if draft.unmatched and not (allow_unmatched and draft.matched):
+        raise UnmatchedModules(_unmatched_message(draft, adapters))
+    if not draft.matched:
+        raise LoratoolError("nothing to merge: --include and --exclude leave no module of any adapter")
+    tensors = draft.tensors(dtype)
+    warnings = [f"{name} is not part of the model and is left out of the output" for name in layout.left_out]
+    if any(name.startswith("model_ema.") for name in layout.tensors):
+        warnings.append("the base's model_ema copies are left as they were")
+    return Plan(layout, tensors, draft.matched, tuple(map(str, draft.unmatched)), draft.config, tuple(warnings))
+
+
+class _Draft:
+    """Terms by tensor, as they are collected from one adapter after the other."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.targets = Targets(layout)
+        self.terms: dict[str, list[Term]] = {}
+        self.added: dict[str, str] = {}
+        self.unmatched: list[Module] = []
+        self.matched = 0
+        self.config: dict[str, Any] = {}
+
+    def add(self, adapter: Adapter, choice: Choice) -> None:
+        taken = [change for change in adapter.changes if choice.takes(change.module)]
+        lost = {change.module for change in taken if not self._places(change.module, change.parameter)}
+        renamed = self.targets.wrapped(sorted(lost)) if lost else {}
+        mine: dict[str, list[Term]] = {}
+        for change in self._untied(adapter, taken):
+            module = renamed.get(change.module, change.module)
+            places = self._places(module, change.parameter)
+            if not places:
+                self.unmatched.append(change.module)
+                continue
+            self.matched += 1
+            stored = self._stored(places[0].tensor)
+            for name, term in _terms(stored.shape, change, places, choice.strength_of(change.module)):
+                mine.setdefault(name, []).append(term)
+        for name, terms in mine.items():
+            _check_overlap(adapter, name, terms)
+            self.terms.setdefault(name, []).extend(terms)
+
+    def tensors(self, dtype: str | None) -> dict[str, TensorPlan]:
+        plans = {}
+        for name, (file, info) in self.layout.tensors.items():
+            plans[name] = self._tensor(name, file, info, dtype)
+        for name, source in self.added.items():
+            file, info = self.layout.tensors[source]
+            plans[name] = self._tensor(name, file, info, dtype)
+        return plans
+
+    def _tensor(self, name: str, file: str, info: TensorInfo, dtype: str | None) -> TensorPlan:
+        terms = tuple(self.terms.get(name, ()))
+        if terms and info.dtype not in FLOATS:
+            raise Unsupported(f"{self.layout.root}: {name} is stored as {info.dtype}; an adapter cannot be added to it")
+        stored = dtype if dtype and info.dtype in FLOATS else info.dtype
+        shape = next((term.delta.shape for term in terms if _grows(term, info)), info.shape)
+        if shape != info.shape:
+            self.config["vocab_size"] = shape[0]
+        return TensorPlan(name, file, info, stored, shape, terms)
+
+    def _untied(self, adapter: Adapter, changes: list[Change]) -> list[Change]:
+        """Keeps tied embeddings what they were in training: the head sees no change that is the embedding's alone.
+
+        Where the adapter itself is tied (PEFT's ensure_weight_tying) the head's copy of the change is left out instead.
+        """
+        for embedding, head in HEADS.items():
+            inputs = [change for change in changes if change.module.path.endswith(embedding)]
+            outputs = [change for change in changes if change.module.path.endswith(head)]
+            places = self.targets.find(inputs[0].module) if inputs else ()
+            if not places or not self._is_tied():
+                continue
+            if adapter.tied:
+                self.matched += len(outputs)
+                return [change for change in changes if change not in outputs]
+            self._untie(places[0].tensor)
+        return changes
+
+    def _places(self, module: Module, parameter: str) -> tuple[Place, ...]:
+        """Where the base has `module`, a head that is not stored because it is tied to the embedding included."""
+        found = self.targets.find(module, parameter)
+        if found or not module.path.endswith("lm_head") or not self._is_tied():
+            return found
+        embedding = next(
+            (name for name in self.layout.tensors if name.endswith(("embed_tokens.weight", "wte.weight"))), None
+        )
+        return (Place("lm_head.weight", 0, self.layout.info(embedding).shape[0]),) if embedding else ()
+
+    def _stored(self, tensor: str) -> TensorInfo:
+        """What the base says of a tensor; asking for a tied head is what unties it."""
+        if tensor not in self.layout.tensors:
+            self._untie(next(name for name in self.layout.tensors if name.endswith(("embed_tokens.weight", "wte.weight"))))
+        return self.layout.info(self.added.get(tensor, tensor))
+
+    def _is_tied(self) -> bool:
+        architectures = self.layout.config().get("architectures") or [""]
+        has_head = str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+        return has_head and not any(name.endswith("lm_head.weight") for name in self.layout.tensors)
+
+    def _untie(self, embedding: str) -> None:
+        self.added["lm_head.weight"] = embedding
+        self.config["tie_word_embeddings"] = False
+
+
+def _terms(base: tuple[int, ...], change: Change, places: tuple[Place, ...], strength: float) -> Iterable[tuple[str, Term]]:
+    """A change cut to its places in tensors of shape `base`; raises `ShapeMismatch` unless it fits them exactly."""
+    rows = sum(place.rows for place in places)
+    delta, shape = change.delta, change.delta.shape
+    wanted = (rows, *base[1:]) if not places[0].transposed else (rows, *base[:1])
+    if delta.kind == "replace" and len(places) == 1:
+        # A stored value comes as it is stored, and may have more rows than the base: a vocabulary that grew.
+        place = places[0]
+        if shape[1:] == base[1:]:
+            return [(place.tensor, Term(str(change), delta, strength, 0, shape[0], transposed=False))]
+    if not _same_but_ones(shape, wanted):
+        raise ShapeMismatch(
+            f"{change}: is a change of {list(shape)}, its target {places[0].tensor} takes {list(wanted)}: "
+            "the adapter is for another model"
+        )
+    parts = [delta] if len(places) == 1 else delta.split([place.rows for place in places])
+    return [
+        (place.tensor, Term(str(change), part, strength, place.start, place.stop, place.transposed))
+        for place, part in zip(places, parts, strict=True)
+    ]
+
+
+def _same_but_ones(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two shapes differ at most in trailing dimensions of 1: a linear layer, and a 1×1 convolution."""
+    return _without_ones(one) == _without_ones(other)
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    kept = list(shape)
+    while len(kept) > 2 and kept[-1] == 1:
+        kept.pop()
+    return tuple(kept)
+
+
+def _grows(term: Term, info: TensorInfo) -> bool:
+    return term.delta.kind == "replace" and term.delta.shape != info.shape
+
+
+def _check_overlap(adapter: Adapter, name: str, terms: list[Term]) -> None:
+    """One adapter changes no row twice, but for a replaced weight that receives a LoRA on top."""
+    added = sorted((term for term in terms if term.delta.kind != "replace"), key=lambda term: term.start)
+    for one, other in pairwise(added):
+        if other.start < one.stop:
+            raise LoratoolError(f"{adapter.path}: {one.change} and {other.change} both go to {name}; use --exclude for one")
+
+
+def _unmatched_message(draft: _Draft, adapters: Sequence[tuple[Adapter, Choice]]) -> str:
+    count = len(draft.unmatched)
+    pairs = []
+    for module in draft.unmatched[:5]:
+        near = draft.targets.nearest(module)
+        pairs.append(f"{module} (nearest: {near})" if near else str(module))
+    more = f" and {count - 5} more" if count > 5 else ""
+    total = count + draft.matched
+    message = f"{count} of {total} modules have no target in {draft.layout.root}: {'; '.join(pairs)}{more}"
+    verdicts = {detect([(change.module, None) for change in adapter.changes]).title for adapter, _ in adapters}
+    families = f"; the adapter looks like one for {some(sorted(verdicts))}" if verdicts - {"unknown", "undecided"} else ""
+    way_out = "--allow-unmatched leaves them out" if draft.matched else "is the adapter for another model?"
+    return f"{message}{families}; {way_out}"
+
+
+def _any_match(names: tuple[str, ...], globs: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, glob) for name in names for glob in globs)
+
+
+def check_strength(value: float, what: str) -> float:
+    """`value`, if it is finite; raises `LoratoolError` naming `what`."""
+    if not isfinite(value):
+        raise LoratoolError(f"{what}: strength {value} is not a finite number")
+    return value

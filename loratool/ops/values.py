@@ -1,0 +1,70 @@
+"""What the tensors of an adapter hold: norms and spectra from the factors, NaN, and factors that are all zero."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loratool.adapter import delta_of, effective_alpha
+from loratool.checkpoint import TensorFile
+from loratool.errors import LoratoolError
+from loratool.formats.reading import Group, Listing
+from loratool.header import read_scalars
+from loratool.linalg import effective_rank, singular_values
+from loratool.schema import Part
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """One delta measured: ‖ΔW‖_F, its largest singular value, its effective rank, and what is wrong with it, if anything."""
+
+    norm: float
+    largest: float
+    effective_rank: float
+    remark: str = ""
+
+
+def measure(found: Listing) -> dict[str, Values]:
+    """Reads every tensor of the adapter once, module by module; keys are names as `inspect` lists them."""
+    alphas = dict(read_scalars(found.header, [group.leaves["alpha"] for group in found.groups if "alpha" in group.leaves]))
+    measured = {}
+    with TensorFile(found.header) as file:
+        for group in found.groups:
+            for part in _parts(group):
+                name = str(group.module) if part.kind.parameter == "weight" else f"{group.module} (bias)"
+                measured[name] = _measured(found, group, part, file, alphas)
+    return measured
+
+
+def _parts(group: Group) -> tuple[Part, ...]:
+    try:
+        return group.parts()
+    except LoratoolError:
+        return ()
+
+
+def _measured(found: Listing, group: Group, part: Part, file: TensorFile, alphas: Mapping[str, float | None]) -> Values:
+    tensors = {leaf: file.read(group.leaves[leaf]) for leaf in part.leaves if leaf != "alpha"}
+    remark = _remark(tensors)
+    if remark.startswith("NaN"):
+        return Values(float("nan"), float("nan"), float("nan"), remark)
+    try:
+        delta = delta_of(part, tensors, effective_alpha(found, group, part.rank, alphas), part.rank)
+        factors = delta.factors()
+        if factors is None:
+            return Values(float(delta.dense().double().norm()), 0.0, 0.0, remark)
+    except LoratoolError as error:
+        return Values(0.0, 0.0, 0.0, str(error))
+    sigma = singular_values(*factors)
+    return Values(float(sigma.norm()), float(sigma.max()), effective_rank(sigma), remark)
+
+
+def _remark(tensors: Mapping[str, Tensor]) -> str:
+    bad = [leaf for leaf, tensor in tensors.items() if not bool(torch.isfinite(tensor.float()).all())]
+    if bad:
+        return f"NaN or Inf in {', '.join(bad)}"
+    zero = [leaf for leaf, tensor in tensors.items() if not bool((tensor.float() != 0).any())]
+    return f"all zero: {', '.join(zero)}" if zero else ""

@@ -1,0 +1,55 @@
+"""From float32 to a stored dtype, once: to the nearest value, or to one of the two neighbours by chance.
+
+Stochastic rounding keeps a small change on average where rounding to nearest would lose it. Its chance is a counter-based
+generator's (Philox, Salmon et al. 2011) at the element's own index, so a result does not depend on blocks or threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PER_COUNTER: Final = 16
+"""16-bit draws in one Philox block of 256 bits."""
+
+
+def largest(dtype: torch.dtype) -> float:
+    """The largest finite value of a dtype."""
+    return torch.finfo(dtype).max
+
+
+def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` rounded to the nearest even of `dtype`."""
+    return values.to(dtype)
+
+
+def stochastic(values: Tensor, dtype: torch.dtype, name: str, seed: int, index: int) -> Tensor:
+    """float32 `values` rounded to one of the two neighbours in `dtype`, with a chance in proportion to nearness.
+
+    The draws are those of the tensor called `name` from element `index` on. Exact values and wide dtypes stay.
+    """
+    rounded = values.to(dtype)
+    if dtype.itemsize >= values.dtype.itemsize:
+        return rounded
+    back = rounded.float()
+    missing = values - back
+    bits = rounded.view(torch.int16 if dtype.itemsize == 2 else torch.int8)
+    # Stored numbers are a sign and a magnitude: one step away from zero is one more in the bits, whatever the sign.
+    away = (missing > 0) == ~torch.signbit(rounded.float())
+    other = (bits + away * 2 - 1).to(bits.dtype).view(dtype)
+    chance = missing / (other.float() - back)
+    take = (missing != 0) & (_draws(name, seed, index, values.numel()).reshape(values.shape) < chance)
+    return torch.where(take, other, rounded)
+
+
+def _draws(name: str, seed: int, index: int, count: int) -> Tensor:
+    """`count` uniform numbers in [0, 1), multiples of 2⁻¹⁶, that belong to elements `index` on of tensor `name`."""
+    key = np.frombuffer(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest(), dtype=np.uint64)
+    first, skipped = divmod(index, PER_COUNTER)
+    generator = np.random.Philox(key=key, counter=[first, 0, 0, 0])
+    raw = generator.random_raw(-(-(count + skipped) // 4))
+    return torch.from_numpy(raw.view(np.uint16)[skipped : skipped + count].astype(np.float32) / 65536)

@@ -1,0 +1,182 @@
+"""What each kind of delta is made of: its leaves, and its rank and shape as the leaves' shapes give them. No torch.
+
+A *leaf* is one factor of a module under its loratool name (`down`, `up`, `alpha` …); how files spell leaves is the
+business of `formats/`. `explain` sorts the leaves of one module into the deltas that they make up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Final
+
+from loratool.errors import InvalidAdapter
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
+WEIGHT: Final = "weight"
+BIAS: Final = "bias"
+
+MAX_KERNEL: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind's row: which leaves it needs and may have, and what their shapes say.
+
+    `shape` gives that of the weight it changes, (out, in, *kernel), or None where only the base knows;
+    `rank` is None for kinds without one. Both raise `InvalidAdapter` where the leaves do not fit each other.
+    """
+
+    name: str
+    required: frozenset[str]
+    optional: frozenset[str]
+    shape: Callable[[Shapes], Shape | None]
+    rank: Callable[[Shapes], int | None] = lambda shapes: None
+    parameter: str = WEIGHT
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One delta of one module as its leaves' shapes describe it; `leaves` are the names of those it is made of."""
+
+    kind: Kind
+    leaves: tuple[str, ...]
+    shape: Shape | None
+    rank: int | None
+
+
+def _kind(
+    name: str,
+    required: str,
+    optional: str = "",
+    *,
+    shape: Callable[[Shapes], Shape | None],
+    rank: Callable[[Shapes], int | None] = lambda shapes: None,
+    parameter: str = WEIGHT,
+) -> Kind:
+    return Kind(name, frozenset(required.split()), frozenset(optional.split()), shape, rank, parameter)
+
+
+def _unknown(shapes: Shapes) -> Shape | None:
+    """Only the base knows the shape."""
+    return None
+
+
+def _of(leaf: str) -> Callable[[Shapes], Shape]:
+    return lambda shapes: shapes[leaf]
+
+
+def _rows(leaf: str) -> Callable[[Shapes], int]:
+    return lambda shapes: shapes[leaf][0]
+
+
+def _lora_rank(shapes: Shapes) -> int:
+    down, up = shapes["down"], shapes["up"]
+    if not 2 <= len(down) <= 2 + MAX_KERNEL or not 2 <= len(up) <= 2 + MAX_KERNEL:
+        raise InvalidAdapter(f"down {list(down)} and up {list(up)} must have 2 to {2 + MAX_KERNEL} dimensions")
+    if down[0] == 0:
+        raise InvalidAdapter(f"rank 0: down is {list(down)}, up {list(up)}")
+    if down[0] != up[1]:
+        swapped = " (are down and up swapped?)" if up[0] == down[1] else ""
+        raise InvalidAdapter(f"ranks are unlike: down {list(down)} gives {down[0]}, up {list(up)} gives {up[1]}{swapped}")
+    return down[0]
+
+
+def _lora_shape(shapes: Shapes) -> Shape:
+    rank, down, up = _lora_rank(shapes), shapes["down"], shapes["up"]
+    if prod(up[2:]) != 1:
+        raise InvalidAdapter(f"up {list(up)} has a kernel; only down or mid may have one")
+    mid = shapes.get("mid")
+    if mid is None:
+        return (up[0], *down[1:])
+    if mid[:2] != (rank, rank) or len(mid) != len(down) or prod(down[2:]) != 1:
+        raise InvalidAdapter(f"mid {list(mid)} does not fit between down {list(down)} and up {list(up)}")
+    return (up[0], down[1], *mid[2:])
+
+
+def _embedding_rank(shapes: Shapes) -> int:
+    down, up = shapes["embedding_down"], shapes["embedding_up"]
+    if len(down) != 2 or len(up) != 2 or down[0] != up[1] or down[0] == 0:
+        raise InvalidAdapter(f"ranks are unlike or zero: embedding A is {list(down)}, B {list(up)}")
+    return down[0]
+
+
+def _embedding_shape(shapes: Shapes) -> Shape:
+    _embedding_rank(shapes)
+    return shapes["embedding_down"][1], shapes["embedding_up"][0]
+
+
+DORA: Final = "magnitude dora_scale"
+
+KINDS: Final[Sequence[Kind]] = (
+    _kind("lora", "down up", "mid alpha", shape=_lora_shape, rank=_lora_rank),
+    _kind("dora", "down up magnitude", "alpha", shape=_lora_shape, rank=_lora_rank),
+    _kind("dora", "down up dora_scale", "mid alpha", shape=_lora_shape, rank=_lora_rank),
+    _kind("embedding", "embedding_down embedding_up", "alpha", shape=_embedding_shape, rank=_embedding_rank),
+    _kind(
+        "loha",
+        "hada_w1_a hada_w1_b hada_w2_a hada_w2_b",
+        f"hada_t1 hada_t2 alpha {DORA}",
+        shape=_unknown,
+        rank=_rows("hada_w1_b"),
+    ),
+    _kind("lokr", "lokr_w1", f"lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 alpha {DORA}", shape=_unknown),
+    _kind("lokr", "lokr_w1_a lokr_w1_b", f"lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 alpha {DORA}", shape=_unknown),
+    _kind("glora", "a1 a2 b1 b2", "bm alpha", shape=_unknown, rank=_rows("b2")),
+    _kind("oft", "oft_blocks", "rescale alpha", shape=_unknown),
+    _kind("oft", "oft_r", "scaled_oft", shape=_unknown),
+    _kind("boft", "boft_r", "boft_s", shape=_unknown),
+    _kind("ia3", "ia3_l", shape=_unknown),
+    _kind("ia3", "weight on_input", shape=_unknown),
+    _kind("adalora", "down up lora_e", "alpha", shape=_lora_shape, rank=_lora_rank),
+    _kind("vera", "vera_lambda_b vera_lambda_d", shape=_unknown, rank=_rows("vera_lambda_d")),
+    _kind("tokens", "token_rows", shape=_unknown),
+    _kind("full", "diff", shape=_of("diff")),
+    _kind("full", "w_norm", shape=_of("w_norm")),
+    _kind("replace", "weight", shape=_of("weight")),
+    _kind("full", "diff_b", shape=_of("diff_b"), parameter=BIAS),
+    _kind("full", "b_norm", shape=_of("b_norm"), parameter=BIAS),
+    _kind("lora bias", "bias_up", shape=_of("bias_up"), parameter=BIAS),
+    _kind("replace", "bias", shape=_of("bias"), parameter=BIAS),
+)
+"""Rows for what changes a weight, then for what changes a bias. A module may have one delta of each, and a
+`replace` beneath another (PEFT stores the untouched embedding beside its LoRA)."""
+
+PAIRS: Final[Mapping[str, str]] = {
+    "down": "up", "up": "down", "embedding_down": "embedding_up", "embedding_up": "embedding_down",
+    "hada_w1_a": "hada_w1_b", "hada_w1_b": "hada_w1_a", "hada_w2_a": "hada_w2_b", "hada_w2_b": "hada_w2_a",
+}  # fmt: skip
+"""Leaves that are worth nothing without each other."""
+
+
+def explain(shapes: Shapes) -> tuple[Part, ...]:
+    """The deltas that a module's leaves make up, accounting for every leaf; raises `InvalidAdapter`."""
+    left = dict(shapes)
+    parts = []
+    while kind := _largest(left):
+        leaves = tuple(leaf for leaf in left if leaf in kind.required | kind.optional)
+        parts.append(Part(kind, leaves, kind.shape(left), kind.rank(left)))
+        for leaf in leaves:
+            del left[leaf]
+    if left.keys() == {"alpha"} and parts:
+        # LyCORIS writes an alpha beside full differences, where it means nothing.
+        return tuple(parts)
+    if left:
+        raise InvalidAdapter(_leftover(left))
+    return tuple(parts)
+
+
+def _largest(left: Shapes) -> Kind | None:
+    """The kind that explains the most of the leaves that are left, all its required ones among them."""
+    fitting = [kind for kind in KINDS if kind.required <= left.keys()]
+    return max(fitting, key=lambda kind: len((kind.required | kind.optional) & left.keys()), default=None)
+
+
+def _leftover(left: Shapes) -> str:
+    for leaf, other in PAIRS.items():
+        if leaf in left and other not in left:
+            return f"has {leaf} but no {other}: half of a pair is missing"
+    return f"has {', '.join(sorted(left))}, which no kind of delta explains"

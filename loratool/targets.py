@@ -1,0 +1,199 @@
+"""Where in a base checkpoint each module's weight lies: the base's own header is the best table of names. No torch.
+
+Names are compared flattened, so that dotted and kohya's spelling are one. An architecture's table adds the second
+naming, with q, k and v as row ranges of a stacked weight or the other way about.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from loratool.archs import ARCHS
+from loratool.archs.llm import CONV1D, mixture
+from loratool.errors import LoratoolError
+from loratool.formats.prefixes import COMPONENTS, WHOLE, base_component
+from loratool.layout import Layout
+from loratool.names import Link, Module, flat, mentioned
+from loratool.schema import BIAS, WEIGHT
+
+Key = tuple[str, str]
+"""(component, flattened module path)"""
+
+ENDINGS: Final = ((".weight", WEIGHT), (".bias", BIAS), ("_weight", WEIGHT), ("_bias", BIAS))
+"""Behind a dot for modules, behind an underscore for raw parameters like OpenCLIP's in_proj_weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Rows `start` to `stop`, along the output, of a base tensor; `transposed` where it is stored as (in, out)."""
+
+    tensor: str
+    start: int
+    stop: int
+    transposed: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+class Targets:
+    """The places of all modules of one base, found by `find`."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._paths: dict[str, dict[str, str]] = {}
+        self._places: dict[str, dict[Key, tuple[Place, ...]]] = {WEIGHT: {}, BIAS: {}}
+        self._doubles: dict[Key, tuple[str, str]] = {}
+        for name in layout.tensors:
+            self._add(name)
+        for component, paths in self._paths.items():
+            self._add_links(component, frozenset(paths.values()))
+
+    def find(self, module: Module, parameter: str = WEIGHT) -> tuple[Place, ...]:
+        """The places that `module`'s weight or bias takes, in the order of its rows; empty where the base has none.
+
+        Raises `LoratoolError` where two tensors of the base go by the module's name.
+        """
+        for key in self._readings(module):
+            if key in self._doubles:
+                one, other = self._doubles[key]
+                raise LoratoolError(f"{self._layout.root}: {one} and {other} both go by the name of {module}")
+            if places := self._places[parameter].get(key):
+                return places
+        return ()
+
+    def nearest(self, module: Module) -> str | None:
+        """The module path of the base that looks most like `module`, for messages."""
+        known = {known: path for paths in self._paths.values() for known, path in paths.items()}
+        close = difflib.get_close_matches(flat(module.path), known, n=1, cutoff=0.6)
+        return known[close[0]] if close else None
+
+    def wrapped(self, modules: Iterable[Module]) -> dict[Module, Module]:
+        """Modules without a place, renamed by the one prefix that finds them all: wrappers move a whole model.
+
+        A vision-language model calls `model.layers` `model.language_model.layers`; transformers 5.6 dropped `text_model.`
+        from CLIP. Empty unless exactly one prefix, put before or taken away, places every module of its component.
+        """
+        renamed: dict[Module, Module] = {}
+        by_component: dict[str, list[Module]] = {}
+        for module in modules:
+            by_component.setdefault(module.component, []).append(module)
+        for component, lost in by_component.items():
+            found = [tried for change in self._changes(component, lost[0]) if (tried := self._all_placed(lost, change))]
+            if len(found) == 1:
+                renamed.update(found[0])
+        return renamed
+
+    def _readings(self, module: Module) -> Iterator[Key]:
+        """The component and path as read first; then, for a component that the base does not tell apart, the rest."""
+        path = flat(module.path)
+        yield module.component, path
+        if module.component == WHOLE:
+            yield from ((component, path) for component in COMPONENTS if component in self._paths)
+        else:
+            yield WHOLE, path
+            yield WHOLE, flat(module.stem)
+
+    def _add(self, name: str) -> None:
+        component, _, rest = base_component(name)
+        path, parameter = next(
+            ((rest.removesuffix(ending), parameter) for ending, parameter in ENDINGS if rest.endswith(ending)),
+            (rest, WEIGHT),
+        )
+        key = component, flat(path)
+        before = self._places[parameter].get(key)
+        if before:
+            self._doubles[key] = before[0].tensor, name
+        self._paths.setdefault(component, {})[flat(path)] = path
+        shape = self._layout.info(name).shape
+        transposed = parameter == WEIGHT and self._is_conv1d(path, shape)
+        rows = shape[1 if transposed else 0] if shape else 1
+        self._places[parameter][key] = (Place(name, 0, rows, transposed),)
+
+    def _is_conv1d(self, path: str, shape: tuple[int, ...]) -> bool:
+        """GPT-2's layers: known by name, and by a c_attn that is stored three times as wide as high."""
+        block, _, leaf = path.rpartition(".")
+        if leaf not in CONV1D or len(shape) != 2:
+            return False
+        attention = block.replace(".mlp", ".attn") + ".c_attn.weight"
+        stored = self._layout.tensors.get(attention)
+        return stored is not None and stored[1].shape[1:] == (3 * stored[1].shape[0],)
+
+    def _add_links(self, component: str, paths: frozenset[str]) -> None:
+        links, original = _best_table(component, paths)
+        for places in self._places.values():
+            for link in links:
+                (self._alias_parts if original else self._alias_whole)(component, link, places)
+            for link in mixture(paths):
+                self._alias_parts(component, link, places)
+
+    def _alias_parts(self, component: str, link: Link, places: dict[Key, tuple[Place, ...]]) -> None:
+        """The base is spelled as the original: the parts' names are row ranges of the whole."""
+        stored = places.get((component, flat(link.whole)))
+        if stored is None:
+            return
+        whole = self._transposed(stored[0]) if link.transposed else stored[0]
+        for part, place in zip(link.parts, _cut(whole, link), strict=True):
+            places[component, flat(part)] = _halves_exchanged(place) if link.swapped else (place,)
+
+    def _alias_whole(self, component: str, link: Link, places: dict[Key, tuple[Place, ...]]) -> None:
+        """The base is spelled as diffusers: the whole's name is all the parts' weights, one after the other."""
+        parts = [places.get((component, flat(part))) for part in link.parts]
+        joined = tuple(place for part in parts if part for place in part)
+        if all(parts) and not link.transposed:
+            places.setdefault((component, flat(link.whole)), _halves_exchanged(joined[0]) if link.swapped else joined)
+
+    def _transposed(self, place: Place) -> Place:
+        return Place(place.tensor, 0, self._layout.info(place.tensor).shape[-1], transposed=True)
+
+    def _changes(self, component: str, module: Module) -> set[tuple[str, str]]:
+        """Prefixes (to take away, to put before) that would place `module`."""
+        path = flat(module.path)
+        changes = set()
+        for known in self._paths.get(component, self._paths.get(WHOLE, {})):
+            if known.endswith(f"_{path}"):
+                changes.add(("", known.removesuffix(path)))
+            elif path.endswith(f"_{known}"):
+                changes.add((path.removesuffix(known), ""))
+        return changes
+
+    def _all_placed(self, modules: list[Module], change: tuple[str, str]) -> dict[Module, Module]:
+        away, before = change
+        renamed = {
+            module: replace(module, path=before + flat(module.path).removeprefix(away))
+            for module in modules
+            if flat(module.path).startswith(away)
+        }
+        placed = all(self.find(new) or self.find(new, BIAS) for new in renamed.values())
+        return renamed if len(renamed) == len(modules) and placed else {}
+
+
+def _best_table(component: str, paths: frozenset[str]) -> tuple[tuple[Link, ...], bool]:
+    """The links of the architecture that explains the most of a component's module paths, and whether these are in the
+    original's naming; no links if no architecture explains any."""
+    best: tuple[int, tuple[Link, ...], bool] = (0, (), False)
+    for arch in ARCHS:
+        for candidate in arch.components:
+            if component not in (WHOLE, candidate.name):
+                continue
+            ours, theirs = (len(side & paths) for side in mentioned(candidate.links))
+            best = max(best, (max(ours, theirs), candidate.links, theirs > ours), key=lambda item: item[0])
+    return best[1:]
+
+
+def _cut(place: Place, link: Link) -> Iterator[Place]:
+    """The row ranges of a stacked weight that its parts take, in the ratio of the link's sizes."""
+    unit = place.rows // sum(link.sizes)
+    start = place.start
+    for size in link.sizes:
+        yield replace(place, start=start, stop=start + size * unit, transposed=place.transposed)
+        start += size * unit
+
+
+def _halves_exchanged(place: Place) -> tuple[Place, ...]:
+    middle = place.start + place.rows // 2
+    return replace(place, start=middle), replace(place, stop=middle)
