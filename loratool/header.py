@@ -41,7 +41,7 @@ MAX_ELEMENTS: Final = 2**63 - 1
 MAX_DIMENSIONS: Final = 32
 
 MAGICS: Final = (
-    (b"version https://git-lfs", "a git-lfs pointer, not the file itself: run `git lfs pull`, or download it again"),
+    (b"version https://git-lfs", "a git-lfs pointer: run `git lfs pull`, or download it again"),
     (b"GGUF", "a GGUF file, not safetensors"),
     (b"PK\x03\x04", "a zip archive, as torch.save writes: a pickle, not safetensors"),
     (b"\x1f\x8b", "a gzip archive: unpack it first"),

@@ -9,7 +9,7 @@ from functools import cached_property
 from loratool.names import Link, flat, mentioned
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Component:
     """One network of an architecture: its `links`, and facts that hold for it alone.
 
@@ -38,7 +38,7 @@ class Component:
         return any(dotted.endswith(ending) and width != expected for ending, expected in self.inputs.items())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Arch:
     """A base architecture: the name that `--arch` takes, what people call it, and its components."""
 

@@ -55,7 +55,7 @@ class PeftConfig:
         if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
             raise Unsupported(
                 f"{where}: init_lora_weights is {init!r}, which changed the base it was trained on; save it with PEFT's "
-                "path_initial_model_for_weight_conversion; or, if the base is that changed one, set init_lora_weights to true"
+                "path_initial_model_for_weight_conversion, or set init_lora_weights to true if the base is the changed one"
             )
         return cls(
             where,
