@@ -153,7 +153,7 @@ def _write(
 def _rewritten(plan: Plan) -> dict[str, list[TensorPlan]]:
     """The files with a tensor that changes, and what is to be in them; the rest are copied as they are."""
     by_file: dict[str, list[TensorPlan]] = {}
-    for tensor in sorted(plan.tensors.values(), key=lambda tensor: (tensor.source.start, tensor.name != tensor.source.name)):
+    for tensor in sorted(plan.tensors.values(), key=lambda tensor: (tensor.source.start, tensor.key != tensor.source.name)):
         by_file.setdefault(tensor.file, []).append(tensor)
     return {
         file: tensors
@@ -170,7 +170,8 @@ class _OutputFile:
         self.infos: dict[str, TensorInfo] = {}
         position = 0
         for tensor in tensors:
-            self.infos[tensor.name] = TensorInfo(tensor.name, tensor.dtype, tensor.shape, position, position + tensor.nbytes)
+            info = TensorInfo(tensor.key, tensor.dtype, tensor.shape, position, position + tensor.nbytes)
+            self.infos[tensor.key] = info
             position += tensor.nbytes
         self.metadata = header.metadata
         self.length = len(encode_header(self.infos, self.metadata)) + PROVENANCE_BYTES
@@ -179,7 +180,7 @@ class _OutputFile:
         self.writer = stack.enter_context(Writer(output.path(file), self.length + position))
 
     def offset(self, tensor: TensorPlan) -> int:
-        return self.length + self.infos[tensor.name].start
+        return self.length + self.infos[tensor.key].start
 
     def work(self) -> Iterator[Callable[[_Worker], tuple[int, Measure]]]:
         """Everything there is to do for this file, each piece returning the bytes it wrote."""

@@ -70,6 +70,12 @@ class TensorPlan:
     terms: tuple[Term, ...] = ()
 
     @property
+    def key(self) -> str:
+        """Its name inside its file, which in a diffusers folder lacks the component's folder."""
+        folder, slash, _ = self.file.rpartition("/")
+        return self.name.removeprefix(folder + slash)
+
+    @property
     def touched(self) -> bool:
         return bool(self.terms) or self.dtype != self.source.dtype
 

@@ -1,0 +1,167 @@
+"""PEFT as the oracle: what `merge_and_unload` saves, and what base and adapter compute together.
+
+Known to be wrong in PEFT 0.21, and therefore checked against base + adapter instead: merging a change of a tied
+embedding changes the head too, and `ensure_weight_tying` adds the change twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from loratool import Checkpoint, LoratoolError, Options, merge
+from tests.models import llm, peft_adapter
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama, all linear": ("llama", {}, {"target_modules": "all-linear"}),
+    "llama, rsLoRA and patterns": (
+        "llama",
+        {},
+        {
+            "target_modules": "all-linear",
+            "use_rslora": True,
+            "rank_pattern": {"down_proj": 2, "^model.layers.1.self_attn.q_proj": 6},
+            "alpha_pattern": {"model.layers.0..*": 3, "k_proj": 7},
+        },
+    ),
+    "llama, embedding and head": ("llama", {}, {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    "llama, modules_to_save": ("llama", {}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "qwen2, bias all": ("qwen2", {"tie_word_embeddings": False}, {"target_modules": ["q_proj"], "bias": "all"}),
+    "qwen2, bias lora_only": ("qwen2", {"tie_word_embeddings": False}, {"target_modules": ["q_proj", "k_proj"], "bias": "lora_only"}),
+    "qwen2, lora bias": ("qwen2", {"tie_word_embeddings": False}, {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
+    "gpt2, Conv1D": ("gpt2", {}, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "gpt2, Conv1D unsaid": ("gpt2", {}, {"target_modules": ["c_attn"]}),
+    "mixtral, attention and router": ("mixtral", {}, {"target_modules": ["q_proj", "o_proj", "gate"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_merging_equals_merge_and_unload(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
+    kind, changes, config = CASES[case]
+    model = llm(kind, **changes).to(dtype)
+    model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    peft_adapter(copy.deepcopy(model), tmp_path / "adapter", r=4, lora_alpha=16, **config)
+    # Loaded again, because PEFT sorts the patterns when it saves them, and the first that matches wins.
+    PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "oracle")
+
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+
+    ours, theirs = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "oracle")
+    assert set(ours) == set(theirs)
+    for name, expected in theirs.items():
+        # PEFT rounds ΔW and then the sum; we round once: one unit in the last place of bf16 apart at most, and of ΔW.
+        rtol, atol = (1e-6, 1e-6) if dtype == torch.float32 else (2**-7, 2**-7)
+        torch.testing.assert_close(ours[name], expected, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("case", ["llama, all linear", "qwen2, bias all", "gpt2, Conv1D", "mixtral, attention and router"])
+def test_the_merged_folder_computes_what_base_and_adapter_do(tmp_path: Path, case: str) -> None:
+    kind, changes, config = CASES[case]
+    assert _logits_differ(tmp_path, kind, changes, config) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_tied_embeddings_are_untied_where_only_one_of_them_changes(tmp_path: Path, config: dict[str, Any]) -> None:
+    assert _logits_differ(tmp_path, "qwen2", {"tie_word_embeddings": True}, config) < 1e-5
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_tied_adapter_leaves_the_embedding_tied(tmp_path: Path) -> None:
+    config = {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "ensure_weight_tying": True}
+
+    assert _logits_differ(tmp_path, "qwen2", {"tie_word_embeddings": True}, config) < 1e-5
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def _logits_differ(folder: Path, kind: str, changes: dict[str, Any], config: dict[str, Any]) -> float:
+    """The largest difference of logits between base + adapter in PEFT and the merged folder in transformers."""
+    from transformers import AutoModelForCausalLM
+
+    model = llm(kind, **changes)
+    model.save_pretrained(folder / "base", max_shard_size="40KB")
+    peft_adapter(copy.deepcopy(model), folder / "adapter", r=4, lora_alpha=16, **config)
+    tokens = torch.arange(12)[None]
+    with torch.no_grad(), warnings.catch_warnings():
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
+        expected = PeftModel.from_pretrained(base, folder / "adapter").eval()(tokens).logits
+
+        merge(folder / "base", [folder / "adapter"], folder / "out")
+
+        logits = AutoModelForCausalLM.from_pretrained(folder / "out").eval()(tokens).logits
+    return float((logits - expected).abs().max())
+
+
+def test_a_vocabulary_that_grew_is_replaced_and_the_config_says_so(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = llm("llama")
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(52, mean_resizing=False)
+    config = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    wrapped = peft_adapter(model, tmp_path / "adapter", r=4, lora_alpha=16, **config)
+
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+
+    tokens = torch.arange(40, 52)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(tokens).logits
+        torch.testing.assert_close(merged, wrapped.eval()(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pickled_adapter_is_read_only_when_allowed(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model = llm("llama")
+    model.save_pretrained(tmp_path / "base")
+    peft_adapter(model, tmp_path / "adapter", r=4, lora_alpha=16, target_modules=["q_proj"])
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "expected")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "adapter" / "adapter_model.bin")
+
+    with pytest.raises(LoratoolError, match="--allow-pickle"):
+        merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", Options(allow_pickle=True))
+
+    ours, expected = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "expected")
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_an_adapter_name_in_the_keys_changes_nothing(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = llm("llama")
+    model.save_pretrained(tmp_path / "base")
+    peft_adapter(model, tmp_path / "adapter", r=4, lora_alpha=16, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "expected")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    named = {
+        key.replace("lora_A.weight", "lora_A.style.weight")
+        .replace("lora_B.weight", "lora_B.style.weight")
+        .replace("lm_head.weight", "lm_head.modules_to_save.style.weight"): tensor
+        for key, tensor in load_file(weights).items()
+    }
+    save_file(named, weights)
+
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+
+    ours, expected = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "expected")
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
