@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -37,8 +38,7 @@ def warn(text: str) -> None:
 
 def print_json(report: Any) -> None:
     """A report as one JSON document on stdout, in ASCII."""
-    document = dataclasses.asdict(report)
-    click.echo(json.dumps(document, indent=2, default=str, allow_nan=False, ensure_ascii=True))
+    click.echo(json.dumps(_plain(report), indent=2, allow_nan=False, ensure_ascii=True))
 
 
 def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:
@@ -110,6 +110,17 @@ def histogram(counts: dict[Any, int], shown: int = 8) -> str:
     ordered = sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))
     more = f", {len(ordered) - shown} more" if len(ordered) > shown else ""
     return ", ".join(f"{safe(value)} ×{times:,}" for value, times in ordered[:shown]) + more
+
+
+def _plain(value: Any) -> Any:
+    """A report as JSON has it: fields and mappings as objects, what is no finite number as null."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _escaped(character: str) -> str:

@@ -1,0 +1,179 @@
+"""The command line: words to calls, reports to tables or JSON, errors to one line and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loratool.cli.options import adapter_and_strength, component_strengths
+from loratool.cli.render import histogram, safe, size
+from loratool.errors import LoratoolError
+from tests.conftest import FIXTURES
+from tests.models import kohya, save
+
+LLAMA, LORA = FIXTURES / "llama", FIXTURES / "llama-lora"
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "strength"),
+    [
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors:0.5", "a.safetensors", 0.5),
+        ("a.safetensors:-1", "a.safetensors", -1.0),
+        ("a.safetensors:1e-2", "a.safetensors", 0.01),
+        ("C:\\loras\\a.safetensors", "C:\\loras\\a.safetensors", 1.0),
+        ("C:\\loras\\a.safetensors:0.8", "C:\\loras\\a.safetensors", 0.8),
+        ("a:b.safetensors", "a:b.safetensors", 1.0),
+        ("a:b.safetensors:0", "a:b.safetensors", 0.0),
+    ],
+)
+def test_a_strength_is_what_follows_the_last_colon_if_it_is_a_number(text: str, path: str, strength: float) -> None:
+    assert adapter_and_strength(text) == (Path(path), strength)
+
+
+def test_an_existing_file_whose_name_ends_like_a_strength_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("take:2").touch()
+
+    assert adapter_and_strength("take:2") == (Path("take:2"), 1.0)
+
+
+def test_components_have_names_and_numbers() -> None:
+    assert component_strengths(("te1=0.5", "unet=0")) == {"te1": 0.5, "unet": 0.0}
+    for wrong in ("te9=1", "te1", "te1=x"):
+        with pytest.raises(LoratoolError, match="--component"):
+            component_strengths((wrong,))
+
+
+def test_merge_reports_what_it_did(tmp_path: Path, run) -> None:
+    done = run("merge", LLAMA, f"{LORA}:0.5", "-o", "out")
+
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "14 matched" in done.stdout
+    assert "14 changed, 7 copied" in done.stdout
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_json_is_one_document_with_everything(run) -> None:
+    report = json.loads(run("merge", "--json", LLAMA, LORA, "-o", "out").stdout)
+
+    assert report["matched"] == 14
+    assert report["adapters"] == [[str(LORA), 1.0]]
+    assert report["seconds"] > 0
+
+
+def test_quiet_prints_nothing(run) -> None:
+    done = run("merge", "-q", LLAMA, LORA, "-o", "out")
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["merge", LLAMA, "missing.safetensors", "-o", "out"], 1, "missing.safetensors: No such file"),
+        (["merge", "missing", LORA, "-o", "out"], 1, "missing: No such file"),
+        (["merge", LORA, LLAMA, "-o", "out"], 1, "adapter"),
+        (["merge", LLAMA, FIXTURES / "style.safetensors", "-o", "out"], 1, "722 of 722 modules have no target"),
+        (["merge", LLAMA, LORA, "-o", "no/where/out"], 1, "does not exist"),
+        (["merge", LLAMA, f"{LORA}:nan", "-o", "out"], 1, "not a finite number"),
+        (["merge", LLAMA, LORA], 2, "Missing option"),
+        (["merge", LLAMA, LORA, "-o", "out", "--dtype", "int8"], 2, "Invalid value"),
+        (["inspect", "missing.safetensors"], 1, "missing.safetensors"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(tmp_path: Path, run, words: list[str], code: int, said: str) -> None:
+    done = run(*words)
+
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert done.stderr.startswith("error: ")
+        assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [[], ["inspect"], ["merge"]])
+def test_every_help_page_has_words_and_commands_an_example(run, words: list[str]) -> None:
+    page = run(*words, "-h")
+
+    assert page.returncode == 0
+    assert "Usage:" in page.stdout
+    assert not words or "Example:" in page.stdout
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "-5", "abc", "40"])
+def test_any_width_will_do(run, columns: str) -> None:
+    assert run("inspect", "--modules", LORA, COLUMNS=columns).returncode == 0
+
+
+def test_ascii_terminals_get_escapes(run) -> None:
+    assert run("inspect", "--values", LORA, PYTHONIOENCODING="ascii", LC_ALL="C").returncode == 0
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = f"{sys.executable} -m loratool inspect --json {LORA} {LORA} {LORA} | head -0"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+
+    assert done.stderr == ""
+
+
+def test_names_from_files_cannot_control_the_terminal(tmp_path: Path, run) -> None:
+    save(tmp_path / "base.safetensors", {"fc.weight": torch.zeros(4, 4)})
+    save(tmp_path / "a.safetensors", kohya({"lora_unet_\x1b[31mred\u202e": (4, 4)}, 1, 1.0))
+
+    done = run("merge", "base.safetensors", "a.safetensors", "-o", "out.safetensors")
+
+    assert done.returncode == 1
+    assert "\x1b" not in done.stderr
+    assert "\u202e" not in done.stderr
+    assert "\\x1b[31mred" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_tidy_up(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    weights = {f"w{i}.weight": torch.zeros(1024, 2048) for i in range(60)}
+    save(tmp_path / "base.safetensors", weights)
+    save(tmp_path / "a.safetensors", kohya({f"lora_unet_w{i}": (1024, 2048) for i in range(60)}, 64, 1.0))
+    command = [sys.executable, "-m", "loratool", "merge", "base.safetensors", "a.safetensors", "-o", "out.safetensors"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob(".loratool-*")):
+        time.sleep(0.002)
+
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+
+    if process.returncode == 0:
+        pytest.skip("the merge was done before the signal came")
+    assert process.returncode == code
+    assert said == ""
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "base.safetensors"]
+
+
+def test_text_from_outside_is_made_safe_and_short() -> None:
+    assert safe("a\x1b[2J\n\u202eb\x9b") == "a\\x1b[2J\\n\\u202eb\\x9b"
+    assert safe("x" * 500) == "x" * 200 + "…"
+    assert safe("naïve ΔW [bold] :skull:") == "naïve ΔW [bold] :skull:"
+
+
+def test_sizes_and_histograms_are_short() -> None:
+    assert [size(n) for n in (0, 999, 85_300_000, 6_940_000_000)] == ["0 bytes", "999 bytes", "85.3 MB", "6.94 GB"]
+    assert histogram({16: 700, 8: 88}) == "16 ×700, 8 ×88"
+
+
+def test_the_module_runs_like_the_command(run, tmp_path: Path) -> None:
+    assert run("--version").stdout.startswith("loratool, version")
+    run("merge", "-q", FIXTURES / "sdxl.safetensors", FIXTURES / "style.safetensors", "-o", "one.safetensors", "--round", "stochastic")
+    assert load_file(tmp_path / "one.safetensors")
