@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Self, cast
 
 from loratool.errors import OutputError
 
 TEMPORARY: Final = re.compile(r"\.loratool-(\d+)-[0-9a-f]{8}\.tmp")
 COPY_BYTES: Final = 64 << 20
+SYNC_FILE_RANGE_WRITE: Final = 2
+
+
+def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """Linux's sync_file_range(2), which Python's os module lacks."""
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except (AttributeError, OSError, TypeError):
+        return None
+    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return cast("Callable[[int, int, int, int], int]", function)
+
+
+_sync_file_range: Final = _find_sync_file_range()
 
 
 class Output:
@@ -104,12 +119,18 @@ class Writer:
             count = os.pwrite(self.descriptor, view, offset)
             view, offset = view[count:], offset + count
 
+    def start_writeback(self, offset: int, count: int) -> None:
+        """Has the kernel begin to write this range to the disk, so that the sync at the end finds little left to do."""
+        if _sync_file_range is not None:
+            _sync_file_range(self.descriptor, offset, count, SYNC_FILE_RANGE_WRITE)
+
     def copy(self, source: int, start: int, count: int, offset: int) -> None:
         """Copies `count` bytes at `start` of the descriptor `source` to `offset`, in the kernel where it can."""
         while count:
             done = _copy_some(source, self.descriptor, min(count, COPY_BYTES), start, offset)
             if done == 0:
                 raise OutputError(f"{self.path}: an input was truncated while it was copied")
+            self.start_writeback(offset, done)
             start, offset, count = start + done, offset + done, count - done
 
 

@@ -349,5 +349,10 @@ def _warnings(plan: Plan, measure: Measure, strength: float | None) -> Iterator[
 
 def _peak_bytes() -> int:
     """The most memory this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:
+        # Linux's ru_maxrss may be the parent's, from before this process became its own program.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -24,8 +24,8 @@ from loratool.errors import NonFinite
 from loratool.ops.plan import TensorPlan, Term
 from loratool.output import Writer
 
-BLOCK_BYTES: Final = 512 << 10
-"""Stored bytes computed at a time: with its float32 copies it stays in a core's cache."""
+BLOCK_BYTES: Final = 1 << 20
+"""Stored bytes computed at a time: few enough to stay in cache, enough to make little of the cost of a call."""
 TASK_BYTES: Final = 32 << 20
 """Stored bytes one worker takes at a time."""
 SAMPLE_EVERY: Final = 8
@@ -117,8 +117,12 @@ class Job:
     stop: int
 
     @property
+    def row_bytes(self) -> int:
+        return self.tensor.nbytes // max(_matrix(self.tensor.shape)[0], 1)
+
+    @property
     def nbytes(self) -> int:
-        return (self.stop - self.start) * (self.tensor.nbytes // max(_matrix(self.tensor.shape)[0], 1))
+        return (self.stop - self.start) * self.row_bytes
 
 
 def jobs_of(tensor: TensorPlan, source: TensorFile, target: Writer, offset: int) -> Iterator[Job]:
@@ -149,6 +153,7 @@ def run_job(job: Job, rounded: Rounding, scratch: Scratch, stopped: Event) -> Me
             break
         measured = _run_block(job, slice(first, min(first + block, job.stop)), rounded, scratch)
         measure.add(measured)
+    job.target.start_writeback(job.offset + job.start * job.row_bytes, job.nbytes)
     return measure
 
 

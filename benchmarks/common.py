@@ -1,0 +1,153 @@
+"""What the benchmarks share: synthetic models of real shapes, timing in turns, and the peak memory of a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+Tensors = dict[str, torch.Tensor]
+
+
+def noise(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 0.02) -> torch.Tensor:
+    """Random weights, quickly: one small random tensor repeated, which no step of a merge can tell from noise."""
+    count = 1
+    for dimension in shape:
+        count *= dimension
+    tile = (scale * torch.randn(min(count, 1 << 20))).to(dtype)
+    return tile.repeat(-(-count // tile.numel()))[:count].reshape(shape)
+
+
+def llama(folder: Path, layers: int, hidden: int = 2048, inner: int = 5632, shards: int = 4) -> Path:
+    """A Llama-shaped folder in bf16 (TinyLlama-1.1B has 22 layers), sharded, with a config that transformers loads."""
+    folder.mkdir(parents=True)
+    key_value = hidden // 8
+    shapes = {"q_proj": (hidden, hidden), "k_proj": (key_value, hidden), "v_proj": (key_value, hidden), "o_proj": (hidden, hidden)}
+    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (32000, hidden), "lm_head.weight": (32000, hidden)}
+    names["model.norm.weight"] = (hidden,)
+    for i in range(layers):
+        block = f"model.layers.{i}"
+        names |= {f"{block}.self_attn.{name}.weight": shape for name, shape in shapes.items()}
+        names |= {f"{block}.mlp.{name}.weight": shape for name, shape in mlp.items()}
+        names |= {f"{block}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+    weight_map = {}
+    ordered = sorted(names)
+    for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = ordered[number * len(ordered) // shards : (number + 1) * len(ordered) // shards]
+        save_file({name: noise(names[name], torch.bfloat16) for name in part}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": key_value // 64,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def peft_adapter(folder: Path, base: Path, rank: int = 16) -> Path:
+    """A PEFT adapter in fp32 on all linear layers of `base`."""
+    from loratool.layout import open_layout
+
+    folder.mkdir(parents=True)
+    tensors: Tensors = {}
+    for name, (_, info) in open_layout(base).tensors.items():
+        if name.endswith("_proj.weight"):
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{stem}.lora_A.weight"] = 0.02 * torch.randn(rank, info.shape[1])
+            tensors[f"{stem}.lora_B.weight"] = 0.02 * torch.randn(info.shape[0], rank)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": targets}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def sdxl(path: Path, lora: Path, rank: int) -> tuple[Path, Path]:
+    """An SDXL-shaped fp16 U-Net in one file under diffusers' names, and a kohya adapter for it, convolutions included."""
+    from diffusers import UNet2DConditionModel
+
+    from fixtures.make import FULL_SIZE
+    from tests.models import linear_shapes
+
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in UNet2DConditionModel(**FULL_SIZE["sdxl"]).state_dict().items()}
+        wanted = linear_shapes({name: torch.empty(shape) for name, shape in shapes.items()}, "lora_unet_", conv=True)
+    save_file({name: noise(shape, torch.float16) for name, shape in shapes.items()}, path)
+    tensors: Tensors = {}
+    for stem, shape in wanted.items():
+        ones = (1,) * len(shape[2:])
+        tensors[f"{stem}.lora_down.weight"] = noise((rank, *shape[1:]), torch.float16)
+        tensors[f"{stem}.lora_up.weight"] = noise((shape[0], rank, *ones), torch.float16)
+    save_file(tensors, lora)
+    return path, lora
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def in_turns(works: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """The median of what each work returns, taken in turns so that a noisy minute hits all of them."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            os.sync()  # what an earlier turn left unwritten must not slow the next one down
+            taken[name].append(work())
+    return {name: statistics.median(figures) for name, figures in taken.items()}
+
+
+def copy(source: Path, target: Path, *, sync: bool) -> float:
+    """Seconds that `cp -r` takes, and with `sync` until the bytes are on the disk, as our outputs are when we return."""
+    clear(target)
+    seconds = timed(lambda: subprocess.run(["cp", "-r", source, target], check=True))
+    files = [path for path in (target, *target.rglob("*")) if path.is_file()]
+    return seconds + (timed(lambda: subprocess.run(["sync", *files], check=True)) if sync else 0)
+
+
+def loratool(*words: str | Path) -> dict[str, float]:
+    """Runs a command in a process of its own and returns its JSON report, with the `whole` seconds of the process."""
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "loratool", *map(str, words), "--json"], capture_output=True, check=True)
+    return {**json.loads(done.stdout), "whole": time.perf_counter() - started}
+
+
+def import_bytes(module: str) -> int:
+    """Peak memory of a process that imports `module` and does nothing else."""
+    code = f"import {module}; print(int(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0]) * 1024)"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def clear(path: Path) -> None:
+    """Removes a file or folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def machine() -> str:
+    """What the figures were taken on."""
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown")
+    return f"{len(os.sched_getaffinity(0))} × {cpu}, torch {torch.__version__}"
