@@ -31,7 +31,12 @@ def llama(folder: Path, layers: int, hidden: int = 2048, inner: int = 5632, shar
     """A Llama-shaped folder in bf16 (TinyLlama-1.1B has 22 layers), sharded, with a config that transformers loads."""
     folder.mkdir(parents=True)
     key_value = hidden // 8
-    shapes = {"q_proj": (hidden, hidden), "k_proj": (key_value, hidden), "v_proj": (key_value, hidden), "o_proj": (hidden, hidden)}
+    shapes = {
+        "q_proj": (hidden, hidden),
+        "k_proj": (key_value, hidden),
+        "v_proj": (key_value, hidden),
+        "o_proj": (hidden, hidden),
+    }
     mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
     names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (32000, hidden), "lm_head.weight": (32000, hidden)}
     names["model.norm.weight"] = (hidden,)
@@ -90,7 +95,9 @@ def sdxl(path: Path, lora: Path, rank: int) -> tuple[Path, Path]:
     from tests.models import linear_shapes
 
     with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in UNet2DConditionModel(**FULL_SIZE["sdxl"]).state_dict().items()}
+        shapes = {
+            name: tuple(tensor.shape) for name, tensor in UNet2DConditionModel(**FULL_SIZE["sdxl"]).state_dict().items()
+        }
         wanted = linear_shapes({name: torch.empty(shape) for name, shape in shapes.items()}, "lora_unet_", conv=True)
     save_file({name: noise(shape, torch.float16) for name, shape in shapes.items()}, path)
     tensors: Tensors = {}
@@ -149,5 +156,10 @@ def clear(path: Path) -> None:
 
 def machine() -> str:
     """What the figures were taken on."""
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown")
+    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "unknown")
     return f"{len(os.sched_getaffinity(0))} × {cpu}, torch {torch.__version__}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []

@@ -7,6 +7,7 @@ opening of the base to the synced output; starting Python and importing torch is
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -81,16 +82,20 @@ def compare_with_copy(title: str, base: Path, adapter: Path, out: Path, rounds: 
         rounds,
     )
     common.clear(out)
-    ratios = ", ".join(f"{taken['merge'] / taken[floor]:.2f} × {floor} ({taken[floor]:.2f} s)" for floor in ("cp", "cp + sync"))
+    ratios = ", ".join(
+        f"{taken['merge'] / taken[floor]:.2f} × {floor} ({taken[floor]:.2f} s)" for floor in ("cp", "cp + sync")
+    )
     print(f"{title}: merge {taken['merge']:.2f} s = {ratios}; start-up {statistics.median(starts):.2f} s")
 
 
 def compare_with_peft(base: Path, adapter: Path, out: Path) -> None:
     """Prints how much longer PEFT takes, both without imports."""
     common.clear(out)
+    os.sync()
     done = subprocess.run([sys.executable, "-c", PEFT, base, adapter, out], capture_output=True, text=True, check=True)
     peft = float(done.stdout.split()[-1])
     common.clear(out)
+    os.sync()
     ours = common.loratool("merge", base, adapter, "-o", out)["seconds"]
     print(f"PEFT load, merge_and_unload, save: {peft:.2f} s = {peft / ours:.1f} × ours ({ours:.2f} s)")
 

@@ -22,11 +22,6 @@ def largest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max
 
 
-def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values` rounded to the nearest even of `dtype`."""
-    return values.to(dtype)
-
-
 def stochastic(values: Tensor, dtype: torch.dtype, name: str, seed: int, index: int) -> Tensor:
     """float32 `values` rounded to one of the two neighbours in `dtype`, with a chance in proportion to nearness.
 

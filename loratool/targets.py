@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from loratool.archs import ARCHS
-from loratool.archs.llm import CONV1D, mixture
+from loratool.archs.llm import CONV1D, is_decoder, mixture
 from loratool.errors import LoratoolError
 from loratool.formats.prefixes import COMPONENTS, WHOLE, base_component
 from loratool.layout import Layout
@@ -176,6 +176,8 @@ def _best_table(component: str, paths: frozenset[str]) -> tuple[tuple[Link, ...]
     """The links of the architecture that explains the most of a component's module paths, and whether these are in the
     original's naming; no links if no architecture explains any."""
     best: tuple[int, tuple[Link, ...], bool] = (0, (), False)
+    if component == WHOLE and any(map(is_decoder, paths)):
+        return best[1:]
     for arch in ARCHS:
         for candidate in arch.components:
             if component not in (WHOLE, candidate.name):

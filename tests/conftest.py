@@ -22,7 +22,13 @@ def run(tmp_path: Path) -> Run:
     def loratool(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "loratool", *map(str, words)]
         return subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **environment}, timeout=120, check=False
+            command,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            timeout=120,
+            check=False,
         )
 
     return loratool

@@ -94,7 +94,18 @@ def llm(kind: str = "llama", **changes: Any) -> torch.nn.Module:
         "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**common | changes)),
         "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**common | {"num_local_experts": 4} | changes)),
         "gpt2": lambda: hf.GPT2LMHeadModel(
-            hf.GPT2Config(**{"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 48, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 1} | changes)
+            hf.GPT2Config(
+                **{
+                    "n_embd": 32,
+                    "n_layer": 2,
+                    "n_head": 4,
+                    "vocab_size": 48,
+                    "n_positions": 64,
+                    "bos_token_id": 0,
+                    "eos_token_id": 1,
+                }
+                | changes
+            )
         ),
     }
     return builders[kind]().eval()
@@ -137,7 +148,9 @@ def kohya(shapes: Mapping[str, tuple[int, ...]], rank: int, alpha: float | None,
 
 def linear_shapes(tensors: Mapping[str, Tensor], prefix: str, *, conv: bool = False) -> dict[str, tuple[int, ...]]:
     """The weights that kohya trains, in attention and feed-forward blocks (and with `conv` in the convolutions too)."""
-    wanted = ("attn", "ff.", "proj_in", "proj_out", "mlp") + (("conv", "op.", "in_layers.2", "out_layers.3", "skip") if conv else ())
+    wanted = ("attn", "ff.", "proj_in", "proj_out", "mlp") + (
+        ("conv", "op.", "in_layers.2", "out_layers.3", "skip") if conv else ()
+    )
     return {
         prefix + flat(name.removesuffix(".weight")): tuple(tensor.shape)
         for name, tensor in tensors.items()

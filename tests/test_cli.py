@@ -40,7 +40,9 @@ def test_a_strength_is_what_follows_the_last_colon_if_it_is_a_number(text: str, 
     assert adapter_and_strength(text) == (Path(path), strength)
 
 
-def test_an_existing_file_whose_name_ends_like_a_strength_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_file_whose_name_ends_like_a_strength_is_that_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("take:2").touch()
 
@@ -175,5 +177,14 @@ def test_sizes_and_histograms_are_short() -> None:
 
 def test_the_module_runs_like_the_command(run, tmp_path: Path) -> None:
     assert run("--version").stdout.startswith("loratool, version")
-    run("merge", "-q", FIXTURES / "sdxl.safetensors", FIXTURES / "style.safetensors", "-o", "one.safetensors", "--round", "stochastic")
+    run(
+        "merge",
+        "-q",
+        FIXTURES / "sdxl.safetensors",
+        FIXTURES / "style.safetensors",
+        "-o",
+        "one.safetensors",
+        "--round",
+        "stochastic",
+    )
     assert load_file(tmp_path / "one.safetensors")

@@ -117,7 +117,9 @@ def test_encode_is_the_inverse_of_parse() -> None:
     assert len(raw) % 8 == 0
 
 
-fragments = st.sampled_from(['"', "{", "}", "[", "]", ",", ":", "0", "8", "9" * 25, "-", ".", "e", "F16", "\\u0061", " ", "null", "\x00"])
+fragments = st.sampled_from(
+    ['"', "{", "}", "[", "]", ",", ":", "0", "8", "9" * 25, "-", ".", "e", "F16", "\\u0061", " ", "null", "\x00"]
+)
 
 
 @given(st.integers(0, len(ONE)), st.integers(0, 4), fragments, st.integers(0, 16))
@@ -156,7 +158,9 @@ def test_scalars_of_every_dtype_are_read_without_torch(tmp_path: Path, dtype: st
     assert dict(read_scalars(header, header.tensors.values())) == {"a": value}
 
 
-@pytest.mark.parametrize("shard", ["../x.safetensors", "/x.safetensors", "a\\b.safetensors", "", ".", "x.bin", "a/b.safetensors", 7])
+@pytest.mark.parametrize(
+    "shard", ["../x.safetensors", "/x.safetensors", "a\\b.safetensors", "", ".", "x.bin", "a/b.safetensors", 7]
+)
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path, shard: object) -> None:
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"w": shard}}))

@@ -37,7 +37,12 @@ def header_only(path: Path, source: Path) -> Path:
 
 def test_a_kohya_file_is_described_whole(tmp_path: Path) -> None:
     stems = {"lora_unet_a": (8, 6), "lora_te1_b": (4, 6)}
-    path = save(tmp_path / "x.safetensors", kohya(stems, 2, 1.0), ss_network_dim="2", ss_tag_frequency=json.dumps({"a": {"b" * 300: 1}}))
+    path = save(
+        tmp_path / "x.safetensors",
+        kohya(stems, 2, 1.0),
+        ss_network_dim="2",
+        ss_tag_frequency=json.dumps({"a": {"b" * 300: 1}}),
+    )
 
     report = inspect(path)
 
@@ -100,7 +105,10 @@ def test_values_come_from_the_factors(tmp_path: Path) -> None:
     factors = lora((40, 30), 3, generator)
     tensors = {f"lora_unet_a.{leaf}": tensor for leaf, tensor in factors.items()} | {"lora_unet_a.alpha": torch.tensor(6.0)}
     tensors |= {"lora_unet_z.lora_down.weight": torch.ones(1, 4), "lora_unet_z.lora_up.weight": torch.zeros(4, 1)}
-    tensors |= {"lora_unet_n.lora_down.weight": torch.full((1, 4), float("nan")), "lora_unet_n.lora_up.weight": torch.ones(4, 1)}
+    tensors |= {
+        "lora_unet_n.lora_down.weight": torch.full((1, 4), float("nan")),
+        "lora_unet_n.lora_up.weight": torch.ones(4, 1),
+    }
 
     report = inspect(save(tmp_path / "x.safetensors", tensors), values=True)
 
@@ -119,10 +127,18 @@ def test_values_come_from_the_factors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["[" * 60_000, "not JSON", json.dumps({"x": "y" * 3_000_000}), "\x1b]52;c;evil\x07", "[/] [link=http://x]y[/link] :skull: \u202egnp"],
+    [
+        "[" * 60_000,
+        "not JSON",
+        json.dumps({"x": "y" * 3_000_000}),
+        "\x1b]52;c;evil\x07",
+        "[/] [link=http://x]y[/link] :skull: \u202egnp",
+    ],
 )
 def test_metadata_of_any_make_is_shown_and_never_obeyed(tmp_path: Path, run, value: str) -> None:
-    save(tmp_path / "x.safetensors", kohya({"lora_unet_a": (4, 4)}, 1, 1.0), **{"ss_output_name": value, "ss_k\x1b[2J": value})
+    save(
+        tmp_path / "x.safetensors", kohya({"lora_unet_a": (4, 4)}, 1, 1.0), **{"ss_output_name": value, "ss_k\x1b[2J": value}
+    )
 
     shown = run("inspect", "x.safetensors")
     as_json = run("inspect", "--json", "x.safetensors")

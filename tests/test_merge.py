@@ -52,7 +52,11 @@ def test_adds_the_exact_sum_and_rounds_it_once(tmp_path: Path, dtype: torch.dtyp
     adapters = [kohya(STEMS, rank=i + 2, alpha=[1.0, None, -3.0][i], seed=i) for i in range(len(strengths))]
     paths = [save(tmp_path / f"{i}.safetensors", adapter) for i, adapter in enumerate(adapters)]
 
-    merge(tmp_path / "base.safetensors", [Source(p, w) for p, w in zip(paths, strengths, strict=True)], tmp_path / "out.safetensors")
+    merge(
+        tmp_path / "base.safetensors",
+        [Source(p, w) for p, w in zip(paths, strengths, strict=True)],
+        tmp_path / "out.safetensors",
+    )
 
     merged = load_file(tmp_path / "out.safetensors")
     for name in SHAPES:
@@ -174,7 +178,9 @@ def test_another_dtype_is_one_rounding_of_everything_floating(tmp_path: Path) ->
     save(tmp_path / "base.safetensors", base)
     save(tmp_path / "a.safetensors", adapter)
 
-    merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "out.safetensors", Options(dtype="bfloat16"))
+    merge(
+        tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "out.safetensors", Options(dtype="bfloat16")
+    )
 
     merged = load_file(tmp_path / "out.safetensors")
     assert torch.equal(merged["conv.weight"], base["conv.weight"].bfloat16())
@@ -253,7 +259,8 @@ BAD_ADAPTERS: dict[str, tuple[Tensors, type[LoratoolError], str]] = {
         "lora_unet_fc.alpha",
     ),
     "twice": (
-        kohya({"lora_unet_fc": (12, 8)}, 2, None) | {"unet.fc.lora_A.weight": torch.ones(2, 8), "unet.fc.lora_B.weight": torch.ones(12, 2)},
+        kohya({"lora_unet_fc": (12, 8)}, 2, None)
+        | {"unet.fc.lora_A.weight": torch.ones(2, 8), "unet.fc.lora_B.weight": torch.ones(12, 2)},
         LoratoolError,
         "both go to fc.weight",
     ),
@@ -360,7 +367,10 @@ def test_a_full_disk_leaves_the_old_output(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OutputError, match="No space left"):
         merge(
-            tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "out.safetensors", Options(overwrite=True)
+            tmp_path / "base.safetensors",
+            [tmp_path / "a.safetensors"],
+            tmp_path / "out.safetensors",
+            Options(overwrite=True),
         )
 
     assert (tmp_path / "out.safetensors").read_text() == "mine"
@@ -409,7 +419,12 @@ def test_a_sharded_folder_keeps_its_shards_index_and_other_files(tmp_path: Path)
 def test_progress_counts_up_to_the_whole(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
 
-    merge(FIXTURES / "llama", [FIXTURES / "llama-lora"], tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
+    merge(
+        FIXTURES / "llama",
+        [FIXTURES / "llama-lora"],
+        tmp_path / "out",
+        progress=lambda done, total: seen.append((done, total)),
+    )
 
     assert seen[-1][0] == seen[-1][1]
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)

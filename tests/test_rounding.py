@@ -1,4 +1,4 @@
-"""Rounding: nearest is torch's, stochastic is unbiased, repeatable, and independent of how a tensor is cut."""
+"""Stochastic rounding is unbiased, repeatable, and independent of how a tensor is cut."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratool.rounding import nearest, stochastic
+from loratool.rounding import stochastic
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -17,7 +17,6 @@ def test_exact_values_stay(dtype: torch.dtype) -> None:
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype).float()
 
     assert torch.equal(stochastic(values, dtype, "w", 0, 0).float(), values)
-    assert torch.equal(nearest(values, dtype).float(), values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -49,7 +48,10 @@ def test_the_mean_is_the_value(dtype: torch.dtype, value: float) -> None:
 def test_a_tensor_may_be_rounded_in_pieces(cut: int, seed: int) -> None:
     values = torch.randn(100, generator=torch.Generator().manual_seed(seed))
     whole = stochastic(values, torch.bfloat16, "w", seed, 5)
-    pieces = [stochastic(values[:cut], torch.bfloat16, "w", seed, 5), stochastic(values[cut:], torch.bfloat16, "w", seed, 5 + cut)]
+    pieces = [
+        stochastic(values[:cut], torch.bfloat16, "w", seed, 5),
+        stochastic(values[cut:], torch.bfloat16, "w", seed, 5 + cut),
+    ]
 
     assert torch.equal(torch.cat(pieces), whole)
 

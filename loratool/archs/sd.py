@@ -76,7 +76,10 @@ CLIP_L = Component(TE1, partial(clip, 12), {"layers.0.self_attn.q_proj": 768, "l
 SD1 = Arch(
     "sd1",
     "Stable Diffusion 1.x",
-    (Component(UNET, partial(unet, (1, 1, 1, 0), (1, 2, 4, 4)), {"attn2.to_k": 768, "attn2.to_v": 768}, 859_520_964), CLIP_L),
+    (
+        Component(UNET, partial(unet, (1, 1, 1, 0), (1, 2, 4, 4)), {"attn2.to_k": 768, "attn2.to_v": 768}, 859_520_964),
+        CLIP_L,
+    ),
 )
 SD2 = Arch(
     "sd2",
@@ -90,7 +93,9 @@ SDXL = Arch(
     "sdxl",
     "Stable Diffusion XL",
     (
-        Component(UNET, partial(unet, (0, 2, 10), (1, 2, 4), ADDED), {"attn2.to_k": 2048, "attn2.to_v": 2048}, 2_567_463_684),
+        Component(
+            UNET, partial(unet, (0, 2, 10), (1, 2, 4), ADDED), {"attn2.to_k": 2048, "attn2.to_v": 2048}, 2_567_463_684
+        ),
         CLIP_L,
         Component(TE2, partial(openclip, 32), {"self_attn.q_proj": 1280, "mlp.fc1": 1280}, 694_659_840),
     ),

@@ -51,9 +51,7 @@ def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:
     grid.add_column(overflow="fold")
     for name, what in facts:
         grid.add_row(Text(f"  {name}", style="dim"), Text(what))
-    console = _console()
-    console.print(Text(safe(title), style="bold"))
-    console.print(grid)
+    _show(Text(safe(title), style="bold"), grid)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()) -> None:
@@ -66,7 +64,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: 
         table.add_column(name, justify="right" if name in numbers else "left", no_wrap=name != columns[0], overflow="fold")
     for row in rows:
         table.add_row(*(Text(safe(cell)) for cell in row))
-    _console().print(table)
+    _show(table)
 
 
 @contextmanager
@@ -127,9 +125,15 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape", errors="backslashreplace").decode("ascii", errors="backslashreplace")
 
 
-def _console() -> Any:
-    """A console that never reads markup or emoji into what it prints, as wide as the terminal, or as the text in a pipe."""
+def _show(*parts: Any) -> None:
+    """Prints what rich renders without the blanks it fills lines with.
+
+    The console never reads markup or emoji into text. It is as wide as the terminal, or as the text where there is none.
+    """
     from rich.console import Console
 
     width = max(shutil.get_terminal_size().columns, NARROWEST) if sys.stdout.isatty() else 10_000
-    return Console(markup=False, emoji=False, highlight=False, width=width, soft_wrap=False)
+    console = Console(markup=False, emoji=False, highlight=False, width=width)
+    with console.capture() as capture:
+        console.print(*parts, sep="\n")
+    click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))

@@ -29,7 +29,9 @@ BLOCK_BYTES: Final = 1 << 20
 TASK_BYTES: Final = 32 << 20
 """Stored bytes one worker takes at a time."""
 SAMPLE_EVERY: Final = 8
-"""One block in so many is measured for the report; a tensor of one block always is."""
+"""One block in so many is measured for the report,"""
+ALWAYS_SAMPLED_BYTES: Final = 64 << 20
+"""and all that begins within so many bytes of a file, so that small models are measured whole."""
 
 
 @dataclass(slots=True)
@@ -55,10 +57,11 @@ class Rounding:
     stochastic: bool = False
     seed: int = 0
 
-    def __call__(self, values: Tensor, dtype: torch.dtype, name: str, index: int) -> Tensor:
+    def __call__(self, values: Tensor, out: Tensor, name: str, index: int) -> Tensor:
+        """Rounds `values`, elements `index` on of the tensor `name`, into `out`."""
         if self.stochastic:
-            return rounding.stochastic(values, dtype, name, self.seed, index)
-        return rounding.nearest(values, dtype)
+            return out.copy_(rounding.stochastic(values, out.dtype, name, self.seed, index))
+        return out.copy_(values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +168,7 @@ def change_whole(tensor: TensorPlan, source: TensorFile, target: Writer, offset:
     for position, term in enumerate(sorted(tensor.terms, key=lambda term: term.delta.additive)):
         changed = _apply(term, base)
         result = changed if position == 0 else result + (changed - base)
-    narrow = rounded(result, DTYPES[tensor.dtype], tensor.name, 0)
+    narrow = rounded(result, torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype]), tensor.name, 0)
     if not bool(narrow.float().isfinite().all()):
         raise NonFinite(_lost(tensor, result))
     target.write(tensor_bytes(narrow.contiguous()), offset)
@@ -180,9 +183,9 @@ def _run_block(job: Job, rows: slice, rounded: Rounding, scratch: Scratch) -> Me
     raw = scratch.take("raw", source_dtype, shape)
     job.source.read_into(tensor_bytes(raw), tensor.source.start + index * source_dtype.itemsize)
     wide = scratch.take("wide", torch.float32, shape).copy_(raw)
-    sampled = bool(tensor.terms) and (rows.start // _block_rows(tensor)) % SAMPLE_EVERY == 0
+    sampled = bool(tensor.terms) and _is_sampled(tensor, rows.start)
     change = _add_segments(job.segments, rows, wide, scratch, keep=sampled)
-    narrow = rounded(wide, dtype, tensor.name, index)
+    narrow = rounded(wide, scratch.take("narrow", dtype, shape), tensor.name, index)
     _check_range(tensor, wide, dtype)
     job.target.write(tensor_bytes(narrow), job.offset + index * dtype.itemsize)
     return _measured(raw, change, narrow, scratch) if sampled else Measure()
@@ -285,6 +288,14 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 def _block_rows(tensor: TensorPlan) -> int:
     columns = _matrix(tensor.shape)[1]
     return max(1, BLOCK_BYTES // max(columns * DTYPES[tensor.source.dtype].itemsize, 1))
+
+
+def _is_sampled(tensor: TensorPlan, row: int) -> bool:
+    """Chosen by where the block lies in its file: the same in every run, and spread over large and small tensors alike."""
+    return (
+        tensor.source.start < ALWAYS_SAMPLED_BYTES
+        or (tensor.source.start // BLOCK_BYTES + row // _block_rows(tensor)) % SAMPLE_EVERY == 0
+    )
 
 
 def _spans(term: Term, tensor: TensorPlan) -> bool:

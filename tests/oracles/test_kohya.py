@@ -50,7 +50,9 @@ def adapters(single: Tensors, components: dict[str, Tensors], te1: str) -> dict[
         encoders |= linear_shapes(components["te2"], "lora_te2_")
     return {
         "original": kohya(linear_shapes(original, "lora_unet_", conv=True) | encoders, rank=3, alpha=2.0),
-        "diffusers": kohya(linear_shapes(components["unet"], "lora_unet_", conv=True) | encoders, rank=2, alpha=None, seed=9),
+        "diffusers": kohya(
+            linear_shapes(components["unet"], "lora_unet_", conv=True) | encoders, rank=2, alpha=None, seed=9
+        ),
     }
 
 
@@ -60,7 +62,9 @@ def test_both_namings_of_base_and_adapter_give_the_same_weights(tmp_path: Path, 
     save(tmp_path / "base.safetensors", single)
     pipeline_folder(tmp_path / "base", components)
     made = adapters(single, components, te1)
-    sources = [Source(save(tmp_path / f"{name}.safetensors", made[name]), w) for name, w in (("original", 0.8), ("diffusers", -0.3))]
+    sources = [
+        Source(save(tmp_path / f"{name}.safetensors", made[name]), w) for name, w in (("original", 0.8), ("diffusers", -0.3))
+    ]
 
     one = merge(tmp_path / "base.safetensors", sources, tmp_path / "single.safetensors")
     other = merge(tmp_path / "base", sources, tmp_path / "folder")

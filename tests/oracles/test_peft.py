@@ -21,6 +21,8 @@ from tests.models import llm, peft_adapter
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
+UNTIED = {"tie_word_embeddings": False}
+
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama, all linear": ("llama", {}, {"target_modules": "all-linear"}),
     "llama, rsLoRA and patterns": (
@@ -35,9 +37,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "llama, embedding and head": ("llama", {}, {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
     "llama, modules_to_save": ("llama", {}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
-    "qwen2, bias all": ("qwen2", {"tie_word_embeddings": False}, {"target_modules": ["q_proj"], "bias": "all"}),
-    "qwen2, bias lora_only": ("qwen2", {"tie_word_embeddings": False}, {"target_modules": ["q_proj", "k_proj"], "bias": "lora_only"}),
-    "qwen2, lora bias": ("qwen2", {"tie_word_embeddings": False}, {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
+    "qwen2, bias all": ("qwen2", UNTIED, {"target_modules": ["q_proj"], "bias": "all"}),
+    "qwen2, bias lora_only": ("qwen2", UNTIED, {"target_modules": ["q_proj", "k_proj"], "bias": "lora_only"}),
+    "qwen2, lora bias": ("qwen2", UNTIED, {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
     "gpt2, Conv1D": ("gpt2", {}, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "gpt2, Conv1D unsaid": ("gpt2", {}, {"target_modules": ["c_attn"]}),
     "mixtral, attention and router": ("mixtral", {}, {"target_modules": ["q_proj", "o_proj", "gate"]}),
