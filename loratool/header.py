@@ -30,7 +30,7 @@ BITS: Final[Mapping[str, int]] = {
 """Bits in one element of each dtype that the format names."""
 
 STRUCTS: Final[Mapping[str, str]] = {
-    "F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b", 
+    "F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b",
     "U64": "Q", "U32": "I", "U16": "H", "U8": "B",
 }  # fmt: skip
 """The struct module's letters for one element."""
