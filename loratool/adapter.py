@@ -10,8 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 from loratool.checkpoint import FLOATS, TensorFile
-from loratool.deltas import KINDS, Delta
+from loratool.deltas import KINDS, Delta, DoRA, InputOFT, TokenRows
 from loratool.errors import InvalidAdapter, LoratoolError, NonFinite, Unsupported
+from loratool.formats.peft import PeftConfig
 from loratool.formats.reading import Group, Listing, listing, locate, read_listing, require_adapter
 from loratool.header import TensorInfo, read_scalars
 from loratool.names import Module
@@ -21,11 +22,12 @@ from loratool.schema import Part
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One delta and what it acts on: `parameter` is "weight" or "bias"."""
+    """One delta and what it acts on: `parameter` is "weight" or "bias"; an `optional` one may lack its target."""
 
     module: Module
     parameter: str
     delta: Delta
+    optional: bool = False
 
     def __str__(self) -> str:
         return str(self.module) if self.parameter == "weight" else f"{self.module} (bias)"
@@ -75,29 +77,45 @@ def _load(found: Listing) -> Adapter:
 def _changes(found: Listing, group: Group, file: TensorFile, alphas: Mapping[str, float | None]) -> list[Change]:
     parts = group.parts()
     rank = next((part.rank for part in parts if part.rank is not None), None)
-    alpha = effective_alpha(found, group, rank, alphas)
     # What replaces a weight comes before what is added to it.
     ordered = sorted(parts, key=lambda part: part.kind.name != "replace")
     changes = []
     for part in ordered:
         tensors = {leaf: _read(file, group.leaves[leaf]) for leaf in part.leaves if leaf != "alpha"}
-        changes.append(Change(group.module, part.kind.parameter, delta_of(part, tensors, alpha, rank)))
+        scale = scale_of(found, group, part, rank, alphas)
+        changes.append(Change(group.module, part.kind.parameter, delta_of(found, group.module, part, tensors, scale)))
+    if any("ia3_l" in part.leaves and not _on_input(group) for part in parts):
+        # PEFT multiplies the outputs, and so the bias, where there is one.
+        changes.append(Change(group.module, "bias", changes[0].delta, optional=True))
     return changes
 
 
-def delta_of(part: Part, tensors: Mapping[str, Tensor], alpha: float | None, rank: int | None) -> Delta:
-    """The delta of one part; `alpha` and `rank` are those of its module's factors, whose scale a bias shares."""
-    if part.kind.name not in KINDS:
-        raise Unsupported(f"is of kind {part.kind.name}, which this version reads but cannot compute")
-    if part.kind.name == "lora bias":
-        alpha = None if alpha is None or rank is None else alpha / rank
-    elif part.kind.name == "full":
-        alpha = None
-    return KINDS[part.kind.name].from_leaves(tensors, alpha)
+def _on_input(group: Group) -> bool:
+    return group.leaves["ia3_l"].shape[0] == 1
+
+
+def delta_of(found: Listing, module: Module, part: Part, tensors: Mapping[str, Tensor], scale: float | None) -> Delta:
+    """The delta of one part; raises `Unsupported` for a kind that is known by name alone."""
+    name, config = part.kind.name, found.config(module)
+    if name == "tokens":
+        return TokenRows.of(tensors["token_rows"], config.tokens_of(module.path) if config else ())
+    if name == "input oft":
+        return _input_oft(tensors, config)
+    if name not in KINDS:
+        raise Unsupported(f"is of kind {name}, which this version reads but cannot compute")
+    inner = {leaf: tensor for leaf, tensor in tensors.items() if leaf != part.magnitude}
+    delta = KINDS[name].from_leaves(inner, scale)
+    return DoRA.around(delta, part.magnitude, tensors[part.magnitude]) if part.magnitude else delta
+
+
+def _input_oft(tensors: Mapping[str, Tensor], config: PeftConfig | None) -> Delta:
+    if config is None or "scaled_oft" in tensors:
+        raise Unsupported("is an OFT whose trainer is unknown: it needs PEFT's adapter_config.json")
+    return InputOFT(tensors["oft_r"], config.neumann_terms)
 
 
 def _read(file: TensorFile, info: TensorInfo) -> Tensor:
-    if info.dtype not in FLOATS:
+    if info.dtype not in FLOATS and not info.name.endswith(".on_input"):
         raise Unsupported(f"{info.name} has dtype {info.dtype}, expected floating-point numbers")
     tensor = file.read(info)
     if not isfinite(float(tensor.float().sum())) and not bool(tensor.float().isfinite().all()):
@@ -105,21 +123,28 @@ def _read(file: TensorFile, info: TensorInfo) -> Tensor:
     return tensor
 
 
-def effective_alpha(found: Listing, group: Group, rank: int | None, alphas: Mapping[str, float | None]) -> float | None:
-    """The alpha that makes alpha / rank the scale: the file's own, else the config's; None for scale 1."""
+def scale_of(found: Listing, group: Group, part: Part, rank: int | None, alphas: Mapping[str, float | None]) -> float | None:
+    """What the part's product is multiplied by: alpha / rank of the file, else of the config; None where neither says.
+
+    `rank` is that of the module's factors, whose scale a LoRA's bias shares. An orthogonal delta's alpha is its constraint.
+    """
+    if part.kind.name in ("full", "replace"):
+        return None
     info = group.leaves.get("alpha")
     if info is not None:
         alpha = alphas[info.name]
         if alpha is None or not isfinite(alpha):
             what = f"of shape {list(info.shape)}" if alpha is None else str(alpha)
             raise InvalidAdapter(f"{info.name}: alpha is {what}, expected one finite number")
-        return alpha
+        if part.kind.name == "oft":
+            return alpha
+        return alpha / rank if rank else None
     config = found.config(group.module)
-    if config is None or rank is None:
+    if config is None:
         return None
     expected = config.rank_of(group.module.path)
-    if expected and expected != rank:
+    if rank and expected and expected != rank and config.kind == "LORA":
         raise InvalidAdapter(
             f"its tensors have rank {rank}, {config.where} says {expected}; correct r or rank_pattern there"
         )
-    return config.scale(group.module.path, rank) * rank
+    return config.scale(group.module.path, rank or expected)

@@ -47,6 +47,17 @@ class Part:
     shape: Shape | None
     rank: int | None
 
+    @property
+    def magnitude(self) -> str | None:
+        """The leaf that makes a DoRA of it, if any."""
+        return next((leaf for leaf in self.leaves if leaf in DORA.split()), None)
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        dora = self.magnitude is not None
+        return "dora" if dora and self.kind.name == "lora" else f"{self.kind.name} + dora" if dora else self.kind.name
+
 
 def _kind(
     name: str,
@@ -109,34 +120,82 @@ def _embedding_shape(shapes: Shapes) -> Shape:
     return shapes["embedding_down"][1], shapes["embedding_up"][0]
 
 
+def _lokr_rank(shapes: Shapes) -> int | None:
+    """LyCORIS scales by the rank of w1, else of w2; a file with both sides whole has none, and there alpha is ignored."""
+    for leaf in ("lokr_w1_b", "lokr_w2_b"):
+        if leaf in shapes:
+            return shapes[leaf][0]
+    return None
+
+
+def _lokr_shape(shapes: Shapes) -> Shape | None:
+    for side in ("lokr_w1", "lokr_w2"):
+        pair = {f"{side}_a", f"{side}_b"} & shapes.keys()
+        if (side in shapes) == (len(pair) == 2) or len(pair) == 1:
+            raise InvalidAdapter(f"needs {side}, or {side}_a and {side}_b")
+    return None
+
+
+def _loha_shape(shapes: Shapes) -> Shape | None:
+    if ("hada_t1" in shapes) != ("hada_t2" in shapes):
+        raise InvalidAdapter("has one of hada_t1 and hada_t2 without the other")
+    ranks = {shapes["hada_w1_b"][0], shapes["hada_w2_b"][0]}
+    if "hada_t1" in shapes:
+        return (shapes["hada_w1_a"][1], shapes["hada_w1_b"][1], *shapes["hada_t1"][2:])
+    sides = [(shapes[f"hada_w{side}_a"], shapes[f"hada_w{side}_b"]) for side in (1, 2)]
+    if any(len(a) != 2 or len(b) != 2 or a[1] != b[0] for a, b in sides) or 0 in ranks:
+        raise InvalidAdapter(f"ranks are unlike or zero: {', '.join(f'{list(a)} times {list(b)}' for a, b in sides)}")
+    if (sides[0][0][0], sides[0][1][1]) != (sides[1][0][0], sides[1][1][1]):
+        raise InvalidAdapter("the two products have unlike shapes")
+    return (sides[0][0][0], sides[0][1][1])
+
+
+def _glora_shape(shapes: Shapes) -> Shape:
+    """Old releases of LyCORIS stored a and b transposed; those would be misread, and are refused."""
+    rank, b1, b2 = shapes["a2"][0], shapes["b1"], shapes["b2"]
+    if shapes["a1"][1] != rank or b1[1] != b2[0]:
+        raise InvalidAdapter(
+            f"its factors do not fit: a1 {list(shapes['a1'])}, a2 {list(shapes['a2'])}, b1 {list(b1)}, b2 {list(b2)}"
+        )
+    return (b1[0], *b2[1:])
+
+
+def _oft_shape(shapes: Shapes) -> Shape | None:
+    blocks = shapes["oft_blocks"]
+    if len(blocks) not in (3, 4) or blocks[-1] != blocks[-2]:
+        raise InvalidAdapter(f"oft_blocks {list(blocks)} are not square blocks")
+    return None
+
+
 DORA: Final = "magnitude dora_scale"
 
 KINDS: Final[Sequence[Kind]] = (
-    _kind("lora", "down up", "mid alpha", shape=_lora_shape, rank=_lora_rank),
-    _kind("dora", "down up magnitude", "alpha", shape=_lora_shape, rank=_lora_rank),
-    _kind("dora", "down up dora_scale", "mid alpha", shape=_lora_shape, rank=_lora_rank),
-    _kind("embedding", "embedding_down embedding_up", "alpha", shape=_embedding_shape, rank=_embedding_rank),
+    _kind("lora", "down up", f"mid alpha {DORA}", shape=_lora_shape, rank=_lora_rank),
+    _kind("adalora", "down up lora_e", shape=_lora_shape, rank=_lora_rank),
+    _kind("embedding", "embedding_down embedding_up", "alpha magnitude", shape=_embedding_shape, rank=_embedding_rank),
     _kind(
         "loha",
         "hada_w1_a hada_w1_b hada_w2_a hada_w2_b",
         f"hada_t1 hada_t2 alpha {DORA}",
-        shape=_unknown,
+        shape=_loha_shape,
         rank=_rows("hada_w1_b"),
     ),
-    _kind("lokr", "lokr_w1", f"lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 alpha {DORA}", shape=_unknown),
-    _kind("lokr", "lokr_w1_a lokr_w1_b", f"lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 alpha {DORA}", shape=_unknown),
-    _kind("glora", "a1 a2 b1 b2", "bm alpha", shape=_unknown, rank=_rows("b2")),
-    _kind("oft", "oft_blocks", "rescale alpha", shape=_unknown),
-    _kind("oft", "oft_r", "scaled_oft", shape=_unknown),
-    _kind("boft", "boft_r", "boft_s", shape=_unknown),
+    *(
+        _kind("lokr", side, f"lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 alpha {DORA}", shape=_lokr_shape, rank=_lokr_rank)
+        for side in ("lokr_w1", "lokr_w1_a lokr_w1_b")
+    ),
+    _kind("glora", "a1 a2 b1 b2", "bm alpha", shape=_glora_shape, rank=_rows("b2")),
+    _kind("oft", "oft_blocks", "rescale alpha", shape=_oft_shape),
+    _kind("input oft", "oft_r", "scaled_oft", shape=_unknown),
+    _kind("input boft", "boft_r boft_s", shape=_unknown),
     _kind("ia3", "ia3_l", shape=_unknown),
-    _kind("ia3", "weight on_input", shape=_unknown),
-    _kind("adalora", "down up lora_e", "alpha", shape=_lora_shape, rank=_lora_rank),
-    _kind("vera", "vera_lambda_b vera_lambda_d", shape=_unknown, rank=_rows("vera_lambda_d")),
+    _kind("ia3", "ia3_weight on_input", shape=_unknown),
+    _kind("vera", "vera_lambda_b vera_lambda_d vera_a vera_b", shape=_unknown, rank=_rows("vera_lambda_d")),
     _kind("tokens", "token_rows", shape=_unknown),
     _kind("full", "diff", shape=_of("diff")),
     _kind("full", "w_norm", shape=_of("w_norm")),
     _kind("replace", "weight", shape=_of("weight")),
+    _kind("replace", "set_weight", shape=_of("set_weight")),
     _kind("full", "diff_b", shape=_of("diff_b"), parameter=BIAS),
     _kind("full", "b_norm", shape=_of("b_norm"), parameter=BIAS),
     _kind("lora bias", "bias_up", shape=_of("bias_up"), parameter=BIAS),

@@ -111,11 +111,13 @@ def llm(kind: str = "llama", **changes: Any) -> torch.nn.Module:
     return builders[kind]().eval()
 
 
-def peft_adapter(model: torch.nn.Module, folder: Path, seed: int = 3, **config: Any) -> torch.nn.Module:
-    """Wraps `model` in PEFT's LoRA, gives the factors random values, saves the adapter, and returns the wrapped model."""
+def peft_adapter(
+    model: torch.nn.Module, folder: Path, seed: int = 3, kind: type | None = None, **config: Any
+) -> torch.nn.Module:
+    """Wraps `model` in PEFT's LoRA or another `kind` of tuner, gives its tensors random values, saves and returns it."""
     from peft import LoraConfig, get_peft_model
 
-    wrapped = get_peft_model(model, LoraConfig(**config))
+    wrapped = get_peft_model(model, (kind or LoraConfig)(**config))
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():

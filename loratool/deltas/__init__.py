@@ -5,17 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from loratool.deltas.base import Delta
-from loratool.deltas.full import Full, Replace
-from loratool.deltas.lora import Embedding, LoRA
+from loratool.deltas.base import ANY, Delta
+from loratool.deltas.dora import DoRA
+from loratool.deltas.full import Full, Replace, TokenRows
+from loratool.deltas.loha import LoHa
+from loratool.deltas.lokr import LoKr
+from loratool.deltas.lora import AdaLoRA, Embedding, LoRA, VeRA
+from loratool.deltas.multiply import IA3, GLoRA
+from loratool.deltas.orthogonal import OFT, InputBOFT, InputOFT
 
 KINDS: Final[Mapping[str, type[Delta]]] = {
     "lora": LoRA,
     "embedding": Embedding,
+    "adalora": AdaLoRA,
+    "vera": VeRA,
+    "loha": LoHa,
+    "lokr": LoKr,
+    "glora": GLoRA,
+    "ia3": IA3,
+    "oft": OFT,
+    "input oft": InputOFT,
+    "input boft": InputBOFT,
+    "tokens": TokenRows,
     "full": Full,
     "lora bias": Full,
     "replace": Replace,
 }
-"""Name of the schema's row: the class that computes it."""
+"""Name of the schema's row: the class that computes it. A magnitude makes a DoRA of whichever it stands beside."""
 
-__all__ = ["KINDS", "Delta", "Embedding", "Full", "LoRA", "Replace"]
+__all__ = ["ANY", "KINDS", "Delta", "DoRA", "Full", "InputOFT", "LoRA", "Replace", "TokenRows"]

@@ -1,15 +1,15 @@
-"""Changes that are stored whole: a difference to add, and a value to put in the weight's place."""
+"""Changes that are stored whole: a difference to add, a value to put in the weight's place, and single rows of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, cut, widened
-from loratool.errors import NeedsBase
+from loratool.deltas.base import ANY, Delta, Leaves, cut, widened
+from loratool.errors import InvalidAdapter, NeedsBase, Unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +23,12 @@ class Full(Delta):
 
     difference: Tensor
     leaf: str = "diff"
-    scale: float = 1.0
+    scale: float | None = None
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, alpha: float | None) -> Self:
+    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
         ((leaf, difference),) = leaves.items()
-        return cls(difference, leaf, 1.0 if alpha is None else alpha)
+        return cls(difference, leaf, scale)
 
     def leaves(self) -> dict[str, Tensor]:
         return {self.leaf: self.difference}
@@ -38,10 +38,13 @@ class Full(Delta):
         return tuple(self.difference.shape)
 
     def dense(self) -> Tensor:
-        return self.scale * self.difference.float()
+        return self.difference.float() * (1.0 if self.scale is None else self.scale)
 
-    def split(self, sizes: Sequence[int]) -> list[Self]:
-        return [type(self)(rows, self.leaf, self.scale) for rows in cut(self.difference, sizes)]
+    def scaled(self, by: float) -> Self:
+        return replace(self, scale=by * (1.0 if self.scale is None else self.scale))
+
+    def split(self, sizes: Sequence[int]) -> list[Delta]:
+        return [replace(self, difference=rows) for rows in cut(self.difference, sizes)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class Replace(Delta):
     leaf: str = "weight"
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, alpha: float | None) -> Self:
+    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
         ((leaf, value),) = leaves.items()
         return cls(value, leaf)
 
@@ -75,5 +78,57 @@ class Replace(Delta):
         base = widened(weight)
         return base.lerp(self.value.to(base.dtype).reshape(weight.shape), strength)
 
-    def split(self, sizes: Sequence[int]) -> list[Self]:
-        return [type(self)(rows, self.leaf) for rows in cut(self.value, sizes)]
+    def scaled(self, by: float) -> Self:
+        raise NeedsBase("a replaced weight cannot be scaled without its base; give a strength to merge instead")
+
+    def split(self, sizes: Sequence[int]) -> list[Delta]:
+        return [replace(self, value=rows) for rows in cut(self.value, sizes)]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows(Delta):
+    """`rows` (n, width) in the place of the rows `tokens` of an embedding: PEFT's trainable_token_indices.
+
+    PEFT calls them a delta, and stores the new values themselves (tuners/trainable_tokens/layer.py).
+    """
+
+    kind: ClassVar[str] = "tokens"
+    additive: ClassVar[bool] = False
+
+    rows: Tensor
+    tokens: tuple[int, ...]
+
+    @classmethod
+    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
+        raise NotImplementedError("which tokens these rows are of is in the config: TokenRows.of")
+
+    @classmethod
+    def of(cls, rows: Tensor, tokens: Sequence[int]) -> Self:
+        """The rows of `tokens`; raises `InvalidAdapter` where there is not one for each."""
+        if rows.ndim != 2 or len(tokens) != len(rows):
+            raise InvalidAdapter(f"holds rows of shape {list(rows.shape)} for {len(tokens)} trainable_token_indices")
+        return cls(rows, tuple(tokens))
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {"token_rows": self.rows}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ANY, self.rows.shape[1]
+
+    def dense(self) -> Tensor:
+        raise NeedsBase("rows that are replaced are no difference until the base is known")
+
+    def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        changed = widened(weight).clone()
+        if max(self.tokens, default=0) >= len(changed):
+            raise InvalidAdapter(f"trains token {max(self.tokens)}, the embedding has {len(changed)}")
+        indices = list(self.tokens)
+        changed[indices] = changed[indices].lerp(self.rows.to(changed.dtype), strength)
+        return changed
+
+    def scaled(self, by: float) -> Self:
+        raise NeedsBase("replaced rows cannot be scaled without their base; give a strength to merge instead")
+
+    def split(self, sizes: Sequence[int]) -> list[Delta]:
+        raise Unsupported("rows of single tokens cannot be cut")

@@ -1,4 +1,4 @@
-"""LoRA: ΔW = (alpha / rank) · up · down, on linear, embedding and convolution weights (Hu et al. 2021, arXiv:2106.09685).
+"""LoRA: ΔW = scale · up · down, on linear, embedding and convolution weights (Hu et al. 2021, arXiv:2106.09685).
 
 Convolutions hold the kernel in `down` (kohya's LoCon), or in `mid`, between two 1×1 factors (LyCORIS's Tucker form).
 """
@@ -12,23 +12,23 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, cut
+from loratool.deltas.base import ANY, Delta, Leaves, cut, widened
 
 
 @dataclass(frozen=True, slots=True)
 class LoRA(Delta):
-    """`down` (rank, in, *kernel), `up` (out, rank, *ones), `mid` (rank, rank, *kernel) or None; alpha None is scale 1."""
+    """`down` (rank, in, *kernel), `up` (out, rank, *ones), `mid` (rank, rank, *kernel) or None."""
 
     kind: ClassVar[str] = "lora"
 
     down: Tensor
     up: Tensor
     mid: Tensor | None = None
-    alpha: float | None = None
+    scale: float | None = None
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, alpha: float | None) -> Self:
-        return cls(leaves["down"], leaves["up"], leaves.get("mid"), alpha)
+    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
+        return cls(leaves["down"], leaves["up"], leaves.get("mid"), scale)
 
     def leaves(self) -> dict[str, Tensor]:
         mid = {} if self.mid is None else {"mid": self.mid}
@@ -39,16 +39,12 @@ class LoRA(Delta):
         return self.down.shape[0]
 
     @property
-    def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    @property
     def shape(self) -> tuple[int, ...]:
         kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
         return (self.up.shape[0], self.down.shape[1], *kernel)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        up = self.up.flatten(1).float() * self.scale
+        up = self.up.flatten(1).float() * (1.0 if self.scale is None else self.scale)
         if self.mid is None:
             return up, self.down.flatten(1).float()
         # mid[m, n]: m pairs with up, n with down (LyCORIS functional/locon.py).
@@ -59,8 +55,36 @@ class LoRA(Delta):
         up, down = self.factors()
         return (up @ down).reshape(self.shape)
 
-    def split(self, sizes: Sequence[int]) -> list[Self]:
+    def scaled(self, by: float) -> Self:
+        return replace(self, scale=by * (1.0 if self.scale is None else self.scale))
+
+    def split(self, sizes: Sequence[int]) -> list[Delta]:
         return [replace(self, up=rows) for rows in cut(self.up, sizes)]
+
+    @classmethod
+    def stack(cls, parts: Sequence[LoRA]) -> LoRA:
+        """The delta whose rows are those of `parts`, one after the other: the inverse of `split`.
+
+        Parts that share `down` and the scale keep their rank. Others become block-diagonal: ranks add, and the scales of
+        parts that differ in it go into `up`, in float32.
+        """
+        first = parts[0]
+        if any(part.mid is not None for part in parts):
+            raise ValueError("Tucker factors have no common form; stack their dense deltas")
+        alike = all(part.scale == first.scale for part in parts)
+        if alike and all(part.down.shape == first.down.shape and torch.equal(part.down, first.down) for part in parts):
+            return replace(first, up=torch.cat([part.up for part in parts]))
+        ups = [part.up.flatten(1) if alike else part.factors()[0] for part in parts]
+        ones = (1,) * (first.up.ndim - 2)
+        up = torch.zeros(sum(len(rows) for rows in ups), sum(part.rank for part in parts), dtype=ups[0].dtype)
+        row = column = 0
+        for rows in ups:
+            up[row : row + len(rows), column : column + rows.shape[1]] = rows
+            row, column = row + len(rows), column + rows.shape[1]
+        # Scales are kept apart from ranks, so that a rank that grows leaves them as they are.
+        return cls(
+            torch.cat([part.down for part in parts]), up.reshape(*up.shape, *ones), None, first.scale if alike else None
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +98,11 @@ class Embedding(Delta):
 
     down: Tensor
     up: Tensor
-    alpha: float | None = None
+    scale: float | None = None
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, alpha: float | None) -> Self:
-        return cls(leaves["embedding_down"], leaves["embedding_up"], alpha)
+    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
+        return cls(leaves["embedding_down"], leaves["embedding_up"], scale)
 
     def leaves(self) -> dict[str, Tensor]:
         return {"embedding_down": self.down, "embedding_up": self.up}
@@ -88,19 +112,101 @@ class Embedding(Delta):
         return self.down.shape[0]
 
     @property
-    def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    @property
     def shape(self) -> tuple[int, ...]:
         return self.down.shape[1], self.up.shape[0]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.down.float().T * self.scale, self.up.float().T
+        return self.down.float().T * (1.0 if self.scale is None else self.scale), self.up.float().T
 
     def dense(self) -> Tensor:
         up, down = self.factors()
         return up @ down
 
-    def split(self, sizes: Sequence[int]) -> list[Self]:
+    def scaled(self, by: float) -> Self:
+        return replace(self, scale=by * (1.0 if self.scale is None else self.scale))
+
+    def split(self, sizes: Sequence[int]) -> list[Delta]:
         return [replace(self, down=rows) for rows in cut(self.down, sizes, 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class AdaLoRA(Delta):
+    """ΔW = scale · up · diag(values) · down, with `values` (rank, 1) (Zhang et al. 2023, arXiv:2303.10512; PEFT)."""
+
+    kind: ClassVar[str] = "adalora"
+
+    down: Tensor
+    up: Tensor
+    values: Tensor
+    scale: float | None = None
+
+    @classmethod
+    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
+        return cls(leaves["down"], leaves["up"], leaves["lora_e"], scale)
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {"down": self.down, "up": self.up, "lora_e": self.values}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.up.shape[0], self.down.shape[1]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.up.float() * (1.0 if self.scale is None else self.scale), self.down.float() * self.values.float()
+
+    def dense(self) -> Tensor:
+        up, down = self.factors()
+        return up @ down
+
+    def scaled(self, by: float) -> Self:
+        return replace(self, scale=by * (1.0 if self.scale is None else self.scale))
+
+    def split(self, sizes: Sequence[int]) -> list[Delta]:
+        return [replace(self, up=rows) for rows in cut(self.up, sizes)]
+
+
+@dataclass(frozen=True, slots=True)
+class VeRA(Delta):
+    """ΔW = diag(b) · B · diag(d) · A, with `A` and `B` shared by all modules and cut to the size of each one's weight.
+
+    `lambda_b` (out,), `lambda_d` (rank,), `shared_a` (rank, ≥ in), `shared_b` (≥ out, rank); rows of B from `first` on
+    (Kopiczko et al. 2023, arXiv:2310.11454; PEFT tuners/vera/layer.py). The weight alone knows in, so it is not additive.
+    """
+
+    kind: ClassVar[str] = "vera"
+    additive: ClassVar[bool] = False
+
+    lambda_b: Tensor
+    lambda_d: Tensor
+    shared_a: Tensor
+    shared_b: Tensor
+    first: int = 0
+    scale: float | None = None
+
+    @classmethod
+    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
+        return cls(leaves["vera_lambda_b"], leaves["vera_lambda_d"], leaves["vera_a"], leaves["vera_b"], 0, scale)
+
+    def leaves(self) -> dict[str, Tensor]:
+        own = {"vera_lambda_b": self.lambda_b, "vera_lambda_d": self.lambda_d}
+        return own | {"vera_a": self.shared_a, "vera_b": self.shared_b}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.lambda_b.shape[0], ANY
+
+    def dense(self) -> Tensor:
+        """ΔW as wide as the shared A, which is the widest module's width."""
+        rows = self.shared_b[self.first : self.first + len(self.lambda_b)]
+        up = self.lambda_b.float()[:, None] * rows.float() * (1.0 if self.scale is None else self.scale)
+        return up @ (self.lambda_d.float()[:, None] * self.shared_a.float())
+
+    def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        return widened(weight) + strength * self.dense()[:, : weight.shape[1]]
+
+    def scaled(self, by: float) -> Self:
+        return replace(self, scale=by * (1.0 if self.scale is None else self.scale))
+
+    def split(self, sizes: Sequence[int]) -> list[Delta]:
+        starts = [self.first + sum(sizes[:position]) for position in range(len(sizes))]
+        return [replace(self, lambda_b=b, first=start) for b, start in zip(cut(self.lambda_b, sizes), starts, strict=True)]

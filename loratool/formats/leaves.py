@@ -12,6 +12,7 @@ PEFT: Final = "PEFT"
 DIFFUSERS_OLD: Final = "old diffusers"
 LYCORIS: Final = "LyCORIS"
 LORALIB: Final = "loralib"
+COMFYUI: Final = "ComfyUI"
 
 LEAVES: Final[Mapping[str, tuple[str, str]]] = {
     # kohya sd-scripts and all who follow it
@@ -34,7 +35,7 @@ LEAVES: Final[Mapping[str, tuple[str, str]]] = {
     "diff": ("diff", LYCORIS), "diff_b": ("diff_b", LYCORIS), "w_norm": ("w_norm", LYCORIS), "b_norm": ("b_norm", LYCORIS),
     "a1.weight": ("a1", LYCORIS), "a2.weight": ("a2", LYCORIS), "b1.weight": ("b1", LYCORIS), "b2.weight": ("b2", LYCORIS),
     "bm.weight": ("bm", LYCORIS), "oft_blocks": ("oft_blocks", LYCORIS), "rescale": ("rescale", LYCORIS),
-    "on_input": ("on_input", LYCORIS),
+    "on_input": ("on_input", LYCORIS), "set_weight": ("set_weight", COMFYUI),
     **{leaf: (leaf, LYCORIS) for leaf in (
         "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
         "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
@@ -48,6 +49,9 @@ ABSOLUTE: Final[Mapping[str, str]] = {
     "weight": "weight", "bias": "bias",
 }  # fmt: skip
 """PEFT's `modules_to_save`, `bias="all"` and stored base layers: values that replace those of the base."""
+
+SHARED: Final[Mapping[str, str]] = {"base_model.vera_A": "vera_a", "base_model.vera_B": "vera_b"}
+"""Tensors that every module of a kind shares: PEFT's VeRA projections."""
 
 CONTAINER: Final = "base_model.model."
 """What PEFT puts before every key of a wrapped model."""

@@ -42,8 +42,9 @@ class PeftConfig:
     dora: bool = False
     rank_pattern: Mapping[str, Any] = field(default_factory=dict)
     alpha_pattern: Mapping[str, Any] = field(default_factory=dict)
-    fan_in_fan_out: bool = False
     tied: bool = False
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    neumann_terms: int = 0
 
     @classmethod
     def parse(cls, document: Mapping[str, Any], where: str) -> PeftConfig:
@@ -57,17 +58,22 @@ class PeftConfig:
                 f"{where}: init_lora_weights is {init!r}, which changed the base it was trained on; save it with PEFT's "
                 "path_initial_model_for_weight_conversion, or set init_lora_weights to true if the base is the changed one"
             )
+        kind = str(document.get("peft_type", "LORA")).removeprefix("PeftType.")
+        adaptive = kind == "ADALORA"
+        alpha = next((name for name in ("lora_alpha", "alpha") if name in document), None)
         return cls(
             where,
-            kind=str(document.get("peft_type", "LORA")).removeprefix("PeftType."),
-            rank=_rank(document.get("r", 0), f"{where}: r"),
-            alpha=_number(document["lora_alpha"], f"{where}: lora_alpha") if "lora_alpha" in document else None,
+            kind=kind,
+            # AdaLoRA prunes from its first rank on, and scales by it; its rank_pattern is a map of masks.
+            rank=_rank(document.get("init_r" if adaptive else "r", 0) or 0, f"{where}: r"),
+            alpha=_number(document[alpha], f"{where}: {alpha}") if alpha else None,
             rslora=_flag(document, "use_rslora", where),
             dora=_flag(document, "use_dora", where),
-            rank_pattern=_pattern(document, "rank_pattern", where),
+            rank_pattern={} if adaptive else _pattern(document, "rank_pattern", where),
             alpha_pattern=_pattern(document, "alpha_pattern", where),
-            fan_in_fan_out=_flag(document, "fan_in_fan_out", where),
             tied=_flag(document, "ensure_weight_tying", where),
+            tokens=_tokens(document.get("trainable_token_indices"), where),
+            neumann_terms=_neumann_terms(document, where) if kind == "OFT" else 0,
         )
 
     def alpha_of(self, path: str) -> float | None:
@@ -79,11 +85,17 @@ class PeftConfig:
         """The rank that the config gives the module at `path`, 0 where it has none."""
         return _rank(_matched(self.rank_pattern, path, self.rank, self.where), f"{self.where}: rank of {path}")
 
+    def tokens_of(self, path: str) -> tuple[int, ...]:
+        """The trainable_token_indices of the embedding at `path`."""
+        return next((tokens for name, tokens in self.tokens.items() if not name or path.endswith(name)), ())
+
     def scale(self, path: str, rank: int) -> float:
         """What the product of the factors of the module at `path`, of `rank`, is multiplied by."""
         alpha = self.alpha_of(path)
-        if alpha is None:
+        if alpha is None or not rank:
             return 1.0
+        if self.kind == "ADALORA":
+            return alpha / (self.rank + 1e-5)  # PEFT tuners/adalora/layer.py
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
@@ -151,3 +163,18 @@ def _pattern(document: Mapping[str, Any], name: str, where: str) -> Mapping[str,
     if not isinstance(value, dict):
         raise InvalidConfig(f"{where}: {name} is {value!r}, expected a map from patterns to numbers")
     return value
+
+
+def _tokens(value: object, where: str) -> dict[str, tuple[int, ...]]:
+    """trainable_token_indices, by the end of the embedding's name; "" for a list, which is of any."""
+    by_name: dict[str, Any] = value if isinstance(value, dict) else {"": value or []}
+    for indices in by_name.values():
+        if not isinstance(indices, list) or not all(type(index) is int and index >= 0 for index in indices):
+            raise InvalidConfig(f"{where}: trainable_token_indices is not a list of token numbers")
+    return {name: tuple(indices) for name, indices in by_name.items()}
+
+
+def _neumann_terms(document: Mapping[str, Any], where: str) -> int:
+    if not _flag(document, "use_cayley_neumann", where):
+        return 0
+    return _rank(document.get("num_cayley_neumann_terms", 5), f"{where}: num_cayley_neumann_terms")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from loratool.errors import InvalidAdapter, InvalidFile, LoratoolError, Unsupported
-from loratool.formats.leaves import CONTAINER, spelled
+from loratool.formats.leaves import CONTAINER, SHARED, spelled
 from loratool.formats.peft import CONFIG_NAME, PeftConfig, from_metadata
 from loratool.formats.prefixes import ADAPTER_PREFIXES, adapter_component
 from loratool.header import ADAPTER_HEADER_BYTES, Header, TensorInfo, read_header, read_json
@@ -90,9 +90,12 @@ def listing(path: Path, header: Header, config: Path | None) -> Listing:
     leaves: dict[str, dict[str, TensorInfo]] = {}
     families: dict[str, set[str]] = {}
     passengers, unexplained, problems = [], [], []
+    shared: dict[str, TensorInfo] = {}
     for name, info in header.tensors.items():
         found = spelled(name)
-        if name.startswith(PASSENGERS):
+        if name in SHARED:
+            shared[SHARED[name]] = info
+        elif name.startswith(PASSENGERS):
             passengers.append(name)
         elif found is None:
             unexplained.append(name)
@@ -101,12 +104,25 @@ def listing(path: Path, header: Header, config: Path | None) -> Listing:
         else:
             leaves[found.stem][found.leaf] = info
             families.setdefault(found.stem, set()).add(found.family)
+    unexplained = [name for name in unexplained if not _ia3_weight(name, header, leaves)]
+    for of_module in leaves.values():
+        if "vera_lambda_b" in of_module:
+            of_module.update(shared)
     groups = tuple(
         Group(Module(*adapter_component(stem), stem), leaves[stem], frozenset(families[stem])) for stem in sorted(families)
     )
     return Listing(
         path, header, groups, tuple(passengers), tuple(unexplained), tuple(problems), _configs(header, config, groups)
     )
+
+
+def _ia3_weight(name: str, header: Header, leaves: dict[str, dict[str, TensorInfo]]) -> bool:
+    """LyCORIS calls the vector of (IA)³ plainly `weight`, which only the `on_input` beside it tells from a base's."""
+    stem = name.removesuffix(".weight")
+    if not name.endswith(".weight") or "on_input" not in leaves.get(stem, {}):
+        return False
+    leaves[stem]["ia3_weight"] = header.tensors[name]
+    return True
 
 
 def require_adapter(found: Listing) -> None:

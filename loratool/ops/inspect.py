@@ -147,7 +147,7 @@ def _modules(found: Listing, measured: Mapping[str, Values]) -> tuple[tuple[Modu
                 ModuleReport(
                     name=name,
                     component=group.module.component,
-                    kind=part.kind.name,
+                    kind=part.label,
                     shape=part.shape,
                     rank=part.rank,
                     alpha=alpha,

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from loratool.adapter import Adapter, Change
 from loratool.checkpoint import FLOATS
-from loratool.deltas import Delta
+from loratool.deltas import ANY, Delta
 from loratool.detect import detect
 from loratool.errors import LoratoolError, ShapeMismatch, UnmatchedModules, Unsupported, some
 from loratool.header import BITS, TensorInfo
@@ -132,14 +132,17 @@ class _Draft:
 
     def add(self, adapter: Adapter, choice: Choice) -> None:
         taken = [change for change in adapter.changes if choice.takes(change.module)]
-        lost = {change.module for change in taken if not self._places(change.module, change.parameter)}
+        lost = {
+            change.module for change in taken if not change.optional and not self._places(change.module, change.parameter)
+        }
         renamed = self.targets.wrapped(sorted(lost)) if lost else {}
         mine: dict[str, list[Term]] = {}
         for change in self._untied(adapter, taken):
             module = renamed.get(change.module, change.module)
             places = self._places(module, change.parameter)
             if not places:
-                self.unmatched.append(change.module)
+                if not change.optional:
+                    self.unmatched.append(change.module)
                 continue
             self.matched += 1
             stored = self._stored(places[0].tensor)
@@ -174,7 +177,10 @@ class _Draft:
         Where the adapter itself is tied (PEFT's ensure_weight_tying) the head's copy of the change is left out instead.
         """
         for embedding, head in HEADS.items():
-            inputs = [change for change in changes if change.module.path.endswith(embedding)]
+            # Trained rows of single tokens are the head's too: PEFT ties them wherever the model does.
+            inputs = [
+                change for change in changes if change.module.path.endswith(embedding) and change.delta.kind != "tokens"
+            ]
             outputs = [change for change in changes if change.module.path.endswith(head)]
             places = self.targets.find(inputs[0].module) if inputs else ()
             if not places or not self._is_tied():
@@ -221,9 +227,9 @@ def _terms(base: tuple[int, ...], change: Change, places: tuple[Place, ...], str
         place = places[0]
         if shape[1:] == base[1:]:
             return [(place.tensor, Term(str(change), delta, strength, 0, shape[0], transposed=False))]
-    if not _same_but_ones(shape, wanted):
+    if not _fits(delta, wanted):
         raise ShapeMismatch(
-            f"{change}: is a change of {list(shape)}, its target {places[0].tensor} takes {list(wanted)}: "
+            f"{change}: is a change of {_shown(shape)}, its target {places[0].tensor} takes {list(wanted)}: "
             "the adapter is for another model"
         )
     parts = [delta] if len(places) == 1 else delta.split([place.rows for place in places])
@@ -231,6 +237,20 @@ def _terms(base: tuple[int, ...], change: Change, places: tuple[Place, ...], str
         (place.tensor, Term(str(change), part, strength, place.start, place.stop, place.transposed))
         for place, part in zip(places, parts, strict=True)
     ]
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join("any" if size == ANY else str(size) for size in shape) + "]"
+
+
+def _fits(delta: Delta, wanted: tuple[int, ...]) -> bool:
+    """Whether a delta can change a weight of exactly the shape `wanted`; nothing is ever broadcast."""
+    if ANY in delta.shape:
+        inputs = (wanted[1], prod(wanted[1:])) if len(wanted) > 1 else (1,)
+        return delta.shape[0] in (ANY, wanted[0]) and (delta.shape[1] == ANY or delta.shape[1] in inputs)
+    if delta.flattened:
+        return (delta.shape[0], prod(delta.shape[1:])) == (wanted[0], prod(wanted[1:]))
+    return _same_but_ones(delta.shape, wanted)
 
 
 def _same_but_ones(one: Sequence[int], other: Sequence[int]) -> bool:

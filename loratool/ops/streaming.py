@@ -262,7 +262,8 @@ def _as_stored(term: Term, rows: int, columns: int) -> Segment:
     """One term, its strength inside, in the rows and columns that the weight is stored in."""
     start, stop = (0, rows) if term.transposed else (term.start, term.stop)
     factors = term.delta.factors()
-    if factors is None:
+    if factors is None or 4 * factors[0].shape[1] > min(rows, columns) > 64:
+        # Without factors, or with so many of them (LoHa's ranks multiply) that the product is dearer than its result.
         dense = term.delta.dense().mul_(term.strength)
         flat = dense.reshape(dense.shape[0], -1) if dense.ndim > 1 else dense.reshape(-1, columns)
         return Segment(start, stop, None, None, (flat.T if term.transposed else flat,))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loratool.adapter import delta_of, effective_alpha
+from loratool.adapter import delta_of, scale_of
 from loratool.checkpoint import TensorFile
 from loratool.errors import LoratoolError
 from loratool.formats.reading import Group, Listing
@@ -52,7 +52,7 @@ def _measured(found: Listing, group: Group, part: Part, file: TensorFile, alphas
     if remark.startswith("NaN"):
         return Values(float("nan"), float("nan"), float("nan"), remark)
     try:
-        delta = delta_of(part, tensors, effective_alpha(found, group, part.rank, alphas), part.rank)
+        delta = delta_of(found, group.module, part, tensors, scale_of(found, group, part, part.rank, alphas))
         factors = delta.factors()
         if factors is None:
             return Values(float(delta.dense().double().norm()), 0.0, 0.0, remark)

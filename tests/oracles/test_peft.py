@@ -21,6 +21,57 @@ from tests.models import llm, peft_adapter
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
+TUNERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DoRA": ("LoraConfig", {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": ["q_proj", "down_proj"]}),
+    "DoRA, embedding": ("LoraConfig", {"r": 4, "use_dora": True, "target_modules": ["embed_tokens", "q_proj"]}),
+    "LoHa": ("LoHaConfig", {"r": 3, "alpha": 6, "target_modules": ["q_proj", "down_proj"]}),
+    "LoKr": ("LoKrConfig", {"r": 4, "alpha": 2, "target_modules": ["q_proj", "v_proj"]}),
+    "LoKr, both factored": (
+        "LoKrConfig",
+        {"r": 2, "alpha": 2, "decompose_both": True, "target_modules": ["q_proj", "v_proj"]},
+    ),
+    "LoKr, whole": ("LoKrConfig", {"r": 64, "alpha": 16, "target_modules": ["q_proj", "v_proj"]}),
+    "OFT": ("OFTConfig", {"oft_block_size": 8, "target_modules": ["q_proj", "down_proj"]}),
+    "OFT, exact": ("OFTConfig", {"oft_block_size": 8, "use_cayley_neumann": False, "target_modules": ["q_proj"]}),
+    "OFT, one block for all": ("OFTConfig", {"oft_block_size": 8, "block_share": True, "target_modules": ["q_proj"]}),
+    "BOFT": ("BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 1, "target_modules": ["q_proj", "v_proj"]}),
+    "BOFT, 3 stages": ("BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 3, "target_modules": ["q_proj"]}),
+    "IA3": ("IA3Config", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "VeRA": ("VeraConfig", {"r": 8, "target_modules": ["q_proj", "v_proj"]}),
+    "AdaLoRA": (
+        "AdaLoraConfig",
+        {"init_r": 6, "target_r": 4, "lora_alpha": 8, "total_step": 10, "target_modules": ["q_proj"]},
+    ),
+}
+"""Every other method of PEFT whose weights can be merged, on a Qwen2, which has biases for (IA)³ to multiply."""
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_every_tuner_merges_as_peft_merges_it(tmp_path: Path, tuner: str) -> None:
+    import peft
+
+    name, config = TUNERS[tuner]
+    model = llm("qwen2", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    peft_adapter(copy.deepcopy(model), tmp_path / "adapter", kind=getattr(peft, name), **config)
+    PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "oracle")
+
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+
+    ours, theirs, base = (Checkpoint(tmp_path / folder) for folder in ("out", "oracle", "base"))
+    assert set(ours) == set(theirs)
+    assert any(not torch.equal(theirs[name], base[name]) for name in base)
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-5, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_trained_tokens_replace_their_rows(tmp_path: Path, tied: bool) -> None:
+    config = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7, 11]}
+
+    assert _logits_differ(tmp_path, "qwen2", {"tie_word_embeddings": tied}, config) < 1e-5
+
+
 UNTIED = {"tie_word_embeddings": False}
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

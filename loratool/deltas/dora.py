@@ -1,0 +1,80 @@
+"""DoRA: W' = m · (W + ΔW) / ‖W + ΔW‖, a direction from another delta and a magnitude for each row or each column.
+
+Liu et al. 2024, arXiv:2402.09353. PEFT and LyCORIS agree on this; ComfyUI divides rows by ‖W‖ instead, which no trainer
+does, and is not followed. At a strength w other than 1 the result is W + w · (W' − W), as ComfyUI has it; LyCORIS
+interpolates the magnitude alone. LyCORIS adds the smallest step of float32 to the norm, which only zero rows notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from loratool.deltas.base import Delta, Leaves, cut, widened
+from loratool.errors import NeedsBase, Unsupported
+
+
+@dataclass(frozen=True, slots=True)
+class DoRA(Delta):
+    """`inner`, whose sum with the weight gives the direction, and `magnitude`, of one number per row or per column.
+
+    `leaf` is the name it is stored under; `on_input` says that it belongs to columns (the weight's dimension 1).
+    """
+
+    kind: ClassVar[str] = "dora"
+    additive: ClassVar[bool] = False
+
+    inner: Delta
+    magnitude: Tensor
+    leaf: str
+    on_input: bool
+
+    @classmethod
+    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
+        raise NotImplementedError("a DoRA is built around another delta: DoRA.around")
+
+    @classmethod
+    def around(cls, inner: Delta, leaf: str, magnitude: Tensor) -> Self:
+        """Settles which dimension the magnitude is of by its shape: PEFT's are of rows, but of an embedding's columns;
+        LyCORIS stores (out, 1, …) or, in old files and by OneTrainer's default, (1, in, …)."""
+        if leaf == "magnitude":
+            return cls(inner, magnitude, leaf, on_input=inner.kind == "embedding")
+        of_columns = magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] != 1
+        return cls(inner, magnitude, leaf, on_input=of_columns)
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {**self.inner.leaves(), self.leaf: self.magnitude}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def flattened(self) -> bool:
+        return self.inner.flattened
+
+    def dense(self) -> Tensor:
+        raise NeedsBase("what a DoRA adds depends on the weight it normalises")
+
+    def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        base = widened(weight)
+        target = self.inner.apply(base)
+        kept = 1 if self.on_input else 0
+        others = [axis for axis in range(target.ndim) if axis != kept]
+        norm = torch.linalg.vector_norm(target, dim=others, keepdim=True) + torch.finfo(torch.float32).eps
+        full: Tensor = target * (self.magnitude.to(base.dtype).flatten().reshape(norm.shape) / norm)
+        return full if strength == 1.0 else base + strength * (full - base)
+
+    def scaled(self, by: float) -> Self:
+        raise NeedsBase("a DoRA cannot be scaled without its base; give a strength to merge instead")
+
+    def split(self, sizes: Sequence[int]) -> list[Delta]:
+        """Rows and their magnitudes; a magnitude of columns is normalised over all rows and cannot be cut."""
+        if self.on_input:
+            raise Unsupported("a DoRA with a magnitude for each input cannot be cut along the output without its base")
+        inner, flat = self.inner.split(sizes), self.magnitude.flatten()
+        return [replace(self, inner=part, magnitude=rows) for part, rows in zip(inner, cut(flat, sizes), strict=True)]

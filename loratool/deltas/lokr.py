@@ -1,0 +1,113 @@
+"""LoKr: ΔW = scale · w1 ⊗ w2, a Kronecker product, each side whole or a product of factors (LyCORIS functional/lokr.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from loratool.deltas.base import Delta, Leaves, cut
+from loratool.deltas.full import Full
+
+
+@dataclass(frozen=True, slots=True)
+class LoKr(Delta):
+    """`w1` (o₁, i₁) or `w1_a` (o₁, r) `w1_b` (r, i₁); `w2` (o₂, i₂, *kernel) or `w2_a` (o₂, r) `w2_b` (r, i₂·kernel),
+    or with a core `t2` (r, r, *kernel): `w2_a` (r, o₂), `w2_b` (r, i₂).
+
+    LyCORIS ignores alpha where both sides are whole; PEFT does not: whoever reads the file settles `scale`.
+    """
+
+    kind: ClassVar[str] = "lokr"
+
+    w1: Tensor | None = None
+    w1_a: Tensor | None = None
+    w1_b: Tensor | None = None
+    w2: Tensor | None = None
+    w2_a: Tensor | None = None
+    w2_b: Tensor | None = None
+    t2: Tensor | None = None
+    scale: float | None = None
+
+    @classmethod
+    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
+        return cls(**{name.removeprefix("lokr_"): tensor for name, tensor in leaves.items()}, scale=scale)
+
+    def leaves(self) -> dict[str, Tensor]:
+        names = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+        return {f"lokr_{name}": tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        one, two = self._first(), self._second_shape()
+        return (one.shape[0] * two[0], one.shape[1] * two[1], *two[2:])
+
+    @property
+    def flattened(self) -> bool:
+        return True
+
+    def dense(self) -> Tensor:
+        two = self._second()
+        return self._times(torch.kron(self._first(), two.flatten(1).contiguous()).reshape(self.shape))
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(w1 ⊗ a)(1 ⊗ b) where w2 = a b, (a ⊗ 1)(b ⊗ w2) where only w1 = a b, and both at once where both are products."""
+        if self.t2 is not None:
+            return None
+        left, right = self._pair(self.w1, self.w1_a, self.w1_b), self._pair(self.w2, self.w2_a, self.w2_b)
+        if left is None and right is None:
+            return None
+        one, two = self._first(), self._second().flatten(1).contiguous()
+        a, b = left or (one, torch.eye(one.shape[1]))
+        c, d = right or (torch.eye(two.shape[0]), two)
+        return self._times(torch.kron(a, c)), torch.kron(b, d)
+
+    def scaled(self, by: float) -> Self:
+        return replace(self, scale=by * (1.0 if self.scale is None else self.scale))
+
+    def split(self, sizes: Sequence[int]) -> list[Delta]:
+        """Exact in factored form where every piece is a whole number of w2's rows; whole differences otherwise."""
+        rows = self._second_shape()[0]
+        if any(size % rows for size in sizes):
+            return [Full(piece) for piece in cut(self.dense(), sizes)]
+        pieces = [size // rows for size in sizes]
+        if self.w1 is not None:
+            return [replace(self, w1=piece) for piece in cut(self.w1, pieces)]
+        assert self.w1_a is not None
+        return [replace(self, w1_a=piece) for piece in cut(self.w1_a, pieces)]
+
+    def _times(self, product: Tensor) -> Tensor:
+        return product if self.scale is None else product * self.scale
+
+    def _first(self) -> Tensor:
+        pair = self._pair(self.w1, self.w1_a, self.w1_b)
+        return pair[0] @ pair[1] if pair else _given(self.w1)
+
+    def _second(self) -> Tensor:
+        if self.t2 is not None:
+            left, right = _given(self.w2_a), _given(self.w2_b)
+            return torch.einsum("ij...,jr,ip->pr...", self.t2.float(), right, left)
+        pair = self._pair(self.w2, self.w2_a, self.w2_b)
+        return pair[0] @ pair[1] if pair else _given(self.w2)
+
+    def _second_shape(self) -> tuple[int, ...]:
+        if self.w2 is not None:
+            return tuple(self.w2.shape)
+        left, right = _given(self.w2_a), _given(self.w2_b)
+        if self.t2 is not None:
+            return (left.shape[1], right.shape[1], *self.t2.shape[2:])
+        return left.shape[0], right.shape[1]
+
+    @staticmethod
+    def _pair(whole: Tensor | None, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        if whole is not None or left is None or right is None:
+            return None
+        return left.float(), right.float().flatten(1)
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None, "the schema lets no LoKr through that lacks a side"
+    return tensor.float()

@@ -1,0 +1,206 @@
+"""Laws that every kind of delta keeps, drawn over shapes, ranks and scales; the dense difference is the oracle."""
+# ruff: noqa: E501  the table of kinds has a row for each
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loratool.deltas import ANY, KINDS, Delta, DoRA, TokenRows
+from loratool.deltas.lora import LoRA
+from loratool.errors import LoratoolError, NeedsBase
+
+Make = Callable[[torch.Generator, int], tuple[Delta, tuple[int, ...]]]
+"""Builds a delta of a rank, and the shape of a weight that it fits."""
+
+
+def randn(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+def of(kind: str, shape: tuple[int, ...], **leaves: Callable[[int], tuple[int, ...]]) -> Make:
+    """A kind from its leaves' shapes as functions of the rank."""
+
+    def make(generator: torch.Generator, rank: int) -> tuple[Delta, tuple[int, ...]]:
+        tensors = {leaf: randn(generator, *size(rank)) for leaf, size in leaves.items()}
+        return KINDS[kind].from_leaves(tensors, 0.5), shape
+
+    return make
+
+
+def dora(inner: Make, leaf: str, magnitude: tuple[int, ...]) -> Make:
+    def make(generator: torch.Generator, rank: int) -> tuple[Delta, tuple[int, ...]]:
+        delta, shape = inner(generator, rank)
+        return DoRA.around(delta, leaf, randn(generator, *magnitude).abs() + 0.5), shape
+
+    return make
+
+
+def tokens(generator: torch.Generator, rank: int) -> tuple[Delta, tuple[int, ...]]:
+    return TokenRows.of(randn(generator, 3, 6), (0, 4, 9)), (12, 6)
+
+
+LORA = of("lora", (12, 8), down=lambda r: (r, 8), up=lambda r: (12, r))
+MAKERS: Mapping[str, Make] = {
+    "lora": LORA,
+    "lora, conv": of("lora", (12, 8, 3, 3), down=lambda r: (r, 8, 3, 3), up=lambda r: (12, r, 1, 1)),
+    "lora, tucker": of("lora", (12, 8, 3, 3), down=lambda r: (r, 8, 1, 1), mid=lambda r: (r, r, 3, 3), up=lambda r: (12, r, 1, 1)),
+    "embedding": of("embedding", (12, 8), embedding_down=lambda r: (r, 12), embedding_up=lambda r: (8, r)),
+    "adalora": of("adalora", (12, 8), down=lambda r: (r, 8), up=lambda r: (12, r), lora_e=lambda r: (r, 1)),
+    "vera": of("vera", (12, 8), vera_lambda_b=lambda r: (12,), vera_lambda_d=lambda r: (r,), vera_a=lambda r: (r, 10), vera_b=lambda r: (14, r)),
+    "loha": of("loha", (12, 8), hada_w1_a=lambda r: (12, r), hada_w1_b=lambda r: (r, 8), hada_w2_a=lambda r: (12, r), hada_w2_b=lambda r: (r, 8)),
+    "loha, tucker": of("loha", (12, 8, 3, 3), hada_w1_a=lambda r: (r, 12), hada_w1_b=lambda r: (r, 8), hada_t1=lambda r: (r, r, 3, 3), hada_w2_a=lambda r: (r, 12), hada_w2_b=lambda r: (r, 8), hada_t2=lambda r: (r, r, 3, 3)),
+    "lokr": of("lokr", (12, 8), lokr_w1=lambda r: (4, 2), lokr_w2=lambda r: (3, 4)),
+    "lokr, w2 factored": of("lokr", (12, 8), lokr_w1=lambda r: (4, 2), lokr_w2_a=lambda r: (3, r), lokr_w2_b=lambda r: (r, 4)),
+    "lokr, w1 factored": of("lokr", (12, 8), lokr_w1_a=lambda r: (4, r), lokr_w1_b=lambda r: (r, 2), lokr_w2=lambda r: (3, 4)),
+    "lokr, both factored": of("lokr", (12, 8), lokr_w1_a=lambda r: (4, r), lokr_w1_b=lambda r: (r, 2), lokr_w2_a=lambda r: (3, r), lokr_w2_b=lambda r: (r, 4)),
+    "lokr, conv": of("lokr", (12, 8, 3, 3), lokr_w1=lambda r: (4, 2), lokr_w2_a=lambda r: (3, r), lokr_w2_b=lambda r: (r, 36)),
+    "lokr, tucker": of("lokr", (12, 8, 3, 3), lokr_w1=lambda r: (4, 2), lokr_w2_a=lambda r: (r, 3), lokr_w2_b=lambda r: (r, 4), lokr_t2=lambda r: (r, r, 3, 3)),
+    "glora": of("glora", (12, 8), a1=lambda r: (8, r), a2=lambda r: (r, 8), b1=lambda r: (12, r), b2=lambda r: (r, 8)),
+    "ia3": of("ia3", (12, 8), ia3_l=lambda r: (12, 1)),
+    "ia3, on input": of("ia3", (12, 8), ia3_l=lambda r: (1, 8)),
+    "oft": of("oft", (12, 8), oft_blocks=lambda r: (6, 2, 2), rescale=lambda r: (12, 1)),
+    "boft": of("oft", (16, 8), oft_blocks=lambda r: (3, 4, 4, 4)),
+    "input oft": of("input oft", (12, 8), oft_r=lambda r: (2, 6)),
+    "input boft": of("input boft", (12, 16), boft_r=lambda r: (2, 4, 4, 4), boft_s=lambda r: (12, 1)),
+    "tokens": tokens,
+    "full": of("full", (12, 8), diff=lambda r: (12, 8)),
+    "lora bias": of("lora bias", (12,), bias_up=lambda r: (12,)),
+    "replace": of("replace", (12, 8), weight=lambda r: (12, 8)),
+    "dora": dora(LORA, "magnitude", (12,)),
+    "dora, on input": dora(LORA, "dora_scale", (1, 8)),
+}  # fmt: skip
+
+every_kind = pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
+draws = given(seed=st.integers(0, 10_000), rank=st.integers(1, 4))
+few = settings(max_examples=15, deadline=None)
+
+
+def drawn(make: Make, seed: int, rank: int) -> tuple[Delta, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    delta, shape = make(generator, rank)
+    return delta, randn(generator, *shape)
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    """float32 sums of at most a few hundred products of numbers of order one."""
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_kind_is_drawn() -> None:
+    assert {name.partition(",")[0] for name in MAKERS} >= KINDS.keys()
+
+
+@every_kind
+@draws
+@few
+def test_strength_zero_changes_nothing(make: Make, seed: int, rank: int) -> None:
+    delta, weight = drawn(make, seed, rank)
+
+    assert torch.equal(delta.apply(weight, 0.0), weight)
+
+
+@every_kind
+@draws
+@few
+def test_strength_is_linear(make: Make, seed: int, rank: int) -> None:
+    delta, weight = drawn(make, seed, rank)
+    whole = delta.apply(weight) - weight
+
+    for strength in (-1.5, 0.5, 2.0):
+        close(delta.apply(weight, strength) - weight, strength * whole)
+
+
+@every_kind
+@draws
+@few
+def test_its_shape_is_that_of_the_weight_it_fits(make: Make, seed: int, rank: int) -> None:
+    delta, weight = drawn(make, seed, rank)
+    assert delta.apply(weight).shape == weight.shape
+    if delta.flattened:
+        assert delta.shape[0] == weight.shape[0]
+    else:
+        assert all(size in (ANY, dimension) for size, dimension in zip(delta.shape, weight.shape, strict=False))
+
+
+@every_kind
+@draws
+@few
+def test_leaves_build_the_same_delta_again(make: Make, seed: int, rank: int) -> None:
+    delta, weight = drawn(make, seed, rank)
+    if isinstance(delta, DoRA | TokenRows):
+        return
+    kind = {"input oft": "input oft"}.get(delta.kind, delta.kind)
+
+    again = KINDS[kind].from_leaves(delta.leaves(), 0.5)
+
+    assert torch.equal(again.apply(weight), delta.apply(weight))
+
+
+@every_kind
+@draws
+@few
+def test_split_rows_are_the_rows_of_the_whole(make: Make, seed: int, rank: int) -> None:
+    delta, weight = drawn(make, seed, rank)
+    rows = weight.shape[0]
+    for sizes in ((rows,), (rows // 2, rows - rows // 2), (3, rows - 3)):
+        try:
+            parts = delta.split(sizes)
+        except LoratoolError:
+            continue
+        pieces = [part.apply(piece) for part, piece in zip(parts, weight.split(list(sizes)), strict=True)]
+        close(torch.cat(pieces), delta.apply(weight))
+
+
+@every_kind
+@draws
+@few
+def test_additive_kinds_have_dense_scaled_and_factored_forms_that_agree(make: Make, seed: int, rank: int) -> None:
+    delta, weight = drawn(make, seed, rank)
+    if not delta.additive:
+        return
+    dense = delta.dense()
+    close(delta.apply(weight) - weight, dense.reshape(weight.shape))
+    close(delta.scaled(-2.0).dense(), -2.0 * dense)
+    if factors := delta.factors():
+        close(factors[0] @ factors[1], dense.flatten(1))
+
+
+@every_kind
+def test_kinds_that_need_the_base_say_so(make: Make) -> None:
+    delta, _ = drawn(make, 0, 2)
+    if not delta.additive and delta.kind != "vera":
+        with pytest.raises(NeedsBase):
+            delta.dense()
+
+
+@draws
+@few
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_stacking_what_was_split_is_the_same_bytes(kernel: tuple[int, ...], seed: int, rank: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ones = (1,) * len(kernel)
+    whole = LoRA(randn(generator, rank, 6, *kernel), randn(generator, 12, rank, *ones), scale=0.5)
+
+    stacked = LoRA.stack([part for part in whole.split((4, 2, 6)) if isinstance(part, LoRA)])
+
+    assert torch.equal(stacked.up, whole.up)
+    assert torch.equal(stacked.down, whole.down)
+    assert stacked.scale == whole.scale
+
+
+@draws
+@few
+@pytest.mark.parametrize("scales", [(0.5, 0.5), (0.5, 2.0), (None, 0.3)])
+def test_stacking_is_dense_stacking_whatever_the_parts(scales: tuple[float | None, ...], seed: int, rank: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    parts = [
+        LoRA(randn(generator, rank + i, 6), randn(generator, 4, rank + i), scale=scale) for i, scale in enumerate(scales)
+    ]
+
+    close(LoRA.stack(parts).dense(), torch.cat([part.dense() for part in parts]))
