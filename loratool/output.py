@@ -42,7 +42,10 @@ class Output:
     def __init__(self, target: Path, *, folder: bool, overwrite: bool, nbytes: int, inputs: Iterable[Path]) -> None:
         self.target = target
         self.folder = folder
-        _check_target(target, folder=folder, overwrite=overwrite, inputs=inputs)
+        try:
+            _check_target(target, folder=folder, overwrite=overwrite, inputs=inputs)
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{target}: {getattr(error, 'strerror', None) or error}") from error
         parent = target.parent
         _sweep(parent)
         free = shutil.disk_usage(parent).free

@@ -88,6 +88,7 @@ def test_quiet_prints_nothing(run) -> None:
         (["merge", LORA, LLAMA, "-o", "out"], 1, "adapter"),
         (["merge", LLAMA, FIXTURES / "style.safetensors", "-o", "out"], 1, "722 of 722 modules have no target"),
         (["merge", LLAMA, LORA, "-o", "no/where/out"], 1, "does not exist"),
+        (["merge", LLAMA, LORA, "-o", "x" * 300], 1, "File name too long"),
         (["merge", LLAMA, f"{LORA}:nan", "-o", "out"], 1, "not a finite number"),
         (["merge", LLAMA, LORA], 2, "Missing option"),
         (["merge", LLAMA, LORA, "-o", "out", "--dtype", "int8"], 2, "Invalid value"),
@@ -130,6 +131,14 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
 
     assert done.stderr == ""
+
+
+def test_a_full_standard_output_is_an_error_in_words() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "loratool", "inspect", str(LORA)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
 
 
 def test_names_from_files_cannot_control_the_terminal(tmp_path: Path, run) -> None:
