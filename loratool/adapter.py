@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 
 from torch import Tensor
 
 from loratool.checkpoint import FLOATS, TensorFile
-from loratool.deltas import KINDS, Delta, DoRA, InputOFT, TokenRows
+from loratool.deltas import KINDS, Delta, DoRA, ExpertLoRA, InputOFT, TokenRows
 from loratool.errors import InvalidAdapter, LoratoolError, NonFinite, Unsupported
 from loratool.formats.peft import PeftConfig
 from loratool.formats.reading import Group, Listing, listing, locate, read_listing, require_adapter
@@ -22,12 +22,16 @@ from loratool.schema import Part
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One delta and what it acts on: `parameter` is "weight" or "bias"; an `optional` one may lack its target."""
+    """One delta and what it acts on: `parameter` is "weight" or "bias".
+
+    An `optional` one may lack its target. `apart` is the same change for a base that stores experts one by one.
+    """
 
     module: Module
     parameter: str
     delta: Delta
     optional: bool = False
+    apart: tuple[Change, ...] = ()
 
     def __str__(self) -> str:
         return str(self.module) if self.parameter == "weight" else f"{self.module} (bias)"
@@ -75,6 +79,10 @@ def _load(found: Listing) -> Adapter:
 
 
 def _changes(found: Listing, group: Group, file: TensorFile, alphas: Mapping[str, float | None]) -> list[Change]:
+    config = found.config(group.module)
+    parameter = config.parameter_of(group.module.path) if config else None
+    if config and parameter:
+        return [_expert_change(group, parameter, config, file)]
     parts = group.parts()
     rank = next((part.rank for part in parts if part.rank is not None), None)
     # What replaces a weight comes before what is added to it.
@@ -88,6 +96,20 @@ def _changes(found: Listing, group: Group, file: TensorFile, alphas: Mapping[str
         # PEFT multiplies the outputs, and so the bias, where there is one.
         changes.append(Change(group.module, "bias", changes[0].delta, optional=True))
     return changes
+
+
+def _expert_change(group: Group, parameter: str, config: PeftConfig, file: TensorFile) -> Change:
+    """A change of a stacked weight, and the changes of its experts' own weights that it comes to."""
+    group.parts()
+    tensors = {leaf: _read(file, info) for leaf, info in group.leaves.items()}
+    rank = config.rank_of(group.module.path)
+    delta = ExpertLoRA.of(tensors, rank, config.scale(group.module.path, rank))
+    block, _, name = parameter.rpartition(".")
+    apart = [
+        Change(replace(group.module, path=f"{block}.{expert}.{name}"), "weight", lora)
+        for expert, lora in enumerate(delta.apart())
+    ]
+    return Change(replace(group.module, path=parameter), "weight", delta, apart=tuple(apart))
 
 
 def _on_input(group: Group) -> bool:

@@ -130,6 +130,7 @@ class Targets:
                 (self._alias_parts if original else self._alias_whole)(component, link, places)
             for link in mixture(paths):
                 self._alias_parts(component, link, places)
+                self._alias_whole(component, link, places)
 
     def _alias_parts(self, component: str, link: Link, places: dict[Key, tuple[Place, ...]]) -> None:
         """The base is spelled as the original: the parts' names are row ranges of the whole."""

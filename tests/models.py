@@ -93,6 +93,9 @@ def llm(kind: str = "llama", **changes: Any) -> torch.nn.Module:
         "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**common | changes)),
         "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**common | changes)),
         "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**common | {"num_local_experts": 4} | changes)),
+        "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(
+            hf.Qwen3MoeConfig(**common | {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8} | changes)
+        ),
         "gpt2": lambda: hf.GPT2LMHeadModel(
             hf.GPT2Config(
                 **{

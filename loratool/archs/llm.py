@@ -11,26 +11,33 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from loratool.names import Link, rename
+from loratool.names import Link, fuse, rename
 
 DECODER: Final = re.compile(
     r"(?:.*\.)?(?:layers\.\d+\.(?:self_attn|mlp|block_sparse_moe|linear_attn)|h\.\d+\.(?:attn|mlp))\..*"
     r"|(?:.*\.)?(?:lm_head|embed_tokens|wte|score)"
 )
-EXPERT: Final = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+EXPERT: Final = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+OF_EXPERT: Final = re.compile(r".*\.experts\.\d+(?=\.)")
 CONV1D: Final = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 """Modules that GPT-2 and its kin build from transformers' Conv1D, which stores the weight as (in, out)."""
 
 
 def mixture(names: frozenset[str]) -> Iterator[Link]:
-    """The links between the two names of Mixtral's blocks, for those that a base with `names` has."""
+    """The second names of the experts that a base with module paths `names` has, if any.
+
+    Mixtral's blocks under their names in transformers 5, and for each expert the stack of gate and up that
+    transformers 5 holds in memory as one `gate_up_proj`.
+    """
     for block in sorted(name.removesuffix(".gate") for name in names if name.endswith(".block_sparse_moe.gate")):
-        ours = block.replace("block_sparse_moe", "mlp")
-        yield Link((f"{ours}.gate",), f"{block}.gate")
-        experts = {name.split(".experts.")[1].split(".")[0] for name in names if name.startswith(f"{block}.experts.")}
-        for expert in sorted(experts):
-            table = {theirs: old for old, theirs in EXPERT.items()}
-            yield from rename(f"{ours}.experts.{expert}", f"{block}.experts.{expert}", table)
+        yield Link((f"{block.replace('block_sparse_moe', 'mlp')}.gate",), f"{block}.gate")
+    for expert in sorted({found[0] for name in names if (found := OF_EXPERT.match(name))}):
+        ours = expert.replace("block_sparse_moe", "mlp")
+        if f"{expert}.w1" in names:
+            yield from rename(ours, expert, EXPERT)
+            yield Link((f"{expert}.w1", f"{expert}.w3"), f"{ours}.gate_up_proj", (1, 1))
+        else:
+            yield fuse(expert, "gate_proj up_proj", f"{expert}.gate_up_proj")
 
 
 def is_decoder(path: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Final
 
 from loratool.deltas.base import ANY, Delta
 from loratool.deltas.dora import DoRA
+from loratool.deltas.experts import ExpertLoRA
 from loratool.deltas.full import Full, Replace, TokenRows
 from loratool.deltas.loha import LoHa
 from loratool.deltas.lokr import LoKr
@@ -26,6 +27,7 @@ KINDS: Final[Mapping[str, type[Delta]]] = {
     "oft": OFT,
     "input oft": InputOFT,
     "input boft": InputBOFT,
+    "experts": ExpertLoRA,
     "tokens": TokenRows,
     "full": Full,
     "lora bias": Full,
@@ -33,4 +35,4 @@ KINDS: Final[Mapping[str, type[Delta]]] = {
 }
 """Name of the schema's row: the class that computes it. A magnitude makes a DoRA of whichever it stands beside."""
 
-__all__ = ["ANY", "KINDS", "Delta", "DoRA", "Full", "InputOFT", "LoRA", "Replace", "TokenRows"]
+__all__ = ["ANY", "KINDS", "Delta", "DoRA", "ExpertLoRA", "Full", "InputOFT", "LoRA", "Replace", "TokenRows"]

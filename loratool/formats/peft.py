@@ -45,6 +45,7 @@ class PeftConfig:
     tied: bool = False
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     neumann_terms: int = 0
+    parameters: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, document: Mapping[str, Any], where: str) -> PeftConfig:
@@ -74,6 +75,7 @@ class PeftConfig:
             tied=_flag(document, "ensure_weight_tying", where),
             tokens=_tokens(document.get("trainable_token_indices"), where),
             neumann_terms=_neumann_terms(document, where) if kind == "OFT" else 0,
+            parameters=_names(document.get("target_parameters"), where),
         )
 
     def alpha_of(self, path: str) -> float | None:
@@ -88,6 +90,18 @@ class PeftConfig:
     def tokens_of(self, path: str) -> tuple[int, ...]:
         """The trainable_token_indices of the embedding at `path`."""
         return next((tokens for name, tokens in self.tokens.items() if not name or path.endswith(name)), ())
+
+    def parameter_of(self, path: str) -> str | None:
+        """The path of the parameter that factors at `path` change, where target_parameters name it and it is no `weight`.
+
+        Several on one module are wrapped in each other: the first that is named lies deepest, behind `base_layer`s.
+        """
+        depth = path.count(".base_layer")
+        module = path.replace(".base_layer", "")
+        named = [name for name in self.parameters if f".{module}".endswith(f".{name.rpartition('.')[0]}")]
+        if depth >= len(named) or named[len(named) - 1 - depth].endswith(".weight"):
+            return None
+        return f"{module}.{named[len(named) - 1 - depth].rpartition('.')[2]}"
 
     def scale(self, path: str, rank: int) -> float:
         """What the product of the factors of the module at `path`, of `rank`, is multiplied by."""
@@ -178,3 +192,9 @@ def _neumann_terms(document: Mapping[str, Any], where: str) -> int:
     if not _flag(document, "use_cayley_neumann", where):
         return 0
     return _rank(document.get("num_cayley_neumann_terms", 5), f"{where}: num_cayley_neumann_terms")
+
+
+def _names(value: object, where: str) -> tuple[str, ...]:
+    if value is not None and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        raise InvalidConfig(f"{where}: target_parameters is not a list of names")
+    return tuple(value or ())

@@ -131,7 +131,7 @@ class _Draft:
         self.config: dict[str, Any] = {}
 
     def add(self, adapter: Adapter, choice: Choice) -> None:
-        taken = [change for change in adapter.changes if choice.takes(change.module)]
+        taken = [part for change in adapter.changes if choice.takes(change.module) for part in self._as_stored(change)]
         lost = {
             change.module for change in taken if not change.optional and not self._places(change.module, change.parameter)
         }
@@ -151,6 +151,11 @@ class _Draft:
         for name, terms in mine.items():
             _check_overlap(adapter, name, terms)
             self.terms.setdefault(name, []).extend(terms)
+
+    def _as_stored(self, change: Change) -> tuple[Change, ...]:
+        """The change itself, or its parts where the base stores each expert's weights by themselves."""
+        together = not change.apart or self._places(change.module, change.parameter)
+        return (change,) if together else change.apart
 
     def tensors(self, dtype: str | None) -> dict[str, TensorPlan]:
         plans = {}

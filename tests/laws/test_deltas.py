@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loratool.deltas import ANY, KINDS, Delta, DoRA, TokenRows
+from loratool.deltas import ANY, KINDS, Delta, DoRA, ExpertLoRA, TokenRows
 from loratool.deltas.lora import LoRA
 from loratool.errors import LoratoolError, NeedsBase
 
@@ -45,6 +45,11 @@ def tokens(generator: torch.Generator, rank: int) -> tuple[Delta, tuple[int, ...
     return TokenRows.of(randn(generator, 3, 6), (0, 4, 9)), (12, 6)
 
 
+def experts(generator: torch.Generator, rank: int) -> tuple[Delta, tuple[int, ...]]:
+    leaves = {"down": randn(generator, 3 * rank, 8), "up": randn(generator, 12, 3 * rank)}
+    return ExpertLoRA.of(leaves, rank, 0.5), (3, 12, 8)
+
+
 LORA = of("lora", (12, 8), down=lambda r: (r, 8), up=lambda r: (12, r))
 MAKERS: Mapping[str, Make] = {
     "lora": LORA,
@@ -69,6 +74,7 @@ MAKERS: Mapping[str, Make] = {
     "input oft": of("input oft", (12, 8), oft_r=lambda r: (2, 6)),
     "input boft": of("input boft", (12, 16), boft_r=lambda r: (2, 4, 4, 4), boft_s=lambda r: (12, 1)),
     "tokens": tokens,
+    "experts": experts,
     "full": of("full", (12, 8), diff=lambda r: (12, 8)),
     "lora bias": of("lora bias", (12,), bias_up=lambda r: (12,)),
     "replace": of("replace", (12, 8), weight=lambda r: (12, 8)),
@@ -133,7 +139,7 @@ def test_its_shape_is_that_of_the_weight_it_fits(make: Make, seed: int, rank: in
 @few
 def test_leaves_build_the_same_delta_again(make: Make, seed: int, rank: int) -> None:
     delta, weight = drawn(make, seed, rank)
-    if isinstance(delta, DoRA | TokenRows):
+    if isinstance(delta, DoRA | TokenRows | ExpertLoRA):
         return
     kind = {"input oft": "input oft"}.get(delta.kind, delta.kind)
 

@@ -65,6 +65,27 @@ def test_every_tuner_merges_as_peft_merges_it(tmp_path: Path, tuner: str) -> Non
         torch.testing.assert_close(ours[name], expected, rtol=1e-5, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("parameters", [["gate_up_proj"], ["down_proj"], ["gate_up_proj", "down_proj"]])
+def test_fused_experts_merge_into_weights_that_are_stored_one_by_one(
+    tmp_path: Path, kind: str, parameters: list[str]
+) -> None:
+    named = [f"mlp.experts.{name}" for name in parameters]
+    config = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj"], "target_parameters": named}
+    model = llm(kind)
+    model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    peft_adapter(copy.deepcopy(model), tmp_path / "adapter", **config)
+    PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "oracle")
+
+    report = merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+
+    ours, theirs = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "oracle")
+    assert set(ours) == set(theirs)
+    assert any("experts" in name for name in report.changed)
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-5, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_trained_tokens_replace_their_rows(tmp_path: Path, tied: bool) -> None:
     config = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7, 11]}

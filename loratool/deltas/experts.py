@@ -1,0 +1,67 @@
+"""LoRA on the stacked weights of a mixture of experts, one pair of factors for each (PEFT's target_parameters)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from loratool.deltas.base import Delta, Leaves
+from loratool.deltas.lora import LoRA
+from loratool.errors import InvalidAdapter, Unsupported
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLoRA(Delta):
+    """ΔW[e] = scale · up[:, :, e] · down[e]: `down` (experts · rank, in) by expert, `up` (out, rank · experts) by rank.
+
+    The weight is (experts, out, in). Source: PEFT tuners/lora/layer.py, class ParamWrapper.
+    """
+
+    kind: ClassVar[str] = "experts"
+
+    down: Tensor
+    up: Tensor
+    rank: int
+    scale: float | None = None
+
+    @classmethod
+    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
+        raise NotImplementedError("how many experts share the factors is in the config: ExpertLoRA.of")
+
+    @classmethod
+    def of(cls, leaves: Leaves, rank: int, scale: float | None) -> Self:
+        """The factors of as many experts as `rank` goes into theirs; raises `InvalidAdapter` where it does not."""
+        down, up = leaves["down"], leaves["up"]
+        if not rank or down.shape[0] % rank:
+            raise InvalidAdapter(f"its factors have {down.shape[0]} rows, no multiple of the rank {rank}")
+        return cls(down, up, rank, scale)
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {"down": self.down, "up": self.up}
+
+    @property
+    def experts(self) -> int:
+        return self.down.shape[0] // self.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.experts, self.up.shape[0], self.down.shape[1]
+
+    def apart(self) -> list[LoRA]:
+        """One LoRA for each expert."""
+        downs = self.down.reshape(self.experts, self.rank, -1)
+        ups = self.up.reshape(-1, self.rank, self.experts)
+        return [LoRA(downs[e], ups[:, :, e], None, self.scale) for e in range(self.experts)]
+
+    def dense(self) -> Tensor:
+        return torch.stack([expert.dense() for expert in self.apart()])
+
+    def scaled(self, by: float) -> Self:
+        return replace(self, scale=by * (1.0 if self.scale is None else self.scale))
+
+    def split(self, sizes: Sequence[int]) -> list[Delta]:
+        raise Unsupported("stacked experts are cut one by one")
