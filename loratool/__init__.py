@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loratool.errors import LoratoolError
     from loratool.ops.inspect import AdapterReport, CheckpointReport, inspect
     from loratool.ops.merge import MergeReport, Options, Source, merge
+    from loratool.ops.to_lora import ToLoraReport, to_lora
 
 _HOMES: Final = {
     "Adapter": "loratool.adapter",
@@ -30,6 +31,8 @@ _HOMES: Final = {
     "inspect": "loratool.ops.inspect",
     "load": "loratool.adapter",
     "merge": "loratool.ops.merge",
+    "ToLoraReport": "loratool.ops.to_lora",
+    "to_lora": "loratool.ops.to_lora",
 }
 """Where each public name lives; it is imported from there on first use."""
 
@@ -43,9 +46,11 @@ __all__ = [
     "MergeReport",
     "Options",
     "Source",
+    "ToLoraReport",
     "inspect",
     "load",
     "merge",
+    "to_lora",
 ]
 
 

@@ -25,6 +25,7 @@ class Change:
     """One delta and what it acts on: `parameter` is "weight" or "bias".
 
     An `optional` one may lack its target. `apart` is the same change for a base that stores experts one by one.
+    `keys` are the names of its tensors in the file.
     """
 
     module: Module
@@ -32,6 +33,7 @@ class Change:
     delta: Delta
     optional: bool = False
     apart: tuple[Change, ...] = ()
+    keys: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return str(self.module) if self.parameter == "weight" else f"{self.module} (bias)"
@@ -41,13 +43,15 @@ class Change:
 class Adapter:
     """The changes that an adapter makes, in the order in which those to one weight are to be made.
 
-    `tied` says that its embedding and head are one (PEFT's ensure_weight_tying).
+    `tied` says that its embedding and head are one (PEFT's ensure_weight_tying). `passengers` are tensors that travel with
+    it and change no weight.
     """
 
     path: Path
     changes: tuple[Change, ...]
     metadata: Mapping[str, str]
     tied: bool = False
+    passengers: tuple[str, ...] = ()
 
 
 def load(path: str | Path, *, allow_pickle: bool = False) -> Adapter:
@@ -75,7 +79,7 @@ def _load(found: Listing) -> Adapter:
             except LoratoolError as error:
                 raise type(error)(f"{found.path}: {group.module}: {error}") from error
     tied = any(config.tied for config in found.configs.values())
-    return Adapter(found.path, tuple(changes), found.header.metadata, tied)
+    return Adapter(found.path, tuple(changes), found.header.metadata, tied, found.passengers)
 
 
 def _changes(found: Listing, group: Group, file: TensorFile, alphas: Mapping[str, float | None]) -> list[Change]:
@@ -91,7 +95,9 @@ def _changes(found: Listing, group: Group, file: TensorFile, alphas: Mapping[str
     for part in ordered:
         tensors = {leaf: _read(file, group.leaves[leaf]) for leaf in part.leaves if leaf != "alpha"}
         scale = scale_of(found, group, part, rank, alphas)
-        changes.append(Change(group.module, part.kind.parameter, delta_of(found, group.module, part, tensors, scale)))
+        delta = delta_of(found, group.module, part, tensors, scale)
+        keys = tuple(group.leaves[leaf].name for leaf in part.leaves)
+        changes.append(Change(group.module, part.kind.parameter, delta, keys=keys))
     if any("ia3_l" in part.leaves and not _on_input(group) for part in parts):
         # PEFT multiplies the outputs, and so the bias, where there is one.
         changes.append(Change(group.module, "bias", changes[0].delta, optional=True))

@@ -24,6 +24,26 @@ exclude_option = click.option(
 )
 
 
+class Share(click.ParamType[float]):
+    """A share of a whole: 5% or 0.05."""
+
+    name = "share"
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The share as a number between 0 and 1."""
+        text = str(value)
+        try:
+            number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            number = -1.0
+        if not 0 <= number < 1:
+            self.fail(f"{text!r} is not a share of a whole, such as 5% or 0.05", param, ctx)
+        return number
+
+
+share = Share()
+
+
 def adapter_and_strength(text: str) -> tuple[Path, float]:
     """`PATH[:STRENGTH]`: the last colon counts only where a number follows it and no file has the whole as its name."""
     path, colon, number = text.rpartition(":")

@@ -35,4 +35,4 @@ KINDS: Final[Mapping[str, type[Delta]]] = {
 }
 """Name of the schema's row: the class that computes it. A magnitude makes a DoRA of whichever it stands beside."""
 
-__all__ = ["ANY", "KINDS", "Delta", "DoRA", "ExpertLoRA", "Full", "InputOFT", "LoRA", "Replace", "TokenRows"]
+__all__ = ["ANY", "KINDS", "Delta", "DoRA", "Embedding", "ExpertLoRA", "Full", "InputOFT", "LoRA", "Replace", "TokenRows"]

@@ -1,0 +1,153 @@
+"""Any kind as LoRA: equal to the original at full rank, off by exactly the error that is stated below it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loratool import Checkpoint, merge, to_lora
+from loratool.errors import NeedsBase, Unsupported
+from tests.models import kohya, llm, peft_adapter, save
+from tests.oracles.test_lycoris import ADDITIVE, OTHERS, train
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+LYCORIS = {name: config for name, config in (ADDITIVE | OTHERS).items() if name != "scalar"}
+
+
+def merged(folder: Path, adapter: str) -> dict[str, torch.Tensor]:
+    merge(folder / "base.safetensors", [folder / adapter], folder / f"merged-{adapter}")
+    return load_file(folder / f"merged-{adapter}")
+
+
+@pytest.mark.parametrize("case", LYCORIS)
+def test_nothing_is_lost_where_no_rank_is_asked_for(tmp_path: Path, case: str) -> None:
+    train(LYCORIS[case], tmp_path)
+
+    report = to_lora(tmp_path / "a.safetensors", tmp_path / "lora.safetensors", base=tmp_path / "base.safetensors")
+
+    expected, got = merged(tmp_path, "a.safetensors"), merged(tmp_path, "lora.safetensors")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert report.error < 1e-3
+
+
+@pytest.mark.parametrize("case", ["loha", "lokr", "full", "lora, dora on input", "boft", "glora"])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_stated_error_is_the_true_one_and_the_least(tmp_path: Path, case: str, rank: int) -> None:
+    train(LYCORIS[case], tmp_path)
+    base = load_file(tmp_path / "base.safetensors")
+
+    report = to_lora(
+        tmp_path / "a.safetensors", tmp_path / "lora.safetensors", base=tmp_path / "base.safetensors", rank=rank
+    )
+
+    whole, low = merged(tmp_path, "a.safetensors"), merged(tmp_path, "lora.safetensors")
+    assert report.modules
+    for module in report.modules:
+        name = f"{module.name.removeprefix('lora_unet_')}.weight"
+        wanted = (whole[name] - base[name]).double().flatten(1)
+        left = float((wanted - (low[name] - base[name]).double().flatten(1)).norm())
+        best = float(torch.linalg.svdvals(wanted)[rank:].norm())
+        assert module.rank == min(rank, *wanted.shape)
+        assert module.norm == pytest.approx(float(wanted.norm()), rel=1e-3)
+        assert module.error * module.norm == pytest.approx(left, rel=1e-2, abs=2e-4)
+        assert left <= best * 1.001 + 2e-4
+
+
+def test_a_largest_error_is_kept_by_every_module_with_the_least_rank(tmp_path: Path) -> None:
+    train(LYCORIS["full"], tmp_path)
+
+    report = to_lora(tmp_path / "a.safetensors", tmp_path / "lora.safetensors", max_error=0.3)
+
+    diffs = {name: tensor for name, tensor in load_file(tmp_path / "a.safetensors").items() if name.endswith(".diff")}
+    for module in report.modules:
+        sigma = torch.linalg.svdvals(diffs[f"{module.name}.diff"].double().flatten(1))
+        shares = [float(sigma[rank:].norm() / sigma.norm()) for rank in range(len(sigma) + 1)]
+        assert module.error <= 0.3
+        assert module.rank == next(rank for rank, share in enumerate(shares) if share <= 0.3)
+
+
+def test_kinds_that_need_the_base_ask_for_it(tmp_path: Path) -> None:
+    train(LYCORIS["diag-oft"], tmp_path)
+
+    with pytest.raises(NeedsBase, match="--base"):
+        to_lora(tmp_path / "a.safetensors", tmp_path / "lora.safetensors", rank=2)
+
+    assert not (tmp_path / "lora.safetensors").exists()
+
+
+def test_what_is_lora_already_keeps_its_bytes_and_metadata_stays_true(tmp_path: Path) -> None:
+    tensors = {name: tensor.half() for name, tensor in kohya({"lora_unet_a": (8, 6), "lora_unet_b": (4, 4)}, 2, 1.5).items()}
+    tensors |= {"lora_unet_c.diff": torch.randn(5, 7), "bundle_emb.x.string_to_param.*": torch.ones(2, 3)}
+    save(
+        tmp_path / "a.safetensors",
+        tensors,
+        ss_network_module="lycoris.kohya",
+        ss_network_dim="2",
+        sshs_model_hash="0",
+        note="mine",
+    )
+
+    report = to_lora(tmp_path / "a.safetensors", tmp_path / "lora.safetensors", rank=3)
+
+    written = load_file(tmp_path / "lora.safetensors")
+    assert report.kept == 2
+    for name in tensors:
+        if not name.startswith("lora_unet_c"):
+            assert torch.equal(written[name], tensors[name])
+    from loratool.header import read_header
+
+    metadata = read_header(tmp_path / "lora.safetensors").metadata
+    assert metadata["note"] == "mine"
+    assert metadata["ss_network_module"] == "networks.lora"
+    assert "sshs_model_hash" not in metadata
+
+
+TUNERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoHa": ("LoHaConfig", {"r": 3, "alpha": 6, "target_modules": ["q_proj", "down_proj"]}),
+    "LoKr": ("LoKrConfig", {"r": 4, "alpha": 2, "target_modules": ["q_proj", "v_proj"]}),
+    "DoRA": ("LoraConfig", {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "VeRA": ("VeraConfig", {"r": 8, "target_modules": ["q_proj"]}),
+    "OFT": ("OFTConfig", {"oft_block_size": 8, "target_modules": ["q_proj"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_peft_loads_what_was_written_and_merges_the_same(tmp_path: Path, tuner: str) -> None:
+    import peft
+
+    name, config = TUNERS[tuner]
+    model = llm("llama")
+    model.save_pretrained(tmp_path / "base")
+    peft_adapter(copy.deepcopy(model), tmp_path / "adapter", kind=getattr(peft, name), **config)
+
+    to_lora(tmp_path / "adapter", tmp_path / "lora", base=tmp_path / "base")
+
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "expected")
+    loaded = peft.PeftModel.from_pretrained(model, tmp_path / "lora")
+    loaded.merge_and_unload().save_pretrained(tmp_path / "oracle")
+    merge(tmp_path / "base", [tmp_path / "lora"], tmp_path / "ours")
+    expected, theirs, ours = (Checkpoint(tmp_path / folder) for folder in ("expected", "oracle", "ours"))
+    for key, tensor in expected.items():
+        torch.testing.assert_close(theirs[key], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_that_ia3_multiplies_is_not_dropped_silently(tmp_path: Path) -> None:
+    import peft
+
+    model = llm("qwen2", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "base")
+    config = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    peft_adapter(model, tmp_path / "adapter", kind=peft.IA3Config, **config)
+
+    with pytest.raises(Unsupported, match="bias"):
+        to_lora(tmp_path / "adapter", tmp_path / "lora", base=tmp_path / "base", rank=2)
