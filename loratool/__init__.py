@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from loratool.checkpoint import Checkpoint
     from loratool.errors import LoratoolError
     from loratool.ops.inspect import AdapterReport, CheckpointReport, inspect
+    from loratool.ops.low_rank import LowRankReport, Rule, resize, to_lora
     from loratool.ops.merge import MergeReport, Options, Source, merge
-    from loratool.ops.to_lora import ToLoraReport, to_lora
 
 _HOMES: Final = {
     "Adapter": "loratool.adapter",
@@ -31,8 +31,10 @@ _HOMES: Final = {
     "inspect": "loratool.ops.inspect",
     "load": "loratool.adapter",
     "merge": "loratool.ops.merge",
-    "ToLoraReport": "loratool.ops.to_lora",
-    "to_lora": "loratool.ops.to_lora",
+    "LowRankReport": "loratool.ops.low_rank",
+    "Rule": "loratool.ops.low_rank",
+    "resize": "loratool.ops.low_rank",
+    "to_lora": "loratool.ops.low_rank",
 }
 """Where each public name lives; it is imported from there on first use."""
 
@@ -43,13 +45,15 @@ __all__ = [
     "Checkpoint",
     "CheckpointReport",
     "LoratoolError",
+    "LowRankReport",
     "MergeReport",
     "Options",
+    "Rule",
     "Source",
-    "ToLoraReport",
     "inspect",
     "load",
     "merge",
+    "resize",
     "to_lora",
 ]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli.options import (
+    DTYPES,
     adapter_and_strength,
     component_strengths,
     exclude_option,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="File or folder to write.")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
+    type=click.Choice(list(DTYPES)),
     help="Store all floating-point tensors so. Default: as the base.",
 )
 @include_option

@@ -1,4 +1,4 @@
-"""`convert --to-lora`: any kind of delta as the best LoRA of some rank or error, and what that leaves out."""
+"""`convert --to-lora` and `resize`: deltas as the best LoRA of some rank or error, and what that leaves out."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from loratool.adapter import Adapter, Change, load
-from loratool.checkpoint import DTYPE_NAMES, Checkpoint, TensorFile, tensor_bytes
+from loratool.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, tensor_bytes
 from loratool.deltas import Embedding, LoRA
-from loratool.errors import LoratoolError, NeedsBase, ShapeMismatch, Unsupported
+from loratool.errors import LoratoolError, NeedsBase, NonFinite, ShapeMismatch, Unsupported
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.peft import CONFIG_NAME
 from loratool.formats.reading import WEIGHTS, locate
 from loratool.header import TensorInfo, encode_header, read_header, read_json
-from loratool.linalg import balanced, factored_svd, leading_svd, rank_within
+from loratool.linalg import balanced, factored_svd, leading_svd, rank_within, singular_values
 from loratool.names import Module
 from loratool.output import Output, Writer
 from loratool.schema import BIAS, WEIGHT
@@ -27,6 +27,8 @@ from loratool.targets import Targets
 
 KEPT: Final = frozenset({"lora", "embedding", "replace", "tokens"})
 """Kinds that a LoRA file holds as they are."""
+RESIZED: Final = frozenset({"lora"})
+"""Of these, the kind whose rank can be another."""
 LEAF_NAMES: Final[Mapping[bool, tuple[str, str]]] = {
     False: ("lora_down.weight", "lora_up.weight"),
     True: ("lora_A.weight", "lora_B.weight"),
@@ -53,7 +55,7 @@ class Converted:
 
 
 @dataclass(frozen=True, slots=True)
-class ToLoraReport:
+class LowRankReport:
     """What a conversion did: every module that changed its kind, how many did not, and the error over all of them."""
 
     out: str
@@ -68,20 +70,42 @@ class ToLoraReport:
         return max(self.modules, key=lambda module: module.error, default=None)
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How much to keep: `rank`, or the least rank whose relative error is at most `max_error`, or all there is.
+
+    `dtype`, a safetensors name, is what factors are stored in; None is each module's own.
+    """
+
+    rank: int | None = None
+    max_error: float | None = None
+    dtype: str | None = None
+
+
 def to_lora(
-    path: str | Path,
-    out: str | Path,
-    *,
-    rank: int | None = None,
-    max_error: float | None = None,
-    base: str | Path | None = None,
-    overwrite: bool = False,
-) -> ToLoraReport:
+    path: str | Path, out: str | Path, rule: Rule | None = None, *, base: str | Path | None = None, overwrite: bool = False
+) -> LowRankReport:
     """Writes the adapter at `path` to `out` with every delta on a matrix or a kernel as a LoRA.
 
-    Give `rank`, or `max_error`, the largest relative error that a module may have; without either, a delta that has exact
-    factors keeps all of them. Kinds that depend on the weight (DoRA, OFT, (IA)³ …) need `base`. Raises `LoratoolError`.
+    What is a LoRA already keeps its bytes. Kinds that depend on the weight (DoRA, OFT, (IA)³ …) need `base`. Errors are
+    those of the factors as stored. Raises `LoratoolError`.
     """
+    return _approximated(path, out, rule or Rule(), KEPT, base=base, overwrite=overwrite)
+
+
+def resize(
+    path: str | Path, out: str | Path, rule: Rule, *, base: str | Path | None = None, overwrite: bool = False
+) -> LowRankReport:
+    """Writes the adapter at `path` to `out` with every LoRA, and every other kind as a LoRA, of the rank that `rule` gives.
+
+    The best approximation at that rank (Eckart and Young 1936), from QR of the factors and the SVD of their small core.
+    """
+    return _approximated(path, out, rule, KEPT - RESIZED, base=base, overwrite=overwrite)
+
+
+def _approximated(
+    path: str | Path, out: str | Path, rule: Rule, keep: frozenset[str], *, base: str | Path | None, overwrite: bool
+) -> LowRankReport:
     adapter = load(path)
     weights = _Weights(Path(base).expanduser()) if base else None
     converted: list[Converted] = []
@@ -90,18 +114,18 @@ def to_lora(
     for change in adapter.changes:
         if change.optional:
             _refuse_bias(change, weights)
-        elif change.delta.kind in KEPT or change.parameter == BIAS or len(change.delta.shape) < 2:
+        elif change.delta.kind in keep or change.parameter == BIAS or len(change.delta.shape) < 2:
             kept.append(change)
         else:
             effective = _effective(change, weights)
-            up, down, figures = _low_rank(change, effective, rank, max_error)
+            up, down, figures = _low_rank(change, effective, rule)
             converted.append(figures)
             tensors |= _named(change.module, up, down, effective.shape)
     tensors |= _as_they_were(adapter, kept)
     nbytes = _save(adapter, tensors, kept, converted, Path(out).expanduser(), overwrite=overwrite)
     left = sum((module.error * module.norm) ** 2 for module in converted) ** 0.5
     whole = sum(module.norm**2 for module in converted) ** 0.5
-    return ToLoraReport(str(out), tuple(converted), len(kept), left / whole if whole else 0.0, nbytes)
+    return LowRankReport(str(out), tuple(converted), len(kept), left / whole if whole else 0.0, nbytes)
 
 
 class _Weights:
@@ -161,41 +185,58 @@ def _effective(change: Change, weights: _Weights | None) -> _Effective:
         ) from error
 
 
-def _low_rank(
-    change: Change, delta: _Effective, rank: int | None, max_error: float | None
-) -> tuple[Tensor, Tensor, Converted]:
+def _low_rank(change: Change, delta: _Effective, rule: Rule) -> tuple[Tensor, Tensor, Converted]:
+    """(up, down) as they are to be stored, and how far their product is from the delta."""
     if delta.factors is not None:
         left, sigma, right = factored_svd(*delta.factors)
         norm = float(sigma.double().norm())
     else:
         assert delta.dense is not None
         norm = float(torch.linalg.vector_norm(delta.dense, dtype=torch.float64))
-        left, sigma, right = _enough(delta.dense, norm, rank, max_error)
-    kept = min(_rank(sigma, norm, rank, max_error), len(sigma))
-    up, down = balanced(left, sigma, right, kept)
-    left_out = max(norm**2 - float((sigma[:kept].double() ** 2).sum()), 0.0) ** 0.5
+        left, sigma, right = _enough(delta.dense, norm, rule)
+    kept = min(_rank(sigma, norm, rule), len(sigma))
+    dtype = DTYPES[rule.dtype] if rule.dtype else _widest(change)
+    up, down = (factor.to(dtype) for factor in balanced(left, sigma, right, kept))
+    if not bool(up.isfinite().all() and down.isfinite().all()):
+        raise NonFinite(f"{change}: its factors overflow {DTYPE_NAMES[dtype]}; choose --dtype float32 or bfloat16")
+    left_out = _distance(delta, up.float(), down.float())
     return up, down, Converted(str(change), change.delta.kind, kept, norm, left_out / norm if norm else 0.0)
 
 
-def _enough(dense: Tensor, norm: float, rank: int | None, max_error: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def _distance(delta: _Effective, up: Tensor, down: Tensor) -> float:
+    """‖ΔW − up · down‖, of the factors as stored."""
+    if delta.factors is None:
+        assert delta.dense is not None
+        return float(torch.linalg.vector_norm(delta.dense - up @ down, dtype=torch.float64))
+    ups, downs = torch.cat([delta.factors[0], -up], dim=1), torch.cat([delta.factors[1], down])
+    return float(singular_values(ups, downs).norm())
+
+
+def _widest(change: Change) -> torch.dtype:
+    """The dtype of the change's own factors, the widest where they differ."""
+    dtypes = [tensor.dtype for tensor in change.delta.leaves().values() if tensor.is_floating_point()]
+    return max(dtypes, key=lambda dtype: dtype.itemsize)
+
+
+def _enough(dense: Tensor, norm: float, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     """As many singular values as the rule needs: those of the rank, or twice as many until the error is met."""
     smaller = min(dense.shape)
-    if max_error is None:
-        return leading_svd(dense, rank or smaller)
+    if rule.max_error is None:
+        return leading_svd(dense, rule.rank or smaller)
     wanted = 16
     while wanted < smaller:
         found = leading_svd(dense, wanted)
-        if rank_within(found[1], norm, max_error):
+        if rank_within(found[1], norm, rule.max_error):
             return found
         wanted *= 2
     return leading_svd(dense, smaller)
 
 
-def _rank(sigma: Tensor, norm: float, rank: int | None, max_error: float | None) -> int:
-    if max_error is not None:
-        return rank_within(sigma, norm, max_error) or len(sigma)
-    if rank is not None:
-        return rank
+def _rank(sigma: Tensor, norm: float, rule: Rule) -> int:
+    if rule.max_error is not None:
+        return rank_within(sigma, norm, rule.max_error) or len(sigma)
+    if rule.rank is not None:
+        return rule.rank
     # Without a rule, all that is more than float32's noise.
     return max(1, int((sigma > 1e-6 * sigma[0]).sum())) if len(sigma) else 1
 

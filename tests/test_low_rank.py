@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratool import Checkpoint, merge, to_lora
+from loratool import Checkpoint, Rule, merge, resize, to_lora
 from loratool.errors import NeedsBase, Unsupported
 from tests.models import kohya, llm, peft_adapter, save
 from tests.oracles.test_lycoris import ADDITIVE, OTHERS, train
@@ -45,7 +45,7 @@ def test_the_stated_error_is_the_true_one_and_the_least(tmp_path: Path, case: st
     base = load_file(tmp_path / "base.safetensors")
 
     report = to_lora(
-        tmp_path / "a.safetensors", tmp_path / "lora.safetensors", base=tmp_path / "base.safetensors", rank=rank
+        tmp_path / "a.safetensors", tmp_path / "lora.safetensors", Rule(rank=rank), base=tmp_path / "base.safetensors"
     )
 
     whole, low = merged(tmp_path, "a.safetensors"), merged(tmp_path, "lora.safetensors")
@@ -64,7 +64,7 @@ def test_the_stated_error_is_the_true_one_and_the_least(tmp_path: Path, case: st
 def test_a_largest_error_is_kept_by_every_module_with_the_least_rank(tmp_path: Path) -> None:
     train(LYCORIS["full"], tmp_path)
 
-    report = to_lora(tmp_path / "a.safetensors", tmp_path / "lora.safetensors", max_error=0.3)
+    report = to_lora(tmp_path / "a.safetensors", tmp_path / "lora.safetensors", Rule(max_error=0.3))
 
     diffs = {name: tensor for name, tensor in load_file(tmp_path / "a.safetensors").items() if name.endswith(".diff")}
     for module in report.modules:
@@ -78,7 +78,7 @@ def test_kinds_that_need_the_base_ask_for_it(tmp_path: Path) -> None:
     train(LYCORIS["diag-oft"], tmp_path)
 
     with pytest.raises(NeedsBase, match="--base"):
-        to_lora(tmp_path / "a.safetensors", tmp_path / "lora.safetensors", rank=2)
+        to_lora(tmp_path / "a.safetensors", tmp_path / "lora.safetensors", Rule(rank=2))
 
     assert not (tmp_path / "lora.safetensors").exists()
 
@@ -95,7 +95,7 @@ def test_what_is_lora_already_keeps_its_bytes_and_metadata_stays_true(tmp_path: 
         note="mine",
     )
 
-    report = to_lora(tmp_path / "a.safetensors", tmp_path / "lora.safetensors", rank=3)
+    report = to_lora(tmp_path / "a.safetensors", tmp_path / "lora.safetensors", Rule(rank=3))
 
     written = load_file(tmp_path / "lora.safetensors")
     assert report.kept == 2
@@ -113,7 +113,7 @@ def test_what_is_lora_already_keeps_its_bytes_and_metadata_stays_true(tmp_path: 
 TUNERS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoHa": ("LoHaConfig", {"r": 3, "alpha": 6, "target_modules": ["q_proj", "down_proj"]}),
     "LoKr": ("LoKrConfig", {"r": 4, "alpha": 2, "target_modules": ["q_proj", "v_proj"]}),
-    "DoRA": ("LoraConfig", {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "DoRA": ("LoraConfig", {"r": 4, "use_dora": True, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "VeRA": ("VeraConfig", {"r": 8, "target_modules": ["q_proj"]}),
     "OFT": ("OFTConfig", {"oft_block_size": 8, "target_modules": ["q_proj"]}),
 }  # fmt: skip
@@ -150,4 +150,47 @@ def test_a_bias_that_ia3_multiplies_is_not_dropped_silently(tmp_path: Path) -> N
     peft_adapter(model, tmp_path / "adapter", kind=peft.IA3Config, **config)
 
     with pytest.raises(Unsupported, match="bias"):
-        to_lora(tmp_path / "adapter", tmp_path / "lora", base=tmp_path / "base", rank=2)
+        to_lora(tmp_path / "adapter", tmp_path / "lora", Rule(rank=2), base=tmp_path / "base")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 2, 6])
+def test_resizing_is_the_best_approximation_in_the_dtype_it_had(tmp_path: Path, dtype: torch.dtype, rank: int) -> None:
+    shapes = {"lora_unet_fc": (20, 12), "lora_unet_conv": (8, 6, 3, 3)}
+    tensors = {name: tensor.to(dtype) for name, tensor in kohya(shapes, 6, 4.0).items()}
+    save(tmp_path / "a.safetensors", tensors)
+
+    report = resize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", Rule(rank=rank))
+
+    written = load_file(tmp_path / "b.safetensors")
+    for module in report.modules:
+        down, up = (tensors[f"{module.name}.lora_{side}.weight"].double().flatten(1) for side in ("down", "up"))
+        delta = 4.0 / 6 * up @ down
+        low = written[f"{module.name}.lora_up.weight"].double().flatten(1) @ written[
+            f"{module.name}.lora_down.weight"
+        ].double().flatten(1)
+        best = float(torch.linalg.svdvals(delta)[rank:].norm())
+        assert written[f"{module.name}.lora_up.weight"].dtype == dtype
+        assert float(written[f"{module.name}.alpha"]) == rank == module.rank
+        assert module.error * module.norm == pytest.approx(float((delta - low).norm()), rel=1e-3, abs=1e-5)
+        assert float((delta - low).norm()) <= best + 10 * torch.finfo(dtype).eps * float(delta.norm())
+
+
+def test_resizing_a_peft_folder_rewrites_its_config(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = llm("llama")
+    model.save_pretrained(tmp_path / "base")
+    config = {"r": 6, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj", "embed_tokens"]}
+    peft_adapter(copy.deepcopy(model), tmp_path / "adapter", **config)
+
+    resize(tmp_path / "adapter", tmp_path / "small", Rule(rank=2))
+
+    PeftModel.from_pretrained(model, tmp_path / "small").merge_and_unload().save_pretrained(tmp_path / "oracle")
+    merge(tmp_path / "base", [tmp_path / "small"], tmp_path / "ours")
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "whole")
+    theirs, ours, whole = (Checkpoint(tmp_path / folder) for folder in ("oracle", "ours", "whole"))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6)
+    # The embedding's LoRA is kept, at the scale that rsLoRA gave it.
+    torch.testing.assert_close(ours["model.embed_tokens.weight"], whole["model.embed_tokens.weight"])

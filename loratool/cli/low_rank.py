@@ -1,0 +1,117 @@
+"""`loratool convert --to-lora` and `loratool resize`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratool.cli.options import DTYPES, json_option, overwrite_option, quiet_option, share, verbose_option
+from loratool.cli.render import histogram, print_facts, print_json, print_table, size
+
+if TYPE_CHECKING:
+    from loratool.ops.low_rank import LowRankReport, Rule
+
+
+def rank_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What both commands take: input, output, how much to keep, the base, and how to report."""
+    for option in reversed(
+        [
+            click.argument("adapter", type=click.Path(path_type=Path)),
+            click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="What to write."),
+            click.option("--rank", "--dim", type=click.IntRange(min=1), help="Rank of every module."),
+            click.option("--max-error", type=share, metavar="SHARE", help="Largest error of a module: 5% or 0.05."),
+            click.option("--base", type=click.Path(path_type=Path), help="The base, for kinds that depend on it."),
+            click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of new factors. Default: as the adapter's."),
+            overwrite_option,
+            json_option,
+            quiet_option,
+            verbose_option,
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("convert", short_help="Turn any kind of delta into LoRA.")
+@click.option("--to-lora", is_flag=True, required=True, help="Write LoHa, LoKr, DoRA, OFT … as LoRA.")
+@rank_options
+def convert_command(adapter: Path, to_lora: bool, **options: Any) -> None:
+    """Write ADAPTER to OUT with every delta on a matrix or a kernel as a LoRA, and say what that leaves out.
+
+    What is LoRA already keeps its bytes. Without --rank or --max-error, exact factors are kept whole. Kinds that depend on
+    the weight they change (DoRA, OFT, BOFT, (IA)³, GLoRA) need --base: their effective ΔW is taken from it module by
+    module, and is not of low rank.
+
+    \b
+    Example:
+      loratool convert loha.safetensors -o lora.safetensors --to-lora --rank 16
+      loratool convert dora.safetensors -o lora.safetensors --to-lora --max-error 10% --base sdxl.safetensors
+    """
+    from loratool.ops.low_rank import to_lora as run
+
+    _run("converted", adapter, run, **options)
+
+
+@click.command("resize", short_help="Lower an adapter's rank, at the least error.")
+@rank_options
+def resize_command(adapter: Path, **options: Any) -> None:
+    """Write ADAPTER to OUT at another rank: the best approximation there is at that rank, and its error.
+
+    Works on the factors, so that it takes milliseconds a layer. Other kinds become LoRA on the way; those that depend on
+    the weight they change need --base.
+
+    \b
+    Example:
+      loratool resize big.safetensors -o small.safetensors --rank 16
+      loratool resize big.safetensors -o small.safetensors --max-error 5%
+    """
+    from loratool.ops.low_rank import resize as run
+
+    if options["rank"] is None and options["max_error"] is None:
+        raise click.UsageError("give --rank or --max-error")
+    _run("resized", adapter, run, **options)
+
+
+def _run(
+    done: str,
+    adapter: Path,
+    run: Callable[..., LowRankReport],
+    *,
+    out: Path,
+    base: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **rule: Any,
+) -> None:
+    report = run(adapter, out, _rule(**rule), base=base, overwrite=overwrite)
+    if as_json:
+        print_json(report)
+    elif not quiet:
+        print_facts(f"{done} {adapter} to {report.out}", _facts(report))
+        if verbose:
+            rows = [[m.name, m.kind, str(m.rank), f"{m.norm:.4g}", f"{m.error:.2%}"] for m in report.modules]
+            print_table(["module", "from", "rank", "norm", "error"], rows, numbers=("rank", "norm", "error"))
+
+
+def _rule(*, rank: int | None, max_error: float | None, dtype: str | None) -> Rule:
+    from loratool.ops.low_rank import Rule
+
+    if rank is not None and max_error is not None:
+        raise click.UsageError("give --rank or --max-error, not both")
+    return Rule(rank, max_error, DTYPES[dtype] if dtype else None)
+
+
+def _facts(report: LowRankReport) -> Iterator[tuple[str, str]]:
+    kinds = histogram(Counter(module.kind for module in report.modules))
+    changed = f"{len(report.modules)} rewritten ({kinds}), " if report.modules else ""
+    yield "modules", f"{changed}{report.kept} kept as they were"
+    if report.worst:
+        yield "rank", histogram(Counter(module.rank for module in report.modules))
+        yield "error", f"{report.error:.2%} of ‖ΔW‖ in all, {report.worst.error:.2%} at worst, in {report.worst.name}"
+    yield "size", size(report.nbytes)
