@@ -17,7 +17,8 @@ class Link:
 
     `parts` are module paths of diffusers or transformers, `whole` one of the original checkpoint.
     With `swapped` the two halves of the output stand in the opposite order (adaLN's scale and shift);
-    with `transposed` the original stores the weight as (in, out).
+    with `transposed` the original stores the weight as (in, out); with `rotary` it interleaves the two halves of each
+    attention head, as Meta's Llama does.
     """
 
     parts: tuple[str, ...]
@@ -25,6 +26,7 @@ class Link:
     sizes: tuple[int, ...] = (1,)
     swapped: bool = False
     transposed: bool = False
+    rotary: bool = False
 
 
 def rename(parts: str, whole: str, table: Mapping[str, str]) -> Iterator[Link]:

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from loratool.archs import ARCHS
-from loratool.archs.llm import CONV1D, is_decoder, mixture
+from loratool.archs.llm import CONV1D, is_decoder, meta, mixture
 from loratool.errors import LoratoolError
 from loratool.formats.prefixes import COMPONENTS, WHOLE, base_component
+from loratool.header import read_json
 from loratool.layout import Layout
 from loratool.names import Link, Module, flat, mentioned
 from loratool.schema import BIAS, WEIGHT
@@ -28,16 +29,17 @@ ENDINGS: Final = ((".weight", WEIGHT), (".bias", BIAS), ("_weight", WEIGHT), ("_
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Rows `start` to `stop`, along the output, of a base tensor; `transposed` where it is stored as (in, out)."""
+    """Rows `start` to `stop` by `step`, along the output, of a base tensor; `transposed` where it is stored as (in, out)."""
 
     tensor: str
     start: int
     stop: int
     transposed: bool = False
+    step: int = 1
 
     @property
     def rows(self) -> int:
-        return self.stop - self.start
+        return len(range(self.start, self.stop, self.step))
 
 
 class Targets:
@@ -131,11 +133,17 @@ class Targets:
             for link in mixture(paths):
                 self._alias_parts(component, link, places)
                 self._alias_whole(component, link, places)
+            for link in meta(paths):
+                self._alias_parts(component, link, places)
 
     def _alias_parts(self, component: str, link: Link, places: dict[Key, tuple[Place, ...]]) -> None:
         """The base is spelled as the original: the parts' names are row ranges of the whole."""
         stored = places.get((component, flat(link.whole)))
         if stored is None:
+            return
+        if link.rotary:
+            if width := self._head_width():
+                places[component, flat(link.parts[0])] = tuple(_heads_apart(stored[0], width))
             return
         whole = self._transposed(stored[0]) if link.transposed else stored[0]
         for part, place in zip(link.parts, _cut(whole, link), strict=True):
@@ -150,6 +158,15 @@ class Targets:
 
     def _transposed(self, place: Place) -> Place:
         return Place(place.tensor, 0, self._layout.info(place.tensor).shape[-1], transposed=True)
+
+    def _head_width(self) -> int:
+        """Rows in an attention head of a Llama under Meta's names: by its rope.freqs, else its params.json; 0 if unknown."""
+        if "rope.freqs" in self._layout.tensors:
+            return 2 * self._layout.info("rope.freqs").shape[0]
+        folder = self._layout.root if self._layout.is_folder else self._layout.root.parent
+        params = read_json(folder / "params.json") if (folder / "params.json").is_file() else {}
+        dim, heads = params.get("dim"), params.get("n_heads")
+        return dim // heads if isinstance(dim, int) and isinstance(heads, int) and heads > 0 else 0
 
     def _changes(self, component: str, module: Module) -> set[tuple[str, str]]:
         """Prefixes (to take away, to put before) that would place `module`."""
@@ -200,3 +217,10 @@ def _cut(place: Place, link: Link) -> Iterator[Place]:
 def _halves_exchanged(place: Place) -> tuple[Place, ...]:
     middle = place.start + place.rows // 2
     return replace(place, start=middle), replace(place, stop=middle)
+
+
+def _heads_apart(place: Place, width: int) -> Iterator[Place]:
+    """Where Meta's Llama has the first half of each head's rows, and the second: at even places, and at odd ones."""
+    for start in range(place.start, place.stop, width):
+        for half in (0, 1):
+            yield replace(place, start=start + half, stop=start + width, step=2)

@@ -40,6 +40,30 @@ def mixture(names: frozenset[str]) -> Iterator[Link]:
             yield fuse(expert, "gate_proj up_proj", f"{expert}.gate_up_proj")
 
 
+META: Final = {
+    "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+ROTARY: Final = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk"}
+META_TOP: Final = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
+META_LAYER: Final = re.compile(r"layers\.(\d+)\.attention\.wq")
+
+
+def meta(names: frozenset[str]) -> Iterator[Link]:
+    """The Hugging Face names of a Llama that is stored under Meta's, if `names` are such.
+
+    The rows of wq and wk are permuted within each head (transformers models/llama/convert_llama_weights_to_hf.py).
+    """
+    layers = [found[1] for name in names if (found := META_LAYER.fullmatch(name))]
+    if layers:
+        yield from rename("", "", META_TOP)
+    for i in layers:
+        yield from rename(f"model.layers.{i}", f"layers.{i}", META)
+        for ours, theirs in ROTARY.items():
+            yield Link((f"model.layers.{i}.{ours}",), f"layers.{i}.{theirs}", rotary=True)
+
+
 def is_decoder(path: str) -> bool:
     """Whether a module path is one of a Hugging Face language model's."""
     return DECODER.fullmatch(path) is not None

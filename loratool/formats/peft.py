@@ -94,11 +94,14 @@ class PeftConfig:
     def parameter_of(self, path: str) -> str | None:
         """The path of the parameter that factors at `path` change, where target_parameters name it and it is no `weight`.
 
-        Several on one module are wrapped in each other: the first that is named lies deepest, behind `base_layer`s.
+        Several on one module are wrapped in each other, the first that the module declares deepest, behind `base_layer`s
+        (PEFT tuners/tuners_utils.py, _inject_parameters). transformers declares gate and up before down; the order in
+        the file is a set's, and says nothing.
         """
         depth = path.count(".base_layer")
         module = path.replace(".base_layer", "")
         named = [name for name in self.parameters if f".{module}".endswith(f".{name.rpartition('.')[0]}")]
+        named.sort(key=lambda name: "down" in name.rpartition(".")[2])
         if depth >= len(named) or named[len(named) - 1 - depth].endswith(".weight"):
             return None
         return f"{module}.{named[len(named) - 1 - depth].rpartition('.')[2]}"

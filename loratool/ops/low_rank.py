@@ -143,7 +143,7 @@ class _Weights:
         rows = []
         for place in places:
             stored = self.checkpoint[place.tensor]
-            rows.append((stored.T if place.transposed else stored)[place.start : place.stop])
+            rows.append((stored.T if place.transposed else stored)[place.start : place.stop : place.step])
         return torch.cat(rows)
 
 

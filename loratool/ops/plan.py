@@ -48,7 +48,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One delta, or a part of one, on output rows `start` to `stop` of a tensor."""
+    """One delta, or a part of one, on output rows `start` to `stop` by `step` of a tensor."""
 
     change: str
     delta: Delta
@@ -56,6 +56,7 @@ class Term:
     start: int
     stop: int
     transposed: bool
+    step: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +240,7 @@ def _terms(base: tuple[int, ...], change: Change, places: tuple[Place, ...], str
         )
     parts = [delta] if len(places) == 1 else delta.split([place.rows for place in places])
     return [
-        (place.tensor, Term(str(change), part, strength, place.start, place.stop, place.transposed))
+        (place.tensor, Term(str(change), part, strength, place.start, place.stop, place.transposed, place.step))
         for place, part in zip(places, parts, strict=True)
     ]
 
@@ -278,7 +279,7 @@ def _check_overlap(adapter: Adapter, name: str, terms: list[Term]) -> None:
     """One adapter changes no row twice, but for a replaced weight that receives a LoRA on top."""
     added = sorted((term for term in terms if term.delta.kind != "replace"), key=lambda term: term.start)
     for one, other in pairwise(added):
-        if other.start < one.stop:
+        if other.start < one.stop and one.change != other.change:
             raise LoratoolError(f"{adapter.path}: {one.change} and {other.change} both go to {name}; use --exclude for one")
 
 

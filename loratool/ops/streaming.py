@@ -144,7 +144,9 @@ def by_blocks(tensor: TensorPlan) -> bool:
     """Whether all terms of a tensor are sums that rows can be cut from; otherwise it is changed whole."""
     if tensor.shape != tensor.source.shape or tensor.source.dtype == "F64":
         return False
-    return all(term.delta.additive and (not term.transposed or _spans(term, tensor)) for term in tensor.terms)
+    return all(
+        term.delta.additive and term.step == 1 and (not term.transposed or _spans(term, tensor)) for term in tensor.terms
+    )
 
 
 def run_job(job: Job, rounded: Rounding, scratch: Scratch, stopped: Event) -> Measure:
@@ -164,10 +166,9 @@ def change_whole(tensor: TensorPlan, source: TensorFile, target: Writer, offset:
     """Changes a tensor that cannot be cut: each term sees the base's own weight, and all their changes are added."""
     stored = source.read(tensor.source)
     base = widened(stored) if tensor.shape == tensor.source.shape else torch.zeros(tensor.shape)
-    result = base
-    for position, term in enumerate(sorted(tensor.terms, key=lambda term: term.delta.additive)):
-        changed = _apply(term, base)
-        result = changed if position == 0 else result + (changed - base)
+    result = base.clone()
+    for term in sorted(tensor.terms, key=lambda term: term.delta.additive):
+        _apply(term, base, result)
     narrow = rounded(result, torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype]), tensor.name, 0)
     if not bool(narrow.float().isfinite().all()):
         raise NonFinite(_lost(tensor, result))
@@ -273,12 +274,12 @@ def _as_stored(term: Term, rows: int, columns: int) -> Segment:
     return Segment(start, stop, up.contiguous(), down.contiguous(), ())
 
 
-def _apply(term: Term, base: Tensor) -> Tensor:
-    """`base` with one term applied to its rows, in float32."""
-    result = base.clone()
-    view = result.T if term.transposed else result
-    view[term.start : term.stop] = term.delta.apply(view[term.start : term.stop], term.strength)
-    return result
+def _apply(term: Term, base: Tensor, result: Tensor) -> None:
+    """Adds to `result` what one term changes of `base`; rows that nothing changed yet become just what it makes of them."""
+    rows = slice(term.start, term.stop, term.step)
+    before, after = (base.T[rows], result.T[rows]) if term.transposed else (base[rows], result[rows])
+    changed = term.delta.apply(before, term.strength)
+    after.copy_(changed if torch.equal(after, before) else after + (changed - before))
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 
 from loratool import Checkpoint, LoratoolError, Options, merge
-from tests.models import llm, peft_adapter
+from tests.models import llm, peft_adapter, save
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -239,3 +239,58 @@ def test_an_adapter_name_in_the_keys_changes_nothing(tmp_path: Path) -> None:
 
     ours, expected = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "expected")
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def meta_names(tensors: dict[str, torch.Tensor], heads: int, groups: int) -> dict[str, torch.Tensor]:
+    """A Llama's tensors as Meta stores them: alpaca-lora's export_state_dict_checkpoint.py, with grouped heads."""
+    table = {
+        "self_attn.q_proj": "attention.wq",
+        "self_attn.k_proj": "attention.wk",
+        "self_attn.v_proj": "attention.wv",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "model.embed_tokens": "tok_embeddings",
+        "lm_head": "output",
+    }
+    renamed = {}
+    for name, tensor in tensors.items():
+        new = name.removeprefix("model.") if "embed_tokens" not in name else name
+        for ours, theirs in table.items():
+            new = new.replace(ours, theirs)
+        count = {"attention.wq.weight": heads, "attention.wk.weight": groups}.get(".".join(new.split(".")[-3:]))
+        rows = tensor.view(count, 2, -1, tensor.shape[1]).transpose(1, 2) if count else tensor
+        renamed[new] = rows.reshape(tensor.shape)
+    return renamed
+
+
+@pytest.mark.parametrize("known_by", ["rope.freqs", "params.json"])
+def test_an_adapter_in_hugging_face_names_merges_into_metas(tmp_path: Path, known_by: str) -> None:
+    model = llm("llama")
+    model.save_pretrained(tmp_path / "base")
+    peft_adapter(copy.deepcopy(model), tmp_path / "adapter", r=4, lora_alpha=16, target_modules="all-linear")
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "expected")
+    tensors = meta_names(dict(Checkpoint(tmp_path / "base")), heads=4, groups=2)
+    if known_by == "rope.freqs":
+        tensors["rope.freqs"] = torch.ones(4)
+    else:
+        (tmp_path / "params.json").write_text(json.dumps({"dim": 32, "n_heads": 4, "n_kv_heads": 2}))
+    save(tmp_path / "meta.safetensors", tensors)
+
+    merge(tmp_path / "meta.safetensors", [tmp_path / "adapter"], tmp_path / "out.safetensors")
+
+    ours = Checkpoint(tmp_path / "out.safetensors")
+    for name, tensor in meta_names(dict(Checkpoint(tmp_path / "expected")), heads=4, groups=2).items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_without_the_size_of_a_head_metas_names_are_not_guessed(tmp_path: Path) -> None:
+    model = llm("llama")
+    peft_adapter(model, tmp_path / "adapter", r=4, target_modules=["q_proj"])
+    save(tmp_path / "meta.safetensors", meta_names(dict(llm("llama").state_dict()), heads=4, groups=2))
+
+    with pytest.raises(LoratoolError, match="no target"):
+        merge(tmp_path / "meta.safetensors", [tmp_path / "adapter"], tmp_path / "out.safetensors")
