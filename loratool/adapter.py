@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
+from typing import Final
 
 from torch import Tensor
 
 from loratool.checkpoint import FLOATS, TensorFile
-from loratool.deltas import KINDS, Delta, DoRA, ExpertLoRA, InputOFT, TokenRows
+from loratool.deltas import KINDS, Delta, DoRA, Enlarge, ExpertLoRA, InputOFT, TokenRows
 from loratool.errors import InvalidAdapter, LoratoolError, NonFinite, Unsupported
 from loratool.formats.peft import PeftConfig
 from loratool.formats.reading import Group, Listing, listing, locate, read_listing, require_adapter
@@ -18,6 +19,9 @@ from loratool.header import TensorInfo, read_scalars
 from loratool.names import Module
 from loratool.pickles import PICKLE_SUFFIXES, unpickled
 from loratool.schema import Part
+
+INTEGERS: Final = (".on_input", ".reshape_weight")
+"""Leaves that hold whole numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +135,10 @@ def delta_of(found: Listing, module: Module, part: Part, tensors: Mapping[str, T
         return _input_oft(tensors, config)
     if name not in KINDS:
         raise Unsupported(f"is of kind {name}, which this version reads but cannot compute")
-    inner = {leaf: tensor for leaf, tensor in tensors.items() if leaf != part.magnitude}
+    inner = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in (part.magnitude, "reshape_weight")}
     delta = KINDS[name].from_leaves(inner, scale)
+    if "reshape_weight" in tensors:
+        return Enlarge.around(delta, tensors["reshape_weight"])
     return DoRA.around(delta, part.magnitude, tensors[part.magnitude]) if part.magnitude else delta
 
 
@@ -143,7 +149,7 @@ def _input_oft(tensors: Mapping[str, Tensor], config: PeftConfig | None) -> Delt
 
 
 def _read(file: TensorFile, info: TensorInfo) -> Tensor:
-    if info.dtype not in FLOATS and not info.name.endswith(".on_input"):
+    if info.dtype not in FLOATS and not info.name.endswith(INTEGERS):
         raise Unsupported(f"{info.name} has dtype {info.dtype}, expected floating-point numbers")
     tensor = file.read(info)
     if not isfinite(float(tensor.float().sum())) and not bool(tensor.float().isfinite().all()):

@@ -55,6 +55,8 @@ class Part:
     @property
     def label(self) -> str:
         """What people call it."""
+        if "reshape_weight" in self.leaves:
+            return f"{self.kind.name} + enlarge"
         dora = self.magnitude is not None
         return "dora" if dora and self.kind.name == "lora" else f"{self.kind.name} + dora" if dora else self.kind.name
 
@@ -170,7 +172,7 @@ def _oft_shape(shapes: Shapes) -> Shape | None:
 DORA: Final = "magnitude dora_scale"
 
 KINDS: Final[Sequence[Kind]] = (
-    _kind("lora", "down up", f"mid alpha {DORA}", shape=_lora_shape, rank=_lora_rank),
+    _kind("lora", "down up", f"mid alpha reshape_weight {DORA}", shape=_lora_shape, rank=_lora_rank),
     _kind("adalora", "down up lora_e", shape=_lora_shape, rank=_lora_rank),
     _kind("embedding", "embedding_down embedding_up", "alpha magnitude", shape=_embedding_shape, rank=_embedding_rank),
     _kind(

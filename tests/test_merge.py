@@ -213,6 +213,23 @@ def test_differences_biases_and_tucker_factors(tmp_path: Path) -> None:
     torch.testing.assert_close(merged["conv.weight"], base["conv.weight"] + 2.0 * 0.5 * tucker)
 
 
+def test_a_weight_is_enlarged_with_zeros_where_the_adapter_says_so(tmp_path: Path) -> None:
+    base = base_tensors()
+    save(tmp_path / "base.safetensors", base)
+    adapter = kohya({"lora_unet_fc": (14, 10)}, 2, None) | {"lora_unet_fc.reshape_weight": torch.tensor([14, 10])}
+    save(tmp_path / "a.safetensors", adapter | {"lora_unet_out.set_weight": torch.ones(8, 12)})
+
+    merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "out.safetensors")
+
+    merged = load_file(tmp_path / "out.safetensors")
+    padded = torch.zeros(14, 10)
+    padded[:12, :8] = base["fc.weight"]
+    expected = reference(padded, adapter, "lora_unet_fc", 1.0)
+    torch.testing.assert_close(merged["fc.weight"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(merged["out.weight"], torch.ones(8, 12))
+    assert torch.equal(merged["conv.weight"], base["conv.weight"])
+
+
 def test_kohya_names_flattened_and_dotted_are_one(tmp_path: Path) -> None:
     save(tmp_path / "base.safetensors", {"model.diffusion_model.a_b.c.weight": torch.zeros(4, 4)})
     save(tmp_path / "a.safetensors", kohya({"lora_unet_a_b.c": (4, 4)}, 1, 1.0))

@@ -8,7 +8,7 @@ from typing import Final
 from loratool.deltas.base import ANY, Delta
 from loratool.deltas.dora import DoRA
 from loratool.deltas.experts import ExpertLoRA
-from loratool.deltas.full import Full, Replace, TokenRows
+from loratool.deltas.full import Enlarge, Full, Replace, TokenRows
 from loratool.deltas.loha import LoHa
 from loratool.deltas.lokr import LoKr
 from loratool.deltas.lora import AdaLoRA, Embedding, LoRA, VeRA
@@ -29,10 +29,24 @@ KINDS: Final[Mapping[str, type[Delta]]] = {
     "input boft": InputBOFT,
     "experts": ExpertLoRA,
     "tokens": TokenRows,
+    "enlarge": Enlarge,
     "full": Full,
     "lora bias": Full,
     "replace": Replace,
 }
 """Name of the schema's row: the class that computes it. A magnitude makes a DoRA of whichever it stands beside."""
 
-__all__ = ["ANY", "KINDS", "Delta", "DoRA", "Embedding", "ExpertLoRA", "Full", "InputOFT", "LoRA", "Replace", "TokenRows"]
+__all__ = [
+    "ANY",
+    "KINDS",
+    "Delta",
+    "DoRA",
+    "Embedding",
+    "Enlarge",
+    "ExpertLoRA",
+    "Full",
+    "InputOFT",
+    "LoRA",
+    "Replace",
+    "TokenRows",
+]

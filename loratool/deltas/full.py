@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from loratool.deltas.base import ANY, Delta, Leaves, cut, widened
@@ -74,9 +75,11 @@ class Replace(Delta):
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         if strength == 1.0:
-            return widened(self.value).reshape(weight.shape)
+            return widened(self.value)
+        if weight.shape != self.value.shape:
+            raise Unsupported(f"replaces a weight of {list(weight.shape)} by one of {list(self.shape)}: only at strength 1")
         base = widened(weight)
-        return base.lerp(self.value.to(base.dtype).reshape(weight.shape), strength)
+        return base.lerp(self.value.to(base.dtype), strength)
 
     def scaled(self, by: float) -> Self:
         raise NeedsBase("a replaced weight cannot be scaled without its base; give a strength to merge instead")
@@ -132,3 +135,51 @@ class TokenRows(Delta):
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         raise Unsupported("rows of single tokens cannot be cut")
+
+
+@dataclass(frozen=True, slots=True)
+class Enlarge(Delta):
+    """`inner` on a weight that is first padded with zeros to `target`: ComfyUI's reshape_weight, as FLUX control LoRAs need.
+
+    Source: ComfyUI comfy/lora.py, pad_tensor_to_shape.
+    """
+
+    kind: ClassVar[str] = "enlarge"
+    additive: ClassVar[bool] = False
+
+    inner: Delta
+    target: tuple[int, ...]
+
+    @classmethod
+    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
+        raise NotImplementedError("an enlarged weight is built around another delta: Enlarge.around")
+
+    @classmethod
+    def around(cls, inner: Delta, target: Tensor) -> Self:
+        """`inner` and the shape that it changes a weight of; raises `InvalidAdapter` where they disagree."""
+        shape = tuple(int(size) for size in target.flatten())
+        if shape != inner.shape:
+            raise InvalidAdapter(f"reshape_weight says {list(shape)}, its factors are for {list(inner.shape)}")
+        return cls(inner, shape)
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {**self.inner.leaves(), "reshape_weight": torch.tensor(self.target)}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.target
+
+    def dense(self) -> Tensor:
+        raise NeedsBase("an enlarged weight is no difference to one of another shape")
+
+    def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        base = widened(weight)
+        padded = base.new_zeros(self.target)
+        padded[tuple(slice(size) for size in base.shape)] = base
+        return self.inner.apply(padded, strength)
+
+    def scaled(self, by: float) -> Self:
+        return replace(self, inner=self.inner.scaled(by))
+
+    def split(self, sizes: Sequence[int]) -> list[Delta]:
+        raise Unsupported("a weight that is enlarged cannot be cut")

@@ -36,6 +36,7 @@ LEAVES: Final[Mapping[str, tuple[str, str]]] = {
     "a1.weight": ("a1", LYCORIS), "a2.weight": ("a2", LYCORIS), "b1.weight": ("b1", LYCORIS), "b2.weight": ("b2", LYCORIS),
     "bm.weight": ("bm", LYCORIS), "oft_blocks": ("oft_blocks", LYCORIS), "rescale": ("rescale", LYCORIS),
     "on_input": ("on_input", LYCORIS), "set_weight": ("set_weight", COMFYUI),
+    "reshape_weight": ("reshape_weight", COMFYUI),
     **{leaf: (leaf, LYCORIS) for leaf in (
         "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
         "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",

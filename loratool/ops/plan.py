@@ -19,6 +19,8 @@ from loratool.layout import Layout
 from loratool.names import Module
 from loratool.targets import Place, Targets
 
+RESHAPING: Final = frozenset({"replace", "enlarge"})
+"""Kinds after which a weight may have another shape."""
 HEADS: Final = {"embed_tokens": "lm_head", "wte": "lm_head"}
 """Input embedding and the output layer that may be tied to it."""
 
@@ -173,7 +175,7 @@ class _Draft:
             raise Unsupported(f"{self.layout.root}: {name} is stored as {info.dtype}; an adapter cannot be added to it")
         stored = dtype if dtype and info.dtype in FLOATS else info.dtype
         shape = next((term.delta.shape for term in terms if _grows(term, info)), info.shape)
-        if shape != info.shape:
+        if shape != info.shape and any(term.delta.kind == "replace" for term in terms):
             self.config["vocab_size"] = shape[0]
         return TensorPlan(name, file, info, stored, shape, terms)
 
@@ -228,10 +230,9 @@ def _terms(base: tuple[int, ...], change: Change, places: tuple[Place, ...], str
     rows = sum(place.rows for place in places)
     delta, shape = change.delta, change.delta.shape
     wanted = (rows, *base[1:]) if not places[0].transposed else (rows, *base[:1])
-    if delta.kind == "replace" and len(places) == 1:
-        # A stored value comes as it is stored, and may have more rows than the base: a vocabulary that grew.
+    if delta.kind in RESHAPING and len(places) == 1:
         place = places[0]
-        if shape[1:] == base[1:]:
+        if _may_become(delta, base):
             return [(place.tensor, Term(str(change), delta, strength, 0, shape[0], transposed=False))]
     if not _fits(delta, wanted):
         raise ShapeMismatch(
@@ -247,6 +248,13 @@ def _terms(base: tuple[int, ...], change: Change, places: tuple[Place, ...], str
 
 def _shown(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join("any" if size == ANY else str(size) for size in shape) + "]"
+
+
+def _may_become(delta: Delta, base: tuple[int, ...]) -> bool:
+    """Whether a weight of shape `base` may take the delta's: a vocabulary may grow, an enlarged weight in any dimension."""
+    if delta.kind == "replace":
+        return delta.shape[1:] == base[1:]
+    return len(delta.shape) == len(base) and all(new >= old for new, old in zip(delta.shape, base, strict=True))
 
 
 def _fits(delta: Delta, wanted: tuple[int, ...]) -> bool:
@@ -272,7 +280,7 @@ def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _grows(term: Term, info: TensorInfo) -> bool:
-    return term.delta.kind == "replace" and term.delta.shape != info.shape
+    return term.delta.kind in RESHAPING and term.delta.shape != info.shape
 
 
 def _check_overlap(adapter: Adapter, name: str, terms: list[Term]) -> None:

@@ -165,10 +165,14 @@ def run_job(job: Job, rounded: Rounding, scratch: Scratch, stopped: Event) -> Me
 def change_whole(tensor: TensorPlan, source: TensorFile, target: Writer, offset: int, rounded: Rounding) -> Measure:
     """Changes a tensor that cannot be cut: each term sees the base's own weight, and all their changes are added."""
     stored = source.read(tensor.source)
-    base = widened(stored) if tensor.shape == tensor.source.shape else torch.zeros(tensor.shape)
-    result = base.clone()
+    base, result = widened(stored), widened(stored).clone()
     for term in sorted(tensor.terms, key=lambda term: term.delta.additive):
-        _apply(term, base, result)
+        if tensor.shape != base.shape:
+            # Only the term that says so knows what the weight was; the others come after it, and see its shape.
+            result = term.delta.apply(base, term.strength)
+            base = _padded(base, tensor.shape)
+        else:
+            _apply(term, base, result)
     narrow = rounded(result, torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype]), tensor.name, 0)
     if not bool(narrow.float().isfinite().all()):
         raise NonFinite(_lost(tensor, result))
@@ -280,6 +284,14 @@ def _apply(term: Term, base: Tensor, result: Tensor) -> None:
     before, after = (base.T[rows], result.T[rows]) if term.transposed else (base[rows], result[rows])
     changed = term.delta.apply(before, term.strength)
     after.copy_(changed if torch.equal(after, before) else after + (changed - before))
+
+
+def _padded(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A weight with zeros for what it lacks of `shape`, cut where it exceeds it."""
+    padded = weight.new_zeros(shape)
+    common = tuple(slice(min(old, new)) for old, new in zip(weight.shape, shape, strict=True))
+    padded[common] = weight[common]
+    return padded
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loratool.deltas import ANY, KINDS, Delta, DoRA, ExpertLoRA, TokenRows
+from loratool.deltas import ANY, KINDS, Delta, DoRA, Enlarge, ExpertLoRA, TokenRows
 from loratool.deltas.lora import LoRA
 from loratool.errors import LoratoolError, NeedsBase
 
@@ -50,6 +50,11 @@ def experts(generator: torch.Generator, rank: int) -> tuple[Delta, tuple[int, ..
     return ExpertLoRA.of(leaves, rank, 0.5), (3, 12, 8)
 
 
+def enlarge(generator: torch.Generator, rank: int) -> tuple[Delta, tuple[int, ...]]:
+    delta, shape = LORA(generator, rank)
+    return Enlarge.around(delta, torch.tensor(shape)), shape
+
+
 LORA = of("lora", (12, 8), down=lambda r: (r, 8), up=lambda r: (12, r))
 MAKERS: Mapping[str, Make] = {
     "lora": LORA,
@@ -75,6 +80,7 @@ MAKERS: Mapping[str, Make] = {
     "input boft": of("input boft", (12, 16), boft_r=lambda r: (2, 4, 4, 4), boft_s=lambda r: (12, 1)),
     "tokens": tokens,
     "experts": experts,
+    "enlarge": enlarge,
     "full": of("full", (12, 8), diff=lambda r: (12, 8)),
     "lora bias": of("lora bias", (12,), bias_up=lambda r: (12,)),
     "replace": of("replace", (12, 8), weight=lambda r: (12, 8)),
@@ -139,7 +145,7 @@ def test_its_shape_is_that_of_the_weight_it_fits(make: Make, seed: int, rank: in
 @few
 def test_leaves_build_the_same_delta_again(make: Make, seed: int, rank: int) -> None:
     delta, weight = drawn(make, seed, rank)
-    if isinstance(delta, DoRA | TokenRows | ExpertLoRA):
+    if isinstance(delta, DoRA | TokenRows | ExpertLoRA | Enlarge):
         return
     kind = {"input oft": "input oft"}.get(delta.kind, delta.kind)
 
