@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Final
 from torch import Tensor
 
 from loratool.checkpoint import FLOATS, TensorFile
-from loratool.deltas import KINDS, Delta, DoRA, Enlarge, ExpertLoRA, InputOFT, TokenRows
+from loratool.deltas import KINDS, Delta, DoRA, Enlarge, ExpertLoRA, InputOFT, LoRALib, TokenRows
 from loratool.errors import InvalidAdapter, LoratoolError, NonFinite, Unsupported
 from loratool.formats.peft import PeftConfig
 from loratool.formats.reading import Group, Listing, listing, locate, read_listing, require_adapter
@@ -56,37 +56,65 @@ class Adapter:
     metadata: Mapping[str, str]
     tied: bool = False
     passengers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def load(path: str | Path, *, allow_pickle: bool = False) -> Adapter:
+@dataclass(frozen=True, slots=True)
+class Unsaid:
+    """What some files do not say: the alpha of all modules, and which slots of a fused weight loralib trained."""
+
+    alpha: float | None = None
+    slots: tuple[bool, ...] = ()
+
+
+def load(path: str | Path, *, allow_pickle: bool = False, unsaid: Unsaid | None = None) -> Adapter:
     """Reads the adapter at `path`, a safetensors file or a PEFT folder, wholly and checked.
+
+    `unsaid` is what a loralib file, or a PEFT file without its config, leaves open.
 
     Raises `LoratoolError`: every tensor must be explained, every factor finite, every alpha a number. A pickle (`.bin`)
     is refused unless `allow_pickle`, and is then read in a process of its own that may build nothing but tensors.
     """
     path = Path(path).expanduser()
     weights, config = locate(path)
+    unsaid = unsaid or Unsaid()
     if allow_pickle and weights.suffix in PICKLE_SUFFIXES:
         with unpickled(weights) as header:
-            return _load(listing(path, header, config))
-    return _load(read_listing(path))
+            return _load(listing(path, header, config), unsaid)
+    return _load(read_listing(path), unsaid)
 
 
-def _load(found: Listing) -> Adapter:
+def _load(found: Listing, unsaid: Unsaid) -> Adapter:
+    if unsaid.alpha is not None and not found.configs:
+        found = replace(found, configs={"": PeftConfig("--alpha", alpha=unsaid.alpha)})
     require_adapter(found)
     alphas = dict(read_scalars(found.header, [group.leaves["alpha"] for group in found.groups if "alpha" in group.leaves]))
     changes: list[Change] = []
     with TensorFile(found.header) as file:
         for group in found.groups:
             try:
-                changes += _changes(found, group, file, alphas)
+                changes += _changes(found, group, file, alphas, unsaid)
             except LoratoolError as error:
                 raise type(error)(f"{found.path}: {group.module}: {error}") from error
     tied = any(config.tied for config in found.configs.values())
-    return Adapter(found.path, tuple(changes), found.header.metadata, tied, found.passengers)
+    notes = tuple(f"{found.path}: {note}" for note in _assumed(changes, unsaid))
+    return Adapter(found.path, tuple(changes), found.header.metadata, tied, found.passengers, notes)
 
 
-def _changes(found: Listing, group: Group, file: TensorFile, alphas: Mapping[str, float | None]) -> list[Change]:
+def _assumed(changes: list[Change], unsaid: Unsaid) -> Iterator[str]:
+    """What was taken for granted because neither the file nor the user says it."""
+    originals = [change.delta for change in changes if isinstance(change.delta, LoRALib)]
+    if originals and unsaid.alpha is None:
+        yield "loralib does not store alpha; its scale is taken to be 1 (--alpha says otherwise)"
+    slots = {delta.slots for delta in originals if delta.slots}
+    if slots and not unsaid.slots:
+        shown = ", ".join("".join("qkv"[i] for i, on in enumerate(slot) if on) for slot in sorted(slots))
+        yield f"loralib does not store which slots of a fused weight it trained: taken as {shown} (--slots says otherwise)"
+
+
+def _changes(
+    found: Listing, group: Group, file: TensorFile, alphas: Mapping[str, float | None], unsaid: Unsaid
+) -> list[Change]:
     config = found.config(group.module)
     parameter = config.parameter_of(group.module.path) if config else None
     if config and parameter:
@@ -99,7 +127,10 @@ def _changes(found: Listing, group: Group, file: TensorFile, alphas: Mapping[str
     for part in ordered:
         tensors = {leaf: _read(file, group.leaves[leaf]) for leaf in part.leaves if leaf != "alpha"}
         scale = scale_of(found, group, part, rank, alphas)
-        delta = delta_of(found, group.module, part, tensors, scale)
+        if part.kind.name == "loralib":
+            delta: Delta = LoRALib.of(tensors, unsaid.alpha, unsaid.slots)
+        else:
+            delta = delta_of(found, group.module, part, tensors, scale)
         keys = tuple(group.leaves[leaf].name for leaf in part.leaves)
         changes.append(Change(group.module, part.kind.parameter, delta, keys=keys))
     if any("ia3_l" in part.leaves and not _on_input(group) for part in parts):

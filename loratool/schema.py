@@ -169,11 +169,27 @@ def _oft_shape(shapes: Shapes) -> Shape | None:
     return None
 
 
+def _adalora_shape(shapes: Shapes) -> Shape:
+    a, b = shapes["loralib_a"], shapes["loralib_b"]
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or shapes["lora_e"][:1] != a[:1]:
+        raise InvalidAdapter(f"ranks are unlike: A {list(a)}, B {list(b)}, E {list(shapes['lora_e'])}")
+    return b[0], a[1]
+
+
+def _loralib_shape(shapes: Shapes) -> Shape | None:
+    """Only the weight tells which of loralib's layers this is; A's rows are B's columns, once or for several slots."""
+    a, b = shapes["loralib_a"], shapes["loralib_b"]
+    if len(a) != 2 or len(b) != 2 or 0 in (*a, *b) or a[0] % b[1]:
+        raise InvalidAdapter(f"ranks are unlike or zero: A {list(a)}, B {list(b)}")
+    return None
+
+
 DORA: Final = "magnitude dora_scale"
 
 KINDS: Final[Sequence[Kind]] = (
     _kind("lora", "down up", f"mid alpha reshape_weight {DORA}", shape=_lora_shape, rank=_lora_rank),
-    _kind("adalora", "down up lora_e", shape=_lora_shape, rank=_lora_rank),
+    _kind("adalora", "loralib_a loralib_b lora_e", shape=_adalora_shape, rank=_rows("loralib_a")),
+    _kind("loralib", "loralib_a loralib_b", shape=_loralib_shape, rank=lambda shapes: shapes["loralib_b"][1]),
     _kind("embedding", "embedding_down embedding_up", "alpha magnitude", shape=_embedding_shape, rank=_embedding_rank),
     _kind(
         "loha",
@@ -209,6 +225,7 @@ KINDS: Final[Sequence[Kind]] = (
 PAIRS: Final[Mapping[str, str]] = {
     "down": "up", "up": "down", "embedding_down": "embedding_up", "embedding_up": "embedding_down",
     "hada_w1_a": "hada_w1_b", "hada_w1_b": "hada_w1_a", "hada_w2_a": "hada_w2_b", "hada_w2_b": "hada_w2_a",
+    "loralib_a": "loralib_b", "loralib_b": "loralib_a",
 }  # fmt: skip
 """Leaves that are worth nothing without each other."""
 

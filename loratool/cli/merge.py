@@ -18,6 +18,7 @@ from loratool.cli.options import (
     overwrite_option,
     pickle_option,
     quiet_option,
+    slots,
     verbose_option,
 )
 from loratool.cli.render import print_facts, print_json, print_table, progress_bar, size, warn
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 @click.option("--round", "rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of stochastic rounding.")
 @click.option("--allow-unmatched", is_flag=True, help="Leave out modules that have no target, and say which.")
+@click.option("--alpha", type=float, help="For files that do not say: loralib's, or PEFT's without a config.")
+@click.option("--slots", type=slots, metavar="1,0,1", help="Slots of a fused q, k, v that a loralib file trained.")
 @pickle_option
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
@@ -59,6 +62,8 @@ def merge_command(
     out: Path,
     components: tuple[str, ...],
     rounding: str,
+    alpha: float | None,
+    slots: tuple[bool, ...] | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -74,9 +79,11 @@ def merge_command(
       loratool merge sdxl.safetensors style.safetensors:0.8 detail.safetensors:-0.3 -o merged.safetensors
       loratool merge Llama-3-8B/ my-adapter/ -o merged/
     """
+    from loratool.adapter import Unsaid
     from loratool.ops.merge import Options, Source, merge
 
     options = Options(
+        unsaid=Unsaid(alpha, slots or ()),
         components=component_strengths(components),
         stochastic=rounding == "stochastic",
         **chosen,  # type: ignore[arg-type]

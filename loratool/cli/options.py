@@ -45,7 +45,25 @@ class Share(click.ParamType[float]):
         return number
 
 
+class Slots(click.ParamType[tuple[bool, ...]]):
+    """Which of several slots: 1,0,1."""
+
+    name = "slots"
+
+    def convert(
+        self, value: str | tuple[bool, ...], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[bool, ...]:
+        """One boolean for each slot."""
+        if isinstance(value, tuple):
+            return value
+        marks = value.split(",")
+        if not set(marks) <= {"0", "1"}:
+            self.fail(f"{value!r} is not a list of 0 and 1, such as 1,0,1", param, ctx)
+        return tuple(mark == "1" for mark in marks)
+
+
 share = Share()
+slots = Slots()
 
 
 def adapter_and_strength(text: str) -> tuple[Path, float]:

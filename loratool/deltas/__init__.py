@@ -12,6 +12,7 @@ from loratool.deltas.full import Enlarge, Full, Replace, TokenRows
 from loratool.deltas.loha import LoHa
 from loratool.deltas.lokr import LoKr
 from loratool.deltas.lora import AdaLoRA, Embedding, LoRA, VeRA
+from loratool.deltas.loralib import LoRALib
 from loratool.deltas.multiply import IA3, GLoRA
 from loratool.deltas.orthogonal import OFT, InputBOFT, InputOFT
 
@@ -28,6 +29,7 @@ KINDS: Final[Mapping[str, type[Delta]]] = {
     "input oft": InputOFT,
     "input boft": InputBOFT,
     "experts": ExpertLoRA,
+    "loralib": LoRALib,
     "tokens": TokenRows,
     "enlarge": Enlarge,
     "full": Full,
@@ -47,6 +49,7 @@ __all__ = [
     "Full",
     "InputOFT",
     "LoRA",
+    "LoRALib",
     "Replace",
     "TokenRows",
 ]

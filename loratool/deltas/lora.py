@@ -142,10 +142,10 @@ class AdaLoRA(Delta):
 
     @classmethod
     def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
-        return cls(leaves["down"], leaves["up"], leaves["lora_e"], scale)
+        return cls(leaves["loralib_a"], leaves["loralib_b"], leaves["lora_e"], scale)
 
     def leaves(self) -> dict[str, Tensor]:
-        return {"down": self.down, "up": self.up, "lora_e": self.values}
+        return {"loralib_a": self.down, "loralib_b": self.up, "lora_e": self.values}
 
     @property
     def shape(self) -> tuple[int, ...]:

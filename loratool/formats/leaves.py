@@ -27,7 +27,7 @@ LEAVES: Final[Mapping[str, tuple[str, str]]] = {
     "oft_R.weight": ("oft_r", PEFT), "oft_R.scaled_oft": ("scaled_oft", PEFT),
     "boft_R": ("boft_r", PEFT), "boft_s": ("boft_s", PEFT),
     # microsoft/loralib, and PEFT's AdaLoRA
-    "lora_A": ("down", LORALIB), "lora_B": ("up", LORALIB),
+    "lora_A": ("loralib_a", LORALIB), "lora_B": ("loralib_b", LORALIB),
     # diffusers before PEFT: the U-Net, then text encoders
     "lora.down.weight": ("down", DIFFUSERS_OLD), "lora.up.weight": ("up", DIFFUSERS_OLD),
     "lora_linear_layer.down.weight": ("down", DIFFUSERS_OLD), "lora_linear_layer.up.weight": ("up", DIFFUSERS_OLD),

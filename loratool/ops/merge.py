@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 
 from loratool import __version__
-from loratool.adapter import Adapter, load
+from loratool.adapter import Adapter, Unsaid, load
 from loratool.checkpoint import TensorFile
 from loratool.header import TensorInfo, encode_header, read_json
 from loratool.layout import open_layout, require_base
@@ -84,6 +84,7 @@ class Options:
     seed: int = 0
     allow_unmatched: bool = False
     allow_pickle: bool = False
+    unsaid: Unsaid = field(default_factory=Unsaid)
     overwrite: bool = False
     dry_run: bool = False
 
@@ -121,7 +122,7 @@ def _loaded(source: Source | str | Path, options: Options) -> tuple[Adapter, Cho
     source = source if isinstance(source, Source) else Source(source)
     adapter = source.adapter
     if not isinstance(adapter, Adapter):
-        adapter = load(adapter, allow_pickle=options.allow_pickle)
+        adapter = load(adapter, allow_pickle=options.allow_pickle, unsaid=options.unsaid)
     strength = check_strength(source.strength, str(adapter.path))
     return adapter, Choice(strength, options.include, options.exclude, options.components)
 
@@ -316,6 +317,7 @@ def _report(
     touched = sum(tensor.source.numel for tensor in plan.changed)
     strength = measure.along / measure.wanted if measure.wanted else None
     unchanged = measure.unchanged / measure.elements if measure.elements else None
+    notes = [note for adapter, _ in adapters for note in adapter.notes]
     return MergeReport(
         out=str(target),
         adapters=tuple((str(adapter.path), choice.strength) for adapter, choice in adapters),
@@ -330,7 +332,7 @@ def _report(
         seconds=0.0,
         peak_bytes=0,
         dry_run=dry_run,
-        warnings=(*plan.warnings, *_warnings(plan, measure, strength)),
+        warnings=(*notes, *plan.warnings, *_warnings(plan, measure, strength)),
     )
 
 

@@ -1,0 +1,107 @@
+"""microsoft/loralib, the original: ΔW = (alpha / r) · B A, arranged as the layer it was trained on asks for.
+
+Source: loralib/layers.py. Neither alpha nor which slots of a fused q, k, v were trained is in its files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from loratool.deltas.base import ANY, Delta, Leaves, widened
+from loratool.errors import InvalidAdapter, NeedsBase, ShapeMismatch, Unsupported
+
+SLOTS: dict[int, tuple[bool, ...]] = {2: (True, False, True), 3: (True, True, True)}
+"""Slots of a fused q, k, v by the number that were trained: q and v, as in loralib's own GPT-2, or all."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoRALib(Delta):
+    """`a` and `b` as one of four layers has them; the weight's shape tells which.
+
+    Linear: A (r, in), B (out, r). Embedding: A (r, vocabulary), B (width, r), added transposed. Convolution: A (r·k, in·k),
+    B (out·k, r·k). MergedLinear: A (r·g, in), B (rows of g slots, r), into the slots that `slots` says are enabled.
+    `alpha` None is scale 1.
+    """
+
+    kind: ClassVar[str] = "loralib"
+    additive: ClassVar[bool] = False
+
+    a: Tensor
+    b: Tensor
+    alpha: float | None = None
+    slots: tuple[bool, ...] = ()
+
+    @classmethod
+    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
+        return cls(leaves["loralib_a"], leaves["loralib_b"])
+
+    @classmethod
+    def of(cls, leaves: Leaves, alpha: float | None, slots: tuple[bool, ...]) -> Self:
+        """With the alpha and the slots that its file lacks; raises `InvalidAdapter` where the slots do not fit."""
+        delta = cls.from_leaves(leaves, None)
+        if delta.groups == 1:
+            return replace(delta, alpha=alpha)
+        slots = slots or SLOTS.get(delta.groups, ())
+        if sum(slots) != delta.groups:
+            raise InvalidAdapter(
+                f"has factors for {delta.groups} slots of a fused weight; say which with --slots, as in 1,0,1"
+            )
+        return replace(delta, alpha=alpha, slots=slots)
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {"loralib_a": self.a, "loralib_b": self.b}
+
+    @property
+    def groups(self) -> int:
+        """How many slots of a fused weight the factors are for, 1 for any other layer."""
+        return max(self.a.shape[0] // self.b.shape[1], 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ANY, ANY
+
+    def dense(self) -> Tensor:
+        raise NeedsBase("only the weight tells which of loralib's layers this was")
+
+    def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        base = widened(weight)
+        return base + strength * self._scale(base.shape) * self._arranged(base.shape).to(base.dtype)
+
+    def scaled(self, by: float) -> Self:
+        raise NeedsBase("loralib's scale depends on the layer; give a strength to merge instead")
+
+    def split(self, sizes: Sequence[int]) -> list[Delta]:
+        raise Unsupported("loralib's factors cannot be cut without the weight they are for")
+
+    def _scale(self, shape: Sequence[int]) -> float:
+        rank = self.b.shape[1] // (shape[2] if len(shape) > 2 else 1)
+        return 1.0 if self.alpha is None else self.alpha / rank
+
+    def _arranged(self, shape: Sequence[int]) -> Tensor:
+        if self.groups > 1:
+            return self._slotted(shape)
+        product = self.b.float() @ self.a.float()
+        if len(shape) > 2 and product.numel() == prod(shape):
+            return product.reshape(tuple(shape))
+        for arranged in (product, product.T):
+            if tuple(arranged.shape) == tuple(shape):
+                return arranged
+        raise ShapeMismatch(f"A {list(self.a.shape)} and B {list(self.b.shape)} do not make up a weight of {list(shape)}")
+
+    def _slotted(self, shape: Sequence[int]) -> Tensor:
+        """The product of each slot's factors in its rows, zeros in those of slots that were not trained."""
+        rows, rank = shape[0] // len(self.slots), self.b.shape[1]
+        if (rows * self.groups, self.a.shape[1]) != (self.b.shape[0], shape[1]):
+            raise ShapeMismatch(f"{self.groups} slots of {self.b.shape[0]} rows in all do not fit a weight of {list(shape)}")
+        arranged = torch.zeros(tuple(shape))
+        trained = (slot for slot, enabled in enumerate(self.slots) if enabled)
+        for group, slot in enumerate(trained):
+            up, down = self.b[group * rows : (group + 1) * rows], self.a[group * rank : (group + 1) * rank]
+            arranged[slot * rows : (slot + 1) * rows] = up.float() @ down.float()
+        return arranged
