@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from docs.tables import filled
 from tests.conftest import FIXTURES
 
 README = (FIXTURES.parent / "README.md").read_text()
@@ -36,3 +37,8 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_tables_are_those_of_the_code() -> None:
+    """`python -m docs.tables` writes them anew."""
+    assert filled(README) == README

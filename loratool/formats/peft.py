@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
 
-from loratool.errors import InvalidConfig, Unsupported
+from loratool.errors import InvalidConfig
 
 CONFIG_NAME: Final = "adapter_config.json"
 METADATA_KEY: Final = "lora_adapter_metadata"
@@ -22,6 +22,12 @@ METADATA_KEY: Final = "lora_adapter_metadata"
 
 BASE_CHANGING_INITS: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that subtract the adapter's first value from the base it is trained on."""
+
+TUNERS: Final = frozenset({"LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA", "TRAINABLE_TOKENS"})
+"""The values of peft_type whose tensors are among our kinds."""
+PROMPTS: Final = frozenset(
+    {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "XLORA"}
+)
 
 REFUSED: Final[Mapping[str, str]] = {
     "layer_replication": "the base must have its layers replicated first (layer_replication)",
@@ -46,19 +52,11 @@ class PeftConfig:
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     neumann_terms: int = 0
     parameters: tuple[str, ...] = ()
+    refusal: str = ""
 
     @classmethod
     def parse(cls, document: Mapping[str, Any], where: str) -> PeftConfig:
-        """Checks a config's document; raises `InvalidConfig`, or `Unsupported` where it cannot be merged into weights."""
-        for name, reason in REFUSED.items():
-            if document.get(name):
-                raise Unsupported(f"{where}: {reason}")
-        init = document.get("init_lora_weights")
-        if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-            raise Unsupported(
-                f"{where}: init_lora_weights is {init!r}, which changed the base it was trained on; save it with PEFT's "
-                "path_initial_model_for_weight_conversion, or set init_lora_weights to true if the base is the changed one"
-            )
+        """Checks a config's document; raises `InvalidConfig`. What cannot be merged into weights is kept in `refusal`."""
         kind = str(document.get("peft_type", "LORA")).removeprefix("PeftType.")
         adaptive = kind == "ADALORA"
         alpha = next((name for name in ("lora_alpha", "alpha") if name in document), None)
@@ -76,6 +74,7 @@ class PeftConfig:
             tokens=_tokens(document.get("trainable_token_indices"), where),
             neumann_terms=_neumann_terms(document, where) if kind == "OFT" else 0,
             parameters=_names(document.get("target_parameters"), where),
+            refusal=_refusal(document, kind),
         )
 
     def alpha_of(self, path: str) -> float | None:
@@ -132,6 +131,22 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> dict[str, PeftConf
         component, _, name = key.partition(".")
         components.setdefault(component, {})[name] = value
     return {component: PeftConfig.parse(part, where) for component, part in components.items()}
+
+
+def _refusal(document: Mapping[str, Any], kind: str) -> str:
+    """Why an adapter with this config cannot be merged into weights, "" where it can."""
+    for name, reason in REFUSED.items():
+        if document.get(name):
+            return reason
+    init = document.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+        return (
+            f"init_lora_weights is {init!r}, which changed the base it was trained on; save it with PEFT's "
+            "path_initial_model_for_weight_conversion, or set init_lora_weights to true if the base is the changed one"
+        )
+    if kind in PROMPTS:
+        return f"{kind} acts on prompts or activations, and cannot be merged into weights"
+    return "" if kind in TUNERS else f"peft_type {kind} is not a kind that this version computes"
 
 
 def _matched(patterns: Mapping[str, Any], path: str, default: Any, where: str) -> Any:

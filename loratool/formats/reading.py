@@ -126,8 +126,11 @@ def _ia3_weight(name: str, header: Header, leaves: dict[str, dict[str, TensorInf
 
 
 def require_adapter(found: Listing) -> None:
-    """Raises `InvalidAdapter` unless every tensor is explained and there is a delta at all."""
+    """Raises `InvalidAdapter` unless every tensor is explained and there is a delta at all, `Unsupported` by the config."""
     name = found.path
+    for config in found.configs.values():
+        if config.refusal:
+            raise Unsupported(f"{config.where}: {config.refusal}")
     if not found.groups:
         full = "; this looks like a full checkpoint" if found.header.tensors else ": it has no tensors"
         raise InvalidAdapter(f"{name}: not an adapter{full}")

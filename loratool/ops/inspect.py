@@ -213,7 +213,7 @@ def _with(families: Sequence[str], usual: str) -> str:
 
 def _suspicions(found: Listing) -> list[str]:
     """What is odd about an adapter, without saying that it is wrong."""
-    odd = list(found.problems)
+    odd = [*found.problems, *(config.refusal for config in found.configs.values() if config.refusal)]
     if found.unexplained:
         odd.append(f"{len(found.unexplained)} tensors that no kind explains: {some(found.unexplained, 3)}")
     if found.passengers:

@@ -294,3 +294,37 @@ def test_without_the_size_of_a_head_metas_names_are_not_guessed(tmp_path: Path) 
 
     with pytest.raises(LoratoolError, match="no target"):
         merge(tmp_path / "meta.safetensors", [tmp_path / "adapter"], tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"init_lora_weights": "pissa_niter_16"}, "changed the base"),
+        ({"init_lora_weights": "olora"}, "changed the base"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [1, 2]}, "activated"),
+        ({"peft_type": "PREFIX_TUNING"}, "prompts"),
+        ({"peft_type": "FOURIERFT"}, "FOURIERFT"),
+        ({"r": 7}, "rank 4"),
+        ({"r": "4"}, "r is '4'"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"lora_alpha": True}, "lora_alpha is True"),
+        ({"use_dora": True}, "magnitude"),
+        ({"rank_pattern": {"(a+)+b": 3}}, "too intricate"),
+        ({"rank_pattern": {"[": 3}}, "regular expression"),
+        ({"alpha_pattern": [1]}, "alpha_pattern"),
+        ({"use_rslora": "yes"}, "use_rslora"),
+    ],
+)
+def test_a_config_that_cannot_be_right_is_an_error_that_names_it(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    model = llm("llama")
+    model.save_pretrained(tmp_path / "base")
+    peft_adapter(model, tmp_path / "adapter", r=4, lora_alpha=16, target_modules=["q_proj"])
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+
+    with pytest.raises(LoratoolError, match=said) as error:
+        merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+
+    assert str(tmp_path / "adapter") in str(error.value)
+    assert not (tmp_path / "out").exists()

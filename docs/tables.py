@@ -1,0 +1,73 @@
+"""Writes the README's tables anew from the code: `python -m docs.tables`. A test fails where they are stale."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from loratool.deltas import KINDS, Delta, DoRA
+from loratool.ops.low_rank import KEPT, RESIZED
+
+README = Path(__file__).parent.parent / "README.md"
+
+MADE_BY: Mapping[str, str] = {
+    "lora": "LoRA, LoCon, Tucker (`lora_mid`), DyLoRA, rsLoRA",
+    "embedding": "LoRA on an embedding (PEFT)",
+    "dora": "DoRA on LoRA, LoHa or LoKr, of outputs or inputs",
+    "adalora": "AdaLoRA (PEFT)",
+    "vera": "VeRA with its projections saved (PEFT)",
+    "loha": "LoHa, with and without Tucker cores",
+    "lokr": "LoKr, every factored and whole combination, Tucker",
+    "glora": "GLoRA",
+    "ia3": "(IA)³ of LyCORIS and of PEFT",
+    "oft": "Diag-OFT and BOFT (LyCORIS), rescaled or constrained",
+    "input oft": "OFT (PEFT)",
+    "input boft": "BOFT (PEFT)",
+    "experts": "`target_parameters`: stacked experts (PEFT)",
+    "loralib": "microsoft/loralib: Linear, Embedding, Conv, MergedLinear",
+    "tokens": "`trainable_token_indices` (PEFT)",
+    "enlarge": "`reshape_weight` (ComfyUI, FLUX control LoRAs)",
+    "full": "full differences and norms: `diff`, `diff_b`, `w_norm`, `b_norm`",
+    "lora bias": "`lora_B.bias` (PEFT)",
+    "replace": "`modules_to_save`, trained biases, `set_weight`",
+}
+"""What people call each kind, for those who do not know our names."""
+
+
+def kinds() -> Iterator[str]:
+    """Kind × verb: what each verb does with each kind."""
+    yield "| kind | what writes it | inspect, merge | convert `--to-lora` | resize | exact factors |"
+    yield "|---|---|---|---|---|---|"
+    for name, kind in {**KINDS, "dora": DoRA}.items():
+        columns = [name, MADE_BY[name], "yes", *_verbs(name, kind), "yes" if _has_factors(kind) else "–"]
+        yield f"| {' | '.join(columns)} |"
+
+
+def _verbs(name: str, kind: type[Delta]) -> tuple[str, str]:
+    """What convert and resize do: by whether the kind is kept as it is, is a sum, or depends on its weight."""
+    if name == "experts":
+        return "refused", "refused"
+    if name in KEPT | {"lora bias"}:
+        return "kept", "yes" if name in RESIZED else "kept"
+    verb = "yes" if kind.additive else "with `--base`"
+    return verb, verb
+
+
+def _has_factors(kind: type[Delta]) -> bool:
+    return kind.factors is not Delta.factors
+
+
+TABLES: Mapping[str, Callable[[], Iterator[str]]] = {"kinds": kinds}
+
+
+def filled(text: str) -> str:
+    """`text` with what stands between each table's marks written anew."""
+    for name, rows in TABLES.items():
+        marks = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(marks, lambda found, rows=rows: found[1] + "\n".join(rows()) + "\n" + found[2], text, flags=re.DOTALL)  # type: ignore[misc]
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text()))
