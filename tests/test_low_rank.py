@@ -114,6 +114,7 @@ TUNERS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoHa": ("LoHaConfig", {"r": 3, "alpha": 6, "target_modules": ["q_proj", "down_proj"]}),
     "LoKr": ("LoKrConfig", {"r": 4, "alpha": 2, "target_modules": ["q_proj", "v_proj"]}),
     "DoRA": ("LoraConfig", {"r": 4, "use_dora": True, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "DoRA, embedding": ("LoraConfig", {"r": 4, "use_dora": True, "target_modules": ["embed_tokens"]}),
     "VeRA": ("VeraConfig", {"r": 8, "target_modules": ["q_proj"]}),
     "OFT": ("OFTConfig", {"oft_block_size": 8, "target_modules": ["q_proj"]}),
 }  # fmt: skip
@@ -194,3 +195,17 @@ def test_resizing_a_peft_folder_rewrites_its_config(tmp_path: Path) -> None:
         torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6)
     # The embedding's LoRA is kept, at the scale that rsLoRA gave it.
     torch.testing.assert_close(ours["model.embed_tokens.weight"], whole["model.embed_tokens.weight"])
+
+
+def test_a_bias_of_a_rewritten_module_keeps_its_strength(tmp_path: Path) -> None:
+    model = llm("qwen2", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "base")
+    peft_adapter(model, tmp_path / "adapter", r=4, lora_alpha=12, lora_bias=True, target_modules=["q_proj", "v_proj"])
+
+    resize(tmp_path / "adapter", tmp_path / "same", Rule(rank=4))
+
+    for adapter, out in (("adapter", "expected"), ("same", "ours")):
+        merge(tmp_path / "base", [tmp_path / adapter], tmp_path / out)
+    expected, ours = Checkpoint(tmp_path / "expected"), Checkpoint(tmp_path / "ours")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6)

@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratool.cli.options import DTYPES, json_option, overwrite_option, quiet_option, share, verbose_option
-from loratool.cli.render import histogram, print_facts, print_json, print_table, size
+from loratool.cli.options import (
+    DTYPES,
+    alpha_option,
+    json_option,
+    overwrite_option,
+    quiet_option,
+    share,
+    slots_option,
+    verbose_option,
+)
+from loratool.cli.render import histogram, print_facts, print_json, print_table, size, warn
 
 if TYPE_CHECKING:
     from loratool.ops.low_rank import LowRankReport, Rule
@@ -26,6 +35,8 @@ def rank_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--max-error", type=share, metavar="SHARE", help="Largest error of a module: 5% or 0.05."),
             click.option("--base", type=click.Path(path_type=Path), help="The base, for kinds that depend on it."),
             click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of new factors. Default: as the adapter's."),
+            alpha_option,
+            slots_option,
             overwrite_option,
             json_option,
             quiet_option,
@@ -83,13 +94,19 @@ def _run(
     *,
     out: Path,
     base: Path | None,
+    alpha: float | None,
+    slots: tuple[bool, ...] | None,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
     **rule: Any,
 ) -> None:
-    report = run(adapter, out, _rule(**rule), base=base, overwrite=overwrite)
+    from loratool.adapter import Unsaid
+
+    report = run(adapter, out, _rule(**rule), base=base, unsaid=Unsaid(alpha, slots or ()), overwrite=overwrite)
+    for warning in report.warnings:
+        warn(warning)
     if as_json:
         print_json(report)
     elif not quiet:

@@ -11,6 +11,7 @@ import click
 from loratool.cli.options import (
     DTYPES,
     adapter_and_strength,
+    alpha_option,
     component_strengths,
     exclude_option,
     include_option,
@@ -18,7 +19,7 @@ from loratool.cli.options import (
     overwrite_option,
     pickle_option,
     quiet_option,
-    slots,
+    slots_option,
     verbose_option,
 )
 from loratool.cli.render import print_facts, print_json, print_table, progress_bar, size, warn
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
 @click.option("--round", "rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of stochastic rounding.")
 @click.option("--allow-unmatched", is_flag=True, help="Leave out modules that have no target, and say which.")
-@click.option("--alpha", type=float, help="For files that do not say: loralib's, or PEFT's without a config.")
-@click.option("--slots", type=slots, metavar="1,0,1", help="Slots of a fused q, k, v that a loralib file trained.")
+@alpha_option
+@slots_option
 @pickle_option
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")

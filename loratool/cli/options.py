@@ -66,6 +66,12 @@ share = Share()
 slots = Slots()
 
 
+alpha_option = click.option("--alpha", type=float, help="For files that do not say: loralib's, or PEFT's without a config.")
+slots_option = click.option(
+    "--slots", type=slots, metavar="1,0,1", help="Slots of a fused q, k, v that a loralib file trained."
+)
+
+
 def adapter_and_strength(text: str) -> tuple[Path, float]:
     """`PATH[:STRENGTH]`: the last colon counts only where a number follows it and no file has the whole as its name."""
     path, colon, number = text.rpartition(":")

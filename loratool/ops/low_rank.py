@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from loratool.adapter import Adapter, Change, load
+from loratool.adapter import Adapter, Change, Unsaid, load
 from loratool.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, tensor_bytes
 from loratool.deltas import Embedding, LoRA
 from loratool.errors import LoratoolError, NeedsBase, NonFinite, ShapeMismatch, Unsupported
@@ -25,7 +25,7 @@ from loratool.output import Output, Writer
 from loratool.schema import BIAS, WEIGHT
 from loratool.targets import Targets
 
-KEPT: Final = frozenset({"lora", "embedding", "replace", "tokens"})
+KEPT: Final = frozenset({"lora", "embedding", "enlarge", "replace", "tokens"})
 """Kinds that a LoRA file holds as they are."""
 RESIZED: Final = frozenset({"lora"})
 """Of these, the kind whose rank can be another."""
@@ -63,6 +63,7 @@ class LowRankReport:
     kept: int
     error: float
     nbytes: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def worst(self) -> Converted | None:
@@ -83,30 +84,41 @@ class Rule:
 
 
 def to_lora(
-    path: str | Path, out: str | Path, rule: Rule | None = None, *, base: str | Path | None = None, overwrite: bool = False
+    path: str | Path,
+    out: str | Path,
+    rule: Rule | None = None,
+    *,
+    base: str | Path | None = None,
+    unsaid: Unsaid | None = None,
+    overwrite: bool = False,
 ) -> LowRankReport:
     """Writes the adapter at `path` to `out` with every delta on a matrix or a kernel as a LoRA.
 
     What is a LoRA already keeps its bytes. Kinds that depend on the weight (DoRA, OFT, (IA)³ …) need `base`. Errors are
     those of the factors as stored. Raises `LoratoolError`.
     """
-    return _approximated(path, out, rule or Rule(), KEPT, base=base, overwrite=overwrite)
+    return _approximated(load(path, unsaid=unsaid), Path(out), rule or Rule(), KEPT, base=base, overwrite=overwrite)
 
 
 def resize(
-    path: str | Path, out: str | Path, rule: Rule, *, base: str | Path | None = None, overwrite: bool = False
+    path: str | Path,
+    out: str | Path,
+    rule: Rule,
+    *,
+    base: str | Path | None = None,
+    unsaid: Unsaid | None = None,
+    overwrite: bool = False,
 ) -> LowRankReport:
     """Writes the adapter at `path` to `out` with every LoRA, and every other kind as a LoRA, of the rank that `rule` gives.
 
     The best approximation at that rank (Eckart and Young 1936), from QR of the factors and the SVD of their small core.
     """
-    return _approximated(path, out, rule, KEPT - RESIZED, base=base, overwrite=overwrite)
+    return _approximated(load(path, unsaid=unsaid), Path(out), rule, KEPT - RESIZED, base=base, overwrite=overwrite)
 
 
 def _approximated(
-    path: str | Path, out: str | Path, rule: Rule, keep: frozenset[str], *, base: str | Path | None, overwrite: bool
+    adapter: Adapter, out: Path, rule: Rule, keep: frozenset[str], *, base: str | Path | None, overwrite: bool
 ) -> LowRankReport:
-    adapter = load(path)
     weights = _Weights(Path(base).expanduser()) if base else None
     converted: list[Converted] = []
     kept: list[Change] = []
@@ -120,12 +132,12 @@ def _approximated(
             effective = _effective(change, weights)
             up, down, figures = _low_rank(change, effective, rule)
             converted.append(figures)
-            tensors |= _named(change.module, up, down, effective.shape)
-    tensors |= _as_they_were(adapter, kept)
-    nbytes = _save(adapter, tensors, kept, converted, Path(out).expanduser(), overwrite=overwrite)
+            tensors |= _named(change, up, down, effective.shape)
+    tensors |= _as_they_were(adapter, kept) | _biases(kept, {module.name for module in converted})
+    nbytes = _save(adapter, tensors, kept, converted, out.expanduser(), overwrite=overwrite)
     left = sum((module.error * module.norm) ** 2 for module in converted) ** 0.5
     whole = sum(module.norm**2 for module in converted) ** 0.5
-    return LowRankReport(str(out), tuple(converted), len(kept), left / whole if whole else 0.0, nbytes)
+    return LowRankReport(str(out), tuple(converted), len(kept), left / whole if whole else 0.0, nbytes, adapter.notes)
 
 
 class _Weights:
@@ -241,17 +253,20 @@ def _rank(sigma: Tensor, norm: float, rule: Rule) -> int:
     return max(1, int((sigma > 1e-6 * sigma[0]).sum())) if len(sigma) else 1
 
 
-def _named(module: Module, up: Tensor, down: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+def _named(change: Change, up: Tensor, down: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
     """The factors under the names that the adapter's own spelling of the module calls for."""
-    dotted = "." in module.stem
-    kernel = shape[2:]
+    stem, kernel = change.module.stem, shape[2:]
+    if "embedding_down" in change.delta.leaves():
+        # PEFT adds the product of an embedding's factors transposed.
+        return {f"{stem}.lora_embedding_A": up.T.contiguous(), f"{stem}.lora_embedding_B": down.T.contiguous()}
+    dotted = "." in stem
     down_name, up_name = LEAF_NAMES[dotted]
     ones = (1,) * len(kernel)
     tensors = {
-        f"{module.stem}.{down_name}": down.reshape(len(down), -1, *kernel).contiguous(),
-        f"{module.stem}.{up_name}": up.reshape(*up.shape, *ones).contiguous(),
+        f"{stem}.{down_name}": down.reshape(len(down), -1, *kernel).contiguous(),
+        f"{stem}.{up_name}": up.reshape(*up.shape, *ones).contiguous(),
     }
-    return tensors if dotted else tensors | {f"{module.stem}.alpha": torch.tensor(float(len(down)))}
+    return tensors if dotted else tensors | {f"{stem}.alpha": torch.tensor(float(len(down)))}
 
 
 def _as_they_were(adapter: Adapter, kept: Sequence[Change]) -> dict[str, Tensor]:
@@ -260,6 +275,15 @@ def _as_they_were(adapter: Adapter, kept: Sequence[Change]) -> dict[str, Tensor]
     names = [*(name for change in kept for name in change.keys), *adapter.passengers]
     with TensorFile(header) as file:
         return {name: file.read(header.tensors[name]) for name in names}
+
+
+def _biases(kept: Sequence[Change], converted: set[str]) -> dict[str, Tensor]:
+    """Biases of LoRA modules that were rewritten, with their scale in them: the new factors have it in theirs."""
+    return {
+        change.keys[0]: change.delta.dense()
+        for change in kept
+        if change.keys[0].endswith(".lora_B.bias") and str(change.module) in converted
+    }
 
 
 def _save(
