@@ -11,7 +11,7 @@ from typing import Final
 from torch import Tensor
 
 from loratool.checkpoint import FLOATS, TensorFile
-from loratool.deltas import KINDS, Delta, DoRA, Enlarge, ExpertLoRA, InputOFT, LoRALib, TokenRows
+from loratool.deltas import IA3, KINDS, Delta, DoRA, Enlarge, ExpertLoRA, InputOFT, LoRALib, TokenRows
 from loratool.errors import InvalidAdapter, LoratoolError, NonFinite, Unsupported
 from loratool.formats.peft import PeftConfig
 from loratool.formats.reading import Group, Listing, listing, locate, read_listing, require_adapter
@@ -133,7 +133,7 @@ def _changes(
             delta = delta_of(found, group.module, part, tensors, scale)
         keys = tuple(group.leaves[leaf].name for leaf in part.leaves)
         changes.append(Change(group.module, part.kind.parameter, delta, keys=keys))
-    if any("ia3_l" in part.leaves and not _on_input(group) for part in parts):
+    if isinstance(changes[0].delta, IA3) and "ia3_l" in group.leaves and not changes[0].delta.on_input:
         # PEFT multiplies the outputs, and so the bias, where there is one.
         changes.append(Change(group.module, "bias", changes[0].delta, optional=True))
     return changes
@@ -153,10 +153,6 @@ def _expert_change(group: Group, parameter: str, config: PeftConfig, file: Tenso
     return Change(replace(group.module, path=parameter), "weight", delta, apart=tuple(apart))
 
 
-def _on_input(group: Group) -> bool:
-    return group.leaves["ia3_l"].shape[0] == 1
-
-
 def delta_of(found: Listing, module: Module, part: Part, tensors: Mapping[str, Tensor], scale: float | None) -> Delta:
     """The delta of one part; raises `Unsupported` for a kind that is known by name alone."""
     name, config = part.kind.name, found.config(module)
@@ -168,6 +164,13 @@ def delta_of(found: Listing, module: Module, part: Part, tensors: Mapping[str, T
         raise Unsupported(f"is of kind {name}, which this version reads but cannot compute")
     inner = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in (part.magnitude, "reshape_weight")}
     delta = KINDS[name].from_leaves(inner, scale)
+    if (
+        isinstance(delta, IA3)
+        and tensors.get("ia3_l", delta.vector).ndim > 2
+        and config
+        and not config.is_feedforward(module.path)
+    ):
+        return delta.of_outputs()
     if "reshape_weight" in tensors:
         return Enlarge.around(delta, tensors["reshape_weight"])
     return DoRA.around(delta, part.magnitude, tensors[part.magnitude]) if part.magnitude else delta

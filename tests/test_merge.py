@@ -264,6 +264,22 @@ BAD_ADAPTERS: dict[str, tuple[Tensors, type[LoratoolError], str]] = {
         InvalidAdapter,
         "lora_unet_fc",
     ),
+    "kernel of four": (
+        {"lora_unet_fc.lora_down.weight": torch.ones(2, 8, 1, 1, 1, 1), "lora_unet_fc.lora_up.weight": torch.ones(12, 2)},
+        InvalidAdapter,
+        "lora_unet_fc.*dimensions",
+    ),
+    "kernel on the wrong side": (
+        {"lora_unet_fc.lora_down.weight": torch.ones(2, 8), "lora_unet_fc.lora_up.weight": torch.ones(12, 2, 3, 3)},
+        InvalidAdapter,
+        "lora_unet_fc.*kernel",
+    ),
+    "half a LoHa": (
+        {f"lora_unet_fc.hada_{leaf}": torch.ones(2, 2) for leaf in ("w1_a", "w1_b", "w2_a")},
+        InvalidAdapter,
+        "lora_unet_fc.*hada_w2_a but no hada_w2_b",
+    ),
+    "LoKr without a side": ({"lora_unet_fc.lokr_w1": torch.ones(2, 2)}, InvalidAdapter, "lora_unet_fc.*lokr_w2"),
     "NaN": (
         kohya(STEMS, 2, 1.0) | {"lora_unet_fc.lora_up.weight": torch.full((12, 2), float("nan"))},
         NonFinite,

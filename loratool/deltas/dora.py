@@ -7,7 +7,7 @@ interpolates the magnitude alone. LyCORIS adds the smallest step of float32 to t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -78,3 +78,9 @@ class DoRA(Delta):
             raise Unsupported("a DoRA with a magnitude for each input cannot be cut along the output without its base")
         inner, flat = self.inner.split(sizes), self.magnitude.flatten()
         return [replace(self, inner=part, magnitude=rows) for part, rows in zip(inner, cut(flat, sizes), strict=True)]
+
+    @classmethod
+    def stack(cls, parts: Sequence[DoRA], stacked: Callable[[Sequence[Delta]], Delta]) -> DoRA:
+        """The DoRA of rows whose rows are those of `parts`, their inner deltas joined by `stacked`: exact."""
+        magnitudes = torch.cat([part.magnitude.flatten() for part in parts])
+        return cls(stacked([part.inner for part in parts]), magnitudes, "magnitude", on_input=False)

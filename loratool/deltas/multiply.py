@@ -35,11 +35,15 @@ class IA3(Delta):
     def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
         if "ia3_l" in leaves:
             vector = leaves["ia3_l"]
-            return cls(vector, vector.shape[0] == 1 and vector.shape[-1] != 1, 0.0, leaves)
+            return cls(vector, vector.shape[0] == 1, 0.0, leaves)
         return cls(leaves["ia3_weight"], bool(leaves["on_input"].float().any()), 1.0, leaves)
 
     def leaves(self) -> dict[str, Tensor]:
         return dict(self.stored)
+
+    def of_outputs(self) -> Self:
+        """The same numbers for rows: PEFT stores a convolution's as (1, channels, 1, 1) on whichever side they are."""
+        return replace(self, on_input=False)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -52,6 +52,7 @@ class PeftConfig:
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     neumann_terms: int = 0
     parameters: tuple[str, ...] = ()
+    feedforward: tuple[str, ...] = ()
     refusal: str = ""
 
     @classmethod
@@ -73,7 +74,8 @@ class PeftConfig:
             tied=_flag(document, "ensure_weight_tying", where),
             tokens=_tokens(document.get("trainable_token_indices"), where),
             neumann_terms=_neumann_terms(document, where) if kind == "OFT" else 0,
-            parameters=_names(document.get("target_parameters"), where),
+            parameters=_names(document, "target_parameters", where),
+            feedforward=_names(document, "feedforward_modules", where) if kind == "IA3" else (),
             refusal=_refusal(document, kind),
         )
 
@@ -89,6 +91,10 @@ class PeftConfig:
     def tokens_of(self, path: str) -> tuple[int, ...]:
         """The trainable_token_indices of the embedding at `path`."""
         return next((tokens for name, tokens in self.tokens.items() if not name or path.endswith(name)), ())
+
+    def is_feedforward(self, path: str) -> bool:
+        """Whether (IA)³ multiplies the inputs of the module at `path`, as in feedforward layers, and not its outputs."""
+        return any(f".{path}".endswith(f".{name}") for name in self.feedforward)
 
     def parameter_of(self, path: str) -> str | None:
         """The path of the parameter that factors at `path` change, where target_parameters name it and it is no `weight`.
@@ -212,7 +218,8 @@ def _neumann_terms(document: Mapping[str, Any], where: str) -> int:
     return _rank(document.get("num_cayley_neumann_terms", 5), f"{where}: num_cayley_neumann_terms")
 
 
-def _names(value: object, where: str) -> tuple[str, ...]:
+def _names(document: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
+    value = document.get(name)
     if value is not None and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
-        raise InvalidConfig(f"{where}: target_parameters is not a list of names")
+        raise InvalidConfig(f"{where}: {name} is not a list of names")
     return tuple(value or ())

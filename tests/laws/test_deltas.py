@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loratool.deltas import ANY, KINDS, Delta, DoRA, Enlarge, ExpertLoRA, TokenRows
+from loratool.deltas import ANY, KINDS, Delta, DoRA, Enlarge, ExpertLoRA, TokenRows, stack
 from loratool.deltas.lora import LoRA
-from loratool.errors import LoratoolError, NeedsBase
+from loratool.errors import LoratoolError, NeedsBase, Unsupported
 
 Make = Callable[[torch.Generator, int], tuple[Delta, tuple[int, ...]]]
 """Builds a delta of a rank, and the shape of a weight that it fits."""
@@ -219,3 +219,34 @@ def test_stacking_is_dense_stacking_whatever_the_parts(scales: tuple[float | Non
     ]
 
     close(LoRA.stack(parts).dense(), torch.cat([part.dense() for part in parts]))
+
+
+@every_kind
+@draws
+@few
+def test_a_stack_changes_a_stack_of_weights_as_its_parts_change_each(make: Make, seed: int, rank: int) -> None:
+    one, first = drawn(make, seed, rank)
+    other, second = drawn(make, seed + 1, rank)
+    try:
+        whole = stack([one, other])
+    except Unsupported:
+        assert not one.additive
+        return
+    together = torch.cat([first, second])
+    changed = torch.cat([one.apply(first), other.apply(second)])
+
+    close(whole.apply(together.reshape(len(together), *whole.shape[1:])).reshape(changed.shape), changed)
+
+
+@every_kind
+@draws
+@few
+def test_stacking_is_the_inverse_of_splitting(make: Make, seed: int, rank: int) -> None:
+    delta, weight = drawn(make, seed, rank)
+    rows = weight.shape[0]
+    try:
+        again = stack(delta.split((3, rows - 3)))
+    except LoratoolError:
+        return
+
+    close(again.apply(weight.reshape(rows, *again.shape[1:])).reshape(weight.shape), delta.apply(weight))

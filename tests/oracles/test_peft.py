@@ -86,6 +86,62 @@ def test_fused_experts_merge_into_weights_that_are_stored_one_by_one(
         torch.testing.assert_close(ours[name], expected, rtol=1e-5, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_fused_experts_merge_into_weights_that_are_stored_stacked(tmp_path: Path) -> None:
+    named = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = llm("qwen3_moe")
+    save(tmp_path / "base.safetensors", model.state_dict())
+    peft_adapter(copy.deepcopy(model), tmp_path / "adapter", r=2, lora_alpha=6, target_modules=[], target_parameters=named)
+    expected = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().state_dict()
+
+    merge(tmp_path / "base.safetensors", [tmp_path / "adapter"], tmp_path / "out.safetensors")
+
+    ours = Checkpoint(tmp_path / "out.safetensors")
+    assert ours["model.layers.0.mlp.experts.down_proj"].ndim == 3
+    for name, tensor in expected.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=2e-6)
+
+
+class Layers(torch.nn.Module):
+    """A convolution of each sort, a linear layer and an embedding, for what no language model has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(8, 12, 3)
+        self.point = torch.nn.Conv2d(8, 12, 1)
+        self.fc = torch.nn.Linear(16, 12)
+        self.emb = torch.nn.Embedding(20, 8)
+
+
+CONVOLUTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA": ("LoraConfig", {"r": 3, "lora_alpha": 6, "target_modules": ["conv", "point", "fc", "emb"]}),
+    "DoRA": ("LoraConfig", {"r": 3, "lora_alpha": 6, "use_dora": True, "target_modules": ["conv", "point", "fc", "emb"]}),
+    "LoHa": ("LoHaConfig", {"r": 3, "alpha": 6, "target_modules": ["conv", "point", "fc"]}),
+    "LoHa, effective": ("LoHaConfig", {"r": 3, "alpha": 6, "use_effective_conv2d": True, "target_modules": ["conv"]}),
+    "LoKr": ("LoKrConfig", {"r": 3, "alpha": 6, "target_modules": ["conv", "point", "fc"]}),
+    "LoKr, effective": ("LoKrConfig", {"r": 1, "alpha": 2, "use_effective_conv2d": True, "target_modules": ["conv"]}),
+    "OFT": ("OFTConfig", {"oft_block_size": 8, "target_modules": ["conv", "point", "fc"]}),
+    "IA3": ("IA3Config", {"target_modules": ["conv", "fc"], "feedforward_modules": ["fc"]}),
+}
+
+
+@pytest.mark.parametrize("tuner", CONVOLUTIONS)
+def test_convolutions_merge_as_peft_merges_them(tmp_path: Path, tuner: str) -> None:
+    import peft
+
+    name, config = CONVOLUTIONS[tuner]
+    model = Layers()
+    save(tmp_path / "base.safetensors", model.state_dict())
+    peft_adapter(copy.deepcopy(model), tmp_path / "adapter", kind=getattr(peft, name), **config)
+    expected = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().state_dict()
+
+    merge(tmp_path / "base.safetensors", [tmp_path / "adapter"], tmp_path / "out.safetensors")
+
+    ours = Checkpoint(tmp_path / "out.safetensors")
+    for key, tensor in expected.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-5, atol=2e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_trained_tokens_replace_their_rows(tmp_path: Path, tied: bool) -> None:
     config = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7, 11]}
