@@ -18,7 +18,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final, cast
 
-from loratool.errors import InvalidConfig, InvalidFile, LoratoolError, some
+from loratool.errors import InvalidConfig, InvalidFile, LoratoolError
+from loratool.strict import strict_json
 
 BITS: Final[Mapping[str, int]] = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64,
@@ -188,24 +189,6 @@ def _decode_e4m3(byte: int) -> float:
     return -magnitude if byte & 128 else magnitude
 
 
-def strict_json(raw: bytes) -> Any:
-    """JSON without duplicate keys, NaN, lone surrogates, giant integers or bottomless nesting; raises `InvalidConfig`."""
-    try:
-        document = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_integer, parse_constant=_no_constant
-        )
-        # A lone surrogate may hide behind an escape; it could be neither printed nor written again.
-        if b"\\u" in raw:
-            json.dumps(document, ensure_ascii=False).encode("utf-8")
-    except RecursionError as error:
-        raise InvalidConfig("is nested too deeply") from error
-    except UnicodeError as error:
-        raise InvalidConfig("is not UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise InvalidConfig(f"is not JSON: {error.msg} at character {error.pos}") from error
-    return document
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds one object, as strictly as `strict_json`; raises `InvalidConfig` naming the file."""
     descriptor = open_regular(path)
@@ -301,22 +284,3 @@ def _check_tiling(tensors: list[TensorInfo], begin: int, size: int) -> None:
 
 def _naturals(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = [key for key, _ in pairs if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
-        raise InvalidConfig(f"has duplicate keys: {some(map(repr, twice))}")
-    return found
-
-
-def _integer(text: str) -> int:
-    if len(text) > 20:
-        raise InvalidConfig(f"has an integer of {len(text)} digits")
-    return int(text)
-
-
-def _no_constant(text: str) -> float:
-    raise InvalidConfig(f"has the value {text}, which is not JSON")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
 from loratool.errors import InvalidConfig, InvalidFile
-from loratool.header import TensorInfo, encode_header, parse_header, read_header, read_index, read_scalars, strict_json
+from loratool.header import TensorInfo, encode_header, parse_header, read_header, read_index, read_scalars
+from loratool.strict import strict_json
 
 ONE = '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
 

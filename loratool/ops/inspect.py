@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 from loratool.detect import Verdict, detect
-from loratool.errors import InvalidAdapter, some
-from loratool.formats.leaves import CONTAINER
+from loratool.errors import InvalidAdapter
 from loratool.formats.prefixes import base_component
 from loratool.formats.reading import Group, Listing, is_adapter_folder, read_listing
-from loratool.header import Header, TensorInfo, read_scalars
+from loratool.header import Header, read_scalars
 from loratool.layout import Layout, open_layout
 from loratool.names import Module
+from loratool.ops.describing import format_of, leaves_of, summarised, suspicions
 
 if TYPE_CHECKING:
     from loratool.ops.values import Values
-
-FEW: Final = 200
-"""Longest text of one metadata value that is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +99,11 @@ def _adapter(found: Listing, whole: int | None, *, values: bool) -> AdapterRepor
     tensors = found.header.tensors.values()
     measured = _measure(found) if values else {}
     modules, problems = _modules(found, measured)
-    parameters = sum(info.numel for leaf, info in _leaves(found) if leaf != "alpha")
+    parameters = sum(info.numel for leaf, info in leaves_of(found) if leaf != "alpha")
     touched = sum(prod(module.shape) for module in modules if module.shape)
     return AdapterReport(
         path=str(found.path),
-        format=_format(found),
+        format=format_of(found),
         arch=detect([(group.module, _input_width(group)) for group in found.groups]),
         components=Counter(group.module.component or "model" for group in found.groups),
         kinds=Counter(module.kind for module in modules),
@@ -118,7 +114,7 @@ def _adapter(found: Listing, whole: int | None, *, values: bool) -> AdapterRepor
         parameters=parameters,
         share=parameters / (whole or touched) if whole or touched else None,
         metadata=summarised(found.header.metadata),
-        suspicions=(*problems, *_suspicions(found)),
+        suspicions=(*problems, *suspicions(found)),
         modules=modules,
     )
 
@@ -188,49 +184,6 @@ def _alpha(
     return config.alpha_of(group.module.path), config.scale(group.module.path, rank)
 
 
-def _format(found: Listing) -> str:
-    """Who writes keys like these, in words: the layout of modules, and the spelling of leaves where it differs."""
-    families = sorted({family for group in found.groups for family in group.families})
-    prefixes = [prefix for prefix, _ in found.prefix_counts.most_common()]
-    if CONTAINER in prefixes:
-        return f"PEFT {'folder' if found.configs else 'names without a config'}"
-    flattened = [prefix for prefix in prefixes if prefix.endswith("_")]
-    dotted = [prefix for prefix in prefixes if not prefix.endswith("_")]
-    if flattened and dotted:
-        return f"a mixture of {', '.join(prefix or 'bare names' for prefix in prefixes)}"
-    if flattened:
-        return f"kohya ({', '.join(prefix + '…' for prefix in flattened)})" + _with(families, "kohya")
-    if dotted == [""]:
-        return f"bare module names, {' and '.join(families)} leaves"
-    maker = "ComfyUI" if any("diffusion_model" in prefix for prefix in dotted) else "diffusers"
-    return f"{maker} ({', '.join(prefix + '…' for prefix in dotted if prefix)})" + _with(families, "PEFT")
-
-
-def _with(families: Sequence[str], usual: str) -> str:
-    other = [family for family in families if family != usual]
-    return f" with {' and '.join(other)} leaves" if other else ""
-
-
-def _suspicions(found: Listing) -> list[str]:
-    """What is odd about an adapter, without saying that it is wrong."""
-    odd = [*found.problems, *(config.refusal for config in found.configs.values() if config.refusal)]
-    if found.unexplained:
-        odd.append(f"{len(found.unexplained)} tensors that no kind explains: {some(found.unexplained, 3)}")
-    if found.passengers:
-        odd.append(f"{len(found.passengers)} tensors of bundled embeddings travel along")
-    needing = [group for group in found.groups if {"down", "hada_w1_a"} & group.leaves.keys()]
-    missing = [group for group in needing if "alpha" not in group.leaves and found.config(group.module) is None]
-    if missing:
-        which = "all" if len(missing) == len(needing) else f"{len(missing)} of {len(needing)}"
-        odd.append(f"{which} modules have no alpha: their scale is 1")
-    dtypes = {info.dtype for leaf, info in _leaves(found) if leaf != "alpha"}
-    if len(dtypes) > 1:
-        odd.append(f"mixed dtypes: {', '.join(sorted(dtypes))}")
-    if found.groups[0].module.stem.startswith(CONTAINER) and not found.configs:
-        odd.append("adapter_config.json is missing: the scale is unknown")
-    return odd
-
-
 def _checkpoint(layout: Layout) -> CheckpointReport:
     tensors = [info for _, info in layout.tensors.values()]
     components = Counter(_component(name) for name in layout.tensors)
@@ -276,27 +229,6 @@ def _component(name: str) -> str:
 
 def _first_metadata(headers: Iterable[Header]) -> Mapping[str, str]:
     return next((header.metadata for header in headers if header.metadata), {})
-
-
-def summarised(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Metadata with long values cut, and JSON objects replaced by how many entries they hold."""
-    return {key: _summary(value) for key, value in sorted(metadata.items())}
-
-
-def _summary(value: str) -> str:
-    if len(value) <= FEW:
-        return value
-    try:
-        document: Any = json.loads(value)
-    except (ValueError, RecursionError):
-        document = None
-    if isinstance(document, dict | list):
-        return f"JSON, {len(document)} entries, {len(value):,} characters"
-    return f"{value[:FEW]}… ({len(value):,} characters)"
-
-
-def _leaves(found: Listing) -> list[tuple[str, TensorInfo]]:
-    return [(leaf, info) for group in found.groups for leaf, info in group.leaves.items()]
 
 
 def _input_width(group: Group) -> int | None:

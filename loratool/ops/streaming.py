@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from math import prod
 from threading import Event
 from typing import Final
@@ -21,7 +20,9 @@ from loratool import rounding
 from loratool.checkpoint import DTYPES, TensorFile, tensor_bytes
 from loratool.deltas.base import widened
 from loratool.errors import NonFinite
-from loratool.ops.plan import TensorPlan, Term
+from loratool.ops.plan import TensorPlan
+from loratool.ops.segments import Segment, matrix, segments_of
+from loratool.ops.terms import Term
 from loratool.output import Writer
 
 BLOCK_BYTES: Final = 1 << 20
@@ -64,34 +65,6 @@ class Rounding:
         return out.copy_(values)
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Rows `start` to `stop` of a tensor, all changed by the same sum: up · down, and differences stored whole."""
-
-    start: int
-    stop: int
-    up: Tensor | None
-    down: Tensor | None
-    whole: tuple[Tensor, ...]
-
-    def cut(self, first: int, last: int) -> Segment:
-        """The same change to rows `first` to `last` alone."""
-        rows = slice(first - self.start, last - self.start)
-        up = None if self.up is None else self.up[rows]
-        return Segment(first, last, up, self.down, tuple(difference[rows] for difference in self.whole))
-
-    def change(self, first: int, last: int, out: Tensor) -> Tensor:
-        """ΔW of rows `first` to `last` in float32."""
-        rows = slice(first - self.start, last - self.start)
-        if self.up is not None and self.down is not None:
-            torch.mm(self.up[rows], self.down, out=out)
-        else:
-            out.zero_()
-        for difference in self.whole:
-            out.add_(difference[rows])
-        return out
-
-
 @dataclass(slots=True)
 class Scratch:
     """One worker's buffers, grown to the largest block it has met."""
@@ -121,7 +94,7 @@ class Job:
 
     @property
     def row_bytes(self) -> int:
-        return self.tensor.nbytes // max(_matrix(self.tensor.shape)[0], 1)
+        return self.tensor.nbytes // max(matrix(self.tensor.shape)[0], 1)
 
     @property
     def nbytes(self) -> int:
@@ -130,8 +103,8 @@ class Job:
 
 def jobs_of(tensor: TensorPlan, source: TensorFile, target: Writer, offset: int) -> Iterator[Job]:
     """The work on one tensor that is computed by blocks, in pieces of about `TASK_BYTES`."""
-    rows, columns = _matrix(tensor.shape)
-    segments = _segments(tensor, rows, columns)
+    rows, columns = matrix(tensor.shape)
+    segments = segments_of(tensor, rows, columns)
     step = max(1, TASK_BYTES // max(tensor.nbytes // max(rows, 1), 1))
     # A whole number of blocks, so that blocks do not depend on how work is shared out.
     block = _block_rows(tensor)
@@ -182,7 +155,7 @@ def change_whole(tensor: TensorPlan, source: TensorFile, target: Writer, offset:
 
 
 def _run_block(job: Job, rows: slice, rounded: Rounding, scratch: Scratch) -> Measure:
-    tensor, columns = job.tensor, _matrix(job.tensor.shape)[1]
+    tensor, columns = job.tensor, matrix(job.tensor.shape)[1]
     shape, index = (rows.stop - rows.start, columns), rows.start * columns
     source_dtype, dtype = DTYPES[tensor.source.dtype], DTYPES[tensor.dtype]
     raw = scratch.take("raw", source_dtype, shape)
@@ -244,40 +217,6 @@ def _lost(tensor: TensorPlan, result: Tensor) -> str:
     return f"{tensor.name}: {beyond} values of the result overflow {tensor.dtype}; choose --dtype float32 or bfloat16"
 
 
-def _segments(tensor: TensorPlan, rows: int, columns: int) -> tuple[Segment, ...]:
-    """Cuts the rows where terms begin and end, and stacks the factors of those that share a piece: one product each."""
-    pieces = [_as_stored(term, rows, columns) for term in tensor.terms]
-    edges = sorted({edge for piece in pieces for edge in (piece.start, piece.stop)})
-    segments = []
-    for first, last in pairwise(edges):
-        over = [piece.cut(first, last) for piece in pieces if piece.start <= first < piece.stop]
-        if over:
-            segments.append(_stacked(over, first, last))
-    return tuple(segments)
-
-
-def _stacked(pieces: list[Segment], first: int, last: int) -> Segment:
-    ups = [piece.up for piece in pieces if piece.up is not None]
-    downs = [piece.down for piece in pieces if piece.down is not None]
-    up, down = (torch.cat(ups, dim=1), torch.cat(downs)) if ups else (None, None)
-    return Segment(first, last, up, down, tuple(whole for piece in pieces for whole in piece.whole))
-
-
-def _as_stored(term: Term, rows: int, columns: int) -> Segment:
-    """One term, its strength inside, in the rows and columns that the weight is stored in."""
-    start, stop = (0, rows) if term.transposed else (term.start, term.stop)
-    factors = term.delta.factors()
-    if factors is None or 4 * factors[0].shape[1] > min(rows, columns) > 64:
-        # Without factors, or with so many of them (LoHa's ranks multiply) that the product is dearer than its result.
-        dense = term.delta.dense().mul_(term.strength)
-        flat = dense.reshape(dense.shape[0], -1) if dense.ndim > 1 else dense.reshape(-1, columns)
-        return Segment(start, stop, None, None, (flat.T if term.transposed else flat,))
-    up, down = factors[0] * term.strength, factors[1]
-    if term.transposed:
-        up, down = down.T, up.T
-    return Segment(start, stop, up.contiguous(), down.contiguous(), ())
-
-
 def _apply(term: Term, base: Tensor, result: Tensor) -> None:
     """Adds to `result` what one term changes of `base`; rows that nothing changed yet become just what it makes of them."""
     rows = slice(term.start, term.stop, term.step)
@@ -294,13 +233,8 @@ def _padded(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
     return padded
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(rows, columns) of a weight as blocks see it; vectors are columns of one."""
-    return (shape[0] if shape else 1), prod(shape[1:])
-
-
 def _block_rows(tensor: TensorPlan) -> int:
-    columns = _matrix(tensor.shape)[1]
+    columns = matrix(tensor.shape)[1]
     return max(1, BLOCK_BYTES // max(columns * DTYPES[tensor.source.dtype].itemsize, 1))
 
 

@@ -1,0 +1,45 @@
+"""JSON from strangers: one reading, bounded, or an error. Pure: it reads nothing but its arguments."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from loratool.errors import InvalidConfig, some
+
+
+def strict_json(raw: bytes) -> Any:
+    """JSON without duplicate keys, NaN, lone surrogates, giant integers or bottomless nesting; raises `InvalidConfig`."""
+    try:
+        document = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_integer, parse_constant=_no_constant
+        )
+        # A lone surrogate may hide behind an escape; it could be neither printed nor written again.
+        if b"\\u" in raw:
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
+    except RecursionError as error:
+        raise InvalidConfig("is nested too deeply") from error
+    except UnicodeError as error:
+        raise InvalidConfig("is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise InvalidConfig(f"is not JSON: {error.msg} at character {error.pos}") from error
+    return document
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = [key for key, _ in pairs if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
+        raise InvalidConfig(f"has duplicate keys: {some(map(repr, twice))}")
+    return found
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20:
+        raise InvalidConfig(f"has an integer of {len(text)} digits")
+    return int(text)
+
+
+def _no_constant(text: str) -> float:
+    raise InvalidConfig(f"has the value {text}, which is not JSON")
