@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loratool.checkpoint import FLOATS, TensorFile
 from loratool.deltas import IA3, KINDS, Delta, DoRA, Enlarge, ExpertLoRA, InputOFT, LoRALib, TokenRows
-from loratool.errors import InvalidAdapter, LoratoolError, NonFinite, Unsupported
+from loratool.errors import InvalidAdapter, LoratoolError, NonFinite, Unsupported, some
 from loratool.formats.peft import PeftConfig
 from loratool.formats.reading import Group, Listing, listing, locate, read_listing, require_adapter
 from loratool.header import TensorInfo, read_scalars
@@ -102,7 +102,10 @@ def _load(found: Listing, unsaid: Unsaid) -> Adapter:
 
 
 def _assumed(changes: list[Change], unsaid: Unsaid) -> Iterator[str]:
-    """What was taken for granted because neither the file nor the user says it."""
+    """What was taken for granted because neither the file nor the user says it, and modules that come to nothing."""
+    nothing = [str(change) for change in changes if _is_nothing(change.delta)]
+    if nothing:
+        yield f"{len(nothing)} of {len(changes)} modules change nothing, their factors or their scale are zero: {some(nothing)}"
     originals = [change.delta for change in changes if isinstance(change.delta, LoRALib)]
     if originals and unsaid.alpha is None:
         yield "loralib does not store alpha; its scale is taken to be 1 (--alpha says otherwise)"
@@ -110,6 +113,15 @@ def _assumed(changes: list[Change], unsaid: Unsaid) -> Iterator[str]:
     if slots and not unsaid.slots:
         shown = ", ".join("".join("qkv"[i] for i, on in enumerate(slot) if on) for slot in sorted(slots))
         yield f"loralib does not store which slots of a fused weight it trained: taken as {shown} (--slots says otherwise)"
+
+
+def _is_nothing(delta: Delta) -> bool:
+    """Whether a sum is certainly zero, as its factors show without being multiplied out."""
+    if not delta.additive:
+        return False
+    factors = delta.factors()
+    parts = factors if factors is not None else (delta.dense(),) if delta.kind == "full" else ()
+    return any(not bool(part.any()) for part in parts)
 
 
 def _changes(
@@ -164,12 +176,7 @@ def delta_of(found: Listing, module: Module, part: Part, tensors: Mapping[str, T
         raise Unsupported(f"is of kind {name}, which this version reads but cannot compute")
     inner = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in (part.magnitude, "reshape_weight")}
     delta = KINDS[name].from_leaves(inner, scale)
-    if (
-        isinstance(delta, IA3)
-        and tensors.get("ia3_l", delta.vector).ndim > 2
-        and config
-        and not config.is_feedforward(module.path)
-    ):
+    if isinstance(delta, IA3) and delta.vector.ndim > 2 and config and not config.is_feedforward(module.path):
         return delta.of_outputs()
     if "reshape_weight" in tensors:
         return Enlarge.around(delta, tensors["reshape_weight"])

@@ -320,6 +320,21 @@ def test_a_bad_adapter_is_an_error_that_names_it_and_leaves_nothing(tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "base.safetensors"]
 
 
+def test_modules_that_change_nothing_are_named_in_a_warning(tmp_path: Path) -> None:
+    adapter = kohya(STEMS, 2, 1.0)
+    adapter["lora_unet_fc.lora_up.weight"].zero_()
+    adapter["lora_unet_out.alpha"].zero_()
+    save(tmp_path / "base.safetensors", base_tensors())
+    save(tmp_path / "a.safetensors", adapter)
+
+    report = merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "out.safetensors")
+
+    (said,) = report.warnings
+    assert "2 of 4 modules change nothing" in said
+    assert "lora_unet_fc" in said
+    assert "lora_unet_out" in said
+
+
 def test_unmatched_modules_are_left_out_only_when_asked(tmp_path: Path) -> None:
     save(tmp_path / "base.safetensors", base_tensors())
     save(tmp_path / "a.safetensors", kohya(STEMS | {"lora_unet_elsewhere": (3, 3)}, 2, 1.0))

@@ -29,9 +29,9 @@ BLOCK_BYTES: Final = 1 << 20
 """Stored bytes computed at a time: few enough to stay in cache, enough to make little of the cost of a call."""
 TASK_BYTES: Final = 32 << 20
 """Stored bytes one worker takes at a time."""
-SAMPLE_EVERY: Final = 8
+SAMPLE_EVERY: Final = 16
 """One block in so many is measured for the report,"""
-ALWAYS_SAMPLED_BYTES: Final = 64 << 20
+ALWAYS_SAMPLED_BYTES: Final = 16 << 20
 """and all that begins within so many bytes of a file, so that small models are measured whole."""
 
 
