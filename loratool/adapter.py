@@ -105,7 +105,7 @@ def _assumed(changes: list[Change], unsaid: Unsaid) -> Iterator[str]:
     """What was taken for granted because neither the file nor the user says it, and modules that come to nothing."""
     nothing = [str(change) for change in changes if _is_nothing(change.delta)]
     if nothing:
-        yield f"{len(nothing)} of {len(changes)} modules change nothing, their factors or their scale are zero: {some(nothing)}"
+        yield f"{len(nothing)} of {len(changes)} modules change nothing, being zero: {some(nothing)}"
     originals = [change.delta for change in changes if isinstance(change.delta, LoRALib)]
     if originals and unsaid.alpha is None:
         yield "loralib does not store alpha; its scale is taken to be 1 (--alpha says otherwise)"
