@@ -116,19 +116,26 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def in_turns(works: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of what each work returns, taken in turns so that a noisy minute hits all of them."""
+PAUSE_SECONDS = 4
+"""Virtual machines with free page reporting give freed memory back to their host within about two seconds, and whoever
+writes next pays for getting it again: `cp` after a pause was seen to take three times as long as `cp` at once. Our own
+process starts for two seconds, so everything that is timed waits first."""
+
+
+def in_turns(works: Mapping[str, Callable[[], float]], rounds: int, prepare: Callable[[], None]) -> dict[str, float]:
+    """The median of what each work returns, taken in turns so that a noisy minute hits all of them, each from one state."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
+            prepare()
             os.sync()  # what an earlier turn left unwritten must not slow the next one down
+            time.sleep(PAUSE_SECONDS)
             taken[name].append(work())
     return {name: statistics.median(figures) for name, figures in taken.items()}
 
 
 def copy(source: Path, target: Path, *, sync: bool) -> float:
     """Seconds that `cp -r` takes, and with `sync` until the bytes are on the disk, as our outputs are when we return."""
-    clear(target)
     seconds = timed(lambda: subprocess.run(["cp", "-r", source, target], check=True))
     files = [path for path in (target, *target.rglob("*")) if path.is_file()]
     return seconds + (timed(lambda: subprocess.run(["sync", *files], check=True)) if sync else 0)

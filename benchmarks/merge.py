@@ -68,7 +68,6 @@ def compare_with_copy(title: str, base: Path, adapter: Path, out: Path, rounds: 
     starts: list[float] = []
 
     def merge() -> float:
-        common.clear(out)
         report = common.loratool("merge", base, adapter, "-o", out)
         starts.append(report["whole"] - report["seconds"])
         return report["seconds"]
@@ -80,6 +79,7 @@ def compare_with_copy(title: str, base: Path, adapter: Path, out: Path, rounds: 
             "merge": merge,
         },
         rounds,
+        lambda: common.clear(out),
     )
     common.clear(out)
     ratios = ", ".join(
