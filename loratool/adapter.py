@@ -15,7 +15,7 @@ from loratool.deltas import IA3, KINDS, Delta, DoRA, Enlarge, ExpertLoRA, InputO
 from loratool.errors import InvalidAdapter, LoratoolError, NonFinite, Unsupported, some
 from loratool.formats.peft import PeftConfig
 from loratool.formats.reading import Group, Listing, listing, locate, read_listing, require_adapter
-from loratool.header import TensorInfo, read_scalars
+from loratool.header import TensorInfo
 from loratool.names import Module
 from loratool.pickles import PICKLE_SUFFIXES, unpickled
 from loratool.schema import Part
@@ -29,7 +29,7 @@ class Change:
     """One delta and what it acts on: `parameter` is "weight" or "bias".
 
     An `optional` one may lack its target. `apart` is the same change for a base that stores experts one by one.
-    `keys` are the names of its tensors in the file.
+    `keys` are the names of its tensors in the file. A `zero` one is a sum that certainly comes to nothing.
     """
 
     module: Module
@@ -38,6 +38,7 @@ class Change:
     optional: bool = False
     apart: tuple[Change, ...] = ()
     keys: tuple[str, ...] = ()
+    zero: bool = False
 
     def __str__(self) -> str:
         return str(self.module) if self.parameter == "weight" else f"{self.module} (bias)"
@@ -88,7 +89,7 @@ def _load(found: Listing, unsaid: Unsaid) -> Adapter:
     if unsaid.alpha is not None and not found.configs:
         found = replace(found, configs={"": PeftConfig("--alpha", alpha=unsaid.alpha)})
     require_adapter(found)
-    alphas = dict(read_scalars(found.header, [group.leaves["alpha"] for group in found.groups if "alpha" in group.leaves]))
+    alphas = found.alphas()
     changes: list[Change] = []
     with TensorFile(found.header) as file:
         for group in found.groups:
@@ -103,7 +104,7 @@ def _load(found: Listing, unsaid: Unsaid) -> Adapter:
 
 def _assumed(changes: list[Change], unsaid: Unsaid) -> Iterator[str]:
     """What was taken for granted because neither the file nor the user says it, and modules that come to nothing."""
-    nothing = [str(change) for change in changes if _is_nothing(change.delta)]
+    nothing = [str(change) for change in changes if change.zero]
     if nothing:
         yield f"{len(nothing)} of {len(changes)} modules change nothing, being zero: {some(nothing)}"
     originals = [change.delta for change in changes if isinstance(change.delta, LoRALib)]
@@ -113,15 +114,6 @@ def _assumed(changes: list[Change], unsaid: Unsaid) -> Iterator[str]:
     if slots and not unsaid.slots:
         shown = ", ".join("".join("qkv"[i] for i, on in enumerate(slot) if on) for slot in sorted(slots))
         yield f"loralib does not store which slots of a fused weight it trained: taken as {shown} (--slots says otherwise)"
-
-
-def _is_nothing(delta: Delta) -> bool:
-    """Whether a sum is certainly zero, as its factors show without being multiplied out."""
-    if not delta.additive:
-        return False
-    factors = delta.factors()
-    parts = factors if factors is not None else (delta.dense(),) if delta.kind == "full" else ()
-    return any(not bool(part.any()) for part in parts)
 
 
 def _changes(
@@ -144,7 +136,9 @@ def _changes(
         else:
             delta = delta_of(found, group.module, part, tensors, scale)
         keys = tuple(group.leaves[leaf].name for leaf in part.leaves)
-        changes.append(Change(group.module, part.kind.parameter, delta, keys=keys))
+        # A product with a factor of zeros is zero, which need not be multiplied out to be seen.
+        zero = delta.additive and (scale == 0 or not all(bool(tensor.any()) for tensor in tensors.values()))
+        changes.append(Change(group.module, part.kind.parameter, delta, keys=keys, zero=zero))
     if isinstance(changes[0].delta, IA3) and "ia3_l" in group.leaves and not changes[0].delta.on_input:
         # PEFT multiplies the outputs, and so the bias, where there is one.
         changes.append(Change(group.module, "bias", changes[0].delta, optional=True))

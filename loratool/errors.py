@@ -21,10 +21,6 @@ class InvalidAdapter(LoratoolError):
     """Factors that do not make up a delta: a missing half, unlike ranks, an alpha that is no number."""
 
 
-class UnknownTensors(LoratoolError):
-    """Tensors that no kind of delta explains."""
-
-
 class UnmatchedModules(LoratoolError):
     """Modules of an adapter that have no weight in the base."""
 

@@ -30,6 +30,9 @@ BITS: Final[Mapping[str, int]] = {
 }  # fmt: skip
 """Bits in one element of each dtype that the format names."""
 
+DTYPE_OPTIONS: Final[Mapping[str, str]] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""The dtypes that outputs may be asked for, and how safetensors calls them."""
+
 STRUCTS: Final[Mapping[str, str]] = {
     "F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b",
     "U64": "Q", "U32": "I", "U16": "H", "U8": "B",

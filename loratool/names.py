@@ -5,11 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-DIFFUSERS = "diffusers"
-"""The naming of diffusers and transformers, which is also PEFT's: q, k and v apart."""
-ORIGINAL = "original"
-"""The naming of the model's own authors, which kohya, ComfyUI and single-file checkpoints follow."""
-
 
 @dataclass(frozen=True, slots=True)
 class Link:
@@ -44,14 +39,6 @@ def fuse(block: str, parts: str, whole: str, sizes: tuple[int, ...] | None = Non
 def flat(path: str) -> str:
     """kohya's spelling of a module path: dots become underscores."""
     return path.replace(".", "_")
-
-
-def boundary_suffixes(path: str) -> Iterator[str]:
-    """`path` and every suffix of it that begins behind a dot, longest first."""
-    yield path
-    for position, character in enumerate(path):
-        if character == ".":
-            yield path[position + 1 :]
 
 
 def mentioned(links: Iterable[Link]) -> tuple[set[str], set[str]]:

@@ -14,7 +14,6 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -35,7 +34,7 @@ def unpickled(path: Path) -> Iterator[Header]:
     with tempfile.TemporaryDirectory(prefix="loratool-") as folder:
         converted = Path(folder, "converted.safetensors")
         _convert_in_child(path, converted)
-        yield replace(read_header(converted, ADAPTER_HEADER_BYTES))
+        yield read_header(converted, ADAPTER_HEADER_BYTES)
 
 
 def _check_zip(path: Path) -> None:

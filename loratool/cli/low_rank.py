@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.cli.options import (
-    DTYPES,
     alpha_option,
     json_option,
     overwrite_option,
@@ -20,6 +19,7 @@ from loratool.cli.options import (
     verbose_option,
 )
 from loratool.cli.render import histogram, print_facts, print_json, print_table, size, warn
+from loratool.header import DTYPE_OPTIONS
 
 if TYPE_CHECKING:
     from loratool.ops.low_rank import LowRankReport, Rule
@@ -34,7 +34,9 @@ def rank_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--rank", "--dim", type=click.IntRange(min=1), help="Rank of every module."),
             click.option("--max-error", type=share, metavar="SHARE", help="Largest error of a module: 5% or 0.05."),
             click.option("--base", type=click.Path(path_type=Path), help="The base, for kinds that depend on it."),
-            click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of new factors. Default: as the adapter's."),
+            click.option(
+                "--dtype", type=click.Choice(list(DTYPE_OPTIONS)), help="Of new factors. Default: as the adapter's."
+            ),
             alpha_option,
             slots_option,
             overwrite_option,
@@ -121,7 +123,7 @@ def _rule(*, rank: int | None, max_error: float | None, dtype: str | None) -> Ru
 
     if rank is not None and max_error is not None:
         raise click.UsageError("give --rank or --max-error, not both")
-    return Rule(rank, max_error, DTYPES[dtype] if dtype else None)
+    return Rule(rank, max_error, DTYPE_OPTIONS[dtype] if dtype else None)
 
 
 def _facts(report: LowRankReport) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli.options import (
-    DTYPES,
     adapter_and_strength,
     alpha_option,
     component_strengths,
@@ -23,6 +22,7 @@ from loratool.cli.options import (
     verbose_option,
 )
 from loratool.cli.render import print_facts, print_json, print_table, progress_bar, size, warn
+from loratool.header import DTYPE_OPTIONS
 
 if TYPE_CHECKING:
     from loratool.ops.merge import MergeReport
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="File or folder to write.")
 @click.option(
     "--dtype",
-    type=click.Choice(list(DTYPES)),
+    type=click.Choice(list(DTYPE_OPTIONS)),
     help="Store all floating-point tensors so. Default: as the base.",
 )
 @include_option

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
 
 import click
 
 from loratool.errors import LoratoolError
 from loratool.formats.prefixes import COMPONENTS
-
-DTYPES: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""What --dtype takes, and how safetensors calls it."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")

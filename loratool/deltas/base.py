@@ -73,3 +73,8 @@ def widened(weight: Tensor) -> Tensor:
 def cut(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> Sequence[Tensor]:
     """`tensor` in pieces of `sizes` along `dim`."""
     return torch.split_with_sizes(tensor, list(sizes), dim)
+
+
+def or_one(scale: float | None) -> float:
+    """A scale as a number: 1 where the file gives none."""
+    return 1.0 if scale is None else scale

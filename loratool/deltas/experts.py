@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves
+from loratool.deltas.base import Delta, Leaves, or_one
 from loratool.deltas.lora import LoRA
 from loratool.errors import InvalidAdapter, Unsupported
 
@@ -61,7 +61,7 @@ class ExpertLoRA(Delta):
         return torch.stack([expert.dense() for expert in self.apart()])
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * (1.0 if self.scale is None else self.scale))
+        return replace(self, scale=by * or_one(self.scale))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         raise Unsupported("stacked experts are cut one by one")

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import ANY, Delta, Leaves, cut, widened
+from loratool.deltas.base import ANY, Delta, Leaves, cut, or_one, widened
 from loratool.errors import InvalidAdapter, NeedsBase, Unsupported
 
 
@@ -39,10 +39,10 @@ class Full(Delta):
         return tuple(self.difference.shape)
 
     def dense(self) -> Tensor:
-        return self.difference.float() * (1.0 if self.scale is None else self.scale)
+        return self.difference.float() * or_one(self.scale)
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * (1.0 if self.scale is None else self.scale))
+        return replace(self, scale=by * or_one(self.scale))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         return [replace(self, difference=rows) for rows in cut(self.difference, sizes)]

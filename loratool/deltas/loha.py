@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, cut
+from loratool.deltas.base import Delta, Leaves, cut, or_one
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +57,19 @@ class LoHa(Delta):
 
     def dense(self) -> Tensor:
         first, second = _product(self.w1_a, self.w1_b, self.t1), _product(self.w2_a, self.w2_b, self.t2)
-        return first.mul_(second).mul_(1.0 if self.scale is None else self.scale)
+        return first.mul_(second).mul_(or_one(self.scale))
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """Rows of one side's factors times rows of the other's (Khatri-Rao): rank r₁ · r₂."""
         if self.t1 is not None:
             return None
-        scale = 1.0 if self.scale is None else self.scale
+        scale = or_one(self.scale)
         up = (self.w1_a.float()[:, :, None] * self.w2_a.float()[:, None, :]).flatten(1)
         down = (self.w1_b.float()[:, None, :] * self.w2_b.float()[None, :, :]).flatten(0, 1)
         return up * scale, down
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * (1.0 if self.scale is None else self.scale))
+        return replace(self, scale=by * or_one(self.scale))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         axis = 0 if self.t1 is None else 1

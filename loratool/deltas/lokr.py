@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, cut
+from loratool.deltas.base import Delta, Leaves, cut, or_one
 from loratool.deltas.full import Full
 
 
@@ -66,7 +66,7 @@ class LoKr(Delta):
         return self._times(torch.kron(a, c)), torch.kron(b, d)
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * (1.0 if self.scale is None else self.scale))
+        return replace(self, scale=by * or_one(self.scale))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         """Exact in factored form where every piece is a whole number of w2's rows; whole differences otherwise."""

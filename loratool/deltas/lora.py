@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import ANY, Delta, Leaves, cut, widened
+from loratool.deltas.base import ANY, Delta, Leaves, cut, or_one, widened
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class LoRA(Delta):
         return (self.up.shape[0], self.down.shape[1], *kernel)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        up = self.up.flatten(1).float() * (1.0 if self.scale is None else self.scale)
+        up = self.up.flatten(1).float() * or_one(self.scale)
         if self.mid is None:
             return up, self.down.flatten(1).float()
         # mid[m, n]: m pairs with up, n with down (LyCORIS functional/locon.py).
@@ -56,7 +56,7 @@ class LoRA(Delta):
         return (up @ down).reshape(self.shape)
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * (1.0 if self.scale is None else self.scale))
+        return replace(self, scale=by * or_one(self.scale))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         return [replace(self, up=rows) for rows in cut(self.up, sizes)]
@@ -116,14 +116,14 @@ class Embedding(Delta):
         return self.down.shape[1], self.up.shape[0]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.down.float().T * (1.0 if self.scale is None else self.scale), self.up.float().T
+        return self.down.float().T * or_one(self.scale), self.up.float().T
 
     def dense(self) -> Tensor:
         up, down = self.factors()
         return up @ down
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * (1.0 if self.scale is None else self.scale))
+        return replace(self, scale=by * or_one(self.scale))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         return [replace(self, down=rows) for rows in cut(self.down, sizes, 1)]
@@ -152,14 +152,14 @@ class AdaLoRA(Delta):
         return self.up.shape[0], self.down.shape[1]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.up.float() * (1.0 if self.scale is None else self.scale), self.down.float() * self.values.float()
+        return self.up.float() * or_one(self.scale), self.down.float() * self.values.float()
 
     def dense(self) -> Tensor:
         up, down = self.factors()
         return up @ down
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * (1.0 if self.scale is None else self.scale))
+        return replace(self, scale=by * or_one(self.scale))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         return [replace(self, up=rows) for rows in cut(self.up, sizes)]
@@ -198,14 +198,14 @@ class VeRA(Delta):
     def dense(self) -> Tensor:
         """ΔW as wide as the shared A, which is the widest module's width."""
         rows = self.shared_b[self.first : self.first + len(self.lambda_b)]
-        up = self.lambda_b.float()[:, None] * rows.float() * (1.0 if self.scale is None else self.scale)
+        up = self.lambda_b.float()[:, None] * rows.float() * or_one(self.scale)
         return up @ (self.lambda_d.float()[:, None] * self.shared_a.float())
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         return widened(weight) + strength * self.dense()[:, : weight.shape[1]]
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * (1.0 if self.scale is None else self.scale))
+        return replace(self, scale=by * or_one(self.scale))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         starts = [self.first + sum(sizes[:position]) for position in range(len(sizes))]

@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from loratool.deltas.base import ANY, Delta, Leaves, cut, widened
+from loratool.deltas.base import ANY, Delta, Leaves, cut, or_one, widened
 from loratool.errors import NeedsBase, Unsupported
 
 
@@ -105,10 +105,10 @@ class GLoRA(Delta):
         a1, a2, b1, b2 = (factor.flatten(1).to(base.dtype) for factor in (self.a1, self.a2, self.b1, self.b2))
         times = ((base.movedim(1, -1) @ a1) @ a2).movedim(-1, 1)
         added = (b1 @ b2).reshape(base.shape)
-        return base + strength * (1.0 if self.scale is None else self.scale) * (times + added)
+        return base + strength * or_one(self.scale) * (times + added)
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * (1.0 if self.scale is None else self.scale))
+        return replace(self, scale=by * or_one(self.scale))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         return [replace(self, b1=rows) for rows in cut(self.b1, sizes)]

@@ -12,9 +12,9 @@ from loratool.errors import InvalidAdapter, InvalidFile, LoratoolError, Unsuppor
 from loratool.formats.leaves import CONTAINER, SHARED, spelled
 from loratool.formats.peft import CONFIG_NAME, PeftConfig, from_metadata
 from loratool.formats.prefixes import ADAPTER_PREFIXES, adapter_component
-from loratool.header import ADAPTER_HEADER_BYTES, Header, TensorInfo, read_header, read_json
+from loratool.header import ADAPTER_HEADER_BYTES, Header, TensorInfo, read_header, read_json, read_scalars
 from loratool.names import Module
-from loratool.schema import Part, explain
+from loratool.schema import WEIGHT, Part, explain
 
 WEIGHTS: Final = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 PICKLES: Final = ("adapter_model.bin",)
@@ -34,6 +34,10 @@ class Group:
         """The deltas these leaves make up; raises `InvalidAdapter`."""
         return explain({leaf: info.shape for leaf, info in self.leaves.items()})
 
+    def name_of(self, part: Part) -> str:
+        """What a delta of this module is called in reports."""
+        return str(self.module) if part.kind.parameter == WEIGHT else f"{self.module} (bias)"
+
 
 @dataclass(frozen=True, slots=True)
 class Listing:
@@ -51,6 +55,11 @@ class Listing:
         """The config that speaks of `module`: the folder's, or its component's in diffusers' metadata."""
         component = module.stem.partition(".")[0]
         return self.configs.get("") or self.configs.get(component)
+
+    def alphas(self) -> dict[str, float | None]:
+        """The alphas that the file itself holds, by tensor name; None for one that is not a single number."""
+        infos = [group.leaves["alpha"] for group in self.groups if "alpha" in group.leaves]
+        return dict(read_scalars(self.header, infos))
 
     @property
     def prefix_counts(self) -> Counter[str]:

@@ -13,7 +13,7 @@ from loratool.detect import Verdict, detect
 from loratool.errors import InvalidAdapter
 from loratool.formats.prefixes import base_component
 from loratool.formats.reading import Group, Listing, is_adapter_folder, read_listing
-from loratool.header import Header, read_scalars
+from loratool.header import Header
 from loratool.layout import Layout, open_layout
 from loratool.names import Module
 from loratool.ops.describing import format_of, leaves_of, summarised, suspicions
@@ -137,7 +137,7 @@ def _modules(found: Listing, measured: Mapping[str, Values]) -> tuple[tuple[Modu
             continue
         for part in parts:
             infos = [group.leaves[leaf] for leaf in part.leaves]
-            name = str(group.module) if part.kind.parameter == "weight" else f"{group.module} (bias)"
+            name = group.name_of(part)
             alpha, scale = _alpha(found, group, part.rank, scalars)
             modules.append(
                 ModuleReport(
@@ -158,9 +158,8 @@ def _modules(found: Listing, measured: Mapping[str, Values]) -> tuple[tuple[Modu
 
 def _scalars(found: Listing, problems: list[str]) -> dict[str, float]:
     """The alphas that the file itself holds, by tensor name; those that are no number go to `problems`."""
-    infos = [group.leaves["alpha"] for group in found.groups if "alpha" in group.leaves]
     scalars = {}
-    for name, value in read_scalars(found.header, infos):
+    for name, value in found.alphas().items():
         if value is None or not isfinite(value):
             problems.append(f"{name}: alpha is {'not one number' if value is None else value}")
         else:

@@ -14,14 +14,13 @@ from typing import Any, Final
 
 from loratool import __version__
 from loratool.adapter import Adapter, Unsaid, load
-from loratool.header import read_json
+from loratool.header import DTYPE_OPTIONS, read_json
 from loratool.layout import open_layout, require_base
 from loratool.ops.plan import Choice, Plan, check_strength, make_plan
 from loratool.ops.rewriting import OutputFile, Progress, rewritten_files, run
 from loratool.ops.streaming import Measure, Rounding
 from loratool.output import Output, copy_file
 
-DTYPE_CHOICES: Final[Mapping[str, str]] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WEAK: Final = 0.9
 """Realised strength under which rounding has taken so much of an adapter that it is worth a warning."""
 
@@ -94,7 +93,7 @@ def merge(
     layout = open_layout(Path(base).expanduser())
     require_base(layout)
     loaded = [_loaded(source, options) for source in adapters]
-    dtype = DTYPE_CHOICES[options.dtype] if options.dtype else None
+    dtype = DTYPE_OPTIONS[options.dtype] if options.dtype else None
     plan = make_plan(layout, loaded, dtype=dtype, allow_unmatched=options.allow_unmatched)
     target = Path(out).expanduser()
     measure = Measure()

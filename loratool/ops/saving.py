@@ -13,6 +13,7 @@ from torch import Tensor
 from loratool.adapter import Adapter, Change
 from loratool.checkpoint import DTYPE_NAMES, TensorFile, tensor_bytes
 from loratool.deltas import Embedding, LoRA
+from loratool.deltas.base import or_one
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.peft import CONFIG_NAME
 from loratool.formats.reading import WEIGHTS, locate
@@ -127,7 +128,7 @@ def _config(adapter: Adapter, tensors: Mapping[str, Tensor], kept: Sequence[Chan
     for change in kept:
         if isinstance(change.delta, LoRA | Embedding):
             path = change.module.stem.removeprefix(CONTAINER)
-            alphas[path] = change.delta.rank * (1.0 if change.delta.scale is None else change.delta.scale)
+            alphas[path] = change.delta.rank * or_one(change.delta.scale)
     largest = max(ranks.values(), default=1)
     carried: dict[str, Any] = {key: before[key] for key in CARRIED if key in before}
     return {

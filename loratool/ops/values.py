@@ -12,7 +12,6 @@ from loratool.adapter import delta_of, scale_of
 from loratool.checkpoint import TensorFile
 from loratool.errors import LoratoolError
 from loratool.formats.reading import Group, Listing
-from loratool.header import read_scalars
 from loratool.linalg import effective_rank, singular_values
 from loratool.schema import Part
 
@@ -29,13 +28,12 @@ class Values:
 
 def measure(found: Listing) -> dict[str, Values]:
     """Reads every tensor of the adapter once, module by module; keys are names as `inspect` lists them."""
-    alphas = dict(read_scalars(found.header, [group.leaves["alpha"] for group in found.groups if "alpha" in group.leaves]))
+    alphas = found.alphas()
     measured = {}
     with TensorFile(found.header) as file:
         for group in found.groups:
             for part in _parts(group):
-                name = str(group.module) if part.kind.parameter == "weight" else f"{group.module} (bias)"
-                measured[name] = _measured(found, group, part, file, alphas)
+                measured[group.name_of(part)] = _measured(found, group, part, file, alphas)
     return measured
 
 
