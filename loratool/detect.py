@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from loratool.archs import ARCHS, Arch
-from loratool.archs.llm import is_decoder
+from loratool.archs.llm import is_decoder, is_meta
 from loratool.errors import some
 from loratool.formats.prefixes import WHOLE
-from loratool.names import Module, flat
+from loratool.names import Module
 
 Input = tuple[Module, int | None]
 """A module and the width of its input, where the shapes tell it."""
 
 DECODER: Final = "a decoder-only language model"
+VERSION_KEYS: Final = ("ss_base_model_version", "modelspec.architecture")
+"""Where trainers say what a file is for; believed only where names and shapes leave several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,55 +32,102 @@ class Verdict:
     candidates: tuple[str, ...] = ()
 
 
-def detect(modules: Sequence[Input]) -> Verdict:
-    """Explains `modules` by each architecture's table; shapes break ties, and what nothing decides stays open."""
+def detect(modules: Sequence[Input], metadata: Mapping[str, str] | None = None) -> Verdict:
+    """Explains `modules` by each architecture's table; shapes, then `metadata`, break ties; what nothing decides is open."""
     if not modules:
         return Verdict(None, "unknown", "there are no modules to go by")
-    if all(is_decoder(module.path) for module, _ in modules):
-        return Verdict("llm", DECODER, f"all {len(modules)} modules are named as Hugging Face names a decoder's")
-    left = {arch: _unexplained(arch, modules) for arch in ARCHS}
-    complete = [arch for arch, modules_left in left.items() if not modules_left]
+    if verdict := _language_model([module for module, _ in modules]):
+        return verdict
+    complete = [arch for arch in ARCHS if all(arch.places(module) for module, _ in modules)]
     fitting = [arch for arch in complete if not _contradicted(arch, modules)]
-    if len(fitting) == 1:
-        rivals = [arch.title for arch in complete if arch is not fitting[0]]
-        shapes = f"; the shapes rule out {', '.join(rivals)}" if rivals else ""
-        return Verdict(fitting[0].name, fitting[0].title, f"its table explains all {len(modules)} modules{shapes}")
-    if fitting:
-        titles = tuple(arch.title for arch in fitting)
-        return Verdict(None, "undecided", f"{len(titles)} tables explain every module alike", titles)
-    return _unknown(left, complete, len(modules))
+    chosen, why = narrowed(fitting, modules, metadata or {})
+    if len(chosen) > 1:
+        titles = tuple(arch.title for arch in chosen)
+        return Verdict(None, "undecided", f"{len(titles)} tables explain all {len(modules)} modules alike", titles)
+    if chosen:
+        rivals = [arch.title for arch in complete if arch not in fitting]
+        shapes = f"; the shapes rule out {some(rivals, 3)}" if rivals else ""
+        return Verdict(chosen[0].name, chosen[0].title, f"its table explains all {len(modules)} modules{shapes}{why}")
+    return _unknown(complete, [module for module, _ in modules])
 
 
-def _unknown(left: Mapping[Arch, list[Module]], complete: Sequence[Arch], count: int) -> Verdict:
+def fits(modules: Sequence[Input], metadata: Mapping[str, str] | None = None) -> list[Arch]:
+    """The architectures that `modules` may be of, as far as names, shapes and `metadata` tell."""
+    explained = [arch for arch in ARCHS if all(arch.places(module) for module, _ in modules)]
+    return narrowed([arch for arch in explained if not _contradicted(arch, modules)], modules, metadata or {})[0]
+
+
+def narrowed(fitting: list[Arch], modules: Sequence[Input], metadata: Mapping[str, str]) -> tuple[list[Arch], str]:
+    """Those of several `fitting` architectures that the metadata names, else those that the file has every module of."""
+    if len(fitting) < 2:
+        return fitting, ""
+    for key in VERSION_KEYS:
+        said = metadata.get(key, "").lower()
+        named = [
+            arch for arch in fitting if said and _longest(arch, said) == max(_longest(other, said) for other in fitting)
+        ]
+        if named and _longest(named[0], said) and len(named) < len(fitting):
+            return named, f"; {key} is {said!r}"
+    covered = [arch for arch in fitting if _covered(arch, [module for module, _ in modules])]
+    if covered and len(covered) < len(fitting):
+        return covered, "; it has every module of these kinds, and no other table's"
+    return fitting, ""
+
+
+def _longest(arch: Arch, said: str) -> int:
+    """How much of what metadata says is the architecture's."""
+    return max((len(version) for version in arch.versions if said.startswith(version)), default=0)
+
+
+def _language_model(modules: Sequence[Module]) -> Verdict | None:
+    if all(module.component == WHOLE and is_decoder(module.path) for module in modules):
+        return Verdict("llm", DECODER, f"all {len(modules)} modules are named as Hugging Face names a decoder's")
+    if all(module.component == WHOLE for module in modules) and is_meta(module.path for module in modules):
+        return Verdict("llm", DECODER, f"all {len(modules)} modules are named as Meta's Llama names them")
+    return None
+
+
+def _unknown(complete: Sequence[Arch], modules: Sequence[Module]) -> Verdict:
     if complete:
-        titles = ", ".join(arch.title for arch in complete)
+        titles = some([arch.title for arch in complete], 3)
         return Verdict(None, "unknown", f"the names are those of {titles}, the shapes are not")
+    left = {arch: [module for module in modules if not arch.places(module)] for arch in ARCHS}
     closest = min(left, key=lambda arch: len(left[arch]))
-    if len(left[closest]) > count / 2:
+    if len(left[closest]) > len(modules) / 2:
         return Verdict(None, "unknown", "no architecture's table explains the module names")
     names = some(map(str, left[closest]), 3)
     return Verdict(None, "unknown", f"{closest.title} comes closest, and leaves {len(left[closest])} over: {names}")
 
 
-def _unexplained(arch: Arch, modules: Iterable[Input]) -> list[Module]:
-    return [module for module, _ in modules if not any(_knows(arch, module))]
-
-
-def _knows(arch: Arch, module: Module) -> list[str]:
-    """The components of `arch` that have `module`; one named in its prefix, or any where none is named."""
-    path = flat(module.path)
-    return [
-        component.name
-        for component in arch.components
-        if module.component in (WHOLE, component.name)
-        and (path in component.known or f"text_model_{path}" in component.known)
-    ]
-
-
 def _contradicted(arch: Arch, modules: Iterable[Input]) -> bool:
     """Whether a module's input width fits none of the components of `arch` that know its name."""
     for module, width in modules:
-        owners = [owner for name in _knows(arch, module) if (owner := arch.component(name))]
+        owners = [owner for owner, _ in arch.places(module)]
         if width is not None and owners and all(owner.contradicts(module.path, width) for owner in owners):
             return True
     return False
+
+
+def _covered(arch: Arch, modules: Iterable[Module]) -> bool:
+    """Whether `modules` are all that `arch` has of their kinds, a kind being a name without its numbers."""
+    have: Counter[tuple[str, str, str]] = Counter()
+    for module in modules:
+        component, spot = arch.places(module)[0]
+        have[component.name, spot.naming, _kind(spot.path)] += 1
+    return all(
+        count == sum(_kind(name) == kind for name in _named(arch, component, naming))
+        for (component, naming, kind), count in have.items()
+    )
+
+
+def _named(arch: Arch, name: str, naming: str) -> Iterable[str]:
+    component = arch.component(name)
+    assert component is not None
+    links = component.links.get(naming)
+    if links is not None:
+        return (link.whole for link in links)
+    return (part for link in next(iter(component.links.values())) for part in link.parts)
+
+
+def _kind(path: str) -> str:
+    return re.sub(r"\d+", "#", path)

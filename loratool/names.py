@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
+
+DIFFUSERS: Final = "diffusers"
+"""The naming of diffusers and transformers: the finest one, whose modules are the parts of every link."""
+ORIGINAL: Final = "original"
+"""That of the model's own code, which its checkpoint, kohya and ComfyUI use."""
+COMFYUI: Final = "ComfyUI"
+"""ComfyUI's own, where it differs from the original."""
+OMI: Final = "OMI"
+"""OneTrainer's export: the original's names, with the parts of a stack numbered."""
+XLABS: Final = "XLabs"
+"""The attention processors of XLabs' trainer for FLUX."""
+CHECKPOINT: Final = "checkpoint"
+"""One that stands in checkpoints only, and in no adapter: OpenCLIP's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +48,30 @@ def fuse(block: str, parts: str, whole: str, sizes: tuple[int, ...] | None = Non
     """The link that stacks the space-separated `parts` of `block` into `whole`; equal sizes unless given."""
     names = tuple(_join(block, part) for part in parts.split())
     return Link(names, whole, sizes or (1,) * len(names))
+
+
+def same(block: str, names: str) -> Iterator[Link]:
+    """One link for each of the space-separated `names` of `block`, which both namings call alike."""
+    for name in names.split():
+        yield Link((_join(block, name),), _join(block, name))
+
+
+def swap(parts: str, whole: str) -> Link:
+    """The link of an adaLN whose scale and shift stand in the opposite order in the two namings."""
+    return Link((parts,), whole, swapped=True)
+
+
+def apart(links: Iterable[Link], instead: Mapping[str, str] | None = None) -> Iterator[Link]:
+    """The naming that numbers the parts of a stack behind its name: OMI's, of OneTrainer (modules/util/convert/lora).
+
+    `instead` are names of wholes that it calls differently.
+    """
+    for link in links:
+        whole = (instead or {}).get(link.whole, link.whole)
+        if len(link.parts) == 1:
+            yield replace(link, whole=whole)
+        else:
+            yield from (Link((part,), f"{whole}.{number}") for number, part in enumerate(link.parts))
 
 
 def flat(path: str) -> str:

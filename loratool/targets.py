@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from loratool.archs import ARCHS
+from loratool.archs import ARCHS, Component
 from loratool.archs.llm import CONV1D, is_decoder, meta, mixture
 from loratool.errors import LoratoolError
-from loratool.formats.prefixes import COMPONENTS, WHOLE, base_component
+from loratool.formats.prefixes import COMPONENTS, ENCODERS, WHOLE, base_component, readings
 from loratool.header import read_json
 from loratool.layout import Layout
 from loratool.names import Link, Module, flat, mentioned
@@ -23,7 +23,10 @@ from loratool.schema import BIAS, WEIGHT
 Key = tuple[str, str]
 """(component, flattened module path)"""
 
-ENDINGS: Final = ((".weight", WEIGHT), (".bias", BIAS), ("_weight", WEIGHT), ("_bias", BIAS))
+SAMPLED: Final = 64
+"""How many names of a base are tried on every table before all are tried on the best."""
+
+ENDINGS: Final = ((".weight", WEIGHT), (".bias", BIAS), (".scale", WEIGHT), ("_weight", WEIGHT), ("_bias", BIAS))
 """Behind a dot for modules, behind an underscore for raw parameters like OpenCLIP's in_proj_weight."""
 
 
@@ -93,12 +96,15 @@ class Targets:
     def _readings(self, module: Module) -> Iterator[Key]:
         """The component and path as read first; then, for a component that the base does not tell apart, the rest."""
         path = flat(module.path)
-        yield module.component, path
+        yield from ((component, flat(path)) for component, path in readings(module))
         if module.component == WHOLE:
             yield from ((component, path) for component in COMPONENTS if component in self._paths)
-        else:
-            yield WHOLE, path
-            yield WHOLE, flat(module.stem)
+            return
+        yield WHOLE, path
+        yield WHOLE, flat(module.stem)
+        if module.component in ENCODERS and module.component not in self._paths:
+            # FLUX's T5 is the second text encoder to diffusers, the third to kohya and ComfyUI.
+            yield from ((component, path) for component in ENCODERS if component in self._paths)
 
     def _add(self, name: str) -> None:
         component, _, rest = base_component(name)
@@ -126,10 +132,12 @@ class Targets:
         return stored is not None and stored[1].shape[1:] == (3 * stored[1].shape[0],)
 
     def _add_links(self, component: str, paths: frozenset[str]) -> None:
-        links, original = _best_table(component, paths)
+        table, naming = _best_table(component, paths)
         for places in self._places.values():
-            for link in links:
-                (self._alias_parts if original else self._alias_whole)(component, link, places)
+            for link in table.links[naming] if table and naming else ():
+                self._alias_parts(component, link, places)
+            for link in (link for links in (table.links if table else {}).values() for link in links):
+                self._alias_whole(component, link, places)
             for link in mixture(paths):
                 self._alias_parts(component, link, places)
                 self._alias_whole(component, link, places)
@@ -147,14 +155,14 @@ class Targets:
             return
         whole = self._transposed(stored[0]) if link.transposed else stored[0]
         for part, place in zip(link.parts, _cut(whole, link), strict=True):
-            places[component, flat(part)] = _halves_exchanged(place) if link.swapped else (place,)
+            places[component, flat(part)] = _halves_exchanged((place,)) if link.swapped else (place,)
 
     def _alias_whole(self, component: str, link: Link, places: dict[Key, tuple[Place, ...]]) -> None:
         """The base is spelled as diffusers: the whole's name is all the parts' weights, one after the other."""
         parts = [places.get((component, flat(part))) for part in link.parts]
         joined = tuple(place for part in parts if part for place in part)
         if all(parts) and not link.transposed:
-            places.setdefault((component, flat(link.whole)), _halves_exchanged(joined[0]) if link.swapped else joined)
+            places.setdefault((component, flat(link.whole)), _halves_exchanged(joined) if link.swapped else joined)
 
     def _transposed(self, place: Place) -> Place:
         return Place(place.tensor, 0, self._layout.info(place.tensor).shape[-1], transposed=True)
@@ -190,19 +198,33 @@ class Targets:
         return renamed if len(renamed) == len(modules) and placed else {}
 
 
-def _best_table(component: str, paths: frozenset[str]) -> tuple[tuple[Link, ...], bool]:
-    """The links of the architecture that explains the most of a component's module paths, and whether these are in the
-    original's naming; no links if no architecture explains any."""
-    best: tuple[int, tuple[Link, ...], bool] = (0, (), False)
+def _best_table(component: str, paths: frozenset[str]) -> tuple[Component | None, str]:
+    """The table that explains the most of a component's module paths, and the naming that these are in: "" for that of
+    diffusers; no table if none explains any."""
     if component == WHOLE and any(map(is_decoder, paths)):
-        return best[1:]
-    for arch in ARCHS:
-        for candidate in arch.components:
-            if component not in (WHOLE, candidate.name):
-                continue
-            ours, theirs = (len(side & paths) for side in mentioned(candidate.links))
-            best = max(best, (max(ours, theirs), candidate.links, theirs > ours), key=lambda item: item[0])
+        return None, ""
+    candidates = [candidate for arch in ARCHS for candidate in arch.components if _may_be(component, candidate)]
+    # A sample rules most tables out.
+    sample = sorted(paths)[:: max(1, len(paths) // SAMPLED)]
+    scores = [sum(candidate.find(path) is not None for path in sample) for candidate in candidates]
+    best: tuple[int, Component | None, str] = (0, None, "")
+    for candidate, score in zip(candidates, scores, strict=True):
+        if score == max(scores):
+            best = max(best, *_explained(candidate, paths), key=lambda found: found[0])
     return best[1:]
+
+
+def _may_be(component: str, candidate: Component) -> bool:
+    """Whether a base's component can be `candidate`; text encoders are numbered differently by different tools."""
+    return component in (WHOLE, candidate.name) or {component, candidate.name} <= set(ENCODERS)
+
+
+def _explained(candidate: Component, paths: frozenset[str]) -> Iterator[tuple[int, Component, str]]:
+    """How many paths each naming of `candidate` explains."""
+    for naming, links in candidate.links.items():
+        ours, theirs = (len(side & paths) for side in mentioned(links))
+        yield theirs, candidate, naming
+        yield ours, candidate, ""
 
 
 def _cut(place: Place, link: Link) -> Iterator[Place]:
@@ -214,9 +236,12 @@ def _cut(place: Place, link: Link) -> Iterator[Place]:
         start += size * unit
 
 
-def _halves_exchanged(place: Place) -> tuple[Place, ...]:
-    middle = place.start + place.rows // 2
-    return replace(place, start=middle), replace(place, stop=middle)
+def _halves_exchanged(places: tuple[Place, ...]) -> tuple[Place, ...]:
+    """The two halves of a weight in the opposite order; what was exchanged before is back in its own."""
+    if len(places) == 2:
+        return places[1], places[0]
+    middle = places[0].start + places[0].rows // 2
+    return replace(places[0], start=middle), replace(places[0], stop=middle)
 
 
 def _heads_apart(place: Place, width: int) -> Iterator[Place]:

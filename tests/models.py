@@ -5,6 +5,7 @@ Each builder is seeded, so that what it returns is the same every time. They nee
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -168,19 +169,26 @@ def original_names(arch: Arch, component: str, tensors: Mapping[str, Tensor]) ->
     table = arch.component(component)
     assert table is not None
     renamed: Tensors = {}
-    for link in table.links:
+    for link in table.links[table.stored]:
         for parameter in ("weight", "bias"):
             parts = [tensors.get(f"{part}.{parameter}") for part in link.parts]
             found = [part for part in parts if part is not None]
             if len(found) == len(link.parts):
                 whole = torch.cat(found).T.contiguous() if link.transposed else torch.cat(found)
+                whole = torch.cat(whole.chunk(2)[::-1]) if link.swapped else whole
                 renamed[_original_key(link.whole, parameter)] = whole
     return renamed
 
 
+SCALES = re.compile(r"(query_norm|key_norm|qnorm|knorm|prenorm|postnorm|last\.norm|txtmlp\.0|layer\.norms\.\d)$")
+"""Norms whose weight the original calls scale."""
+
+
 def _original_key(whole: str, parameter: str) -> str:
-    if whole.endswith("in_proj"):
+    if whole.endswith("attn.in_proj"):
         return f"{whole}_{parameter}"
+    if SCALES.search(whole) and parameter == "weight":
+        return f"{whole}.scale"
     raw = whole in ("text_projection", "positional_embedding")
     return whole if raw else f"{whole}.{parameter}"
 

@@ -2,50 +2,96 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 
-from loratool.archs import ARCHS, Component
+from loratool.archs import ARCHS, Arch, Component
 from loratool.archs.sd import SD1, SDXL
-from loratool.names import Link, flat, fuse, rename
-from tests.conftest import FIXTURES
+from loratool.names import Link, flat, fuse, mentioned, rename
+from tests.architectures import BEYOND, CONVERTERS, converted, shapes
 from tests.models import SD1_UNET, SDXL_UNET, clip, clip_tensors, original_names, unet
 
-COMPONENTS = [pytest.param(part, id=f"{arch.name}-{part.name}") for arch in ARCHS for part in arch.components]
+LINKS = [
+    pytest.param(component, naming, id=f"{arch.name}-{component.name}-{naming}")
+    for arch in ARCHS
+    for component in arch.components
+    for naming in component.rows
+]
+DENOISERS = [pytest.param(arch, id=arch.name) for arch in ARCHS]
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
-def test_no_name_stands_twice_in_a_column(component: Component) -> None:
-    ours = Counter(part for link in component.links for part in link.parts)
-    theirs = Counter(link.whole for link in component.links)
+@pytest.mark.parametrize(("component", "naming"), LINKS)
+def test_no_name_stands_twice_in_a_column(component: Component, naming: str) -> None:
+    links = component.links[naming]
 
-    assert not [name for name, count in (ours + Counter()).items() if count > 1]
-    assert not [name for name, count in theirs.items() if count > 1]
+    assert max(Counter(part for link in links for part in link.parts).values()) == 1
+    assert max(Counter(link.whole for link in links).values()) == 1
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
-def test_flattening_loses_nothing(component: Component) -> None:
-    for column in ({part for link in component.links for part in link.parts}, {link.whole for link in component.links}):
+@pytest.mark.parametrize(("component", "naming"), LINKS)
+def test_flattening_loses_nothing(component: Component, naming: str) -> None:
+    for column in mentioned(component.links[naming]):
         assert len({flat(name) for name in column}) == len(column)
 
 
-@pytest.mark.parametrize("arch", ["sd1", "sd2", "sdxl"])
-def test_the_unet_table_covers_the_real_module_list(arch: str) -> None:
-    """The list is that of diffusers' own model at full size, made by fixtures/make.py."""
-    with gzip.open(FIXTURES / "headers" / f"base-{arch}-unet-diffusers.json.gz") as file:
-        names = {name.rpartition(".")[0] for name in json.load(file)}
-    table = next(found for found in ARCHS if found.name == arch).component("unet")
+@pytest.mark.parametrize(("component", "naming"), LINKS)
+def test_a_name_reads_as_what_it_stands_for(component: Component, naming: str) -> None:
+    """Dotted or flattened, and whatever other naming has the same name: it means the same parts."""
+    for link in component.links[naming]:
+        for name in (link.whole, flat(link.whole)):
+            spot = component.find(name)
+            assert spot is not None
+            assert spot.parts == link.parts
+
+
+@pytest.mark.parametrize(("component", "naming"), LINKS)
+def test_every_naming_speaks_of_modules_of_diffusers(component: Component, naming: str) -> None:
+    parts = {part for link in component.links[component.stored] for part in link.parts}
+
+    assert {part for link in component.links[naming] for part in link.parts} <= parts
+
+
+@pytest.mark.parametrize("arch", DENOISERS)
+def test_the_table_covers_the_real_module_list(arch: Arch) -> None:
+    names = {name.removesuffix(".weight") for name in shapes(arch.name) if name.endswith(".weight")}
+    table = arch.component("unet")
     assert table is not None
 
-    assert {part for link in table.links for part in link.parts} == names
+    parts = {part for link in table.links[table.stored] for part in link.parts}
+    beyond = BEYOND.get(arch.name, ())
+    assert names <= parts
+    assert {part for part in parts if not any(name in part for name in beyond)} <= names
+
+
+@pytest.mark.parametrize("arch", DENOISERS)
+def test_the_widths_that_tell_it_apart_are_the_real_ones(arch: Arch) -> None:
+    table = arch.component("unet")
+    assert table is not None
+    real = {name.removesuffix(".weight"): shape for name, shape in shapes(arch.name).items() if len(shape) > 1}
+
+    assert not [name for name, shape in real.items() if table.contradicts(name, shape[1])]
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.name in CONVERTERS], ids=lambda arch: arch.name)
+def test_diffusers_converts_what_the_table_renamed_back_to_the_same(arch: Arch) -> None:
+    """At the real heights, which its conversions have written into them, and a width of one."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.rand(shape[:1] if len(shape) == 1 else (shape[0], 1), generator=generator)
+        for name, shape in shapes(arch.name).items()
+        if name.endswith((".weight", ".bias"))
+    }
+
+    result = converted(arch.name, original_names(arch, "unet", tensors))
+
+    assert not [name for name, tensor in tensors.items() if not torch.equal(result[name], tensor)]
 
 
 @pytest.mark.parametrize(("arch", "config"), [(SD1, SD1_UNET), (SDXL, SDXL_UNET)])
-def test_diffusers_converts_what_the_unet_table_renamed_back_to_the_same(arch, config) -> None:
+def test_diffusers_converts_what_the_unet_table_renamed_back_to_the_same(arch: Arch, config: dict[str, Any]) -> None:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     tensors = unet(config).state_dict()

@@ -8,13 +8,13 @@ adapter says `mlp.gate` where the base on disk says `block_sparse_moe.gate`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from loratool.names import Link, fuse, rename
 
 DECODER: Final = re.compile(
-    r"(?:.*\.)?(?:layers\.\d+\.(?:self_attn|mlp|block_sparse_moe|linear_attn)|h\.\d+\.(?:attn|mlp))\..*"
+    r"(?!.*\bencoder\.)(?:.*\.)?(?:layers\.\d+\.(?:self_attn|mlp|block_sparse_moe|linear_attn)|h\.\d+\.(?:attn|mlp))\..*"
     r"|(?:.*\.)?(?:lm_head|embed_tokens|wte|score)"
 )
 EXPERT: Final = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -62,6 +62,17 @@ def meta(names: frozenset[str]) -> Iterator[Link]:
         yield from rename(f"model.layers.{i}", f"layers.{i}", META)
         for ours, theirs in ROTARY.items():
             yield Link((f"model.layers.{i}.{ours}",), f"layers.{i}.{theirs}", rotary=True)
+
+
+META_NAMES: Final = re.compile(
+    r"(?:layers\.\d+\.(?:attention\.w[qkvo]|feed_forward\.w[123]|attention_norm|ffn_norm)|tok_embeddings|norm|output)"
+)
+
+
+def is_meta(paths: Iterable[str]) -> bool:
+    """Whether module paths are those of Meta's Llama; feedforward layers alone are also called so elsewhere."""
+    names = list(paths)
+    return all(map(META_NAMES.fullmatch, names)) and any(".attention.w" in name for name in names)
 
 
 def is_decoder(path: str) -> bool:

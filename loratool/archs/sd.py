@@ -1,17 +1,19 @@
-"""Stable Diffusion 1, 2 and XL: the U-Net of LDM against that of diffusers, and the two text encoders.
+"""Stable Diffusion 1, 2 and XL, its refiner and its distilled kin: the U-Net of LDM against that of diffusers.
 
-Source: diffusers scripts/convert_diffusers_to_original_stable_diffusion.py and loaders/single_file_utils.py.
+Source: diffusers scripts/convert_diffusers_to_original_stable_diffusion.py and loaders/single_file_utils.py; SSD-1B and
+Vega as Segmind released them (their config.json).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from loratool.archs.table import Arch, Component
-from loratool.archs.text import clip, openclip
-from loratool.formats.prefixes import TE1, TE2, UNET
-from loratool.names import Link, rename
+from loratool.archs.text import clip_l, open_clip
+from loratool.formats.prefixes import TE1, UNET
+from loratool.names import ORIGINAL, Link, rename
 
 TOP = {
     "conv_in": "input_blocks.0.0",
@@ -35,33 +37,42 @@ BLOCK = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A U-Net's levels: `down` and `up` have the depth of the spatial transformer behind each ResNet (0: none), `widths`
+    the levels' widths in units of the first; `middle` is the depth in the middle, None where that is a single ResNet."""
+
+    down: Sequence[tuple[int, int]]
+    up: Sequence[tuple[int, int, int]]
+    widths: Sequence[int]
+    middle: int | None
+    top: dict[str, str] = field(default_factory=lambda: TOP)
+
+
 def attention(depth: int) -> dict[str, str]:
     """A spatial transformer of `depth` blocks, called alike in both namings."""
     inner = [f"transformer_blocks.{k}.{leaf}" for k in range(depth) for leaf in BLOCK]
     return {name: name for name in ("norm", "proj_in", "proj_out", *inner)}
 
 
-def unet(depths: tuple[int, ...], widths: tuple[int, ...], added: dict[str, str] | None = None) -> Iterator[Link]:
-    """A U-Net whose resolution levels have transformers of `depths` blocks (0: none) and `widths` in units of the first.
-
-    The middle is as deep as the deepest level. A ResNet has a shortcut only where it changes the width.
-    """
-    yield from rename("", "", TOP | (added or {}))
-    last = len(depths) - 1
-    for i, depth in enumerate(depths):
-        for j in range(2):
-            wider = i > 0 and j == 0 and widths[i] != widths[i - 1]
+def unet(shape: Shape) -> Iterator[Link]:
+    """A U-Net of `shape`. A ResNet has a shortcut only where it changes the width."""
+    yield from rename("", "", shape.top)
+    last = len(shape.down) - 1
+    for i, depths in enumerate(shape.down):
+        for j, depth in enumerate(depths):
+            wider = i > 0 and j == 0 and shape.widths[i] != shape.widths[i - 1]
             yield from _layer(f"down_blocks.{i}", j, f"input_blocks.{3 * i + j + 1}", depth, shortcut=wider)
         if i < last:
             yield Link((f"down_blocks.{i}.downsamplers.0.conv",), f"input_blocks.{3 * i + 3}.0.op")
-    yield from _layer("mid_block", 0, "middle_block", max(depths), shortcut=False)
-    yield from rename("mid_block.resnets.1", "middle_block.2", RESNET)
-    for i, depth in enumerate(reversed(depths)):
-        for j in range(3):
+    yield from _layer("mid_block", 0, "middle_block", shape.middle or 0, shortcut=False)
+    if shape.middle is not None:
+        yield from rename("mid_block.resnets.1", "middle_block.2", RESNET)
+    for i, places in enumerate(shape.up):
+        for j, depth in enumerate(places):
             yield from _layer(f"up_blocks.{i}", j, f"output_blocks.{3 * i + j}", depth, shortcut=True)
         if i < last:
-            place = 2 if depth else 1
-            yield Link((f"up_blocks.{i}.upsamplers.0.conv",), f"output_blocks.{3 * i + 2}.{place}.conv")
+            yield Link((f"up_blocks.{i}.upsamplers.0.conv",), f"output_blocks.{3 * i + 2}.{2 if places[2] else 1}.conv")
 
 
 def _layer(ours: str, j: int, theirs: str, depth: int, *, shortcut: bool) -> Iterator[Link]:
@@ -71,32 +82,42 @@ def _layer(ours: str, j: int, theirs: str, depth: int, *, shortcut: bool) -> Ite
         yield from rename(f"{ours}.attentions.{j}", f"{theirs}.1", attention(depth))
 
 
-CLIP_L = Component(TE1, partial(clip, 12), {"layers.0.self_attn.q_proj": 768, "layers.0.mlp.fc1": 768}, 123_060_480)
+def _unet(shape: Shape, context: int, parameters: int) -> Component:
+    inputs = {"attn2.to_k": context, "attn2.to_v": context}
+    return Component(UNET, {ORIGINAL: partial(unet, shape)}, inputs, parameters, folder="unet")
+
+
+FOUR = Shape(((1, 1), (1, 1), (1, 1), (0, 0)), ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1)), (1, 2, 4, 4), 1)
+XL = Shape(((0, 0), (2, 2), (10, 10)), ((10, 10, 10), (2, 2, 2), (0, 0, 0)), (1, 2, 4), 10, TOP | ADDED)
+REFINER = Shape(((0, 0), (4, 4), (4, 4), (0, 0)), ((0, 0, 0), (4, 4, 4), (4, 4, 4), (0, 0, 0)), (1, 2, 4, 4), 4, TOP | ADDED)
+SEGMIND = Shape(((0, 0), (2, 2), (4, 4)), ((4, 4, 10), (2, 1, 1), (0, 0, 0)), (1, 2, 4), None, TOP | ADDED)
+SMALL = Shape(((0, 0), (1, 1), (2, 2)), ((2, 2, 2), (1, 1, 1), (0, 0, 0)), (1, 2, 4), None, TOP | ADDED)
+
+BIG_G = open_clip(32, 1280, 694_659_840)
 
 SD1 = Arch(
     "sd1",
     "Stable Diffusion 1.x",
-    (
-        Component(UNET, partial(unet, (1, 1, 1, 0), (1, 2, 4, 4)), {"attn2.to_k": 768, "attn2.to_v": 768}, 859_520_964),
-        CLIP_L,
-    ),
+    (_unet(FOUR, 768, 859_520_964), clip_l(kohya="te")),
+    ("sd_v1", "sd_1", "stable-diffusion-v1"),
 )
 SD2 = Arch(
     "sd2",
     "Stable Diffusion 2.x",
-    (
-        Component(UNET, partial(unet, (1, 1, 1, 0), (1, 2, 4, 4)), {"attn2.to_k": 1024, "attn2.to_v": 1024}, 865_910_724),
-        Component(TE1, partial(openclip, 24), {"self_attn.q_proj": 1024, "mlp.fc1": 1024}, 340_387_840),
-    ),
+    (_unet(FOUR, 1024, 865_910_724), open_clip(24, 1024, 340_387_840, TE1, "clip_h", kohya="te")),
+    ("sd_v2", "sd_2", "stable-diffusion-v2"),
 )
 SDXL = Arch(
     "sdxl",
     "Stable Diffusion XL",
-    (
-        Component(
-            UNET, partial(unet, (0, 2, 10), (1, 2, 4), ADDED), {"attn2.to_k": 2048, "attn2.to_v": 2048}, 2_567_463_684
-        ),
-        CLIP_L,
-        Component(TE2, partial(openclip, 32), {"self_attn.q_proj": 1280, "mlp.fc1": 1280}, 694_659_840),
-    ),
+    (_unet(XL, 2048, 2_567_463_684), clip_l(), BIG_G),
+    ("sdxl_base", "sdxl_1.0", "sdxl", "stable-diffusion-xl-v1-base"),
 )
+SDXL_REFINER = Arch(
+    "sdxl-refiner",
+    "Stable Diffusion XL Refiner",
+    (_unet(REFINER, 1280, 0), open_clip(32, 1280, 694_659_840, TE1, folder="text_encoder_2", kohya="te2")),
+    ("sdxl_refiner", "stable-diffusion-xl-v1-refiner"),
+)
+SSD1B = Arch("ssd-1b", "SSD-1B", (_unet(SEGMIND, 2048, 0), clip_l(), BIG_G), ("ssd", "segmind"))
+VEGA = Arch("vega", "Segmind Vega", (_unet(SMALL, 2048, 0), clip_l(), BIG_G), ("vega",))

@@ -1,50 +1,141 @@
-"""What an architecture's table is: the modules of each component in two namings, and what tells look-alikes apart."""
+"""What an architecture's table is: the modules of each component in its namings, and what tells look-alikes apart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
+from types import MappingProxyType
+from typing import Final
 
-from loratool.names import Link, flat, mentioned
+from loratool.formats.prefixes import ENCODERS, WHOLE, readings
+from loratool.names import CHECKPOINT, DIFFUSERS, ORIGINAL, Link, Module, flat
+
+Rows = Callable[[], Iterable[Link]]
+
+FOLDERS: Final = MappingProxyType(
+    {"unet": "transformer", "te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """How the name of a module is to be read: its `naming`, its `path` there with dots, and the `link` that has it.
+
+    `link` is None in the diffusers naming, whose modules are parts.
+    """
+
+    naming: str
+    path: str
+    link: Link | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The modules of the diffusers naming that it is made of."""
+        return self.link.parts if self.link else (self.path,)
 
 
 @dataclass(frozen=True, eq=False)
 class Component:
-    """One network of an architecture: its `links`, and facts that hold for it alone.
+    """One network of an architecture: its rows by naming, and facts that hold for it alone.
 
-    `inputs` maps the end of a module path to the width of its input; a file whose shapes disagree is another model.
-    `parameters` is how many the whole network has, 0 where sizes vary.
+    Every naming's links have the parts of the diffusers naming on their one side. `inputs` maps the end of a module path
+    to the width of its input; a file whose shapes disagree is another model. `parameters` is how many the whole network
+    has, 0 where sizes vary. `folder` is its place in a diffusers pipeline, `encoder` what ComfyUI calls a text encoder,
+    `kohya` what kohya's prefix calls it where that is not its `name`, and `inside` its path in the denoiser of the original,
+    where it is part of that.
     """
 
     name: str
-    rows: Callable[[], Iterable[Link]]
+    rows: Mapping[str, Rows]
     inputs: Mapping[str, int] = field(default_factory=dict)
     parameters: int = 0
+    folder: str = ""
+    encoder: str = ""
+    kohya: str = ""
+    inside: str = ""
+
+    @property
+    def place(self) -> str:
+        """Its folder in a diffusers pipeline."""
+        return self.folder or FOLDERS[self.name]
 
     @cached_property
-    def links(self) -> tuple[Link, ...]:
-        return tuple(self.rows())
+    def links(self) -> Mapping[str, tuple[Link, ...]]:
+        """The links of each naming."""
+        return {naming: tuple(rows()) for naming, rows in self.rows.items()}
 
-    @cached_property
-    def known(self) -> Mapping[str, str]:
-        """Flattened module path of either naming: the same path with its dots."""
-        ours, theirs = mentioned(self.links)
-        return {flat(path): path for path in (*theirs, *ours)}
+    @property
+    def stored(self) -> str:
+        """The naming of the original's checkpoints."""
+        return CHECKPOINT if CHECKPOINT in self.rows else ORIGINAL
+
+    def find(self, path: str) -> Spot | None:
+        """How the module `path`, dotted or flattened, of any naming is read; the first naming that has the name decides."""
+        flattened = flat(path)
+        for naming, names in self._names.items():
+            if link := names().get(flattened):
+                part = next((part for part in link.parts if flat(part) == flattened), None)
+                return Spot(DIFFUSERS, part) if part else Spot(naming, link.whole, link)
+        return None
 
     def contradicts(self, path: str, width: int) -> bool:
         """Whether an input `width` at `path` shows this to be another model."""
-        dotted = self.known.get(flat(path), path)
-        return any(dotted.endswith(ending) and width != expected for ending, expected in self.inputs.items())
+        spot = self.find(path)
+        paths = spot.parts if spot else (path,)
+        return any(
+            f".{name}".endswith(f".{ending}") and width != expected
+            for ending, expected in self.inputs.items()
+            for name in paths
+        )
+
+    @cached_property
+    def _names(self) -> Mapping[str, Callable[[], Mapping[str, Link]]]:
+        """For each naming, what gives the links of its flattened names; they are built when they are first asked for."""
+        return {naming: cache(partial(_by_name, rows)) for naming, rows in self.rows.items()}
+
+    @cached_property
+    def owners(self) -> Mapping[str, Mapping[str, Link]]:
+        """Naming, then module path of diffusers: the link of that naming which has it as a part."""
+        return {naming: {part: link for link in links for part in link.parts} for naming, links in self.links.items()}
+
+
+def _by_name(rows: Rows) -> dict[str, Link]:
+    """The links by the flattened names of both their sides."""
+    links = tuple(rows())
+    return {flat(link.whole): link for link in links} | {flat(part): link for link in links for part in link.parts}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Arch:
-    """A base architecture: the name that `--arch` takes, what people call it, and its components."""
+    """A base architecture: the name that `--arch` takes, what people call it, and its components.
+
+    `versions` are the beginnings of what trainers write into metadata for it (ss_base_model_version,
+    modelspec.architecture).
+    """
 
     name: str
     title: str
     components: tuple[Component, ...]
+    versions: tuple[str, ...] = ()
 
     def component(self, name: str) -> Component | None:
         return next((component for component in self.components if component.name == name), None)
+
+    def places(self, module: Module) -> list[tuple[Component, Spot]]:
+        """The components that have `module`, and how they read its name: the one that its prefix names, or else all that
+        may be meant; empty where none has it."""
+        for name, path in readings(module):
+            found = [(owner, spot) for owner in self._owners(name) if (spot := owner.find(path))]
+            if found:
+                return found
+        return []
+
+    def _owners(self, name: str) -> Sequence[Component]:
+        """The components that a prefix may mean. Where a model has no such text encoder, it means another: T5 is te3 to
+        kohya in every model."""
+        if component := self.component(name):
+            return (component,)
+        if name == WHOLE:
+            return self.components
+        return [component for component in self.components if name in ENCODERS and component.name in ENCODERS]

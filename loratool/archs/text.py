@@ -1,13 +1,17 @@
-"""CLIP text encoders: the names of transformers, which LDM and SGM checkpoints keep for CLIP-L, and OpenCLIP's.
+"""Text encoders: CLIP in the names of transformers and of OpenCLIP, T5, and language models that serve as one.
 
+Adapters use the names of transformers everywhere; OpenCLIP's stand in checkpoints only.
 Source: open_clip's transformer.py and diffusers loaders/single_file_utils.py (convert_open_clip_checkpoint).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache, partial
 
-from loratool.names import Link, fuse, rename
+from loratool.archs.table import Component
+from loratool.formats.prefixes import TE1, TE2
+from loratool.names import CHECKPOINT, Link, fuse, rename, same
 
 EMBEDDINGS = {
     "embeddings.token_embedding": "token_embedding",
@@ -22,6 +26,8 @@ LAYER = {
     "self_attn.out_proj": "attn.out_proj",
 }
 ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
+TRANSFORMERS_5 = "transformers 5"
+"""transformers 5.6 dropped `text_model.` from CLIP's names in memory, and so from adapters."""
 
 
 def clip(layers: int) -> Iterator[Link]:
@@ -29,6 +35,13 @@ def clip(layers: int) -> Iterator[Link]:
     for link in openclip(layers):
         for part in link.parts:
             yield Link((part,), part)
+
+
+def unwrapped(layers: int) -> Iterator[Link]:
+    """CLIP without its `text_model.`."""
+    for link in clip(layers):
+        if link.whole.startswith("text_model."):
+            yield Link(link.parts, link.whole.removeprefix("text_model."))
 
 
 def openclip(layers: int) -> Iterator[Link]:
@@ -39,3 +52,52 @@ def openclip(layers: int) -> Iterator[Link]:
         ours, theirs = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
         yield from rename(ours, theirs, LAYER)
         yield fuse(ours, ATTENTION, f"{theirs}.attn.in_proj")
+
+
+def t5(layers: int) -> Iterator[Link]:
+    """The encoder of T5 v1.1 with `layers` blocks, called alike everywhere."""
+    yield from same("", "shared encoder.final_layer_norm")
+    yield from same("encoder.block.0.layer.0", "SelfAttention.relative_attention_bias")
+    for i in range(layers):
+        yield from same(
+            f"encoder.block.{i}.layer.0", "layer_norm SelfAttention.q SelfAttention.k SelfAttention.v SelfAttention.o"
+        )
+        yield from same(f"encoder.block.{i}.layer.1", "layer_norm DenseReluDense.wi_0 DenseReluDense.wi_1 DenseReluDense.wo")
+
+
+def decoder(layers: int, prefix: str = "model.") -> Iterator[Link]:
+    """A language model of `layers` layers that serves as a text encoder, with and without transformers' `model.`."""
+    names = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+    norms = "self_attn.q_norm self_attn.k_norm input_layernorm post_attention_layernorm"
+    for name in ("embed_tokens", "norm"):
+        yield Link((f"model.{name}",), f"{prefix}{name}")
+    for i in range(layers):
+        for name in (names + " " + norms).split():
+            yield Link((f"model.layers.{i}.{name}",), f"{prefix}layers.{i}.{name}")
+
+
+@cache
+def clip_l(name: str = TE1, kohya: str = "") -> Component:
+    """OpenAI's CLIP ViT-L/14, of SD1, SDXL, SD3 and FLUX.1."""
+    rows = {CHECKPOINT: partial(clip, 12), TRANSFORMERS_5: partial(unwrapped, 12)}
+    return Component(name, rows, {"q_proj": 768, "fc1": 768}, 123_060_480, encoder="clip_l", kohya=kohya)
+
+
+@cache
+def open_clip(layers: int, width: int, parameters: int, name: str = TE2, encoder: str = "clip_g", **place: str) -> Component:
+    """OpenCLIP ViT-H (SD2) or ViT-bigG (SDXL, SD3)."""
+    rows = {CHECKPOINT: partial(openclip, layers), TRANSFORMERS_5: partial(unwrapped, layers)}
+    return Component(name, rows, {"q_proj": width, "fc1": width}, parameters, encoder=encoder, **place)
+
+
+@cache
+def t5_xxl(name: str, kohya: str = "te3") -> Component:
+    """T5 v1.1 XXL; kohya calls it te3 whatever stands before it (sd-scripts networks/lora_flux.py)."""
+    return Component(name, {CHECKPOINT: partial(t5, 24)}, {"SelfAttention.q": 4096}, encoder="t5xxl", kohya=kohya)
+
+
+@cache
+def language_model(encoder: str, layers: int, width: int, name: str = TE1) -> Component:
+    """Qwen, Llama or Gemma as a text encoder."""
+    rows = {CHECKPOINT: partial(decoder, layers), TRANSFORMERS_5: partial(decoder, layers, "")}
+    return Component(name, rows, {"q_proj": width, "gate_proj": width}, encoder=encoder, kohya="te")
