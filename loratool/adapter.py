@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Final
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loratool.checkpoint import FLOATS, TensorFile
 from loratool.deltas import IA3, KINDS, Delta, DoRA, Enlarge, ExpertLoRA, InputOFT, LoRALib, TokenRows
-from loratool.errors import InvalidAdapter, LoratoolError, NonFinite, Unsupported, some
+from loratool.errors import InvalidAdapter, NonFinite, Unsupported, about, some
 from loratool.formats.peft import PeftConfig
 from loratool.formats.reading import Group, Listing, listing, locate, read_listing, require_adapter
 from loratool.header import TensorInfo
@@ -49,14 +49,15 @@ class Adapter:
     """The changes that an adapter makes, in the order in which those to one weight are to be made.
 
     `tied` says that its embedding and head are one (PEFT's ensure_weight_tying). `passengers` are tensors that travel with
-    it and change no weight.
+    it and change no weight, `alphas` the file's own, both by key.
     """
 
     path: Path
     changes: tuple[Change, ...]
     metadata: Mapping[str, str]
     tied: bool = False
-    passengers: tuple[str, ...] = ()
+    passengers: Mapping[str, Tensor] = field(default_factory=dict)
+    alphas: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -93,13 +94,13 @@ def _load(found: Listing, unsaid: Unsaid) -> Adapter:
     changes: list[Change] = []
     with TensorFile(found.header) as file:
         for group in found.groups:
-            try:
+            with about(f"{found.path}: {group.module}"):
                 changes += _changes(found, group, file, alphas, unsaid)
-            except LoratoolError as error:
-                raise type(error)(f"{found.path}: {group.module}: {error}") from error
+        passengers = {name: file.read(found.header.tensors[name]) for name in found.passengers}
+        stored = {name: file.read(found.header.tensors[name]) for name in alphas}
     tied = any(config.tied for config in found.configs.values())
     notes = tuple(f"{found.path}: {note}" for note in _assumed(changes, unsaid))
-    return Adapter(found.path, tuple(changes), found.header.metadata, tied, found.passengers, notes)
+    return Adapter(found.path, tuple(changes), found.header.metadata, tied, passengers, stored, notes)
 
 
 def _assumed(changes: list[Change], unsaid: Unsaid) -> Iterator[str]:

@@ -11,7 +11,8 @@ from typing import Final
 from loratool.archs import ARCHS, Arch
 from loratool.archs.llm import is_decoder, is_meta
 from loratool.errors import some
-from loratool.formats.prefixes import WHOLE
+from loratool.formats.prefixes import WHOLE, base_component
+from loratool.layout import Layout
 from loratool.names import Module
 
 Input = tuple[Module, int | None]
@@ -38,7 +39,7 @@ def detect(modules: Sequence[Input], metadata: Mapping[str, str] | None = None) 
         return Verdict(None, "unknown", "there are no modules to go by")
     if verdict := _language_model([module for module, _ in modules]):
         return verdict
-    complete = [arch for arch in ARCHS if all(arch.places(module) for module, _ in modules)]
+    complete = named_like([module for module, _ in modules])
     fitting = [arch for arch in complete if not _contradicted(arch, modules)]
     chosen, why = narrowed(fitting, modules, metadata or {})
     if len(chosen) > 1:
@@ -53,8 +54,13 @@ def detect(modules: Sequence[Input], metadata: Mapping[str, str] | None = None) 
 
 def fits(modules: Sequence[Input], metadata: Mapping[str, str] | None = None) -> list[Arch]:
     """The architectures that `modules` may be of, as far as names, shapes and `metadata` tell."""
-    explained = [arch for arch in ARCHS if all(arch.places(module) for module, _ in modules)]
+    explained = named_like([module for module, _ in modules])
     return narrowed([arch for arch in explained if not _contradicted(arch, modules)], modules, metadata or {})[0]
+
+
+def named_like(modules: Sequence[Module]) -> list[Arch]:
+    """The architectures whose tables have all the names of `modules`, whatever the shapes are."""
+    return [arch for arch in ARCHS if all(arch.places(module) for module in modules)]
 
 
 def narrowed(fitting: list[Arch], modules: Sequence[Input], metadata: Mapping[str, str]) -> tuple[list[Arch], str]:
@@ -131,3 +137,13 @@ def _named(arch: Arch, name: str, naming: str) -> Iterable[str]:
 
 def _kind(path: str) -> str:
     return re.sub(r"\d+", "#", path)
+
+
+def inputs_of(layout: Layout) -> list[Input]:
+    """The modules of a base that have a weight, and the widths of their inputs."""
+    found: list[Input] = []
+    for name, (_, info) in layout.tensors.items():
+        component, prefix, rest = base_component(name)
+        if rest.endswith(".weight") and len(info.shape) > 1 and not prefix.startswith(("vae", "first_stage", "model_ema")):
+            found.append((Module(component, rest.removesuffix(".weight"), prefix + rest), info.shape[1]))
+    return found

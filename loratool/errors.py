@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class LoratoolError(Exception):
@@ -41,6 +42,10 @@ class Unsupported(LoratoolError):
     """Something recognised that cannot be done; the message says why, and what to do instead."""
 
 
+class AmbiguousFile(LoratoolError):
+    """A file that can be read in several ways which differ; the message says how to choose."""
+
+
 class OutputError(LoratoolError):
     """An output that cannot be written, or must not be."""
 
@@ -50,3 +55,12 @@ def some(names: Iterable[str], shown: int = 5) -> str:
     listed = list(names)
     more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
     return ", ".join(listed[:shown]) + more
+
+
+@contextmanager
+def about(what: object) -> Iterator[None]:
+    """Puts `what` an error is about before its message."""
+    try:
+        yield
+    except LoratoolError as error:
+        raise type(error)(f"{what}: {error}") from error

@@ -210,12 +210,12 @@ KINDS: Final[Sequence[Kind]] = (
     _kind("ia3", "ia3_weight on_input", shape=_unknown),
     _kind("vera", "vera_lambda_b vera_lambda_d vera_a vera_b", shape=_unknown, rank=_rows("vera_lambda_d")),
     _kind("tokens", "token_rows", shape=_unknown),
-    _kind("full", "diff", shape=_of("diff")),
-    _kind("full", "w_norm", shape=_of("w_norm")),
-    _kind("replace", "weight", shape=_of("weight")),
-    _kind("replace", "set_weight", shape=_of("set_weight")),
-    _kind("full", "diff_b", shape=_of("diff_b"), parameter=BIAS),
-    _kind("full", "b_norm", shape=_of("b_norm"), parameter=BIAS),
+    # LyCORIS writes an alpha beside full differences, where it means nothing.
+    _kind("full", "diff", "alpha", shape=_of("diff")),
+    _kind("full", "w_norm", "alpha", shape=_of("w_norm")),
+    *(_kind("replace", leaf, shape=_of(leaf)) for leaf in ("weight", "set_weight", "scale")),
+    _kind("full", "diff_b", "alpha", shape=_of("diff_b"), parameter=BIAS),
+    _kind("full", "b_norm", "alpha", shape=_of("b_norm"), parameter=BIAS),
     _kind("lora bias", "bias_up", shape=_of("bias_up"), parameter=BIAS),
     _kind("replace", "bias", shape=_of("bias"), parameter=BIAS),
 )
@@ -239,9 +239,6 @@ def explain(shapes: Shapes) -> tuple[Part, ...]:
         parts.append(Part(kind, leaves, kind.shape(left), kind.rank(left)))
         for leaf in leaves:
             del left[leaf]
-    if left.keys() == {"alpha"} and parts:
-        # LyCORIS writes an alpha beside full differences, where it means nothing.
-        return tuple(parts)
     if left:
         raise InvalidAdapter(_leftover(left))
     return tuple(parts)

@@ -13,11 +13,25 @@ ROOT = Path(loratool.__file__).parent
 LEVELS = {
     "errors": 0, "names": 1, "strict": 1, "header": 1, "schema": 1,
     "formats": 2, "archs": 3, "layout": 3,
-    "targets": 4, "detect": 4, "linalg": 4, "rounding": 4, "output": 4, "pickles": 4, "checkpoint": 4,
+    "targets": 4, "detect": 4, "routes": 4, "linalg": 4, "rounding": 4, "output": 4, "pickles": 4, "checkpoint": 4,
     "deltas": 5, "adapter": 6, "ops": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 TORCHLESS = frozenset(
-    ["errors", "names", "strict", "header", "schema", "formats", "archs", "layout", "targets", "detect", "output", "cli"]
+    [
+        "errors",
+        "names",
+        "strict",
+        "header",
+        "schema",
+        "formats",
+        "archs",
+        "layout",
+        "targets",
+        "detect",
+        "routes",
+        "output",
+        "cli",
+    ]
 )
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,9 @@ def test_what_is_lora_already_keeps_its_bytes_and_metadata_stays_true(tmp_path: 
     metadata = read_header(tmp_path / "lora.safetensors").metadata
     assert metadata["note"] == "mine"
     assert metadata["ss_network_module"] == "networks.lora"
-    assert "sshs_model_hash" not in metadata
+    raw = (tmp_path / "lora.safetensors").read_bytes()
+    header = int.from_bytes(raw[:8], "little")
+    assert metadata["sshs_model_hash"] == hashlib.sha256(raw[8 + header :]).hexdigest()
 
 
 TUNERS: dict[str, tuple[str, dict[str, Any]]] = {

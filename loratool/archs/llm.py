@@ -78,3 +78,13 @@ def is_meta(paths: Iterable[str]) -> bool:
 def is_decoder(path: str) -> bool:
     """Whether a module path is one of a Hugging Face language model's."""
     return DECODER.fullmatch(path) is not None
+
+
+EMBEDDING: Final = re.compile(
+    r"(?:.*\.)?(?:embed_tokens|wte|wpe|tok_embeddings|token_embedding|position_embedding|word_embeddings|shared)"
+)
+
+
+def is_embedding(path: str) -> bool:
+    """Whether a module path is that of an embedding in transformers' models."""
+    return EMBEDDING.fullmatch(path) is not None

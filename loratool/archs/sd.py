@@ -7,13 +7,13 @@ Vega as Segmind released them (their config.json).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 
 from loratool.archs.table import Arch, Component
 from loratool.archs.text import clip_l, open_clip
 from loratool.formats.prefixes import TE1, UNET
-from loratool.names import ORIGINAL, Link, rename
+from loratool.names import DIFFUSERS, KOHYA, ORIGINAL, Link, rename
 
 TOP = {
     "conv_in": "input_blocks.0.0",
@@ -40,13 +40,22 @@ BLOCK = (
 @dataclass(frozen=True, slots=True)
 class Shape:
     """A U-Net's levels: `down` and `up` have the depth of the spatial transformer behind each ResNet (0: none), `widths`
-    the levels' widths in units of the first; `middle` is the depth in the middle, None where that is a single ResNet."""
+    the levels' widths in units of the first; `middle` is the depth in the middle, None where that is a single ResNet.
+    `added` embeddings are of size and crop.
+    """
 
     down: Sequence[tuple[int, int]]
     up: Sequence[tuple[int, int, int]]
     widths: Sequence[int]
     middle: int | None
-    top: dict[str, str] = field(default_factory=lambda: TOP)
+    added: bool = False
+
+
+FOUR = Shape(((1, 1), (1, 1), (1, 1), (0, 0)), ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1)), (1, 2, 4, 4), 1)
+XL = Shape(((0, 0), (2, 2), (10, 10)), ((10, 10, 10), (2, 2, 2), (0, 0, 0)), (1, 2, 4), 10, added=True)
+REFINER = Shape(((0, 0), (4, 4), (4, 4), (0, 0)), ((0, 0, 0), (4, 4, 4), (4, 4, 4), (0, 0, 0)), (1, 2, 4, 4), 4, added=True)
+SEGMIND = Shape(((0, 0), (2, 2), (4, 4)), ((4, 4, 10), (2, 1, 1), (0, 0, 0)), (1, 2, 4), None, added=True)
+SMALL = Shape(((0, 0), (1, 1), (2, 2)), ((2, 2, 2), (1, 1, 1), (0, 0, 0)), (1, 2, 4), None, added=True)
 
 
 def attention(depth: int) -> dict[str, str]:
@@ -57,7 +66,7 @@ def attention(depth: int) -> dict[str, str]:
 
 def unet(shape: Shape) -> Iterator[Link]:
     """A U-Net of `shape`. A ResNet has a shortcut only where it changes the width."""
-    yield from rename("", "", shape.top)
+    yield from rename("", "", TOP | (ADDED if shape.added else {}))
     last = len(shape.down) - 1
     for i, depths in enumerate(shape.down):
         for j, depth in enumerate(depths):
@@ -75,6 +84,12 @@ def unet(shape: Shape) -> Iterator[Link]:
             yield Link((f"up_blocks.{i}.upsamplers.0.conv",), f"output_blocks.{3 * i + 2}.{2 if places[2] else 1}.conv")
 
 
+@cache
+def _links(shape: Shape) -> tuple[Link, ...]:
+    """SD1 and SD2 have the same."""
+    return tuple(unet(shape))
+
+
 def _layer(ours: str, j: int, theirs: str, depth: int, *, shortcut: bool) -> Iterator[Link]:
     """Layer `j` of a block: a ResNet, and a spatial transformer where there is one."""
     yield from rename(f"{ours}.resnets.{j}", f"{theirs}.0", RESNET | (SHORTCUT if shortcut else {}))
@@ -83,15 +98,11 @@ def _layer(ours: str, j: int, theirs: str, depth: int, *, shortcut: bool) -> Ite
 
 
 def _unet(shape: Shape, context: int, parameters: int) -> Component:
+    # kohya spells SD1 and SD2 as diffusers does, SDXL as the original (sd-scripts networks/lora.py).
+    same = {KOHYA: DIFFUSERS} if shape is FOUR else {}
     inputs = {"attn2.to_k": context, "attn2.to_v": context}
-    return Component(UNET, {ORIGINAL: partial(unet, shape)}, inputs, parameters, folder="unet")
+    return Component(UNET, {ORIGINAL: partial(_links, shape)}, inputs, parameters, folder="unet", same=same)
 
-
-FOUR = Shape(((1, 1), (1, 1), (1, 1), (0, 0)), ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1)), (1, 2, 4, 4), 1)
-XL = Shape(((0, 0), (2, 2), (10, 10)), ((10, 10, 10), (2, 2, 2), (0, 0, 0)), (1, 2, 4), 10, TOP | ADDED)
-REFINER = Shape(((0, 0), (4, 4), (4, 4), (0, 0)), ((0, 0, 0), (4, 4, 4), (4, 4, 4), (0, 0, 0)), (1, 2, 4, 4), 4, TOP | ADDED)
-SEGMIND = Shape(((0, 0), (2, 2), (4, 4)), ((4, 4, 10), (2, 1, 1), (0, 0, 0)), (1, 2, 4), None, TOP | ADDED)
-SMALL = Shape(((0, 0), (1, 1), (2, 2)), ((2, 2, 2), (1, 1, 1), (0, 0, 0)), (1, 2, 4), None, TOP | ADDED)
 
 BIG_G = open_clip(32, 1280, 694_659_840)
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
-from types import MappingProxyType
 from typing import Final
 
-from loratool.formats.prefixes import ENCODERS, WHOLE, readings
+from loratool.formats.prefixes import CONDITIONER, ENCODERS, TE1, TE2, TE3, UNET, WHOLE, readings
 from loratool.names import CHECKPOINT, DIFFUSERS, ORIGINAL, Link, Module, flat
 
 Rows = Callable[[], Iterable[Link]]
 
-FOLDERS: Final = MappingProxyType(
-    {"unet": "transformer", "te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
-)
+FOLDERS: Final[Mapping[str, str]] = {
+    WHOLE: "model", UNET: "transformer", CONDITIONER: "text_conditioner",
+    TE1: "text_encoder", TE2: "text_encoder_2", TE3: "text_encoder_3",
+}  # fmt: skip
+"""Where diffusers' pipelines keep each component; a U-Net is in a folder of its own name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Component:
     to the width of its input; a file whose shapes disagree is another model. `parameters` is how many the whole network
     has, 0 where sizes vary. `folder` is its place in a diffusers pipeline, `encoder` what ComfyUI calls a text encoder,
     `kohya` what kohya's prefix calls it where that is not its `name`, and `inside` its path in the denoiser of the original,
-    where it is part of that.
+    where it is part of that. `same` are namings that are another one here.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Component:
     encoder: str = ""
     kohya: str = ""
     inside: str = ""
+    same: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def place(self) -> str:
@@ -69,6 +71,11 @@ class Component:
     def stored(self) -> str:
         """The naming of the original's checkpoints."""
         return CHECKPOINT if CHECKPOINT in self.rows else ORIGINAL
+
+    def naming(self, wanted: Sequence[str]) -> str:
+        """The first of the namings `wanted` that it has, else that of diffusers."""
+        found = next((naming for naming in wanted if naming in self.rows or naming in self.same), DIFFUSERS)
+        return self.same.get(found, found)
 
     def find(self, path: str) -> Spot | None:
         """How the module `path`, dotted or flattened, of any naming is read; the first naming that has the name decides."""
@@ -98,6 +105,11 @@ class Component:
     def owners(self) -> Mapping[str, Mapping[str, Link]]:
         """Naming, then module path of diffusers: the link of that naming which has it as a part."""
         return {naming: {part: link for link in links for part in link.parts} for naming, links in self.links.items()}
+
+
+def plain(name: str, paths: Sequence[str]) -> Component:
+    """A component without a table, whose modules are called alike everywhere."""
+    return Component(name, {ORIGINAL: lambda: (Link((path,), path) for path in dict.fromkeys(paths))})
 
 
 def _by_name(rows: Rows) -> dict[str, Link]:

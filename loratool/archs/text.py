@@ -11,7 +11,7 @@ from functools import cache, partial
 
 from loratool.archs.table import Component
 from loratool.formats.prefixes import TE1, TE2
-from loratool.names import CHECKPOINT, Link, fuse, rename, same
+from loratool.names import CHECKPOINT, TRANSFORMERS_5, Link, fuse, rename, same
 
 EMBEDDINGS = {
     "embeddings.token_embedding": "token_embedding",
@@ -26,8 +26,6 @@ LAYER = {
     "self_attn.out_proj": "attn.out_proj",
 }
 ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
-TRANSFORMERS_5 = "transformers 5"
-"""transformers 5.6 dropped `text_model.` from CLIP's names in memory, and so from adapters."""
 
 
 def clip(layers: int) -> Iterator[Link]:
@@ -84,10 +82,12 @@ def clip_l(name: str = TE1, kohya: str = "") -> Component:
 
 
 @cache
-def open_clip(layers: int, width: int, parameters: int, name: str = TE2, encoder: str = "clip_g", **place: str) -> Component:
+def open_clip(
+    layers: int, width: int, parameters: int, name: str = TE2, encoder: str = "clip_g", folder: str = "", kohya: str = ""
+) -> Component:
     """OpenCLIP ViT-H (SD2) or ViT-bigG (SDXL, SD3)."""
     rows = {CHECKPOINT: partial(openclip, layers), TRANSFORMERS_5: partial(unwrapped, layers)}
-    return Component(name, rows, {"q_proj": width, "fc1": width}, parameters, encoder=encoder, **place)
+    return Component(name, rows, {"q_proj": width, "fc1": width}, parameters, encoder=encoder, folder=folder, kohya=kohya)
 
 
 @cache

@@ -11,8 +11,10 @@ from typing import Any, NoReturn
 import click
 
 from loratool import __version__
+from loratool.cli.convert import convert_command
+from loratool.cli.formats import formats_command
 from loratool.cli.inspect import inspect_command
-from loratool.cli.low_rank import convert_command, resize_command
+from loratool.cli.low_rank import resize_command
 from loratool.cli.merge import merge_command
 from loratool.cli.render import message
 from loratool.errors import LoratoolError
@@ -58,6 +60,7 @@ def cli() -> None:
 
 
 cli.add_command(convert_command)
+cli.add_command(formats_command)
 cli.add_command(inspect_command)
 cli.add_command(merge_command)
 cli.add_command(resize_command)

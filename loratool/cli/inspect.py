@@ -53,6 +53,7 @@ def inspect_command(files: tuple[Path, ...], list_modules: bool, values: bool, b
 
 def _adapter(report: AdapterReport) -> Iterator[tuple[str, str]]:
     yield "format", safe(report.format)
+    yield "trainer", report.trainer or "not said in its metadata"
     yield "base", f"{report.arch.title}: {safe(report.arch.reason)}"
     if report.arch.candidates:
         yield "candidates", ", ".join(report.arch.candidates)

@@ -1,4 +1,4 @@
-"""`loratool convert --to-lora` and `loratool resize`."""
+"""`loratool resize`, and what it shares with `convert --to-lora`."""
 
 from __future__ import annotations
 
@@ -49,26 +49,6 @@ def rank_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command("convert", short_help="Turn any kind of delta into LoRA.")
-@click.option("--to-lora", is_flag=True, required=True, help="Write LoHa, LoKr, DoRA, OFT … as LoRA.")
-@rank_options
-def convert_command(adapter: Path, to_lora: bool, **options: Any) -> None:
-    """Write ADAPTER to OUT with every delta on a matrix or a kernel as a LoRA, and say what that leaves out.
-
-    What is LoRA already keeps its bytes. Without --rank or --max-error, exact factors are kept whole. Kinds that depend on
-    the weight they change (DoRA, OFT, BOFT, (IA)³, GLoRA) need --base: their effective ΔW is taken from it module by
-    module, and is not of low rank.
-
-    \b
-    Example:
-      loratool convert loha.safetensors -o lora.safetensors --to-lora --rank 16
-      loratool convert dora.safetensors -o lora.safetensors --to-lora --max-error 10% --base sdxl.safetensors
-    """
-    from loratool.ops.low_rank import to_lora as run
-
-    _run("converted", adapter, run, **options)
-
-
 @click.command("resize", short_help="Lower an adapter's rank, at the least error.")
 @rank_options
 def resize_command(adapter: Path, **options: Any) -> None:
@@ -82,17 +62,15 @@ def resize_command(adapter: Path, **options: Any) -> None:
       loratool resize big.safetensors -o small.safetensors --rank 16
       loratool resize big.safetensors -o small.safetensors --max-error 5%
     """
-    from loratool.ops.low_rank import resize as run
-
     if options["rank"] is None and options["max_error"] is None:
         raise click.UsageError("give --rank or --max-error")
-    _run("resized", adapter, run, **options)
+    run_low_rank("resized", adapter, "resize", **options)
 
 
-def _run(
+def run_low_rank(
     done: str,
     adapter: Path,
-    run: Callable[..., LowRankReport],
+    verb: str,
     *,
     out: Path,
     base: Path | None,
@@ -104,9 +82,12 @@ def _run(
     verbose: bool,
     **rule: Any,
 ) -> None:
+    """Runs `to_lora` or `resize` of the library, and prints its report."""
     from loratool.adapter import Unsaid
+    from loratool.ops import low_rank
 
-    report = run(adapter, out, _rule(**rule), base=base, unsaid=Unsaid(alpha, slots or ()), overwrite=overwrite)
+    run = getattr(low_rank, verb)
+    report = run(adapter, out, rank_rule(**rule), base=base, unsaid=Unsaid(alpha, slots or ()), overwrite=overwrite)
     for warning in report.warnings:
         warn(warning)
     if as_json:
@@ -118,7 +99,8 @@ def _run(
             print_table(["module", "from", "rank", "norm", "error"], rows, numbers=("rank", "norm", "error"))
 
 
-def _rule(*, rank: int | None, max_error: float | None, dtype: str | None) -> Rule:
+def rank_rule(*, rank: int | None, max_error: float | None, dtype: str | None) -> Rule:
+    """How much to keep, from the options."""
     from loratool.ops.low_rank import Rule
 
     if rank is not None and max_error is not None:

@@ -7,11 +7,14 @@ stored in; whoever stores a result rounds it, once. `dense` and `apply` may be s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+
+from loratool.errors import Unsupported
 
 Leaves = Mapping[str, Tensor]
 ANY = -1
@@ -52,6 +55,11 @@ class Delta(ABC):
         """The delta of `by` · ΔW; raises `NeedsBase` where it is not a multiple."""
 
     @property
+    def scale(self) -> float | None:
+        """What the product of its factors is multiplied by: alpha over rank; None where its file gives none."""
+        return None
+
+    @property
     def flattened(self) -> bool:
         """Whether its files flatten kernels, so that only the weight knows them: `shape` is then (out, in · kernel)."""
         return False
@@ -60,9 +68,41 @@ class Delta(ABC):
         """`weight` changed at `strength`, in float32."""
         return widened(weight) + strength * self.dense().reshape(weight.shape)
 
+    def forms(self) -> Iterator[Delta]:
+        """Itself, and deltas equal to it that are made of other leaves: not every format has a place for each."""
+        yield self
+
+    def folded(self) -> Delta:
+        """The same ΔW with its scale inside its factors, in float32 where their own dtype would round it."""
+        if self.scale in (None, 1.0):
+            return self
+        raise Unsupported(f"a {self.kind} cannot hold its own scale")
+
+    def trimmed(self) -> Delta | None:
+        """The same ΔW without ranks that add nothing; None where it adds nothing at all."""
+        return self
+
+    def joined(self, parts: Sequence[Self]) -> Delta:
+        """The delta whose rows are those of `parts`, which this is one of; raises `Unsupported` where there is none."""
+        raise Unsupported(f"a {self.kind} on the parts of a stacked weight has no common form")
+
+    def nothing(self, rows: int) -> Delta:
+        """A part of `rows` rows that changes nothing, to join with this one; raises `Unsupported` where there is none."""
+        raise Unsupported(f"a {self.kind} on some parts of a stacked weight only has no common form")
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """Exact (up, down) in float32 with the scale inside, (out, r) and (r, in · kernel); None where it has none."""
         return None
+
+
+def stack(parts: Sequence[Delta]) -> Delta:
+    """The delta whose output rows are those of `parts`, one after the other: the inverse of `split`, exact.
+
+    Raises `Unsupported` where they are of several kinds, or of one that has no such form.
+    """
+    if len({type(part) for part in parts}) > 1:
+        raise Unsupported(f"deltas of kind {', '.join(sorted({part.kind for part in parts}))} have no common form")
+    return parts[0].joined(parts)
 
 
 def widened(weight: Tensor) -> Tensor:
@@ -78,3 +118,23 @@ def cut(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> Sequence[Tensor]:
 def or_one(scale: float | None) -> float:
     """A scale as a number: 1 where the file gives none."""
     return 1.0 if scale is None else scale
+
+
+def times(tensor: Tensor, scale: float | None) -> Tensor:
+    """`tensor` multiplied by `scale`, in its own dtype where that is exact, else in float32."""
+    if scale in (None, 1.0):
+        return tensor
+    product = (tensor.double() * scale).float()
+    narrow = product.to(tensor.dtype)
+    return narrow if torch.equal(narrow.float(), product) else product
+
+
+def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    """The matrix with `blocks` along its diagonal, in a dtype that holds all their numbers; blocks may have no columns."""
+    dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
+    whole = torch.zeros(sum(map(len, blocks)), sum(block.shape[1] for block in blocks), dtype=dtype)
+    row = column = 0
+    for block in blocks:
+        whole[row : row + len(block), column : column + block.shape[1]] = block
+        row, column = row + len(block), column + block.shape[1]
+    return whole

@@ -7,14 +7,14 @@ interpolates the magnitude alone. LyCORIS adds the smallest step of float32 to t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, cut, widened
+from loratool.deltas.base import Delta, Leaves, cut, stack, widened
 from loratool.errors import NeedsBase, Unsupported
 
 
@@ -54,6 +54,10 @@ class DoRA(Delta):
         return self.inner.shape
 
     @property
+    def scale(self) -> float | None:
+        return self.inner.scale
+
+    @property
     def flattened(self) -> bool:
         return self.inner.flattened
 
@@ -69,6 +73,19 @@ class DoRA(Delta):
         full: Tensor = target * (self.magnitude.to(base.dtype).flatten().reshape(norm.shape) / norm)
         return full if strength == 1.0 else base + strength * (full - base)
 
+    def forms(self) -> Iterator[Delta]:
+        """With its magnitude as PEFT has it, (out,), or as LyCORIS has it, (out, 1, …); columns' is LyCORIS's alone."""
+        for inner in self.inner.forms():
+            yield replace(self, inner=inner)
+            if not self.on_input:
+                ones = (1,) * (len(self.inner.shape) - 2)
+                shape = (1, -1, *ones) if ones else (-1,)
+                yield replace(self, inner=inner, leaf="magnitude", magnitude=self.magnitude.reshape(shape))
+                yield replace(self, inner=inner, leaf="dora_scale", magnitude=self.magnitude.reshape(-1, 1, *ones))
+
+    def folded(self) -> DoRA:
+        return replace(self, inner=self.inner.folded())
+
     def scaled(self, by: float) -> Self:
         raise NeedsBase("a DoRA cannot be scaled without its base; give a strength to merge instead")
 
@@ -79,8 +96,9 @@ class DoRA(Delta):
         inner, flat = self.inner.split(sizes), self.magnitude.flatten()
         return [replace(self, inner=part, magnitude=rows) for part, rows in zip(inner, cut(flat, sizes), strict=True)]
 
-    @classmethod
-    def stack(cls, parts: Sequence[DoRA], stacked: Callable[[Sequence[Delta]], Delta]) -> DoRA:
-        """The DoRA of rows whose rows are those of `parts`, their inner deltas joined by `stacked`: exact."""
+    def joined(self, parts: Sequence[Self]) -> DoRA:
+        """Rows and their magnitudes; columns are normalised over the rows of each part, which the whole cannot say."""
+        if any(part.on_input for part in parts):
+            raise Unsupported("DoRA with a magnitude for each input, on parts of a stacked weight, has no common form")
         magnitudes = torch.cat([part.magnitude.flatten() for part in parts])
-        return cls(stacked([part.inner for part in parts]), magnitudes, "magnitude", on_input=False)
+        return DoRA(stack([part.inner for part in parts]), magnitudes, "magnitude", on_input=False)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import ANY, Delta, Leaves, cut, or_one, widened
+from loratool.deltas.base import ANY, Delta, Leaves, cut, or_one, times, widened
 from loratool.errors import InvalidAdapter, NeedsBase, Unsupported
 
 
@@ -43,6 +43,28 @@ class Full(Delta):
 
     def scaled(self, by: float) -> Self:
         return replace(self, scale=by * or_one(self.scale))
+
+    def forms(self) -> Iterator[Delta]:
+        """A LoRA's bias is a difference of the bias to those who do not know PEFT."""
+        yield self
+        if self.leaf == "bias_up":
+            yield replace(self.folded(), leaf="diff_b")
+
+    def folded(self) -> Full:
+        return replace(self, difference=times(self.difference, self.scale), scale=None)
+
+    def trimmed(self) -> Full | None:
+        return self if bool(self.difference.any()) else None
+
+    def nothing(self, rows: int) -> Full:
+        """A part of `rows` rows that adds nothing, to be stacked with this one."""
+        return replace(self, difference=self.difference.new_zeros(rows, *self.difference.shape[1:]))
+
+    def joined(self, parts: Sequence[Self]) -> Full:
+        folded: Sequence[Full] = (
+            parts if all(part.scale == self.scale for part in parts) else [part.folded() for part in parts]
+        )
+        return replace(folded[0], difference=torch.cat([part.difference for part in folded]))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         return [replace(self, difference=rows) for rows in cut(self.difference, sizes)]
@@ -83,6 +105,15 @@ class Replace(Delta):
 
     def scaled(self, by: float) -> Self:
         raise NeedsBase("a replaced weight cannot be scaled without its base; give a strength to merge instead")
+
+    def forms(self) -> Iterator[Delta]:
+        """PEFT's modules_to_save, ComfyUI's set_weight, and BFL's own name for the weight of a norm."""
+        yield self
+        if self.leaf != "bias":
+            yield from (replace(self, leaf=leaf) for leaf in ("weight", "set_weight", "scale") if leaf != self.leaf)
+
+    def joined(self, parts: Sequence[Self]) -> Replace:
+        return replace(parts[0], value=torch.cat([part.value for part in parts]))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         return [replace(self, value=rows) for rows in cut(self.value, sizes)]

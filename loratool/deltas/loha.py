@@ -12,7 +12,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, cut, or_one
+from loratool.deltas.base import Delta, Leaves, block_diagonal, cut, or_one, times
+from loratool.errors import Unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,23 @@ class LoHa(Delta):
 
     def scaled(self, by: float) -> Self:
         return replace(self, scale=by * or_one(self.scale))
+
+    def folded(self) -> LoHa:
+        return replace(self, w1_a=times(self.w1_a, self.scale), scale=None)
+
+    def joined(self, parts: Sequence[Self]) -> LoHa:
+        """Both left factors become block-diagonal: ranks add."""
+        if any(part.t1 is not None for part in parts):
+            raise Unsupported("LoHa with Tucker cores has no common form")
+        alike = all(part.scale == parts[0].scale for part in parts)
+        folded: Sequence[LoHa] = parts if alike else [part.folded() for part in parts]
+        return LoHa(
+            w1_a=block_diagonal([part.w1_a for part in folded]),
+            w1_b=torch.cat([part.w1_b for part in folded]),
+            w2_a=block_diagonal([part.w2_a for part in folded]),
+            w2_b=torch.cat([part.w2_b for part in folded]),
+            scale=parts[0].scale if alike else None,
+        )
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         axis = 0 if self.t1 is None else 1

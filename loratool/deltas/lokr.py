@@ -9,8 +9,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, cut, or_one
+from loratool.deltas.base import Delta, Leaves, cut, or_one, times
 from loratool.deltas.full import Full
+from loratool.errors import Unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +69,38 @@ class LoKr(Delta):
     def scaled(self, by: float) -> Self:
         return replace(self, scale=by * or_one(self.scale))
 
+    def folded(self) -> LoKr:
+        return self._with_left(times(self._left, self.scale), None)
+
+    def joined(self, parts: Sequence[Self]) -> LoKr:
+        """Parts that share all but the left factor of w1, as the pieces of one that was split do; a sum of unlike Kronecker
+        products is none."""
+        left = "lokr_w1" if self.w1 is not None else "lokr_w1_a"
+        mine = {leaf: tensor for leaf, tensor in self.leaves().items() if leaf != left}
+        for part in parts:
+            theirs = {leaf: tensor for leaf, tensor in part.leaves().items() if leaf != left}
+            alike = mine.keys() == theirs.keys() and part.scale == self.scale
+            if not alike or not all(torch.equal(mine[leaf], theirs[leaf]) for leaf in mine):
+                raise Unsupported("LoKr of unlike parts has no common form")
+        return self._with_left(torch.cat([part._left for part in parts]), self.scale)
+
+    @property
+    def _left(self) -> Tensor:
+        """The factor whose rows are blocks of the weight's rows: w1, or w1_a."""
+        left = self.w1 if self.w1 is not None else self.w1_a
+        assert left is not None
+        return left
+
+    def _with_left(self, left: Tensor, scale: float | None) -> LoKr:
+        return replace(self, w1=left, scale=scale) if self.w1 is not None else replace(self, w1_a=left, scale=scale)
+
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         """Exact in factored form where every piece is a whole number of w2's rows; whole differences otherwise."""
         rows = self._second_shape()[0]
         if any(size % rows for size in sizes):
             return [Full(piece) for piece in cut(self.dense(), sizes)]
         pieces = [size // rows for size in sizes]
-        if self.w1 is not None:
-            return [replace(self, w1=piece) for piece in cut(self.w1, pieces)]
-        assert self.w1_a is not None
-        return [replace(self, w1_a=piece) for piece in cut(self.w1_a, pieces)]
+        return [self._with_left(piece, self.scale) for piece in cut(self._left, pieces)]
 
     def _times(self, product: Tensor) -> Tensor:
         return product if self.scale is None else product * self.scale

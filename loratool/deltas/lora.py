@@ -5,14 +5,15 @@ Convolutions hold the kernel in `down` (kohya's LoCon), or in `mid`, between two
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import ANY, Delta, Leaves, cut, or_one, widened
+from loratool.deltas.base import ANY, Delta, Leaves, block_diagonal, cut, or_one, times, widened
+from loratool.errors import Unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,30 +62,43 @@ class LoRA(Delta):
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         return [replace(self, up=rows) for rows in cut(self.up, sizes)]
 
-    @classmethod
-    def stack(cls, parts: Sequence[LoRA]) -> LoRA:
-        """The delta whose rows are those of `parts`, one after the other: the inverse of `split`.
+    def forms(self) -> Iterator[Delta]:
+        """PEFT has factors of its own for embeddings."""
+        yield self
+        if self.mid is None and self.up.ndim == 2:
+            yield Embedding(self.up.T.contiguous(), self.down.T.contiguous(), self.scale)
 
-        Parts that share `down` and the scale keep their rank. Others become block-diagonal: ranks add, and the scales of
-        parts that differ in it go into `up`, in float32.
+    def folded(self) -> LoRA:
+        return replace(self, up=times(self.up, self.scale), scale=None)
+
+    def trimmed(self) -> LoRA | None:
+        """Without the ranks whose column of `up` is zero: those of other parts, where a stack was cut."""
+        used = self.up.flatten(1).any(dim=0)
+        if bool(used.all()) or self.mid is not None:
+            return self
+        return replace(self, down=self.down[used], up=self.up[:, used]) if bool(used.any()) else None
+
+    def nothing(self, rows: int) -> LoRA:
+        """A part of `rows` rows that adds nothing, to be stacked with this one: of rank 0."""
+        return replace(self, down=self.down[:0], up=self.up.new_zeros(rows, 0, *self.up.shape[2:]), mid=None)
+
+    def joined(self, parts: Sequence[Self]) -> LoRA:
+        """Parts that share `down` and the scale keep their rank. Others become block-diagonal: ranks add, and the scales of
+        parts that differ in it go into `up`, in float32 where that takes it. Scales are kept apart from ranks, so that a
+        rank that grows leaves them as they are.
         """
-        first = parts[0]
         if any(part.mid is not None for part in parts):
-            raise ValueError("Tucker factors have no common form; stack their dense deltas")
-        alike = all(part.scale == first.scale for part in parts)
-        if alike and all(part.down.shape == first.down.shape and torch.equal(part.down, first.down) for part in parts):
-            return replace(first, up=torch.cat([part.up for part in parts]))
-        ups = [part.up.flatten(1) if alike else part.factors()[0] for part in parts]
-        ones = (1,) * (first.up.ndim - 2)
-        up = torch.zeros(sum(len(rows) for rows in ups), sum(part.rank for part in parts), dtype=ups[0].dtype)
-        row = column = 0
-        for rows in ups:
-            up[row : row + len(rows), column : column + rows.shape[1]] = rows
-            row, column = row + len(rows), column + rows.shape[1]
-        # Scales are kept apart from ranks, so that a rank that grows leaves them as they are.
-        return cls(
-            torch.cat([part.down for part in parts]), up.reshape(*up.shape, *ones), None, first.scale if alike else None
-        )
+            raise Unsupported("Tucker factors have no common form")
+        trained = [part for part in parts if part.rank]
+        first = trained[0]
+        alike = all(part.scale == first.scale for part in trained)
+        if alike and all(part.down.shape == first.down.shape and torch.equal(part.down, first.down) for part in trained):
+            ups = [part.up if part.rank else part.up.new_zeros(len(part.up), *first.up.shape[1:]) for part in parts]
+            return replace(first, up=torch.cat(ups))
+        ups = [part.up.flatten(1) if alike else times(part.up, part.scale).flatten(1) for part in parts]
+        up = block_diagonal(ups)
+        up = up.reshape(*up.shape, *first.up.shape[2:])
+        return LoRA(torch.cat([part.down for part in trained]), up, None, first.scale if alike else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +128,13 @@ class Embedding(Delta):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.down.shape[1], self.up.shape[0]
+
+    def forms(self) -> Iterator[Delta]:
+        yield self
+        yield LoRA(self.up.T.contiguous(), self.down.T.contiguous(), None, self.scale)
+
+    def folded(self) -> Embedding:
+        return replace(self, up=times(self.up, self.scale), scale=None)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.down.float().T * or_one(self.scale), self.up.float().T
@@ -150,6 +171,13 @@ class AdaLoRA(Delta):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.up.shape[0], self.down.shape[1]
+
+    def forms(self) -> Iterator[Delta]:
+        yield self
+        yield LoRA(self.down.float() * self.values.float(), self.up, None, self.scale)
+
+    def folded(self) -> AdaLoRA:
+        return replace(self, up=times(self.up, self.scale), scale=None)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.up.float() * or_one(self.scale), self.down.float() * self.values.float()

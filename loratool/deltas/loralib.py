@@ -5,7 +5,7 @@ Source: loralib/layers.py. Neither alpha nor which slots of a fused q, k, v were
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar, Self
@@ -13,7 +13,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import ANY, Delta, Leaves, widened
+from loratool.deltas.base import ANY, Delta, Leaves, cut, stack, widened
+from loratool.deltas.lora import Embedding, LoRA
 from loratool.errors import InvalidAdapter, NeedsBase, ShapeMismatch, Unsupported
 
 SLOTS: dict[int, tuple[bool, ...]] = {2: (True, False, True), 3: (True, True, True)}
@@ -78,6 +79,21 @@ class LoRALib(Delta):
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         raise Unsupported("loralib's factors cannot be cut without the weight they are for")
+
+    def forms(self) -> Iterator[Delta]:
+        """Itself; then what it is if its layer is linear, or an embedding. A convolution's kernel only the weight knows."""
+        yield self
+        rank = self.b.shape[1]
+        scale = None if self.alpha is None else self.alpha / rank
+        if self.groups == 1:
+            yield LoRA(self.a, self.b, None, scale)
+            yield Embedding(self.a, self.b, scale)
+            return
+        rows = len(self.b) // self.groups
+        downs, ups = cut(self.a, [rank] * self.groups), cut(self.b, [rows] * self.groups)
+        trained = iter(LoRA(down, up, None, scale) for down, up in zip(downs, ups, strict=True))
+        some = LoRA(self.a[:rank], self.b[:rows], None, scale)
+        yield stack([next(trained) if enabled else some.nothing(rows) for enabled in self.slots])
 
     def _scale(self, shape: Sequence[int]) -> float:
         rank = self.b.shape[1] // (shape[2] if len(shape) > 2 else 1)

@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from loratool.deltas.base import ANY, Delta, Leaves, cut, or_one, widened
+from loratool.deltas.base import ANY, Delta, Leaves, cut, or_one, times, widened
 from loratool.errors import NeedsBase, Unsupported
 
 
@@ -109,6 +109,9 @@ class GLoRA(Delta):
 
     def scaled(self, by: float) -> Self:
         return replace(self, scale=by * or_one(self.scale))
+
+    def folded(self) -> GLoRA:
+        return replace(self, a1=times(self.a1, self.scale), b1=times(self.b1, self.scale), scale=None)
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         return [replace(self, b1=rows) for rows in cut(self.b1, sizes)]

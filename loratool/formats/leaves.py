@@ -13,6 +13,8 @@ DIFFUSERS_OLD: Final = "old diffusers"
 LYCORIS: Final = "LyCORIS"
 LORALIB: Final = "loralib"
 COMFYUI: Final = "ComfyUI"
+XLABS: Final = "XLabs"
+DIFFSYNTH: Final = "DiffSynth"
 
 LEAVES: Final[Mapping[str, tuple[str, str]]] = {
     # kohya sd-scripts and all who follow it
@@ -21,7 +23,8 @@ LEAVES: Final[Mapping[str, tuple[str, str]]] = {
     # PEFT save_and_load.py; embeddings and magnitudes are parameters, without .weight
     "lora_A.weight": ("down", PEFT), "lora_B.weight": ("up", PEFT), "lora_B.bias": ("bias_up", PEFT),
     "lora_embedding_A": ("embedding_down", PEFT), "lora_embedding_B": ("embedding_up", PEFT),
-    "lora_magnitude_vector": ("magnitude", PEFT), "lora_magnitude_vector.weight": ("magnitude", PEFT),
+    "magnitude": ("magnitude", PEFT), "lora_magnitude_vector": ("magnitude", PEFT),
+    "lora_magnitude_vector.weight": ("magnitude", PEFT),
     "lora_E": ("lora_e", PEFT), "token_adapter.trainable_tokens_delta": ("token_rows", PEFT),
     "vera_lambda_b": ("vera_lambda_b", PEFT), "vera_lambda_d": ("vera_lambda_d", PEFT), "ia3_l": ("ia3_l", PEFT),
     "oft_R.weight": ("oft_r", PEFT), "oft_R.scaled_oft": ("scaled_oft", PEFT),
@@ -44,6 +47,34 @@ LEAVES: Final[Mapping[str, tuple[str, str]]] = {
 }  # fmt: skip
 """Suffix behind the module's last dot: (leaf, who writes it). Sources are named per group."""
 
+_COMMON: Final[Mapping[str, str]] = {
+    leaf: suffix for suffix, (leaf, family) in LEAVES.items() if family in (LYCORIS, COMFYUI)
+} | {"dora_scale": "dora_scale", "ia3_weight": "weight"}
+"""LyCORIS's leaves and ComfyUI's additions, which all who read kohya's read too."""
+
+KOHYA_LEAVES: Final[Mapping[str, str]] = {
+    "down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "alpha": "alpha", **_COMMON
+}  # fmt: skip
+COMFY_LEAVES: Final[Mapping[str, str]] = {
+    "down": "lora_A.weight", "up": "lora_B.weight", "alpha": "alpha", **_COMMON
+}  # fmt: skip
+PEFT_LEAVES: Final[Mapping[str, str]] = {
+    "down": "lora_A.weight", "up": "lora_B.weight", "bias_up": "lora_B.bias", "magnitude": "lora_magnitude_vector",
+    "embedding_down": "lora_embedding_A", "embedding_up": "lora_embedding_B", "weight": "weight", "bias": "bias",
+}  # fmt: skip
+"""What a LoRA's config lets a PEFT folder hold; other kinds keep theirs only where they come from one."""
+DIFFUSERS_LEAVES: Final[Mapping[str, str]] = {
+    leaf: PEFT_LEAVES[leaf] for leaf in ("down", "up", "bias_up", "magnitude")
+}  # fmt: skip
+OLD_LEAVES: Final[Mapping[str, str]] = {"down": "lora.down.weight", "up": "lora.up.weight"}
+XLABS_LEAVES: Final[Mapping[str, str]] = {"down": "down.weight", "up": "up.weight"}
+DIFFSYNTH_LEAVES: Final[Mapping[str, str]] = {"down": "lora_A.default.weight", "up": "lora_B.default.weight"}
+LORALIB_LEAVES: Final[Mapping[str, str]] = {"down": "lora_A", "up": "lora_B"}
+BFL_LEAVES: Final[Mapping[str, str]] = {
+    "down": "lora_A.weight", "up": "lora_B.weight", "bias_up": "lora_B.bias", "scale": "scale"
+}  # fmt: skip
+"""What each family of formats can hold, and how it spells it: leaf to suffix."""
+
 ABSOLUTE: Final[Mapping[str, str]] = {
     "modules_to_save.weight": "weight", "modules_to_save.bias": "bias",
     "base_layer.weight": "weight", "base_layer.bias": "bias",
@@ -63,6 +94,10 @@ _NAMED = re.compile(
 """A raw state_dict, and DiffSynth, keep the adapter's name in the key: lora_A.default.weight."""
 _PROCESSOR = re.compile(r"(.*)\.processor\.(to_[qkv]|to_out|add_[qkv]_proj|to_add_out)_lora\.(down|up)\.weight")
 """diffusers up to 0.20 kept attention LoRA in processors (diffusers utils/state_dict_utils.py)."""
+_XLABS = re.compile(r"(.*\.processor\.(?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
+"""XLabs' attention processors for FLUX."""
+_NORM = re.compile(r"(.*\.norm\.(?:query|key)_norm)\.scale")
+"""BFL's control LoRAs hold the weights of these norms, as the model itself calls them."""
 _HALF_EXPORTED = re.compile(r"(.*)_lora\.(down|up)\.weight")
 """diffusers' --output_kohya_format left these in files with a text encoder."""
 
@@ -81,14 +116,19 @@ def spelled(key: str) -> Spelled | None:
     if found := _PROCESSOR.fullmatch(key):
         module = found[2].replace("to_out", "to_out.0")
         return Spelled(f"{found[1]}.{module}", found[3], DIFFUSERS_OLD)
-    if named := _NAMED.fullmatch(key):
+    if found := _XLABS.fullmatch(key):
+        return Spelled(found[1], found[2], XLABS)
+    if found := _NORM.fullmatch(key):
+        return Spelled(found[1], "scale", PEFT)
+    named = _NAMED.fullmatch(key)
+    if named:
         key = named[1] + named[2]
     parts = key.split(".")
     for count in (3, 2, 1):
         stem, suffix = ".".join(parts[:-count]), ".".join(parts[-count:])
         if stem and suffix in LEAVES:
             leaf, family = LEAVES[suffix]
-            return Spelled(stem, leaf, family)
+            return Spelled(stem, leaf, DIFFSYNTH if named and family == PEFT else family)
     return _absolute(key) or _half_exported(key)
 
 

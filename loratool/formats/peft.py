@@ -134,7 +134,7 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> dict[str, PeftConf
         raise InvalidConfig(f"{where}: is not a JSON object")
     components: dict[str, dict[str, Any]] = {}
     for key, value in document.items():
-        component, _, name = key.partition(".")
+        component, _, name = key.rpartition(".")
         components.setdefault(component, {})[name] = value
     return {component: PeftConfig.parse(part, where) for component, part in components.items()}
 

@@ -12,14 +12,17 @@ from loratool.errors import InvalidAdapter, InvalidFile, LoratoolError, Unsuppor
 from loratool.formats.leaves import CONTAINER, SHARED, spelled
 from loratool.formats.peft import CONFIG_NAME, PeftConfig, from_metadata
 from loratool.formats.prefixes import ADAPTER_PREFIXES, adapter_component
+from loratool.formats.recognise import folds_whole_weights, refusal
 from loratool.header import ADAPTER_HEADER_BYTES, Header, TensorInfo, read_header, read_json, read_scalars
 from loratool.names import Module
 from loratool.schema import WEIGHT, Part, explain
 
 WEIGHTS: Final = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 PICKLES: Final = ("adapter_model.bin",)
-PASSENGERS: Final = ("bundle_emb.",)
-"""Tensors that travel with an adapter and change no weight: bundled textual inversions."""
+WIDE: Final = ("down", "hada_w1_b", "diff", "b2")
+"""Leaves whose second dimension is the input's."""
+PASSENGERS: Final = ("bundle_emb.", "_aux.")
+"""Tensors that travel with an adapter and change no weight: bundled textual inversions, and notes of slider tools."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,12 @@ class Group:
     def parts(self) -> tuple[Part, ...]:
         """The deltas these leaves make up; raises `InvalidAdapter`."""
         return explain({leaf: info.shape for leaf, info in self.leaves.items()})
+
+    @property
+    def width(self) -> int | None:
+        """The width of its weight's input, where a factor shows it."""
+        shown = next((self.leaves[leaf] for leaf in WIDE if leaf in self.leaves), None)
+        return shown.shape[1] if shown and len(shown.shape) > 1 and "hada_t1" not in self.leaves else None
 
     def name_of(self, part: Part) -> str:
         """What a delta of this module is called in reports."""
@@ -99,12 +108,9 @@ def listing(path: Path, header: Header, config: Path | None) -> Listing:
     leaves: dict[str, dict[str, TensorInfo]] = {}
     families: dict[str, set[str]] = {}
     passengers, unexplained, problems = [], [], []
-    shared: dict[str, TensorInfo] = {}
     for name, info in header.tensors.items():
         found = spelled(name)
-        if name in SHARED:
-            shared[SHARED[name]] = info
-        elif name.startswith(PASSENGERS):
+        if name.startswith(PASSENGERS):
             passengers.append(name)
         elif found is None:
             unexplained.append(name)
@@ -113,16 +119,25 @@ def listing(path: Path, header: Header, config: Path | None) -> Listing:
         else:
             leaves[found.stem][found.leaf] = info
             families.setdefault(found.stem, set()).add(found.family)
-    unexplained = [name for name in unexplained if not _ia3_weight(name, header, leaves)]
-    for of_module in leaves.values():
-        if "vera_lambda_b" in of_module:
-            of_module.update(shared)
+    unexplained = [name for name in unexplained if name not in SHARED and not _ia3_weight(name, header, leaves)]
+    _complete(leaves, header)
     groups = tuple(
         Group(Module(*adapter_component(stem), stem), leaves[stem], frozenset(families[stem])) for stem in sorted(families)
     )
     return Listing(
         path, header, groups, tuple(passengers), tuple(unexplained), tuple(problems), _configs(header, config, groups)
     )
+
+
+def _complete(leaves: dict[str, dict[str, TensorInfo]], header: Header) -> None:
+    """Gives modules what their own keys do not say: projections that all share, and that a lone factor is a difference."""
+    shared = {leaf: header.tensors[name] for name, leaf in SHARED.items() if name in header.tensors}
+    differences = folds_whole_weights(header.metadata)
+    for of_module in leaves.values():
+        if "vera_lambda_b" in of_module:
+            of_module.update(shared)
+        if differences and of_module.keys() == {"down"}:
+            of_module["diff"] = of_module.pop("down")
 
 
 def _ia3_weight(name: str, header: Header, leaves: dict[str, dict[str, TensorInfo]]) -> bool:
@@ -140,6 +155,8 @@ def require_adapter(found: Listing) -> None:
     for config in found.configs.values():
         if config.refusal:
             raise Unsupported(f"{config.where}: {config.refusal}")
+    if why := refusal(found.header.tensors):
+        raise Unsupported(f"{name}: {why}")
     if not found.groups:
         full = "; this looks like a full checkpoint" if found.header.tensors else ": it has no tensors"
         raise InvalidAdapter(f"{name}: not an adapter{full}")

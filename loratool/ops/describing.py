@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
+from loratool.archs import ARCHS, Arch
+from loratool.detect import Verdict, named_like
 from loratool.errors import some
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.reading import Listing
+from loratool.formats.recognise import refusal, trainer
+from loratool.formats.table import FORMATS, LLM, Format
 from loratool.header import TensorInfo
+from loratool.routes import as_named, is_spelled
 
 FEW: Final = 200
 """Longest text of one metadata value that is shown."""
@@ -32,32 +37,52 @@ def _summary(value: str) -> str:
     return f"{value[:FEW]}… ({len(value):,} characters)"
 
 
-def format_of(found: Listing) -> str:
-    """Who writes keys like these, in words: the layout of modules, and the spelling of leaves where it differs."""
-    families = sorted({family for group in found.groups for family in group.families})
+def format_of(found: Listing, verdict: Verdict) -> str:
+    """Whose format it is, in words: the rows that every key agrees with, else how its keys are made up."""
     prefixes = [prefix for prefix, _ in found.prefix_counts.most_common()]
+    shown = ", ".join(prefix + "…" for prefix in prefixes if prefix)
     if CONTAINER in prefixes:
-        return f"PEFT {'folder' if found.configs else 'names without a config'}"
-    flattened = [prefix for prefix in prefixes if prefix.endswith("_")]
-    dotted = [prefix for prefix in prefixes if not prefix.endswith("_")]
-    if flattened and dotted:
-        return f"a mixture of {', '.join(prefix or 'bare names' for prefix in prefixes)}"
-    if flattened:
-        return f"kohya ({', '.join(prefix + '…' for prefix in flattened)})" + _with(families, "kohya")
-    if dotted == [""]:
-        return f"bare module names, {' and '.join(families)} leaves"
-    maker = "ComfyUI" if any("diffusion_model" in prefix for prefix in dotted) else "diffusers"
-    return f"{maker} ({', '.join(prefix + '…' for prefix in dotted if prefix)})" + _with(families, "PEFT")
+        return (
+            f"PEFT {'folder' if found.path.is_dir() else 'in a single file' if found.configs else 'names without a config'}"
+        )
+    archs = _archs(found, verdict)
+    agreeing = [row.title for row in FORMATS if any(_agrees(found, row, arch) for arch in archs)]
+    if agreeing:
+        # Several write the same keys: the trainer's own name for them, else the best known.
+        title = next((title for title in agreeing if title == trainer(found.header.metadata)), agreeing[0])
+        return f"{title} ({shown})" if shown else f"{title}, bare names"
+    families = " and ".join(sorted({family for group in found.groups for family in group.families}))
+    if len({prefix.endswith("_") for prefix in prefixes}) > 1:
+        return f"a mixture of {', '.join(prefix or 'bare names' for prefix in prefixes)}, {families} leaves"
+    return f"{shown or 'bare module names'}, {families} leaves"
 
 
-def _with(families: Sequence[str], usual: str) -> str:
-    other = [family for family in families if family != usual]
-    return f" with {' and '.join(other)} leaves" if other else ""
+def _archs(found: Listing, verdict: Verdict) -> list[Arch]:
+    """What the names may be read by."""
+    modules = [group.module for group in found.groups]
+    if verdict.arch == LLM:
+        return [as_named(modules, LLM, verdict.title)]
+    named = [arch for arch in ARCHS if arch.name == verdict.arch or arch.title in verdict.candidates]
+    return named or named_like(modules) or [as_named(modules, "unknown", "a model without a table")]
+
+
+def _agrees(found: Listing, row: Format, arch: Arch) -> bool:
+    """Whether every key is what the format would call it."""
+    for group in found.groups:
+        for leaf, info in group.leaves.items():
+            if leaf not in row.leaves or row.key(group.module.stem, leaf) != info.name:
+                return False
+    return is_spelled([group.module for group in found.groups], arch, row)
 
 
 def suspicions(found: Listing) -> list[str]:
     """What is odd about an adapter, without saying that it is wrong."""
-    odd = [*found.problems, *(config.refusal for config in found.configs.values() if config.refusal)]
+    known = refusal(found.header.tensors)
+    odd = [
+        *([known] if known else []),
+        *found.problems,
+        *(config.refusal for config in found.configs.values() if config.refusal),
+    ]
     if found.unexplained:
         odd.append(f"{len(found.unexplained)} tensors that no kind explains: {some(found.unexplained, 3)}")
     if found.passengers:

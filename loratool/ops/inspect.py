@@ -9,13 +9,13 @@ from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.detect import Verdict, detect
+from loratool.detect import Verdict, detect, inputs_of
 from loratool.errors import InvalidAdapter
 from loratool.formats.prefixes import base_component
 from loratool.formats.reading import Group, Listing, is_adapter_folder, read_listing
+from loratool.formats.recognise import refusal, trainer
 from loratool.header import Header
 from loratool.layout import Layout, open_layout
-from loratool.names import Module
 from loratool.ops.describing import format_of, leaves_of, summarised, suspicions
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class AdapterReport:
 
     path: str
     format: str
+    trainer: str | None
     arch: Verdict
     components: Mapping[str, int]
     kinds: Mapping[str, int]
@@ -97,14 +98,16 @@ def inspect(path: str | Path, *, values: bool = False, base: str | Path | None =
 
 def _adapter(found: Listing, whole: int | None, *, values: bool) -> AdapterReport:
     tensors = found.header.tensors.values()
+    verdict = detect([(group.module, group.width) for group in found.groups], found.header.metadata)
     measured = _measure(found) if values else {}
     modules, problems = _modules(found, measured)
     parameters = sum(info.numel for leaf, info in leaves_of(found) if leaf != "alpha")
     touched = sum(prod(module.shape) for module in modules if module.shape)
     return AdapterReport(
         path=str(found.path),
-        format=format_of(found),
-        arch=detect([(group.module, _input_width(group)) for group in found.groups]),
+        format=format_of(found, verdict),
+        trainer=trainer(found.header.metadata),
+        arch=verdict,
         components=Counter(group.module.component or "model" for group in found.groups),
         kinds=Counter(module.kind for module in modules),
         ranks=dict(sorted(Counter(module.rank for module in modules if module.rank is not None).items())),
@@ -197,7 +200,10 @@ def _checkpoint(layout: Layout) -> CheckpointReport:
         tensors=len(tensors),
         files=tuple(layout.files),
         metadata=summarised(_first_metadata(layout.files.values())),
-        suspicions=tuple(f"{name} is not part of the model and is left alone" for name in layout.left_out),
+        suspicions=(
+            *(why for why in [refusal(layout.tensors)] if why),
+            *(f"{name} is not part of the model and is left alone" for name in layout.left_out),
+        ),
     )
 
 
@@ -210,15 +216,10 @@ def _layout_name(layout: Layout) -> str:
 
 
 def _checkpoint_arch(layout: Layout) -> Verdict:
-    modules: list[tuple[Module, int | None]] = []
-    for name, (_, info) in layout.tensors.items():
-        component, prefix, rest = base_component(name)
-        if rest.endswith(".weight") and len(info.shape) > 1 and component in ("unet", "te1", "te2", ""):
-            modules.append((Module(component, rest.removesuffix(".weight"), prefix + rest), info.shape[1]))
     config = layout.config()
     if isinstance(config.get("model_type"), str):
         return Verdict("llm", config["model_type"], "config.json says so (model_type)")
-    return detect(modules)
+    return detect(inputs_of(layout), _first_metadata(layout.files.values()))
 
 
 def _component(name: str) -> str:
@@ -228,12 +229,6 @@ def _component(name: str) -> str:
 
 def _first_metadata(headers: Iterable[Header]) -> Mapping[str, str]:
     return next((header.metadata for header in headers if header.metadata), {})
-
-
-def _input_width(group: Group) -> int | None:
-    """The width of a module's input, where a down factor shows it."""
-    down = group.leaves.get("down")
-    return down.shape[1] if down and len(down.shape) > 1 else None
 
 
 def _alpha_text(alpha: float | None) -> str:

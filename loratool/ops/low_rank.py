@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from loratool.adapter import Adapter, Change, Unsaid, load
 from loratool.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint
+from loratool.deltas import Delta, Embedding, LoRA
 from loratool.errors import LoratoolError, NeedsBase, NonFinite, ShapeMismatch, Unsupported
 from loratool.linalg import balanced, factored_svd, leading_svd, rank_within, singular_values
 from loratool.names import Module
-from loratool.ops.saving import as_they_were, biases, named, save
+from loratool.ops.saving import as_they_were, biases, like_source, named, write
 from loratool.schema import BIAS, WEIGHT
 from loratool.targets import Targets
 
@@ -100,25 +102,43 @@ def resize(
 def _approximated(
     adapter: Adapter, out: Path, rule: Rule, keep: frozenset[str], *, base: str | Path | None, overwrite: bool
 ) -> LowRankReport:
+    lowered, converted, kept = lower(adapter, rule, keep, base=base)
+    tensors = as_they_were(adapter, kept) | biases(kept, {module.name for module in converted})
+    for change in lowered.changes:
+        if change not in kept:
+            tensors |= named(change)
+    contents = like_source(adapter, tensors, kept, [module.rank for module in converted])
+    nbytes = write(contents, adapter.path, out.expanduser(), overwrite=overwrite)
+    return LowRankReport(str(out), tuple(converted), len(kept), error_of(converted), nbytes, adapter.notes)
+
+
+def lower(
+    adapter: Adapter, rule: Rule, keep: frozenset[str] = KEPT, *, base: str | Path | None = None
+) -> tuple[Adapter, list[Converted], list[Change]]:
+    """The adapter with every delta on a matrix or a kernel, but those of the kinds `keep`, as a LoRA of scale 1; what
+    became of each, and the changes that stayed what they were."""
     weights = _Weights(Path(base).expanduser()) if base else None
     converted: list[Converted] = []
     kept: list[Change] = []
-    tensors: dict[str, Tensor] = {}
+    changes: list[Change] = []
     for change in adapter.changes:
         if change.optional:
             _refuse_bias(change, weights)
         elif change.delta.kind in keep or change.parameter == BIAS or len(change.delta.shape) < 2:
             kept.append(change)
+            changes.append(change)
         else:
-            effective = _effective(change, weights)
-            up, down, figures = _low_rank(change, effective, rule)
+            delta, figures = _low_rank(change, _effective(change, weights), rule)
             converted.append(figures)
-            tensors |= named(change, up, down, effective.shape)
-    tensors |= as_they_were(adapter, kept) | biases(kept, {module.name for module in converted})
-    nbytes = save(adapter, tensors, kept, [module.rank for module in converted], out.expanduser(), overwrite=overwrite)
+            changes.append(Change(change.module, WEIGHT, delta))
+    return replace(adapter, changes=tuple(changes)), converted, kept
+
+
+def error_of(converted: Sequence[Converted]) -> float:
+    """The relative error over all modules."""
     left = sum((module.error * module.norm) ** 2 for module in converted) ** 0.5
     whole = sum(module.norm**2 for module in converted) ** 0.5
-    return LowRankReport(str(out), tuple(converted), len(kept), left / whole if whole else 0.0, nbytes, adapter.notes)
+    return left / whole if whole else 0.0
 
 
 class _Weights:
@@ -178,8 +198,8 @@ def _effective(change: Change, weights: _Weights | None) -> _Effective:
         ) from error
 
 
-def _low_rank(change: Change, delta: _Effective, rule: Rule) -> tuple[Tensor, Tensor, Converted]:
-    """(up, down) as they are to be stored, and how far their product is from the delta."""
+def _low_rank(change: Change, delta: _Effective, rule: Rule) -> tuple[Delta, Converted]:
+    """A LoRA as it is to be stored, and how far its product is from the delta."""
     if delta.factors is not None:
         left, sigma, right = factored_svd(*delta.factors)
         norm = float(sigma.double().norm())
@@ -193,7 +213,14 @@ def _low_rank(change: Change, delta: _Effective, rule: Rule) -> tuple[Tensor, Te
     if not bool(up.isfinite().all() and down.isfinite().all()):
         raise NonFinite(f"{change}: its factors overflow {DTYPE_NAMES[dtype]}; choose --dtype float32 or bfloat16")
     left_out = _distance(delta, up.float(), down.float())
-    return up, down, Converted(str(change), change.delta.kind, kept, norm, left_out / norm if norm else 0.0)
+    figures = Converted(str(change), change.delta.kind, kept, norm, left_out / norm if norm else 0.0)
+    if "embedding_down" in change.delta.leaves():
+        # PEFT adds the product of an embedding's factors transposed.
+        return Embedding(up.T.contiguous(), down.T.contiguous(), 1.0), figures
+    kernel = delta.shape[2:]
+    ones = (1,) * len(kernel)
+    down = down.reshape(len(down), -1, *kernel).contiguous()
+    return LoRA(down, up.reshape(*up.shape, *ones).contiguous(), None, 1.0), figures
 
 
 def _distance(delta: _Effective, up: Tensor, down: Tensor) -> float:

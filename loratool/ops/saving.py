@@ -1,9 +1,10 @@
-"""Writes adapters: factors under the names their modules had, metadata that stays true, and PEFT's config."""
+"""Writes adapters: tensors in safetensors' own order, metadata that is true of them, and PEFT's config beside them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from loratool.adapter import Adapter, Change
 from loratool.checkpoint import DTYPE_NAMES, TensorFile, tensor_bytes
-from loratool.deltas import Embedding, LoRA
 from loratool.deltas.base import or_one
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.peft import CONFIG_NAME
 from loratool.formats.reading import WEIGHTS, locate
 from loratool.header import TensorInfo, encode_header, read_header, read_json
+from loratool.ops.hashing import hashes
+from loratool.ops.spelling import lora_config
 from loratool.output import Output, Writer
 
 LEAF_NAMES: Final[Mapping[bool, tuple[str, str]]] = {
@@ -25,7 +27,7 @@ LEAF_NAMES: Final[Mapping[bool, tuple[str, str]]] = {
     True: ("lora_A.weight", "lora_B.weight"),
 }
 """kohya's spelling, and PEFT's for dotted names."""
-
+EMBEDDING_NAMES: Final = {"embedding_down": "lora_embedding_A", "embedding_up": "lora_embedding_B"}
 
 CARRIED: Final = (
     "base_model_name_or_path", "revision", "task_type", "bias", "lora_bias", "modules_to_save", "fan_in_fan_out",
@@ -34,28 +36,65 @@ CARRIED: Final = (
 """What a LoRA's config says that a conversion does not change."""
 
 
-def named(change: Change, up: Tensor, down: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """The factors under the names that the adapter's own spelling of the module calls for."""
-    stem, kernel = change.module.stem, shape[2:]
-    if "embedding_down" in change.delta.leaves():
-        # PEFT adds the product of an embedding's factors transposed.
-        return {f"{stem}.lora_embedding_A": up.T.contiguous(), f"{stem}.lora_embedding_B": down.T.contiguous()}
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What an adapter's file is to hold, and the config of a PEFT folder; None for a single file."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    config: Mapping[str, Any] | None = field(default=None)
+
+
+def write(
+    contents: Contents, source: Path, out: Path, *, overwrite: bool, check: Callable[[Path], None] | None = None
+) -> int:
+    """Writes an adapter to `out`, a file or a PEFT folder, and returns its bytes.
+
+    `check` is given what was written before it takes its place, and raises where that is not right.
+    """
+    infos, position = {}, 0
+    # safetensors' own order: dtypes from wide to narrow, then names, so that hashes agree with other writers'.
+    for name in sorted(contents.tensors, key=lambda name: (-contents.tensors[name].element_size(), name)):
+        tensor = contents.tensors[name]
+        size = tensor.numel() * tensor.element_size()
+        infos[name] = TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), position, position + size)
+        position += size
+    parts = [tensor_bytes(contents.tensors[name].contiguous()) for name in infos]
+    metadata = dict(contents.metadata)
+    if any(key.startswith("sshs_") for key in metadata):
+        metadata |= hashes(infos, parts, metadata)
+    raw = encode_header(infos, metadata)
+    nbytes, folder = len(raw) + position, contents.config is not None
+    with Output(out, folder=folder, overwrite=overwrite, nbytes=nbytes, inputs=[source]) as output:
+        path = output.path(WEIGHTS[0] if folder else "")
+        with Writer(path, nbytes) as writer:
+            writer.write(raw, 0)
+            for info, part in zip(infos.values(), parts, strict=True):
+                writer.write(part, len(raw) + info.start)
+        if contents.config is not None:
+            output.path(CONFIG_NAME).write_text(json.dumps(contents.config, indent=2) + "\n")
+        if check:
+            check(path.parent if folder else path)
+        output.commit()
+    return nbytes
+
+
+def named(change: Change) -> dict[str, Tensor]:
+    """A new LoRA's tensors under the names that the adapter's own spelling of the module calls for."""
+    stem, leaves = change.module.stem, change.delta.leaves()
+    if "embedding_down" in leaves:
+        return {f"{stem}.{leaf}": leaves[own] for own, leaf in EMBEDDING_NAMES.items()}
     dotted = "." in stem
-    down_name, up_name = LEAF_NAMES[dotted]
-    ones = (1,) * len(kernel)
-    tensors = {
-        f"{stem}.{down_name}": down.reshape(len(down), -1, *kernel).contiguous(),
-        f"{stem}.{up_name}": up.reshape(*up.shape, *ones).contiguous(),
-    }
-    return tensors if dotted else tensors | {f"{stem}.alpha": torch.tensor(float(len(down)))}
+    down, up = LEAF_NAMES[dotted]
+    tensors = {f"{stem}.{down}": leaves["down"], f"{stem}.{up}": leaves["up"]}
+    return tensors if dotted else tensors | {f"{stem}.alpha": torch.tensor(float(len(leaves["down"])))}
 
 
 def as_they_were(adapter: Adapter, kept: Sequence[Change]) -> dict[str, Tensor]:
     """The tensors of changes that stay what they are, and of passengers, under their own names and to the byte."""
     header = read_header(locate(adapter.path)[0])
-    names = [*(name for change in kept for name in change.keys), *adapter.passengers]
     with TensorFile(header) as file:
-        return {name: file.read(header.tensors[name]) for name in names}
+        return dict(adapter.passengers) | {name: file.read(header.tensors[name]) for change in kept for name in change.keys}
 
 
 def biases(kept: Sequence[Change], converted: set[str]) -> dict[str, Tensor]:
@@ -67,78 +106,42 @@ def biases(kept: Sequence[Change], converted: set[str]) -> dict[str, Tensor]:
     }
 
 
-def save(
-    adapter: Adapter,
-    tensors: Mapping[str, Tensor],
-    kept: Sequence[Change],
-    ranks: Sequence[int],
-    out: Path,
-    *,
-    overwrite: bool,
-) -> int:
-    """Writes `tensors` as an adapter like the one they came from, a file or a PEFT folder, and returns its bytes.
-
-    `kept` are the changes that stayed what they were, `ranks` those of the new factors.
-    """
-    config = _config(adapter, tensors, kept)
-    infos, position = {}, 0
-    # safetensors' own order: dtypes from wide to narrow, then names, so that hashes agree with other writers'.
-    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
-        tensor = tensors[name]
-        size = tensor.numel() * tensor.element_size()
-        infos[name] = TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), position, position + size)
-        position += size
-    raw = encode_header(infos, dict(_metadata(adapter.metadata, ranks)))
-    nbytes = len(raw) + position
-    folder = config is not None
-    with Output(out, folder=folder, overwrite=overwrite, nbytes=nbytes, inputs=[adapter.path]) as output:
-        with Writer(output.path(WEIGHTS[0] if folder else ""), nbytes) as writer:
-            writer.write(raw, 0)
-            for name, info in infos.items():
-                writer.write(tensor_bytes(tensors[name].contiguous()), len(raw) + info.start)
-        if folder:
-            output.path(CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-        output.commit()
-    return nbytes
+def like_source(adapter: Adapter, tensors: Mapping[str, Tensor], kept: Sequence[Change], ranks: Sequence[int]) -> Contents:
+    """`tensors` as an adapter like the one they came from; `kept` are the changes that stayed what they were, `ranks`
+    those of the new factors."""
+    return Contents(tensors, dict(kohya_metadata(adapter.metadata, ranks)), _config(adapter, tensors, kept))
 
 
-def _metadata(metadata: Mapping[str, str], ranks: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """The metadata of the source, without what is no longer true of it."""
-    yield from ((key, value) for key, value in metadata.items() if not key.startswith("sshs_"))
+def kohya_metadata(metadata: Mapping[str, str], ranks: Sequence[int]) -> Iterator[tuple[str, str]]:
+    """The metadata of the source, with what it says of the network true of factors of `ranks`, whose scale is 1."""
+    yield from metadata.items()
     if "ss_network_module" in metadata:
-        different = set(ranks)
         yield "ss_network_module", "networks.lora"
-        yield "ss_network_dim", str(ranks[0]) if len(different) == 1 else "Dynamic"
+        yield "ss_network_dim", str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"
         yield "ss_network_alpha", metadata.get("ss_network_alpha", "") if not ranks else "Dynamic"
         yield "ss_network_args", "{}"
+
+
+def before(adapter: Adapter) -> dict[str, Any]:
+    """What the source's config says that a conversion does not change."""
+    config = adapter.path / CONFIG_NAME
+    document = read_json(config) if adapter.path.is_dir() and config.exists() else {}
+    return {key: document[key] for key in CARRIED if key in document}
 
 
 def _config(adapter: Adapter, tensors: Mapping[str, Tensor], kept: Sequence[Change]) -> dict[str, Any] | None:
     """adapter_config.json of a PEFT folder: LoRA, with each module's own rank, and an alpha that leaves its scale alone."""
     if not any(name.startswith(CONTAINER) for name in tensors):
         return None
-    before = read_json(adapter.path / CONFIG_NAME) if (adapter.path / CONFIG_NAME).exists() else {}
     ranks = {
         name.removesuffix(suffix).removeprefix(CONTAINER): tensor.shape[0]
         for suffix in (".lora_A.weight", ".lora_embedding_A")
         for name, tensor in tensors.items()
         if name.endswith(suffix)
     }
-    alphas: dict[str, float] = dict(ranks)
+    scales: dict[str, float | None] = dict.fromkeys(ranks)
     for change in kept:
-        if isinstance(change.delta, LoRA | Embedding):
-            path = change.module.stem.removeprefix(CONTAINER)
-            alphas[path] = change.delta.rank * or_one(change.delta.scale)
-    largest = max(ranks.values(), default=1)
-    carried: dict[str, Any] = {key: before[key] for key in CARRIED if key in before}
-    return {
-        "bias": "none",
-        **carried,
-        "peft_type": "LORA",
-        "r": largest,
-        "lora_alpha": largest,
-        "target_modules": sorted(ranks),
-        "rank_pattern": {f"^{name}": rank for name, rank in sorted(ranks.items()) if rank != largest},
-        "alpha_pattern": {f"^{name}": alpha for name, alpha in sorted(alphas.items()) if alpha != largest},
-        "inference_mode": True,
-    }
+        path = change.module.stem.removeprefix(CONTAINER)
+        if path in scales and change.parameter == "weight":
+            scales[path] = or_one(change.delta.scale)
+    return {"bias": "none", **before(adapter), "peft_type": "LORA", **lora_config(ranks, scales), "inference_mode": True}

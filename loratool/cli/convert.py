@@ -1,0 +1,141 @@
+"""`loratool convert`: other formats, and any kind as LoRA."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratool.archs import ARCHS
+from loratool.cli.low_rank import rank_options, rank_rule, run_low_rank
+from loratool.cli.options import pickle_option
+from loratool.cli.render import histogram, print_facts, print_json, print_table, size, warn
+from loratool.errors import LoratoolError
+from loratool.formats.reading import is_adapter_folder
+from loratool.formats.table import FORMATS
+
+if TYPE_CHECKING:
+    from loratool.ops.convert import ConvertReport
+
+ALPHAS = {
+    "tensor": "beside the factors, as it was",
+    "config": "in adapter_config.json",
+    "metadata": "in the file's metadata (lora_adapter_metadata)",
+    "folded": "folded into the factors, where it was given",
+}
+"""Where alpha is, in words."""
+
+a_format = click.Choice([row.name for row in FORMATS])
+an_arch = click.Choice([arch.name for arch in ARCHS])
+
+
+@click.command("convert", short_help="Write an adapter in another format, or any kind as LoRA.")
+@click.option(
+    "--to", type=click.Choice([row.name for row in FORMATS]), help="Format to write; `loratool formats` lists them."
+)
+@click.option("--to-lora", is_flag=True, help="Write LoHa, LoKr, DoRA, OFT … as LoRA, and print the error.")
+@click.option("--arch", type=click.Choice([arch.name for arch in ARCHS]), help="Base architecture, where it is not clear.")
+@click.option(
+    "--from", "source", type=click.Choice([row.name for row in FORMATS]), help="Format of ADAPTER, where not clear."
+)
+@pickle_option
+@rank_options
+def convert_command(adapter: Path, to: str | None, to_lora: bool, out: Path, **options: Any) -> None:
+    """Write ADAPTER to OUT in another format, with the same ΔW: renamed, cut and stacked as the format asks for.
+
+    What was written is read again and compared with ADAPTER before it appears. A folder of adapters becomes a folder.
+    With --to-lora every delta on a matrix or a kernel becomes a LoRA, and what that leaves out is printed; kinds that
+    depend on the weight they change (DoRA, OFT, BOFT, (IA)³, GLoRA) then need --base.
+
+    \b
+    Example:
+      loratool convert style.safetensors -o style-diffusers.safetensors --to diffusers
+      loratool convert flux.safetensors -o comfy.safetensors --to comfyui --arch flux1
+      loratool convert loha.safetensors -o lora.safetensors --to-lora --rank 16
+    """
+    if not to and not to_lora:
+        raise click.UsageError("give --to FORMAT, --to-lora, or both")
+    if not to:
+        for name in ("arch", "source", "allow_pickle"):
+            if options.pop(name):
+                raise click.UsageError(f"--{name.replace('_', '-').replace('source', 'from')} goes with --to")
+        run_low_rank("converted", adapter, "to_lora", out=out, **options)
+        return
+    rule = {name: options.pop(name) for name in ("rank", "max_error", "dtype")}
+    if not to_lora and any(value is not None for value in rule.values()):
+        raise click.UsageError("--rank, --max-error and --dtype go with --to-lora")
+    options["rule"] = rank_rule(**rule) if to_lora else None
+    if adapter.is_dir() and not is_adapter_folder(adapter):
+        _convert_folder(adapter, to, out, **options)
+    else:
+        _convert(adapter, to, out, **options)
+
+
+def _convert_folder(folder: Path, to: str, out: Path, **options: Any) -> None:
+    """Every adapter of a folder, under its own name; those that cannot be converted are named at the end."""
+    adapters = [
+        path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin") or is_adapter_folder(path)
+    ]
+    if not adapters:
+        raise LoratoolError(f"{folder}: has no adapters in it; expected .safetensors files or PEFT folders")
+    if out.exists() and not out.is_dir():
+        raise LoratoolError(f"{out}: is a file; a folder of adapters becomes a folder")
+    out.mkdir(exist_ok=True)
+    folders = next(row for row in FORMATS if row.name == to).folder
+    failed = []
+    for path in adapters:
+        name = path.stem if path.is_file() else path.name
+        try:
+            _convert(path, to, out / (name if folders else f"{name}.safetensors"), **options)
+        except LoratoolError as error:
+            failed.append(path.name)
+            warn(str(error))
+    if failed:
+        raise LoratoolError(f"{folder}: {len(failed)} of {len(adapters)} were not converted: {', '.join(failed)}")
+
+
+def _convert(
+    adapter: Path,
+    to: str,
+    out: Path,
+    *,
+    alpha: float | None,
+    slots: tuple[bool, ...] | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    from loratool.adapter import Unsaid
+    from loratool.ops.convert import convert
+
+    report = convert(adapter, out, to, unsaid=Unsaid(alpha, slots or ()), **options)
+    for warning in report.warnings:
+        warn(warning)
+    if as_json:
+        print_json(report)
+    elif not quiet:
+        print_facts(f"converted {adapter} to {report.out}", _facts(report))
+        if verbose and report.lowered:
+            rows = [[m.name, m.kind, str(m.rank), f"{m.norm:.4g}", f"{m.error:.2%}"] for m in report.lowered]
+            print_table(["module", "from", "rank", "norm", "error"], rows, numbers=("rank", "norm", "error"))
+
+
+def _facts(report: ConvertReport) -> Iterator[tuple[str, str]]:
+    yield "format", report.format
+    yield "for", report.arch
+    changed = [f"{count} {what}" for count, what in ((report.cut, "cut apart"), (report.stacked, "stacked")) if count]
+    how = ", ".join(changed) if changed else "only renamed"
+    yield "modules", f"{report.before} became {report.after} ({how})"
+    if report.lowered:
+        kinds = histogram(Counter(module.kind for module in report.lowered))
+        yield "to LoRA", f"{len(report.lowered)} ({kinds}), leaving out {report.error:.2%} of their ΔW"
+    yield "alpha", ALPHAS[report.alpha]
+    read = (
+        "every number is the same" if report.difference == 0 else f"differs by at most {report.difference:.1e} of a module"
+    )
+    yield "checked", f"read back and compared: {read}"
+    yield "size", size(report.nbytes)

@@ -1,0 +1,67 @@
+"""Which tool made an adapter, and which known layouts are not ours to read. From keys and metadata alone; no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from loratool.formats.peft import METADATA_KEY
+
+REFUSED: Final[Mapping[str, str]] = {
+    r"(?:^|\.)transformer_blocks\.\d+\.(?:qkv_proj|qkv_proj_context|out_proj_context|mlp_fc[12]|mlp_context_fc[12])[._]": (
+        "is in nunchaku's format, whose factors are packed for its 4-bit kernels and rounded on the way; "
+        "convert the file it was made from"
+    ),
+    r"lora_controlnet$": (
+        "is a control-LoRA of Stability AI, which makes a ControlNet of the U-Net's encoder; it is no adapter of the model"
+    ),
+    r"\.lora_[ab]$": ("is in MLX's format, whose scale is not in the file; fuse it with mlx_lm.fuse, or save it as PEFT"),
+}
+"""A pattern of keys, and why files with such are refused."""
+
+KNOWN: Final[Mapping[str, str]] = {
+    "nunchaku": "4-bit factors, packed", "control-LoRA": "Stability AI's ControlNets", "MLX": "transposed, without a scale",
+    "GGUF": "llama.cpp's own file type",
+}  # fmt: skip
+"""What is recognised and refused, in a word or two."""
+
+TRAINERS: Final[tuple[tuple[str, str, str], ...]] = (
+    ("ot_branch", "", "OneTrainer"),
+    ("software", "ai-toolkit", "ai-toolkit"),
+    ("ss_network_module", "lycoris", "kohya sd-scripts with LyCORIS"),
+    ("ss_network_module", "networks.lora_wan", "musubi-tuner"),
+    ("ss_network_module", "networks.lora_qwen_image", "musubi-tuner"),
+    ("ss_network_module", "networks.lora_zimage", "musubi-tuner"),
+    ("ss_network_module", "networks.lora_hv", "musubi-tuner"),
+    ("ss_network_module", "networks.lora_framepack", "musubi-tuner"),
+    ("ss_network_module", "", "kohya sd-scripts"),
+    ("modelspec.implementation", "onetrainer", "OneTrainer"),
+    ("modelspec.implementation", "simpletuner", "SimpleTuner"),
+    (METADATA_KEY, "", "diffusers"),
+)
+"""A metadata key, what its value has in it, and whose it is; the first that fits decides."""
+
+
+def refusal(keys: Iterable[str]) -> str | None:
+    """Why a file with these keys is known and not read, if so."""
+    names = list(keys)
+    return next((why for pattern, why in REFUSED.items() if any(re.search(pattern, name) for name in names)), None)
+
+
+def trainer(metadata: Mapping[str, str]) -> str | None:
+    """Who trained an adapter, where its metadata says it."""
+    for key, mark, name in TRAINERS:
+        if mark in metadata.get(key, "\0").lower() and key in metadata:
+            return name
+    return None
+
+
+def folds_whole_weights(metadata: Mapping[str, str]) -> bool:
+    """Whether the file is ai-toolkit's, which keeps full differences as a lone `lora_A` (toolkit/lora_special.py)."""
+    try:
+        software = json.loads(metadata.get("software", "null"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(software, dict) and software.get("name") == "ai-toolkit"

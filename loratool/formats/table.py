@@ -1,0 +1,170 @@
+"""The formats that loratool writes, as data: one row is one combination of prefix, naming, dots, leaves and alpha. No torch.
+
+Reading takes the four apart (`prefixes`, `leaves`, `reading`) and so also reads files that mix them; a row is what `--to`
+writes, and the name of a file whose keys all agree with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from loratool.errors import Unsupported
+from loratool.formats import leaves
+from loratool.formats.leaves import CONTAINER
+from loratool.formats.prefixes import ENCODERS, UNET, WHOLE
+from loratool.names import COMFYUI, OMI, ORIGINAL, XLABS, flat
+
+TENSOR: Final = "tensor"
+"""Alpha stands beside the factors."""
+CONFIG: Final = "config"
+"""Alpha stands in adapter_config.json."""
+METADATA: Final = "metadata"
+"""Alpha stands in the file's metadata, as diffusers has it (lora_adapter_metadata)."""
+FOLDED: Final = "folded"
+"""There is no place for alpha: the factors hold it."""
+
+LLM: Final = "llm"
+"""The architecture of a language model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One format: the name that `--to` takes, what people call it, and how it spells each part of a key.
+
+    `denoiser`, `encoder` and `whole` are prefixes of the three sorts of component, None where it has no place for one;
+    `{kohya}`, `{place}`, `{trainer}` and `{encoder}` in them are what the component is called. `namings` are tried in
+    turn; diffusers' is the last resort. `leaves` spells the leaves it can hold. `only` are the architectures it is
+    for, all if empty. A `single` one holds one component. `rewrites` are regular expressions and what they become, for keys
+    that are not simply a stem and a leaf.
+    """
+
+    name: str
+    title: str
+    denoiser: str | None
+    encoder: str | None
+    leaves: Mapping[str, str]
+    family: str
+    alpha: str
+    whole: str | None = None
+    namings: tuple[str, ...] = ()
+    flat: bool = False
+    folder: bool = False
+    single: bool = False
+    only: tuple[str, ...] = ()
+    rewrites: tuple[tuple[str, str], ...] = ()
+
+    def prefix(self, name: str, *, place: str, kohya: str = "", encoder: str = "", inside: str = "") -> str:
+        """What stands before the modules of a component; raises `Unsupported` where the format has no place for it."""
+        template = self.whole if name == WHOLE else self.encoder if name in ENCODERS else self.denoiser
+        if template is None:
+            raise Unsupported(f"{self.title} has no place for a {'text encoder' if name in ENCODERS else 'model like this'}")
+        if "{encoder}" in template and not encoder:
+            raise Unsupported(
+                f"{self.title} names text encoders, and which one this is is unknown; --arch says for what model"
+            )
+        called = kohya or (UNET if name not in ENCODERS else name)
+        trainer = kohya if kohya in ("prior_unet", "prior_te", "te") else name if name in ENCODERS else place
+        nested = f"{inside}{'_' if self.flat else '.'}" if inside and self.namings else ""
+        return template.format(kohya=called, place=place, trainer=trainer, encoder=_short(encoder, self)) + nested
+
+    def stem(self, prefix: str, path: str) -> str:
+        """A module's stem: its prefix and its path, dotted or flattened."""
+        return prefix + (flat(path) if self.flat else path)
+
+    def key(self, stem: str, leaf: str) -> str:
+        """The key of a module's leaf."""
+        key = f"{stem}.{self.leaves[leaf]}"
+        for pattern, replacement in self.rewrites:
+            key = re.sub(pattern, replacement, key)
+        return key
+
+    def holds(self, arch: str) -> bool:
+        """Whether it is a format of the architecture of that name."""
+        if arch == LLM:
+            return self.whole is not None and (not self.only or LLM in self.only)
+        return self.denoiser is not None and (not self.only or arch in self.only)
+
+
+def _short(encoder: str, spelling: Format) -> str:
+    """OneTrainer's export calls T5 t5."""
+    return "t5" if OMI in spelling.namings and encoder == "t5xxl" else encoder
+
+
+SD: Final = ("sd1", "sd2", "sdxl", "sdxl-refiner", "ssd-1b", "vega")
+WAN: Final = ("wan-1.3b", "wan-5b", "wan-14b")
+
+PROCESSORS: Final = (
+    (r"\.(to_[qkv]|to_out)(?:\.0)?\.lora\.(down|up)\.", r".processor.\1_lora.\2."),
+    (r"^(text_encoder.*)\.lora\.(down|up)\.", r"\1.lora_linear_layer.\2."),
+)
+"""Attention's LoRA was in processors, text encoders' in layers of their own (diffusers utils/state_dict_utils.py)."""
+
+KOHYA: Final = Format(
+    "kohya",
+    "kohya",
+    "lora_{kohya}_",
+    "lora_{kohya}_",
+    leaves.KOHYA_LEAVES,
+    leaves.KOHYA,
+    TENSOR,
+    namings=(ORIGINAL,),
+    flat=True,
+)
+DIFFUSERS_FORMAT: Final = Format(
+    "diffusers", "diffusers", "{place}.", "{place}.", leaves.DIFFUSERS_LEAVES, leaves.PEFT, METADATA
+)
+COMFY: Final = Format(
+    "comfyui", "ComfyUI", "diffusion_model.", "text_encoders.{encoder}.transformer.", leaves.COMFY_LEAVES, leaves.PEFT,
+    TENSOR, namings=(COMFYUI, ORIGINAL),
+)  # fmt: skip
+AI_TOOLKIT: Final = replace(COMFY, name="ai-toolkit", title="ai-toolkit", encoder=None, alpha=FOLDED, namings=(ORIGINAL,))
+PEFT_FOLDER: Final = Format(
+    "peft", "PEFT", CONTAINER, CONTAINER, leaves.PEFT_LEAVES, leaves.PEFT, CONFIG, CONTAINER, folder=True, single=True
+)
+
+FORMATS: Final[Sequence[Format]] = (
+    KOHYA,
+    replace(KOHYA, name="kohya-diffusers", title="kohya with diffusers' names", namings=()),
+    replace(KOHYA, name="onetrainer", title="OneTrainer", denoiser="lora_{trainer}_", encoder="lora_{trainer}_", namings=()),
+    Format(
+        "omi", "OneTrainer OMI", "{place}.", "{encoder}.", leaves.KOHYA_LEAVES, leaves.KOHYA, TENSOR,
+        namings=(OMI, ORIGINAL), only=(*SD[:3], "sd3-medium", "sd3.5-large", "flux1", "chroma", "pixart", "cascade"),
+    ),
+    replace(
+        KOHYA, name="lycoris", title="SimpleTuner / LyCORIS", denoiser="lycoris_", encoder=None, namings=(), whole="lycoris_"
+    ),
+    COMFY,
+    AI_TOOLKIT,
+    replace(AI_TOOLKIT, name="musubi", title="Musubi (--target other)"),
+    DIFFUSERS_FORMAT,
+    replace(
+        DIFFUSERS_FORMAT, name="diffusers-old", title="diffusers before 0.21", leaves=leaves.OLD_LEAVES,
+        family=leaves.DIFFUSERS_OLD, alpha=FOLDED, only=SD, rewrites=PROCESSORS,
+    ),
+    replace(
+        COMFY, name="bfl", title="FLUX control (BFL)", denoiser="", encoder=None, leaves=leaves.BFL_LEAVES, alpha=FOLDED,
+        namings=(ORIGINAL,), only=("flux1",),
+    ),
+    replace(
+        COMFY, name="xlabs", title="XLabs", denoiser="", encoder=None, leaves=leaves.XLABS_LEAVES, family=leaves.XLABS,
+        alpha=FOLDED, namings=(XLABS,), only=("flux1",),
+    ),
+    replace(
+        COMFY, name="diffsynth", title="DiffSynth", denoiser="", encoder=None, leaves=leaves.DIFFSYNTH_LEAVES,
+        family=leaves.DIFFSYNTH, alpha=FOLDED, namings=(ORIGINAL,), only=(*WAN, "qwen-image"),
+    ),
+    PEFT_FOLDER,
+    replace(PEFT_FOLDER, name="peft-file", title="PEFT, a single file", alpha=FOLDED, folder=False),
+    Format(
+        "loralib", "loralib", None, None, leaves.LORALIB_LEAVES, leaves.LORALIB, FOLDED, whole="", single=True, only=(LLM,)
+    ),
+)  # fmt: skip
+"""What `--to` takes. Where two write the same keys, the first has the name."""
+
+
+def format_named(name: str) -> Format:
+    """The row called `name`."""
+    return next(row for row in FORMATS if row.name == name)

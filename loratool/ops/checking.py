@@ -1,0 +1,121 @@
+"""Whether what was written is what was read: the deltas of one file against those of another, in factored form where they
+have one, else on a weight of random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from loratool.adapter import Adapter, Change
+from loratool.deltas import ANY, Delta
+from loratool.errors import InvalidAdapter, about
+from loratool.formats.table import Format
+from loratool.linalg import singular_values
+from loratool.names import Module
+from loratool.ops.renaming import cut, exchanged, joined
+from loratool.routes import Route
+
+EXACT: Final = 1e-6
+"""The relative difference that rounding an alpha, or a scale's product with a factor, to float32 may make."""
+LIKE: Final = 1000
+"""How wide a dimension is taken that a delta leaves to the weight."""
+
+Key = tuple[str, str, bool]
+"""A module's stem, the parameter, and whether its value is replaced."""
+
+
+def compared(adapter: Adapter, again: Adapter, ways: Mapping[Module, Route], target: Format) -> float:
+    """The largest relative difference of a module between `adapter` and `again`, which holds it in another format.
+
+    Raises `InvalidAdapter` where it is more than rounding.
+    """
+    found = {_key(change.module.stem, change.parameter, change.delta): change.delta for change in again.changes}
+    worst = 0.0
+    for change in adapter.changes:
+        with about(change):
+            back = _brought_back(change, ways[change.module], target, found)
+            error = difference(change.delta, back) if back else _size(change.delta)
+            if not error <= EXACT:
+                raise InvalidAdapter(f"differs by {error:.2e} when it is read back from {target.title}: nothing is written")
+            worst = max(worst, error)
+    return worst
+
+
+def _key(stem: str, parameter: str, delta: Delta) -> Key:
+    return stem, parameter, delta.kind == "replace"
+
+
+def _brought_back(change: Change, way: Route, target: Format, found: Mapping[Key, Delta]) -> Delta | None:
+    """What the source's module is by what was written; None where nothing of it was."""
+    whole = found.get(_key(target.stem(way.prefix, way.targets[0][0]), change.parameter, change.delta))
+    if way.renames:
+        return exchanged(whole) if whole and way.swapped else whole
+    pieces: list[Delta | None] = []
+    for part, (path, link) in zip(way.read.parts, way.targets, strict=True):
+        piece = found.get(_key(target.stem(way.prefix, path), change.parameter, change.delta))
+        if piece and link:
+            piece = exchanged(piece) if link.swapped else piece
+            piece = cut(piece, link.sizes)[link.parts.index(part)]
+        pieces.append(piece)
+    link = way.read.link
+    if link is None or len(link.parts) == 1:
+        return exchanged(pieces[0]) if pieces[0] and link and link.swapped else pieces[0]
+    return joined(link, dict(zip(link.parts, pieces, strict=True)))
+
+
+def _size(delta: Delta) -> float:
+    """‖ΔW‖, of what is to be zero where it is missing."""
+    return float(delta.dense().norm())
+
+
+def difference(one: Delta, other: Delta) -> float:
+    """‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖, 0 where every tensor is the same; of kinds that depend on the weight, on a random one."""
+    if _same_bytes(one, other):
+        return 0.0
+    factors = one.factors(), other.factors()
+    if one.additive and other.additive and factors[0] and factors[1]:
+        up, down = factors[0]
+        ups, downs = torch.cat([up, -factors[1][0]], dim=1), torch.cat([down, factors[1][1]])
+        if ups.shape[1] <= min(len(ups), downs.shape[1]):
+            return _ratio(float(singular_values(ups, downs).norm()), float(singular_values(up, down).norm()))
+    return _tried(one, other)
+
+
+def _same_bytes(one: Delta, other: Delta) -> bool:
+    mine, theirs = one.leaves(), other.leaves()
+    return (
+        mine.keys() == theirs.keys() and one.scale == other.scale and all(_same(mine[leaf], theirs[leaf]) for leaf in mine)
+    )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+
+def _tried(one: Delta, other: Delta) -> float:
+    """The difference on a weight of their shape, whose numbers are drawn anew in the same way each time."""
+    shape = _shape([one, other])
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    changed, again = one.apply(weight) - weight, other.apply(weight.reshape(_fitted(other, shape))).reshape(shape) - weight
+    return _ratio(float((changed - again).double().norm()), float(changed.double().norm()))
+
+
+def _shape(deltas: Iterable[Delta]) -> tuple[int, ...]:
+    """The most that the deltas together say of their weight's shape."""
+    shapes = [delta.shape for delta in deltas]
+    longest = max(shapes, key=len)
+    known = (next((shape[i] for shape in shapes if i < len(shape) and shape[i] != ANY), LIKE) for i in range(len(longest)))
+    return tuple(known)
+
+
+def _fitted(delta: Delta, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`shape` as a delta of fewer dimensions has it, its kernel flattened."""
+    return shape if len(delta.shape) == len(shape) else (shape[0], prod(shape[1:]))
+
+
+def _ratio(left: float, whole: float) -> float:
+    return left / whole if whole else left

@@ -1,0 +1,121 @@
+"""For which architecture an adapter is to be converted: the one that is asked for, the base's, or all that explain it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from loratool.adapter import Adapter
+from loratool.archs import ARCHS, Arch
+from loratool.archs.llm import is_decoder, is_meta
+from loratool.deltas import ANY
+from loratool.detect import fits, inputs_of, named_like
+from loratool.errors import AmbiguousFile, LoratoolError, Unsupported, some
+from loratool.formats.leaves import CONTAINER
+from loratool.formats.prefixes import UNET, WHOLE
+from loratool.formats.table import LLM, Format, format_named
+from loratool.layout import open_layout
+from loratool.names import Module
+from loratool.routes import Route, as_named, is_spelled, routes
+
+OF_DIFFUSERS: Final = ("transformer.", "unet.", "prior.", CONTAINER)
+OF_ORIGINALS: Final = ("diffusion_model.", "model.diffusion_model.", "net.")
+"""Prefixes that tell the naming of modules whose architecture has no table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the user says of an adapter: its architecture, the format it is in, and a checkpoint that has its names."""
+
+    arch: str | None = None
+    source: str | None = None
+    base: Path | None = None
+
+
+def choose(adapter: Adapter, target: Format, wanted: Wanted) -> tuple[Arch, dict[Module, Route]]:
+    """The architecture, and where each module goes in `target`.
+
+    Raises `AmbiguousFile` where several architectures explain the modules and have them go different ways, and
+    `LoratoolError` where there is no way.
+    """
+    modules = list(dict.fromkeys(change.module for change in adapter.changes))
+    found = _candidates(adapter, modules, target, wanted)
+    ways: list[tuple[Arch, dict[Module, Route]]] = []
+    problems: list[LoratoolError] = []
+    for candidate in found:
+        try:
+            way = routes(modules, candidate, target)
+        except LoratoolError as error:
+            problems.append(error)
+            continue
+        if not any(way == other for _, other in ways):
+            ways.append((candidate, way))
+    if not ways:
+        raise problems[0]
+    if len(ways) > 1:
+        titles = " or ".join(f"{candidate.title} (--arch {candidate.name})" for candidate, _ in ways)
+        raise AmbiguousFile(f"{adapter.path}: may be for {titles}, which {target.title} spells differently; choose one")
+    return ways[0]
+
+
+def _candidates(adapter: Adapter, modules: Sequence[Module], target: Format, wanted: Wanted) -> list[Arch]:
+    if wanted.arch:
+        found = [next(arch for arch in ARCHS if arch.name == wanted.arch)]
+    elif wanted.base:
+        found = _of_base(wanted.base, target)
+    else:
+        found = _explaining(adapter, modules, target)
+    if wanted.source is None:
+        return found
+    source = format_named(wanted.source)
+    spelled = [arch for arch in found if is_spelled(modules, arch, source)]
+    if not spelled:
+        raise LoratoolError(
+            f"{adapter.path}: is not spelled as {source.title} spells it; `loratool inspect` shows how it is"
+        )
+    return spelled
+
+
+def _explaining(adapter: Adapter, modules: Sequence[Module], target: Format) -> list[Arch]:
+    """What explains the names: by shapes too, where any does."""
+    if all(module.component == WHOLE for module in modules):
+        paths = [module.path for module in modules]
+        if all(map(is_decoder, paths)) or is_meta(paths):
+            return [as_named(modules, LLM, "a language model")]
+    inputs = [(change.module, _width(change.delta.shape)) for change in adapter.changes]
+    found = fits(inputs, adapter.metadata) or named_like(modules)
+    return found or [_without_table(modules, target)]
+
+
+def _width(shape: tuple[int, ...]) -> int | None:
+    return shape[1] if len(shape) > 1 and shape[1] != ANY else None
+
+
+def _of_base(path: Path, target: Format) -> list[Arch]:
+    """The base's architecture; where none explains it, its own names, which only formats of its naming can use."""
+    layout = open_layout(path.expanduser())
+    inputs = inputs_of(layout)
+    modules = [module for module, _ in inputs]
+    found = fits(inputs) or named_like(modules)
+    if found:
+        return found
+    if bool(target.namings) == layout.is_folder and any(module.component == UNET for module in modules):
+        raise Unsupported(
+            f"{path}: has no table here, and its names are {'diffusers' if layout.is_folder else 'the original'}'s, "
+            f"which {target.title} does not use"
+        )
+    return [as_named(modules, "base", f"the model in {path.name}")]
+
+
+def _without_table(modules: Sequence[Module], target: Format) -> Arch:
+    """An architecture of the file's own dotted names, for a format of the same naming."""
+    expected = OF_ORIGINALS if target.namings else OF_DIFFUSERS
+    strange = [module for module in modules if not module.stem.startswith(expected) or "." not in module.path]
+    if strange:
+        raise LoratoolError(
+            f"no table explains {some(map(str, strange), 2)}, so what {target.title} calls them is unknown; "
+            "--arch says for which model they are, --base gives a file that has their names"
+        )
+    return as_named(modules, "unknown", "a model without a table")

@@ -1,0 +1,118 @@
+"""Moved changes as the tensors of a format: each delta in the form that the format has leaves for, its alpha where it
+keeps one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from loratool.adapter import Adapter
+from loratool.archs.llm import is_embedding
+from loratool.deltas import Delta
+from loratool.errors import LoratoolError, Unsupported, about
+from loratool.formats.table import FOLDED, TENSOR, Format
+from loratool.ops.renaming import Moved
+from loratool.schema import Part, explain
+
+
+@dataclass(slots=True)
+class Spelled:
+    """The tensors of an adapter in a format; `ranks` and `scales` by the prefix and path of each module of low rank, for
+    formats that keep alphas elsewhere; `whole` are the paths of weights that are stored whole."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    ranks: dict[tuple[str, str], int] = field(default_factory=dict)
+    scales: dict[tuple[str, str], float | None] = field(default_factory=dict)
+    whole: list[str] = field(default_factory=list)
+    dora: list[bool] = field(default_factory=list)
+
+
+def spelled(moved: Sequence[Moved], target: Format, adapter: Adapter) -> Spelled:
+    """The tensors of `moved` as `target` spells them; raises `Unsupported` for what it has no place for."""
+    result = Spelled()
+    for item in moved:
+        stem = target.stem(item.prefix, item.path)
+        with about(" + ".join(str(source) for source in item.sources)):
+            delta = _fitting(item, target)
+            part = _part(delta)
+            if target.alpha == FOLDED or (part.rank is None and delta.scale is not None):
+                delta = delta.folded()
+            named = {target.key(stem, leaf): tensor for leaf, tensor in delta.leaves().items()}
+            if target.alpha == TENSOR and (alpha := _alpha(item, delta, part, adapter)) is not None:
+                named[target.key(stem, "alpha")] = alpha
+            if twice := named.keys() & result.tensors.keys():
+                raise LoratoolError(f"{min(twice)} would be written twice")
+        result.tensors |= named
+        if part.rank is not None and item.parameter == "weight":
+            key = item.prefix, item.path
+            result.ranks[key], result.scales[key] = part.rank, delta.scale
+            result.dora.append(part.magnitude is not None)
+        elif part.kind.name == "replace" and item.parameter == "weight":
+            result.whole.append(item.path)
+    return result
+
+
+def _fitting(item: Moved, target: Format) -> Delta:
+    """The first form of a delta that the format has a place for."""
+    forms = [form for form in item.delta.forms() if form.leaves().keys() <= target.leaves.keys()]
+    if not forms:
+        raise Unsupported(
+            f"{target.title} has no place for a delta of kind {_part(item.delta).label}"
+            "; --to-lora makes a LoRA of it, or another format may have one (`loratool formats`)"
+        )
+    # PEFT looks for an embedding's factors under names of their own.
+    embedding = is_embedding(item.path) and "embedding_up" in target.leaves
+    return next((form for form in forms if embedding == (form.kind == "embedding")), forms[0])
+
+
+def _part(delta: Delta) -> Part:
+    """What the schema calls a delta's leaves."""
+    return explain({leaf: tuple(tensor.shape) for leaf, tensor in delta.leaves().items()})[0]
+
+
+def _alpha(item: Moved, delta: Delta, part: Part, adapter: Adapter) -> Tensor | None:
+    """The alpha to stand beside the factors: the very one of the source where it still holds, else one that gives the
+    same scale; None where there is none."""
+    stored = [adapter.alphas[key] for source in item.sources for key in source.keys if key in adapter.alphas]
+    unchanged = len(item.sources) == 1 and item.sources[0].delta.scale == delta.scale
+    if stored and unchanged and part.rank == _part(item.sources[0].delta).rank:
+        return stored[0]
+    if delta.scale is None or part.rank is None or item.parameter != "weight":
+        return None
+    exact = torch.tensor(delta.scale * part.rank, dtype=torch.float64)
+    narrow = exact.to(stored[0].dtype if stored else next(iter(delta.leaves().values())).dtype)
+    return narrow if narrow.double() == exact else exact.float()
+
+
+def metadata_config(result: Spelled) -> Iterator[tuple[str, Mapping[str, object]]]:
+    """The config of each component's LoRA, by its prefix."""
+    for prefix in dict.fromkeys(prefix for prefix, _ in result.ranks):
+        ranks = {path: rank for (of, path), rank in result.ranks.items() if of == prefix}
+        scales = {path: result.scales[prefix, path] for path in ranks}
+        yield prefix, lora_config(ranks, scales)
+
+
+def lora_config(ranks: Mapping[str, int], scales: Mapping[str, float | None]) -> dict[str, object]:
+    """r, lora_alpha and their patterns for modules of these ranks and scales; without a scale, alpha is the rank."""
+    alphas = {path: _whole(rank * scale) if (scale := scales[path]) is not None else rank for path, rank in ranks.items()}
+    usual_rank, usual_alpha = _commonest(ranks.values(), 1), _commonest(alphas.values(), 1)
+    return {
+        "r": usual_rank,
+        "lora_alpha": usual_alpha,
+        "target_modules": sorted(ranks),
+        "rank_pattern": {f"^{path}": rank for path, rank in sorted(ranks.items()) if rank != usual_rank},
+        "alpha_pattern": {f"^{path}": alpha for path, alpha in sorted(alphas.items()) if alpha != usual_alpha},
+    }
+
+
+def _whole(alpha: float) -> float:
+    """An alpha as an integer where it is one, but for the rounding of its division by the rank and back."""
+    return round(alpha) if abs(alpha - round(alpha)) <= 1e-12 * abs(alpha) else alpha
+
+
+def _commonest(values: Iterable[float], otherwise: float) -> float:
+    counted = list(values)
+    return max(counted, key=counted.count, default=otherwise)

@@ -1,0 +1,115 @@
+"""What the modules of an adapter are called in another format, by an architecture's table. Names alone: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from loratool.archs.table import Arch, Component, Spot, plain
+from loratool.errors import LoratoolError, Unsupported
+from loratool.formats.table import Format
+from loratool.names import DIFFUSERS, TRANSFORMERS_5, Link, Module
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a module goes: how its name is `read`, the component's `prefix`, and for each of its parts in diffusers'
+    naming the module there is of it, and the link that has it (None for the part itself)."""
+
+    prefix: str
+    read: Spot
+    naming: str
+    targets: tuple[tuple[str, Link | None], ...]
+
+    @property
+    def renames(self) -> bool:
+        """Whether all that changes is the name: the same naming, or a module of the same parts in the other."""
+        (whole, link), *others = dict.fromkeys(self.targets)
+        return self.naming == self.read.naming or (not others and (link.parts if link else (whole,)) == self.read.parts)
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the halves of its output change places on the way."""
+        if self.naming == self.read.naming:
+            return False
+        link = self.targets[0][1]
+        return bool(self.read.link and self.read.link.swapped) != bool(link and link.swapped)
+
+
+def routes(modules: Iterable[Module], arch: Arch, target: Format) -> dict[Module, Route]:
+    """Where each of `modules` goes in `target`, by the table of `arch`; raises `LoratoolError` where there is no place."""
+    if not target.holds(arch.name):
+        raise Unsupported(f"{target.title} is no format for {arch.title}; `loratool formats` shows which are")
+    found = {}
+    components: set[str] = set()
+    for module in modules:
+        component, spot = _the_one(module, known(module, arch), target)
+        components.add(component.place)
+        if target.single and len(components) > 1:
+            several = " and ".join(sorted(components))
+            raise Unsupported(f"{target.title} holds one model, this adapter is for {several}; --to diffusers holds all")
+        try:
+            found[module] = route(component, spot, _prefix(component, target), component.naming(target.namings))
+        except KeyError as part:
+            raise Unsupported(f"{module}: {target.title} has no name for {part.args[0]} of {arch.title}") from None
+    return found
+
+
+def is_spelled(modules: Iterable[Module], arch: Arch, spelling: Format) -> bool:
+    """Whether every module of `arch` is called what `spelling` calls it."""
+    try:
+        for module in modules:
+            way = routes([module], arch, spelling)[module]
+            path = way.read.path if way.read.naming == TRANSFORMERS_5 else way.targets[0][0]
+            if not way.renames or spelling.stem(way.prefix, path) != module.stem:
+                return False
+    except LoratoolError:
+        return False
+    return True
+
+
+def known(module: Module, arch: Arch) -> list[tuple[Component, Spot]]:
+    """The components of `arch` that have `module`; raises `LoratoolError` where none has it."""
+    places = arch.places(module)
+    if not places:
+        raise LoratoolError(
+            f"{module}: {arch.title} has no such module; --arch names another model, --base a file that has its names"
+        )
+    return places
+
+
+def route(component: Component, spot: Spot, prefix: str, naming: str) -> Route:
+    """Where a module of `component` goes in `naming`; raises `KeyError` with the part that has no name there."""
+    if naming == spot.naming:
+        return Route(prefix, spot, naming, ((spot.path, spot.link),))
+    if naming == DIFFUSERS:
+        return Route(prefix, spot, naming, tuple((part, None) for part in spot.parts))
+    links = [component.owners[naming][part] for part in spot.parts]
+    return Route(prefix, spot, naming, tuple((link.whole, link) for link in links))
+
+
+def _the_one(module: Module, places: Sequence[tuple[Component, Spot]], target: Format) -> tuple[Component, Spot]:
+    """The component that a module is of; a name without a prefix may be of several that are spelled apart."""
+    prefixes = {_prefix(component, target): (component, spot) for component, spot in places}
+    if len(prefixes) > 1:
+        owners = " or ".join(component.place for component, _ in places)
+        raise LoratoolError(f"{module}: may be of {owners}, which {target.title} tells apart; its name does not")
+    return next(iter(prefixes.values()))
+
+
+def _prefix(component: Component, target: Format) -> str:
+    return target.prefix(
+        component.name,
+        place=component.place,
+        kohya=component.kohya,
+        encoder=component.encoder,
+        inside=component.inside,
+    )
+
+
+def as_named(modules: Iterable[Module], name: str, title: str) -> Arch:
+    """An architecture without a table: every module is called in every naming what its own file calls it."""
+    paths: dict[str, list[str]] = {}
+    for module in modules:
+        paths.setdefault(module.component, []).append(module.path)
+    return Arch(name, title, tuple(plain(component, tuple(names)) for component, names in paths.items()))
