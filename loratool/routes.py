@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from loratool.archs.table import Arch, Component, Spot, plain
 from loratool.errors import LoratoolError, Unsupported
 from loratool.formats.table import Format
-from loratool.names import DIFFUSERS, TRANSFORMERS_5, Link, Module
+from loratool.names import DIFFUSERS, TRANSFORMERS_5, UNWRAPPED, Link, Module
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def is_spelled(modules: Iterable[Module], arch: Arch, spelling: Format) -> bool:
     try:
         for module in modules:
             way = routes([module], arch, spelling)[module]
-            path = way.read.path if way.read.naming == TRANSFORMERS_5 else way.targets[0][0]
+            path = way.read.path if way.read.naming in (TRANSFORMERS_5, UNWRAPPED) else way.targets[0][0]
             if not way.renames or spelling.stem(way.prefix, path) != module.stem:
                 return False
     except LoratoolError:

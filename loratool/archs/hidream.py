@@ -40,7 +40,7 @@ HIDREAM = Arch(
     "HiDream-I1",
     (
         Component(UNET, {ORIGINAL: hidream}, {"attn1.to_q": 2560, "attn1.to_q_t": 2560}),
-        clip_l(),
+        clip_l(projected=True),
         open_clip(32, 1280, 694_659_840),
         t5_xxl(TE3),
     ),

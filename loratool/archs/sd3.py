@@ -65,7 +65,7 @@ def _sd3(blocks: int, width: int, dual: int = 0) -> Component:
     return Component(UNET, {ORIGINAL: original, OMI: lambda: apart(original())}, inputs)
 
 
-ENCODERS = (clip_l(), open_clip(32, 1280, 694_659_840), t5_xxl(TE3))
+ENCODERS = (clip_l(projected=True), open_clip(32, 1280, 694_659_840), t5_xxl(TE3))
 
 SD3_MEDIUM = Arch(
     "sd3-medium",

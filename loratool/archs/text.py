@@ -11,7 +11,7 @@ from functools import cache, partial
 
 from loratool.archs.table import Component
 from loratool.formats.prefixes import TE1, TE2
-from loratool.names import CHECKPOINT, TRANSFORMERS_5, Link, fuse, rename, same
+from loratool.names import CHECKPOINT, TRANSFORMERS_5, UNWRAPPED, Link, fuse, rename, same
 
 EMBEDDINGS = {
     "embeddings.token_embedding": "token_embedding",
@@ -38,8 +38,7 @@ def clip(layers: int) -> Iterator[Link]:
 def unwrapped(layers: int) -> Iterator[Link]:
     """CLIP without its `text_model.`."""
     for link in clip(layers):
-        if link.whole.startswith("text_model."):
-            yield Link(link.parts, link.whole.removeprefix("text_model."))
+        yield Link(link.parts, link.whole.removeprefix("text_model."))
 
 
 def openclip(layers: int) -> Iterator[Link]:
@@ -75,9 +74,9 @@ def decoder(layers: int, prefix: str = "model.") -> Iterator[Link]:
 
 
 @cache
-def clip_l(name: str = TE1, kohya: str = "") -> Component:
-    """OpenAI's CLIP ViT-L/14, of SD1, SDXL, SD3 and FLUX.1."""
-    rows = {CHECKPOINT: partial(clip, 12), TRANSFORMERS_5: partial(unwrapped, 12)}
+def clip_l(name: str = TE1, kohya: str = "", *, projected: bool = False) -> Component:
+    """OpenAI's CLIP ViT-L/14, of SD1, SDXL and FLUX.1, and `projected`, with its projection, of SD3."""
+    rows = {CHECKPOINT: partial(clip, 12), UNWRAPPED if projected else TRANSFORMERS_5: partial(unwrapped, 12)}
     return Component(name, rows, {"q_proj": 768, "fc1": 768}, 123_060_480, encoder="clip_l", kohya=kohya)
 
 
@@ -85,8 +84,9 @@ def clip_l(name: str = TE1, kohya: str = "") -> Component:
 def open_clip(
     layers: int, width: int, parameters: int, name: str = TE2, encoder: str = "clip_g", folder: str = "", kohya: str = ""
 ) -> Component:
-    """OpenCLIP ViT-H (SD2) or ViT-bigG (SDXL, SD3)."""
-    rows = {CHECKPOINT: partial(openclip, layers), TRANSFORMERS_5: partial(unwrapped, layers)}
+    """OpenCLIP ViT-bigG with its projection (SDXL, SD3), or ViT-H without (SD2)."""
+    plain = TRANSFORMERS_5 if encoder == "clip_h" else UNWRAPPED
+    rows = {CHECKPOINT: partial(openclip, layers), plain: partial(unwrapped, layers)}
     return Component(name, rows, {"q_proj": width, "fc1": width}, parameters, encoder=encoder, folder=folder, kohya=kohya)
 
 
@@ -99,5 +99,5 @@ def t5_xxl(name: str, kohya: str = "te3") -> Component:
 @cache
 def language_model(encoder: str, layers: int, width: int, name: str = TE1) -> Component:
     """Qwen, Llama or Gemma as a text encoder."""
-    rows = {CHECKPOINT: partial(decoder, layers), TRANSFORMERS_5: partial(decoder, layers, "")}
+    rows = {CHECKPOINT: partial(decoder, layers), UNWRAPPED: partial(decoder, layers, "")}
     return Component(name, rows, {"q_proj": width, "gate_proj": width}, encoder=encoder, kohya="te")

@@ -15,7 +15,8 @@ from loratool.errors import Unsupported
 from loratool.formats import leaves
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.prefixes import ENCODERS, UNET, WHOLE
-from loratool.names import COMFYUI, OMI, ORIGINAL, XLABS, flat
+from loratool.names import COMFYUI, OMI, ORIGINAL, TRANSFORMERS_5, XLABS, flat
+from loratool.names import KOHYA as KOHYA_NAMES
 
 TENSOR: Final = "tensor"
 """Alpha stands beside the factors."""
@@ -67,7 +68,7 @@ class Format:
             )
         called = kohya or (UNET if name not in ENCODERS else name)
         trainer = kohya if kohya in ("prior_unet", "prior_te", "te") else name if name in ENCODERS else place
-        nested = f"{inside}{'_' if self.flat else '.'}" if inside and self.namings else ""
+        nested = f"{inside}{'_' if self.flat else '.'}" if inside and ORIGINAL in self.namings else ""
         return template.format(kohya=called, place=place, trainer=trainer, encoder=_short(encoder, self)) + nested
 
     def stem(self, prefix: str, path: str) -> str:
@@ -110,7 +111,7 @@ KOHYA: Final = Format(
     leaves.KOHYA_LEAVES,
     leaves.KOHYA,
     TENSOR,
-    namings=(ORIGINAL,),
+    namings=(KOHYA_NAMES, ORIGINAL),
     flat=True,
 )
 DIFFUSERS_FORMAT: Final = Format(
@@ -122,8 +123,9 @@ COMFY: Final = Format(
 )  # fmt: skip
 AI_TOOLKIT: Final = replace(COMFY, name="ai-toolkit", title="ai-toolkit", encoder=None, alpha=FOLDED, namings=(ORIGINAL,))
 PEFT_FOLDER: Final = Format(
-    "peft", "PEFT", CONTAINER, CONTAINER, leaves.PEFT_LEAVES, leaves.PEFT, CONFIG, CONTAINER, folder=True, single=True
-)
+    "peft", "PEFT", CONTAINER, CONTAINER, leaves.PEFT_LEAVES, leaves.PEFT, CONFIG, CONTAINER, namings=(TRANSFORMERS_5,),
+    folder=True, single=True,
+)  # fmt: skip
 
 FORMATS: Final[Sequence[Format]] = (
     KOHYA,

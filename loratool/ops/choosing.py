@@ -17,7 +17,7 @@ from loratool.formats.leaves import CONTAINER
 from loratool.formats.prefixes import UNET, WHOLE
 from loratool.formats.table import LLM, Format, format_named
 from loratool.layout import open_layout
-from loratool.names import Module
+from loratool.names import ORIGINAL, Module
 from loratool.routes import Route, as_named, is_spelled, routes
 
 OF_DIFFUSERS: Final = ("transformer.", "unet.", "prior.", CONTAINER)
@@ -101,7 +101,7 @@ def _of_base(path: Path, target: Format) -> list[Arch]:
     found = fits(inputs) or named_like(modules)
     if found:
         return found
-    if bool(target.namings) == layout.is_folder and any(module.component == UNET for module in modules):
+    if (ORIGINAL in target.namings) == layout.is_folder and any(module.component == UNET for module in modules):
         raise Unsupported(
             f"{path}: has no table here, and its names are {'diffusers' if layout.is_folder else 'the original'}'s, "
             f"which {target.title} does not use"
@@ -111,7 +111,7 @@ def _of_base(path: Path, target: Format) -> list[Arch]:
 
 def _without_table(modules: Sequence[Module], target: Format) -> Arch:
     """An architecture of the file's own dotted names, for a format of the same naming."""
-    expected = OF_ORIGINALS if target.namings else OF_DIFFUSERS
+    expected = OF_ORIGINALS if ORIGINAL in target.namings else OF_DIFFUSERS
     strange = [module for module in modules if not module.stem.startswith(expected) or "." not in module.path]
     if strange:
         raise LoratoolError(

@@ -102,10 +102,20 @@ def lora_config(ranks: Mapping[str, int], scales: Mapping[str, float | None]) ->
     return {
         "r": usual_rank,
         "lora_alpha": usual_alpha,
-        "target_modules": sorted(ranks),
-        "rank_pattern": {f"^{path}": rank for path, rank in sorted(ranks.items()) if rank != usual_rank},
-        "alpha_pattern": {f"^{path}": alpha for path, alpha in sorted(alphas.items()) if alpha != usual_alpha},
+        "target_modules": sorted(map(_named, ranks)),
+        "rank_pattern": {_pattern(path): rank for path, rank in sorted(ranks.items()) if rank != usual_rank},
+        "alpha_pattern": {_pattern(path): alpha for path, alpha in sorted(alphas.items()) if alpha != usual_alpha},
     }
+
+
+def _named(path: str) -> str:
+    """A target module's name. Without CLIP's `text_model.`, which transformers 5.6 dropped: an ending matches both ways."""
+    return path.removeprefix("text_model.")
+
+
+def _pattern(path: str) -> str:
+    """The pattern of one module, from its beginning on where that is sure."""
+    return f"^{path}" if _named(path) == path else _named(path)
 
 
 def _whole(alpha: float) -> float:
