@@ -150,12 +150,12 @@ FLUX2 = Arch("flux2-dev", "FLUX.2 dev", (_flux2(6144, 8, 48, 15360),), ("flux2",
 FLUX2_KLEIN_9B = Arch(
     "flux2-klein-9b",
     "FLUX.2 klein 9B",
-    (_flux2(4096, 8, 24, 12288), language_model("qwen3_8b", 36, 4096)),
+    (_flux2(4096, 8, 24, 12288), language_model("qwen3_8b", 36, 4096, with_head=True)),
     ("flux2_klein_9b", "flux-2-klein-9b"),
 )
 FLUX2_KLEIN_4B = Arch(
     "flux2-klein-4b",
     "FLUX.2 klein 4B",
-    (_flux2(3072, 5, 20, 7680), language_model("qwen3_4b", 36, 2560)),
+    (_flux2(3072, 5, 20, 7680), language_model("qwen3_4b", 36, 2560, with_head=True)),
     ("flux2_klein_4b", "flux-2-klein-4b"),
 )

@@ -11,7 +11,7 @@ from functools import cache, partial
 
 from loratool.archs.table import Component
 from loratool.formats.prefixes import TE1, TE2
-from loratool.names import CHECKPOINT, TRANSFORMERS_5, UNWRAPPED, Link, fuse, rename, same
+from loratool.names import CHECKPOINT, COMFYUI, TRANSFORMERS_5, UNWRAPPED, Link, fuse, rename, same
 
 EMBEDDINGS = {
     "embeddings.token_embedding": "token_embedding",
@@ -62,15 +62,13 @@ def t5(layers: int) -> Iterator[Link]:
         yield from same(f"encoder.block.{i}.layer.1", "layer_norm DenseReluDense.wi_0 DenseReluDense.wi_1 DenseReluDense.wo")
 
 
-def decoder(layers: int, prefix: str = "model.") -> Iterator[Link]:
-    """A language model of `layers` layers that serves as a text encoder, with and without transformers' `model.`."""
-    names = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
-    norms = "self_attn.q_norm self_attn.k_norm input_layernorm post_attention_layernorm"
-    for name in ("embed_tokens", "norm"):
-        yield Link((f"model.{name}",), f"{prefix}{name}")
-    for i in range(layers):
-        for name in (names + " " + norms).split():
-            yield Link((f"model.layers.{i}.{name}",), f"{prefix}layers.{i}.{name}")
+def decoder(layers: int, ours: str, theirs: str) -> Iterator[Link]:
+    """A language model of `layers` layers as a text encoder, behind `ours` to diffusers, behind `theirs` here."""
+    attention = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj self_attn.q_norm self_attn.k_norm"
+    rest = "mlp.gate_proj mlp.up_proj mlp.down_proj input_layernorm post_attention_layernorm"
+    blocks = (f"layers.{i}.{name}" for i in range(layers) for name in f"{attention} {rest}".split())
+    for name in ("embed_tokens", "norm", *blocks):
+        yield Link((f"{ours}{name}",), f"{theirs}{name}")
 
 
 @cache
@@ -97,7 +95,10 @@ def t5_xxl(name: str, kohya: str = "te3") -> Component:
 
 
 @cache
-def language_model(encoder: str, layers: int, width: int, name: str = TE1) -> Component:
-    """Qwen, Llama or Gemma as a text encoder."""
-    rows = {CHECKPOINT: partial(decoder, layers), UNWRAPPED: partial(decoder, layers, "")}
-    return Component(name, rows, {"q_proj": width, "gate_proj": width}, encoder=encoder, kohya="te")
+def language_model(encoder: str, layers: int, width: int, *, with_head: bool = False) -> Component:
+    """Qwen, Llama or Gemma as a text encoder; in diffusers' pipelines a bare model, or one `with_head`, whose names begin
+    with `model.`, as ComfyUI's do for both."""
+    ours = "model." if with_head else ""
+    rows = {CHECKPOINT: partial(decoder, layers, ours, "model."), UNWRAPPED: partial(decoder, layers, ours, "")}
+    inputs = {"q_proj": width, "gate_proj": width}
+    return Component(TE1, rows, inputs, encoder=encoder, kohya="te", same={COMFYUI: CHECKPOINT})

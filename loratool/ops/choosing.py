@@ -11,7 +11,7 @@ from loratool.adapter import Adapter
 from loratool.archs import ARCHS, Arch
 from loratool.archs.llm import is_decoder, is_meta
 from loratool.deltas import ANY
-from loratool.detect import fits, inputs_of, named_like
+from loratool.detect import fits, inputs_of, named_like, narrowed
 from loratool.errors import AmbiguousFile, LoratoolError, Unsupported, some
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.prefixes import UNET, WHOLE
@@ -85,7 +85,7 @@ def _explaining(adapter: Adapter, modules: Sequence[Module], target: Format) -> 
         if all(map(is_decoder, paths)) or is_meta(paths):
             return [as_named(modules, LLM, "a language model")]
     inputs = [(change.module, _width(change.delta.shape)) for change in adapter.changes]
-    found = fits(inputs, adapter.metadata) or named_like(modules)
+    found = fits(inputs, adapter.metadata) or narrowed(named_like(modules), inputs, adapter.metadata)[0]
     return found or [_without_table(modules, target)]
 
 

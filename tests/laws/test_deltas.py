@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -250,3 +251,73 @@ def test_stacking_is_the_inverse_of_splitting(make: Make, seed: int, rank: int) 
         return
 
     close(again.apply(weight.reshape(rows, *again.shape[1:])).reshape(weight.shape), delta.apply(weight))
+
+
+@every_kind
+@draws
+@few
+def test_every_form_changes_a_weight_alike(make: Make, seed: int, rank: int) -> None:
+    delta, weight = drawn(make, seed, rank)
+    changed = delta.apply(weight)
+    # loralib's are guesses at what its layer was, of which those that fit the weight must be alike.
+    fitting = [form for form in delta.forms() if delta.kind != "loralib" or form.shape == weight.shape]
+
+    assert fitting or weight.ndim > 2
+    for form in fitting:
+        close(form.apply(weight), changed)
+
+
+@every_kind
+@draws
+@few
+def test_what_is_folded_changes_a_weight_alike_and_needs_no_scale(make: Make, seed: int, rank: int) -> None:
+    delta, weight = drawn(make, seed, rank)
+    try:
+        folded = delta.folded()
+    except Unsupported:
+        assert not delta.additive or delta.kind == "experts"
+        return
+
+    assert folded.scale in (None, 1.0)
+    close(folded.apply(weight), delta.apply(weight))
+
+
+def test_a_scale_that_is_a_power_of_two_is_folded_without_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    up = randn(generator, 6, 2).bfloat16()
+
+    assert LoRA(randn(generator, 2, 4), up, scale=0.25).folded().up.dtype == torch.bfloat16
+    assert LoRA(randn(generator, 2, 4), up, scale=0.3).folded().up.dtype == torch.float32
+
+
+@draws
+@few
+def test_what_is_trimmed_is_the_same_without_ranks_that_add_nothing(seed: int, rank: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    used = randn(generator, 6, rank)
+    padded = LoRA(randn(generator, rank + 2, 4), torch.cat([used, torch.zeros(6, 2)], dim=1), scale=0.5)
+
+    trimmed = padded.trimmed()
+
+    assert trimmed is not None
+    assert trimmed.rank == rank
+    close(trimmed.dense(), padded.dense())
+    assert replace(padded, up=torch.zeros_like(padded.up)).trimmed() is None
+
+
+@draws
+@few
+def test_parts_that_were_stacked_are_cut_into_the_same_bytes(seed: int, rank: int) -> None:
+    """Block-diagonal factors come apart again, where a part was left out too."""
+    generator = torch.Generator().manual_seed(seed)
+    one = LoRA(randn(generator, rank, 6), randn(generator, 4, rank), scale=0.5)
+    other = LoRA(randn(generator, rank + 1, 6), randn(generator, 4, rank + 1), scale=0.5)
+
+    first, second, third = (part.trimmed() for part in stack([one, one.nothing(8), other]).split((4, 8, 4)))
+
+    assert second is None
+    for part, origin in ((first, one), (third, other)):
+        assert isinstance(part, LoRA)
+        assert torch.equal(part.up, origin.up)
+        assert torch.equal(part.down, origin.down)
+        assert part.scale == origin.scale
