@@ -56,16 +56,32 @@ def routes(modules: Iterable[Module], arch: Arch, target: Format) -> dict[Module
 
 
 def is_spelled(modules: Iterable[Module], arch: Arch, spelling: Format) -> bool:
-    """Whether every module of `arch` is called what `spelling` calls it."""
+    """Whether every module of `arch` is called what `spelling` calls it, or what its readers take for the same."""
     try:
-        for module in modules:
-            way = routes([module], arch, spelling)[module]
-            path = way.read.path if way.read.naming in (TRANSFORMERS_5, UNWRAPPED) else way.targets[0][0]
-            if not way.renames or spelling.stem(way.prefix, path) != module.stem:
-                return False
+        return all(
+            way.renames and module.stem in _accepted(way, spelling)
+            for module in modules
+            for way in routes([module], arch, spelling).values()
+        )
     except LoratoolError:
         return False
-    return True
+
+
+def _accepted(way: Route, spelling: Format) -> set[str]:
+    """A module's name, and others that stand for it: CLIP's of transformers 5, and te for the first of several encoders."""
+    unwrapped = way.read.naming in (TRANSFORMERS_5, UNWRAPPED)
+    path = way.read.path if unwrapped else way.targets[0][0]
+    prefixes = {way.prefix, "lora_te_"} if way.prefix == "lora_te1_" else {way.prefix}
+    return {spelling.stem(prefix, path) for prefix in prefixes}
+
+
+def as_they_are(modules: Iterable[Module], arch: Arch, spelling: Format) -> dict[Module, Route]:
+    """The routes of modules that `is_spelled` finds to be called right: each keeps its own name."""
+    kept = {}
+    for module, way in routes(modules, arch, spelling).items():
+        prefix = module.stem.removesuffix(spelling.stem("", way.read.path))
+        kept[module] = Route(prefix, way.read, way.read.naming, ((way.read.path, way.read.link),))
+    return kept
 
 
 def known(module: Module, arch: Arch) -> list[tuple[Component, Spot]]:

@@ -65,7 +65,7 @@ class LoRA(Delta):
     def forms(self) -> Iterator[Delta]:
         """PEFT has factors of its own for embeddings."""
         yield self
-        if self.mid is None and self.up.ndim == 2:
+        if self.mid is None and self.up.ndim == self.down.ndim == 2:
             yield Embedding(self.up.T.contiguous(), self.down.T.contiguous(), self.scale)
 
     def folded(self) -> LoRA:

@@ -90,8 +90,8 @@ class Format:
 
 
 def _short(encoder: str, spelling: Format) -> str:
-    """OneTrainer's export calls T5 t5."""
-    return "t5" if OMI in spelling.namings and encoder == "t5xxl" else encoder
+    """OneTrainer's export calls T5 t5, and every first CLIP clip_l."""
+    return {"t5xxl": "t5", "clip_h": "clip_l"}.get(encoder, encoder) if OMI in spelling.namings else encoder
 
 
 SD: Final = ("sd1", "sd2", "sdxl", "sdxl-refiner", "ssd-1b", "vega")

@@ -18,7 +18,7 @@ from loratool.formats.prefixes import UNET, WHOLE
 from loratool.formats.table import LLM, Format, format_named
 from loratool.layout import open_layout
 from loratool.names import ORIGINAL, Module
-from loratool.routes import Route, as_named, is_spelled, routes
+from loratool.routes import Route, as_named, as_they_are, is_spelled, routes
 
 OF_DIFFUSERS: Final = ("transformer.", "unet.", "prior.", CONTAINER)
 OF_ORIGINALS: Final = ("diffusion_model.", "model.diffusion_model.", "net.")
@@ -46,7 +46,8 @@ def choose(adapter: Adapter, target: Format, wanted: Wanted) -> tuple[Arch, dict
     problems: list[LoratoolError] = []
     for candidate in found:
         try:
-            way = routes(modules, candidate, target)
+            spelled = is_spelled(modules, candidate, target)
+            way = (as_they_are if spelled else routes)(modules, candidate, target)
         except LoratoolError as error:
             problems.append(error)
             continue
