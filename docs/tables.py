@@ -6,8 +6,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from loratool.archs import ARCHS
 from loratool.deltas import KINDS, Delta, DoRA
+from loratool.formats.recognise import KNOWN
+from loratool.formats.table import FORMATS, LLM
 from loratool.ops.low_rank import KEPT, RESIZED
+from loratool.routes import example
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -35,6 +39,25 @@ MADE_BY: Mapping[str, str] = {
 """What people call each kind, for those who do not know our names."""
 
 
+def formats() -> Iterator[str]:
+    """Format × what it is."""
+    yield "| `--to` | whose | a key | alpha |"
+    yield "|---|---|---|---|"
+    for row in FORMATS:
+        yield f"| `{row.name}` | {row.title} | `{example(row)}` | {row.alpha} |"
+    for name, what in KNOWN.items():
+        yield f"| – | {name} | {what} | refused |"
+
+
+def matrix() -> Iterator[str]:
+    """Architecture × format: ✓ where it is read and written."""
+    yield f"| `--arch` | model | {' | '.join(row.name for row in FORMATS)} |"
+    yield f"|---|---|{'---|' * len(FORMATS)}"
+    for name, title in [*((arch.name, arch.title) for arch in ARCHS), (LLM, "language models")]:
+        cells = ("✓" if row.holds(name) else "–" for row in FORMATS)
+        yield f"| {name} | {title} | {' | '.join(cells)} |"
+
+
 def kinds() -> Iterator[str]:
     """Kind × verb: what each verb does with each kind."""
     yield "| kind | what writes it | inspect, merge | convert `--to-lora` | resize | exact factors |"
@@ -58,7 +81,7 @@ def _has_factors(kind: type[Delta]) -> bool:
     return kind.factors is not Delta.factors
 
 
-TABLES: Mapping[str, Callable[[], Iterator[str]]] = {"kinds": kinds}
+TABLES: Mapping[str, Callable[[], Iterator[str]]] = {"kinds": kinds, "formats": formats, "matrix": matrix}
 
 
 def filled(text: str) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from loratool.adapter import Adapter, Change, load
     from loratool.checkpoint import Checkpoint
     from loratool.errors import LoratoolError
+    from loratool.ops.convert import ConvertReport, convert
     from loratool.ops.inspect import AdapterReport, CheckpointReport, inspect
     from loratool.ops.low_rank import LowRankReport, Rule, resize, to_lora
     from loratool.ops.merge import MergeReport, Options, Source, merge
@@ -24,10 +25,12 @@ _HOMES: Final = {
     "Change": "loratool.adapter",
     "Checkpoint": "loratool.checkpoint",
     "CheckpointReport": "loratool.ops.inspect",
+    "ConvertReport": "loratool.ops.convert",
     "LoratoolError": "loratool.errors",
     "MergeReport": "loratool.ops.merge",
     "Options": "loratool.ops.merge",
     "Source": "loratool.ops.merge",
+    "convert": "loratool.ops.convert",
     "inspect": "loratool.ops.inspect",
     "load": "loratool.adapter",
     "merge": "loratool.ops.merge",
@@ -44,12 +47,14 @@ __all__ = [
     "Change",
     "Checkpoint",
     "CheckpointReport",
+    "ConvertReport",
     "LoratoolError",
     "LowRankReport",
     "MergeReport",
     "Options",
     "Rule",
     "Source",
+    "convert",
     "inspect",
     "load",
     "merge",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from loratool.archs import ARCHS
+from loratool.archs.flux import FLUX1
 from loratool.archs.table import Arch, Component, Spot, plain
 from loratool.errors import LoratoolError, Unsupported
 from loratool.formats.table import Format
@@ -129,3 +131,14 @@ def as_named(modules: Iterable[Module], name: str, title: str) -> Arch:
     for module in modules:
         paths.setdefault(module.component, []).append(module.path)
     return Arch(name, title, tuple(plain(component, tuple(names)) for component, names in paths.items()))
+
+
+def example(target: Format) -> str:
+    """A key as `target` spells it, to be shown: of FLUX.1's attention, or of another model that it is for."""
+    held = [arch for arch in (FLUX1, *ARCHS) if target.holds(arch.name)]
+    if not held:
+        return target.key(target.stem(target.whole or "", "model.layers.0.self_attn.q_proj"), "down")
+    component = held[0].components[0]
+    part = next(part for link in component.links[component.stored] for part in link.parts if part.endswith(("to_q", "wq")))
+    way = route(component, Spot(DIFFUSERS, part), _prefix(component, target), component.naming(target.namings))
+    return target.key(target.stem(way.prefix, way.targets[0][0]), "down")

@@ -8,8 +8,8 @@ from loratool.archs import ARCHS
 from loratool.cli.options import json_option
 from loratool.cli.render import print_facts, print_json, print_table
 from loratool.formats.recognise import KNOWN
-from loratool.formats.table import FORMATS, Format
-from loratool.names import flat
+from loratool.formats.table import FORMATS
+from loratool.routes import example
 
 
 @click.command("formats", short_help="List the formats and the architectures that are known.")
@@ -28,24 +28,15 @@ def formats_command(as_json: bool) -> None:
         print_json(
             {
                 "formats": [
-                    {"name": row.name, "title": row.title, "alpha": row.alpha, "key": _example(row)} for row in FORMATS
+                    {"name": row.name, "title": row.title, "alpha": row.alpha, "key": example(row)} for row in FORMATS
                 ],
                 "refused": KNOWN,
                 "architectures": [{"name": arch.name, "title": arch.title} for arch in ARCHS],
             }
         )
         return
-    print_table(["format", "alpha", "key of a down factor"], [[row.name, row.alpha, _example(row)] for row in FORMATS])
+    print_table(["format", "alpha", "key of a down factor"], [[row.name, row.alpha, example(row)] for row in FORMATS])
     click.echo()
     print_table(["architecture", "name"], [[arch.name, arch.title] for arch in ARCHS])
     click.echo()
     print_facts("recognised, and refused", KNOWN.items())
-
-
-def _example(row: Format) -> str:
-    """A key as the format spells it."""
-    whole = row.denoiser is None
-    name = "" if whole else "unet"
-    prefix = row.prefix(name, place="transformer")
-    path = "model.layers.0.self_attn.q_proj" if whole else "…"
-    return row.key(prefix + (flat(path) if row.flat else path), "down")

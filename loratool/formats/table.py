@@ -136,7 +136,7 @@ FORMATS: Final[Sequence[Format]] = (
         namings=(OMI, ORIGINAL), only=(*SD[:3], "sd3-medium", "sd3.5-large", "flux1", "chroma", "pixart", "cascade"),
     ),
     replace(
-        KOHYA, name="lycoris", title="SimpleTuner / LyCORIS", denoiser="lycoris_", encoder=None, namings=(), whole="lycoris_"
+        KOHYA, name="lycoris", title="SimpleTuner / LyCORIS", denoiser="lycoris_", encoder=None, namings=()
     ),
     COMFY,
     AI_TOOLKIT,
