@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from loratool.archs import ARCHS, Component
-from loratool.archs.llm import CONV1D, is_decoder, meta, mixture
+from loratool.archs.llm import CONV1D, fused, is_decoder, meta, mixture
 from loratool.errors import LoratoolError
 from loratool.formats.prefixes import COMPONENTS, ENCODERS, WHOLE, base_component, readings
 from loratool.header import read_json
@@ -138,7 +138,7 @@ class Targets:
                 self._alias_parts(component, link, places)
             for link in (link for links in (table.links if table else {}).values() for link in links):
                 self._alias_whole(component, link, places)
-            for link in mixture(paths):
+            for link in (*mixture(paths), *fused(paths, self._heads())):
                 self._alias_parts(component, link, places)
                 self._alias_whole(component, link, places)
             for link in meta(paths):
@@ -175,6 +175,16 @@ class Targets:
         params = read_json(folder / "params.json") if (folder / "params.json").is_file() else {}
         dim, heads = params.get("dim"), params.get("n_heads")
         return dim // heads if isinstance(dim, int) and isinstance(heads, int) and heads > 0 else 0
+
+    def _heads(self) -> tuple[int, int]:
+        """Attention heads of queries, and of keys and values, by the base's config.json; (0, 0) if unknown."""
+        config = self._layout.config()
+        text = config.get("text_config", config)
+        queries = text.get("num_attention_heads") if isinstance(text, dict) else None
+        keys = text.get("num_key_value_heads", queries) if isinstance(text, dict) else None
+        if not isinstance(queries, int) or not isinstance(keys, int) or queries <= 0 or keys <= 0:
+            return 0, 0
+        return queries, keys
 
     def _changes(self, component: str, module: Module) -> set[tuple[str, str]]:
         """Prefixes (to take away, to put before) that would place `module`."""

@@ -40,6 +40,20 @@ def mixture(names: frozenset[str]) -> Iterator[Link]:
             yield fuse(expert, "gate_proj up_proj", f"{expert}.gate_up_proj")
 
 
+def fused(names: frozenset[str], heads: tuple[int, int]) -> Iterator[Link]:
+    """The stacks of q, k and v, and of gate and up, that some models have and others have apart, for a base with module
+    paths `names`. `heads` are those of queries, and of keys and values, which give a stack's ratio; (0, 0) if unknown.
+
+    Source: transformers models/phi3/modeling_phi3.py, vllm model_executor/models/llama.py (packed_modules_mapping).
+    """
+    of_queries, of_keys = heads
+    for block in sorted({name.rpartition(".")[0] for name in names if name.endswith((".q_proj", ".qkv_proj"))}):
+        if f"{block}.q_proj" in names or of_queries:
+            yield fuse(block, "q_proj k_proj v_proj", f"{block}.qkv_proj", (of_queries, of_keys, of_keys))
+    for block in sorted({name.rpartition(".")[0] for name in names if name.endswith((".gate_proj", ".gate_up_proj"))}):
+        yield fuse(block, "gate_proj up_proj", f"{block}.gate_up_proj")
+
+
 META: Final = {
     "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
     "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",

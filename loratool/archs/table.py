@@ -79,7 +79,8 @@ class Component:
 
     def find(self, path: str) -> Spot | None:
         """How the module `path`, dotted or flattened, of any naming is read; the first naming that has the name decides."""
-        flattened = flat(path)
+        # Some tools leave an underscore behind the name (ComfyUI#4347).
+        flattened = flat(path).rstrip("_")
         for naming, names in self._names.items():
             if link := names().get(flattened):
                 part = next((part for part in link.parts if flat(part) == flattened), None)
