@@ -143,3 +143,45 @@ def test_xlabs_single_blocks_change_the_first_rows_of_a_stack(tmp_path: Path) ->
     merged = load_file(tmp_path / "out.safetensors")["model.diffusion_model.single_blocks.0.linear1.weight"]
     assert torch.equal(merged[:12], torch.full((12, 8), 2.0))
     assert not merged[12:].any()
+
+
+def test_a_flux_control_lora_is_merged_and_converted_whole(tmp_path: Path) -> None:
+    """BFL's Canny and Depth: biases with LoRA, norms replaced, and an input layer of twice the width."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    layers = {"img_in": (8, 4), "double_blocks.0.img_attn.proj": (6, 8)}
+    base = {
+        f"{name}.{leaf}": drawn(*shape[:count])
+        for name, shape in layers.items()
+        for leaf, count in (("weight", 2), ("bias", 1))
+    }
+    base["double_blocks.0.img_attn.norm.query_norm.scale"] = drawn(5)
+    adapter = {}
+    for name, (rows, width) in layers.items():
+        wide = 2 * width if name == "img_in" else width
+        adapter |= {
+            f"{name}.lora_A.weight": drawn(2, wide),
+            f"{name}.lora_B.weight": drawn(rows, 2),
+            f"{name}.lora_B.bias": drawn(rows),
+        }
+    adapter["double_blocks.0.img_attn.norm.query_norm.scale"] = drawn(5)
+    save(tmp_path / "base.safetensors", base)
+    save(tmp_path / "a.safetensors", adapter)
+    convert(tmp_path / "a.safetensors", tmp_path / "kohya.safetensors", "kohya", arch="flux1")
+    convert(tmp_path / "kohya.safetensors", tmp_path / "comfy.safetensors", "comfyui", arch="flux1")
+
+    for name in ("a", "kohya", "comfy"):
+        merge(tmp_path / "base.safetensors", [tmp_path / f"{name}.safetensors"], tmp_path / f"{name}-out.safetensors")
+        merged = load_file(tmp_path / f"{name}-out.safetensors")
+        for layer in layers:
+            product = adapter[f"{layer}.lora_B.weight"] @ adapter[f"{layer}.lora_A.weight"]
+            padded = torch.nn.functional.pad(
+                base[f"{layer}.weight"], (0, product.shape[1] - base[f"{layer}.weight"].shape[1])
+            )
+            torch.testing.assert_close(merged[f"{layer}.weight"], padded + product)
+            torch.testing.assert_close(merged[f"{layer}.bias"], base[f"{layer}.bias"] + adapter[f"{layer}.lora_B.bias"])
+        norm = "double_blocks.0.img_attn.norm.query_norm.scale"
+        assert torch.equal(merged[norm], adapter[norm])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import isfinite, prod
 from typing import Any, Final
 
 from loratool.adapter import Adapter, Change
 from loratool.checkpoint import FLOATS
+from loratool.deltas import Enlarge
 from loratool.detect import detect
 from loratool.errors import LoratoolError, UnmatchedModules, Unsupported, some
 from loratool.header import BITS, TensorInfo
@@ -69,6 +70,10 @@ class TensorPlan:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * BITS[self.dtype] // 8
+
+
+CONTROL_INPUTS: Final = ("img_in", "x_embedder")
+"""FLUX's input layer in its two namings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +138,20 @@ class _Draft:
                 continue
             self.matched += 1
             stored = self._stored(places[0].tensor)
-            for name, term in terms_of(stored.shape, change, places, choice.strength_of(change.module)):
+            fitted = self._fitted(change, stored.shape)
+            for name, term in terms_of(stored.shape, fitted, places, choice.strength_of(change.module)):
                 mine.setdefault(name, []).append(term)
         for name, terms in mine.items():
             check_overlap(adapter, name, terms)
             self.terms.setdefault(name, []).extend(terms)
+
+    def _fitted(self, change: Change, base: tuple[int, ...]) -> Change:
+        """FLUX's control LoRAs see twice the channels: the base's input layer is padded with zeros first, as ComfyUI does
+        (comfy/lora.py). In a folder of diffusers a config would have to say so too, and there it stays an error."""
+        delta, inputs = change.delta, change.module.path.endswith(CONTROL_INPUTS)
+        if not inputs or delta.kind != "lora" or self.layout.is_folder or delta.shape != (base[0], 2 * base[-1]):
+            return change
+        return replace(change, delta=Enlarge(delta, delta.shape))
 
     def _as_stored(self, change: Change) -> tuple[Change, ...]:
         """The change itself, or its parts where the base stores each expert's weights by themselves."""
