@@ -157,7 +157,8 @@ def _expert_change(group: Group, parameter: str, config: PeftConfig, file: Tenso
         Change(replace(group.module, path=f"{block}.{expert}.{name}"), "weight", lora)
         for expert, lora in enumerate(delta.apart())
     ]
-    return Change(replace(group.module, path=parameter), "weight", delta, apart=tuple(apart))
+    keys = tuple(info.name for info in group.leaves.values())
+    return Change(replace(group.module, path=parameter), "weight", delta, apart=tuple(apart), keys=keys)
 
 
 def delta_of(found: Listing, module: Module, part: Part, tensors: Mapping[str, Tensor], scale: float | None) -> Delta:

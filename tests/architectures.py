@@ -121,7 +121,11 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 BEYOND: Mapping[str, tuple[str, ...]] = {
     # Image to video, and VACE, of which the models above are one variant each.
-    **dict.fromkeys(("wan-1.3b", "wan-5b"), ("add_k_proj", "add_v_proj", "norm_added_k", "image_embedder", "vace_")),
+    **dict.fromkeys(
+        ("wan-1.3b", "wan-5b"),
+        ("add_k_proj", "add_v_proj", "norm_added_k", "image_embedder", "vace_", "scale_shift_table"),
+    ),
+    "wan-14b": ("scale_shift_table",),
     # Stage C's mappers, and its scalers as a sequence.
     "cascade": ("clip_img_mapper", "clip_txt_mapper", ".blocks."),
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loratool.adapter import load
 from loratool.archs import ARCHS, Arch, Component
-from loratool.errors import AmbiguousFile, LoratoolError
+from loratool.errors import AmbiguousFile, LoratoolError, Unsupported
 from loratool.formats.table import FORMATS, Format, format_named
 from loratool.header import read_header
 from loratool.names import DIFFUSERS, Link
@@ -392,3 +392,35 @@ def test_to_lora_and_to_a_format_at_once(tmp_path: Path, run: Run) -> None:
     assert done.returncode == 0, done.stderr
     assert "leaving out 0.00% of their ΔW" in done.stdout
     assert len(load_file(tmp_path / "b.safetensors")) == 6
+
+
+def test_what_only_peft_can_hold_stays_with_peft(tmp_path: Path) -> None:
+    """Stacked experts (target_parameters): copied into another PEFT folder, refused elsewhere."""
+    (tmp_path / "a").mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_parameters": ["mlp.experts.down_proj"]}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    stem = "base_model.model.model.layers.0.mlp.experts"
+    tensors = {f"{stem}.lora_A.weight": torch.ones(8, 6), f"{stem}.lora_B.weight": torch.ones(5, 8)}
+    save(tmp_path / "a" / "adapter_model.safetensors", tensors)
+
+    convert(tmp_path / "a", tmp_path / "b", "peft")
+
+    assert load_file(tmp_path / "b" / "adapter_model.safetensors").keys() == tensors.keys()
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text()) == config
+    with pytest.raises(Unsupported, match="target_parameters"):
+        convert(tmp_path / "a", tmp_path / "c.safetensors", "peft-file")
+
+
+def test_a_lokr_that_cannot_be_cut_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    """Blocks of 8 rows do not end where parts of 4 do."""
+    tensors = {f"{FLUX_QKV}.lokr_w1": torch.randn(3, 2), f"{FLUX_QKV}.lokr_w2": torch.randn(4, 4)}
+    save(tmp_path / "good.safetensors", tensors)
+    save(tmp_path / "bad.safetensors", {f"{FLUX_QKV}.lokr_w1": torch.randn(2, 2), f"{FLUX_QKV}.lokr_w2": torch.randn(6, 4)})
+
+    assert convert(tmp_path / "good.safetensors", tmp_path / "b.safetensors", "onetrainer", arch="flux1").after == 3
+    back = convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya", arch="flux1")
+    with pytest.raises(Unsupported, match="--to-lora"):
+        convert(tmp_path / "bad.safetensors", tmp_path / "d.safetensors", "onetrainer", arch="flux1")
+
+    assert back.difference == 0
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(tmp_path / "c.safetensors").items())

@@ -17,6 +17,7 @@ TOP = {
     "patch_embedding": "patch_embedding",
     "vace_patch_embedding": "vace_patch_embedding",
     "proj_out": "head.head",
+    "scale_shift_table": "head.modulation",
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
     "condition_embedder.time_embedder.linear_2": "time_embedding.2",
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
@@ -29,7 +30,7 @@ TOP = {
 }
 ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
 IMAGE = {"add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img"}
-REST = {"norm2": "norm3", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}
+REST = {"scale_shift_table": "modulation", "norm2": "norm3", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}
 
 
 def wan(blocks: int, vace: int) -> Iterator[Link]:

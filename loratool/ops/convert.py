@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter import Adapter, Unsaid, load
+from loratool.checkpoint import TensorFile
 from loratool.errors import Unsupported
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.peft import CONFIG_NAME, METADATA_KEY
+from loratool.formats.reading import locate
 from loratool.formats.table import FOLDED, METADATA, Format, format_named
-from loratool.header import read_json
+from loratool.header import read_header, read_json
 from loratool.ops.checking import compared
 from loratool.ops.choosing import Wanted, choose
 from loratool.ops.low_rank import Converted, Rule, error_of, lower
 from loratool.ops.renaming import renamed
-from loratool.ops.saving import Contents, as_they_were, before, write
+from loratool.ops.saving import Contents, before, write
 from loratool.ops.spelling import Spelled, lora_config, spelled
 
 STALE: Final = ("modelspec.hash_sha256", METADATA_KEY)
@@ -70,7 +72,7 @@ def convert(
     converted: list[Converted] = []
     if rule is not None:
         adapter, converted, _ = lower(adapter, rule, base=base)
-    elif target.folder and (adapter.path / CONFIG_NAME).exists():
+    elif target.folder and (adapter.path / CONFIG_NAME).exists() and locate(adapter.path)[0].suffix == ".safetensors":
         return _copied(adapter, target, out, overwrite=overwrite)
     found, ways = choose(adapter, target, Wanted(arch, source, Path(base) if base else None))
     moved = renamed(adapter.changes, ways)
@@ -101,7 +103,10 @@ def convert(
 
 def _copied(adapter: Adapter, target: Format, out: Path, *, overwrite: bool) -> ConvertReport:
     """A PEFT folder as a PEFT folder: all its tensors and its config, whatever its kind."""
-    contents = Contents(as_they_were(adapter, adapter.changes), adapter.metadata, read_json(adapter.path / CONFIG_NAME))
+    header = read_header(locate(adapter.path)[0])
+    with TensorFile(header) as file:
+        tensors = {name: file.read(info) for name, info in header.tensors.items()}
+    contents = Contents(tensors, adapter.metadata, read_json(adapter.path / CONFIG_NAME))
     nbytes = write(contents, adapter.path, out, overwrite=overwrite)
     count = len({change.module for change in adapter.changes})
     return ConvertReport(

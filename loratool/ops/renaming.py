@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -46,8 +47,10 @@ def renamed(changes: Sequence[Change], ways: Mapping[Module, Route]) -> list[Mov
     moved: list[Moved] = []
     pieces: list[_Piece] = []
     for change in changes:
+        if change.apart:
+            raise Unsupported(f"{change}: is a LoRA on stacked experts, which only PEFT's target_parameters can hold")
         route = ways[change.module]
-        with about(change):
+        with _explained(change):
             if route.renames:
                 delta = exchanged(change.delta) if route.swapped else change.delta
                 moved.append(Moved(route.prefix, route.targets[0][0], change.parameter, delta, (change,)))
@@ -70,6 +73,10 @@ def _apart(change: Change, route: Route) -> list[tuple[str, Delta]]:
     if link is None or len(link.parts) == 1:
         return [(route.read.parts[0], exchanged(change.delta) if link and link.swapped else change.delta)]
     whole = cut(change.delta, link.sizes)
+    if any(part.kind != change.delta.kind for part in whole):
+        raise Unsupported(
+            f"a {change.delta.kind} whose blocks do not end where the parts do can be cut only as a dense difference"
+        )
     trimmed = [part.trimmed() for part in whole]
     if not any(trimmed):
         return list(zip(link.parts, whole, strict=True))
@@ -87,6 +94,18 @@ def cut(delta: Delta, sizes: Sequence[int]) -> list[Delta]:
     return delta.split([size * unit for size in sizes])
 
 
+@contextmanager
+def _explained(what: object) -> Iterator[None]:
+    """Says what an error is about, and what can be done where a delta has no exact form."""
+    try:
+        with about(what):
+            yield
+    except Unsupported as error:
+        raise Unsupported(
+            f"{error}; --to-lora, with --base where its kind needs it, makes a LoRA of it, which can be cut and stacked"
+        ) from error
+
+
 def exchanged(delta: Delta) -> Delta:
     """`delta` with the two halves of its output in the opposite order."""
     return stack(cut(delta, (1, 1))[::-1])
@@ -96,7 +115,7 @@ def _stacked(pieces: Sequence[_Piece]) -> Moved:
     """The delta of a module that is made of several, with nothing in the place of those that are not changed."""
     first, link = pieces[0], pieces[0].link
     deltas = {piece.part: piece.delta for piece in pieces}
-    with about(f"{link.whole}, made of {', '.join(str(piece.change.module) for piece in pieces)}"):
+    with _explained(f"{link.whole}, made of {', '.join(str(piece.change.module) for piece in pieces)}"):
         if len(deltas) < len(pieces):
             raise Unsupported("two deltas of one kind on the same part")
         unit = first.delta.shape[0] // link.sizes[link.parts.index(first.part)]

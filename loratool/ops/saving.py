@@ -124,8 +124,8 @@ def kohya_metadata(metadata: Mapping[str, str], ranks: Sequence[int]) -> Iterato
 
 def before(adapter: Adapter) -> dict[str, Any]:
     """What the source's config says that a conversion does not change."""
-    config = adapter.path / CONFIG_NAME
-    document = read_json(config) if adapter.path.is_dir() and config.exists() else {}
+    config = locate(adapter.path)[1]
+    document = read_json(config) if config else {}
     return {key: document[key] for key in CARRIED if key in document}
 
 
