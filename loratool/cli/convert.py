@@ -33,14 +33,10 @@ an_arch = click.Choice([arch.name for arch in ARCHS])
 
 
 @click.command("convert", short_help="Write an adapter in another format, or any kind as LoRA.")
-@click.option(
-    "--to", type=click.Choice([row.name for row in FORMATS]), help="Format to write; `loratool formats` lists them."
-)
+@click.option("--to", type=a_format, metavar="FORMAT", help="Format to write; `loratool formats` lists them.")
 @click.option("--to-lora", is_flag=True, help="Write LoHa, LoKr, DoRA, OFT … as LoRA, and print the error.")
-@click.option("--arch", type=click.Choice([arch.name for arch in ARCHS]), help="Base architecture, where it is not clear.")
-@click.option(
-    "--from", "source", type=click.Choice([row.name for row in FORMATS]), help="Format of ADAPTER, where not clear."
-)
+@click.option("--arch", type=an_arch, metavar="NAME", help="Base architecture, where the names fit several.")
+@click.option("--from", "source", type=a_format, metavar="FORMAT", help="Format of ADAPTER, where it is not clear.")
 @pickle_option
 @rank_options
 def convert_command(adapter: Path, to: str | None, to_lora: bool, out: Path, **options: Any) -> None:
