@@ -85,12 +85,17 @@ def _longest(arch: Arch, said: str) -> int:
     return max((len(version) for version in arch.versions if said.startswith(version)), default=0)
 
 
+def is_language_model(modules: Sequence[Module]) -> bool:
+    """Whether `modules` are those of a decoder-only language model, in Hugging Face's names or in Meta's."""
+    paths = [module.path for module in modules]
+    return all(module.component == WHOLE for module in modules) and (all(map(is_decoder, paths)) or is_meta(paths))
+
+
 def _language_model(modules: Sequence[Module]) -> Verdict | None:
-    if all(module.component == WHOLE and is_decoder(module.path) for module in modules):
-        return Verdict("llm", DECODER, f"all {len(modules)} modules are named as Hugging Face names a decoder's")
-    if all(module.component == WHOLE for module in modules) and is_meta(module.path for module in modules):
-        return Verdict("llm", DECODER, f"all {len(modules)} modules are named as Meta's Llama names them")
-    return None
+    if not is_language_model(modules):
+        return None
+    whose = "Meta's Llama names them" if is_meta(module.path for module in modules) else "Hugging Face names a decoder's"
+    return Verdict("llm", DECODER, f"all {len(modules)} modules are named as {whose}")
 
 
 def _unknown(complete: Sequence[Arch], modules: Sequence[Module]) -> Verdict:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from loratool.archs.table import Arch, Component
 from loratool.archs.text import language_model
 from loratool.formats.prefixes import UNET
-from loratool.names import ORIGINAL, Link, fuse, rename, same
+from loratool.names import DIFFUSERS, KOHYA, ORIGINAL, Link, fuse, rename, same
 
 REFINERS = (("noise_refiner", 2), ("context_refiner", 2))
 
@@ -83,7 +83,8 @@ Z_IMAGE = Arch(
     "z-image",
     "Z-Image",
     (
-        Component(UNET, {ORIGINAL: z_image}, {"attention.to_q": 3840, "feed_forward.w1": 3840}),
+        # musubi trains diffusers' modules, and has a converter for ComfyUI (networks/convert_z_image_lora_to_comfy.py).
+        Component(UNET, {ORIGINAL: z_image}, {"attention.to_q": 3840, "feed_forward.w1": 3840}, same={KOHYA: DIFFUSERS}),
         language_model("qwen3_4b", 36, 2560),
     ),
     ("zimage", "z_image", "z-image"),

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from loratool.adapter import Adapter
 from loratool.archs import ARCHS, Arch
-from loratool.archs.llm import is_decoder, is_meta
 from loratool.deltas import ANY
-from loratool.detect import fits, inputs_of, named_like, narrowed
+from loratool.detect import fits, inputs_of, is_language_model, named_like, narrowed
 from loratool.errors import AmbiguousFile, LoratoolError, Unsupported, some
 from loratool.formats.leaves import CONTAINER
-from loratool.formats.prefixes import UNET, WHOLE
+from loratool.formats.prefixes import UNET
 from loratool.formats.table import LLM, Format, format_named
 from loratool.layout import open_layout
 from loratool.names import ORIGINAL, Module
@@ -64,6 +63,8 @@ def choose(adapter: Adapter, target: Format, wanted: Wanted) -> tuple[Arch, dict
 def _candidates(adapter: Adapter, modules: Sequence[Module], target: Format, wanted: Wanted) -> list[Arch]:
     if wanted.arch:
         found = [next(arch for arch in ARCHS if arch.name == wanted.arch)]
+    elif is_language_model(modules):
+        found = [as_named(modules, LLM, "a language model")]
     elif wanted.base:
         found = _of_base(wanted.base, target)
     else:
@@ -81,13 +82,13 @@ def _candidates(adapter: Adapter, modules: Sequence[Module], target: Format, wan
 
 def _explaining(adapter: Adapter, modules: Sequence[Module], target: Format) -> list[Arch]:
     """What explains the names: by shapes too, where any does."""
-    if all(module.component == WHOLE for module in modules):
-        paths = [module.path for module in modules]
-        if all(map(is_decoder, paths)) or is_meta(paths):
-            return [as_named(modules, LLM, "a language model")]
     inputs = [(change.module, _width(change.delta.shape)) for change in adapter.changes]
-    found = fits(inputs, adapter.metadata) or narrowed(named_like(modules), inputs, adapter.metadata)[0]
-    return found or [_without_table(modules, target)]
+    if fitting := fits(inputs, adapter.metadata):
+        return fitting
+    named = narrowed(named_like(modules), inputs, adapter.metadata)[0]
+    return [replace(arch, title=f"{arch.title} by its names, not by its shapes") for arch in named] or [
+        _without_table(modules, target)
+    ]
 
 
 def _width(shape: tuple[int, ...]) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -83,21 +83,24 @@ def convert(
         differences.append(compared(adapter, load(written), ways, target))
 
     nbytes = write(_contents(adapter, target, result), adapter.path, out, overwrite=overwrite, check=check)
-    cut = sum(len(way.read.parts) > 1 and not way.renames for way in ways.values())
-    return ConvertReport(
-        out=str(out),
-        format=target.title,
+    report = _report(adapter, target, out, nbytes)
+    return replace(
+        report,
         arch=found.title,
-        before=len(ways),
         after=len({(item.prefix, item.path) for item in moved}),
-        cut=cut,
+        cut=sum(len(way.read.parts) > 1 and not way.renames for way in ways.values()),
         stacked=sum(len(item.sources) > 1 for item in moved),
-        alpha=target.alpha,
         difference=max(differences),
-        nbytes=nbytes,
         lowered=tuple(converted),
         error=error_of(converted),
-        warnings=adapter.notes,
+    )
+
+
+def _report(adapter: Adapter, target: Format, out: Path, nbytes: int) -> ConvertReport:
+    """Of a conversion that changed nothing."""
+    count = len({change.module for change in adapter.changes})
+    return ConvertReport(
+        str(out), target.title, "any model", count, count, 0, 0, target.alpha, 0.0, nbytes, warnings=adapter.notes
     )
 
 
@@ -107,11 +110,7 @@ def _copied(adapter: Adapter, target: Format, out: Path, *, overwrite: bool) -> 
     with TensorFile(header) as file:
         tensors = {name: file.read(info) for name, info in header.tensors.items()}
     contents = Contents(tensors, adapter.metadata, read_json(adapter.path / CONFIG_NAME))
-    nbytes = write(contents, adapter.path, out, overwrite=overwrite)
-    count = len({change.module for change in adapter.changes})
-    return ConvertReport(
-        str(out), target.title, "any", count, count, 0, 0, target.alpha, 0.0, nbytes, warnings=adapter.notes
-    )
+    return _report(adapter, target, out, write(contents, adapter.path, out, overwrite=overwrite))
 
 
 def _contents(adapter: Adapter, target: Format, result: Spelled) -> Contents:

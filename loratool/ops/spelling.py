@@ -3,7 +3,7 @@ keeps one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,14 +85,6 @@ def _alpha(item: Moved, delta: Delta, part: Part, adapter: Adapter) -> Tensor | 
     exact = torch.tensor(delta.scale * part.rank, dtype=torch.float64)
     narrow = exact.to(stored[0].dtype if stored else next(iter(delta.leaves().values())).dtype)
     return narrow if narrow.double() == exact else exact.float()
-
-
-def metadata_config(result: Spelled) -> Iterator[tuple[str, Mapping[str, object]]]:
-    """The config of each component's LoRA, by its prefix."""
-    for prefix in dict.fromkeys(prefix for prefix, _ in result.ranks):
-        ranks = {path: rank for (of, path), rank in result.ranks.items() if of == prefix}
-        scales = {path: result.scales[prefix, path] for path in ranks}
-        yield prefix, lora_config(ranks, scales)
 
 
 def lora_config(ranks: Mapping[str, int], scales: Mapping[str, float | None]) -> dict[str, object]:
