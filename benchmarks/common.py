@@ -89,16 +89,12 @@ def peft_adapter(folder: Path, base: Path, rank: int = 16) -> Path:
 
 def sdxl(path: Path, lora: Path, rank: int) -> tuple[Path, Path]:
     """An SDXL-shaped fp16 U-Net in one file under diffusers' names, and a kohya adapter for it, convolutions included."""
-    from diffusers import UNet2DConditionModel
-
-    from fixtures.make import FULL_SIZE
+    from tests.architectures import shapes as real_shapes
     from tests.models import linear_shapes
 
-    with torch.device("meta"):
-        shapes = {
-            name: tuple(tensor.shape) for name, tensor in UNet2DConditionModel(**FULL_SIZE["sdxl"]).state_dict().items()
-        }
-        wanted = linear_shapes({name: torch.empty(shape) for name, shape in shapes.items()}, "lora_unet_", conv=True)
+    shapes = real_shapes("sdxl")
+    on_meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    wanted = linear_shapes(on_meta, "lora_unet_", conv=True)
     save_file({name: noise(shape, torch.float16) for name, shape in shapes.items()}, path)
     tensors: Tensors = {}
     for stem, shape in wanted.items():
@@ -107,6 +103,20 @@ def sdxl(path: Path, lora: Path, rank: int) -> tuple[Path, Path]:
         tensors[f"{stem}.lora_up.weight"] = noise((shape[0], rank, *ones), torch.float16)
     save_file(tensors, lora)
     return path, lora
+
+
+def flux(path: Path, rank: int) -> Path:
+    """A LoRA in bf16 on every linear layer of FLUX.1's blocks, under diffusers' names, with factors of its own for each."""
+    from tests.architectures import shapes
+
+    tensors: Tensors = {}
+    for name, shape in shapes("flux1").items():
+        if name.endswith(".weight") and len(shape) == 2 and "blocks." in name:
+            stem = f"transformer.{name.removesuffix('.weight')}"
+            tensors[f"{stem}.lora_A.weight"] = noise((rank, shape[1]), torch.bfloat16)
+            tensors[f"{stem}.lora_B.weight"] = noise((shape[0], rank), torch.bfloat16)
+    save_file(tensors, path)
+    return path
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -59,7 +59,8 @@ def _brought_back(change: Change, way: Route, target: Format, found: Mapping[Key
         piece = found.get(_key(target.stem(way.prefix, path), change.parameter, change.delta))
         if piece and link:
             piece = exchanged(piece) if link.swapped else piece
-            piece = cut(piece, link.sizes)[link.parts.index(part)]
+            # Without the ranks of the other parts it is the source's own factors again, which are compared as bytes.
+            piece = cut(piece, link.sizes)[link.parts.index(part)].trimmed()
         pieces.append(piece)
     link = way.read.link
     if link is None or len(link.parts) == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from loratool.errors import LoratoolError, Unsupported, about
 from loratool.formats.table import FOLDED, TENSOR, Format
 from loratool.ops.renaming import Moved
 from loratool.schema import Part, explain
+
+NO_LORA: Final = frozenset({"replace", "tokens", "lora bias"})
+"""Kinds that no LoRA can stand for: values that are put in a weight's place, and changes of a bias."""
 
 
 @dataclass(slots=True)
@@ -38,7 +42,9 @@ def spelled(moved: Sequence[Moved], target: Format, adapter: Adapter) -> Spelled
         with about(" + ".join(str(source) for source in item.sources)):
             delta = _fitting(item, target)
             part = _part(delta)
-            if target.alpha == FOLDED or (part.rank is None and delta.scale is not None):
+            # An alpha beside factors without a rank is ignored; PEFT's bias shares that of its module's factors.
+            unheld = part.rank is None and part.kind.name != "lora bias"
+            if target.alpha == FOLDED or unheld:
                 delta = delta.folded()
             named = {target.key(stem, leaf): tensor for leaf, tensor in delta.leaves().items()}
             if target.alpha == TENSOR and (alpha := _alpha(item, delta, part, adapter)) is not None:
@@ -59,10 +65,9 @@ def _fitting(item: Moved, target: Format) -> Delta:
     """The first form of a delta that the format has a place for."""
     forms = [form for form in item.delta.forms() if form.leaves().keys() <= target.leaves.keys()]
     if not forms:
-        raise Unsupported(
-            f"{target.title} has no place for a delta of kind {_part(item.delta).label}"
-            "; --to-lora makes a LoRA of it, or another format may have one (`loratool formats`)"
-        )
+        label = _part(item.delta).label
+        way_out = "merge it" if label in NO_LORA else "--to-lora makes a LoRA of it"
+        raise Unsupported(f"{target.title} has no place for a delta of kind {label}; {way_out}, or choose another format")
     # PEFT looks for an embedding's factors under names of their own.
     embedding = is_embedding(item.path) and "embedding_up" in target.leaves
     return next((form for form in forms if embedding == (form.kind == "embedding")), forms[0])

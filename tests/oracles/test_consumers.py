@@ -221,6 +221,23 @@ def test_peft_takes_a_language_models_adapter_that_was_converted(tmp_path: Path)
             torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-6)
 
 
+def test_peft_takes_biases_of_lora_that_went_through_another_format(tmp_path: Path) -> None:
+    """lora_B.bias shares its module's scale; kohya's formats have a difference of the bias in its place."""
+    from peft import PeftModel
+
+    wrapped = peft_adapter(
+        llm("qwen2"), tmp_path / "a", r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], lora_bias=True
+    )
+    expected = wrapped.merge_and_unload().state_dict()
+    convert(tmp_path / "a", tmp_path / "b.safetensors", "peft-file")
+    convert(tmp_path / "b.safetensors", tmp_path / "c", "peft")
+
+    merged = PeftModel.from_pretrained(llm("qwen2"), tmp_path / "c").merge_and_unload().state_dict()
+
+    for name, tensor in expected.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("projection", [False, True])
 def test_peft_takes_a_text_encoders_adapter_that_was_kohyas(projection: bool, tmp_path: Path) -> None:
     from peft import PeftModel
