@@ -12,8 +12,9 @@ from torch import Tensor
 
 from loratool.checkpoint import FLOATS, TensorFile
 from loratool.deltas import IA3, KINDS, Delta, DoRA, Enlarge, ExpertLoRA, InputOFT, LoRALib, TokenRows
+from loratool.detect import is_language_model
 from loratool.errors import InvalidAdapter, NonFinite, Unsupported, about, some
-from loratool.formats.peft import PeftConfig
+from loratool.formats.peft import CONFIG_NAME, PeftConfig
 from loratool.formats.reading import Group, Listing, listing, locate, read_listing, require_adapter
 from loratool.header import TensorInfo
 from loratool.names import Module
@@ -90,6 +91,8 @@ def _load(found: Listing, unsaid: Unsaid) -> Adapter:
     if unsaid.alpha is not None and not found.configs:
         found = replace(found, configs={"": PeftConfig("--alpha", alpha=unsaid.alpha)})
     require_adapter(found)
+    if found.lacks_config and is_language_model([group.module for group in found.groups]):
+        raise InvalidAdapter(f"{found.path}: {CONFIG_NAME} is missing, so the scale is unknown; put it beside the tensors")
     alphas = found.alphas()
     changes: list[Change] = []
     with TensorFile(found.header) as file:
@@ -99,12 +102,14 @@ def _load(found: Listing, unsaid: Unsaid) -> Adapter:
         passengers = {name: file.read(found.header.tensors[name]) for name in found.passengers}
         stored = {name: file.read(found.header.tensors[name]) for name in alphas}
     tied = any(config.tied for config in found.configs.values())
-    notes = tuple(f"{found.path}: {note}" for note in _assumed(changes, unsaid))
+    notes = tuple(f"{found.path}: {note}" for note in _assumed(found, changes, unsaid))
     return Adapter(found.path, tuple(changes), found.header.metadata, tied, passengers, stored, notes)
 
 
-def _assumed(changes: list[Change], unsaid: Unsaid) -> Iterator[str]:
+def _assumed(found: Listing, changes: list[Change], unsaid: Unsaid) -> Iterator[str]:
     """What was taken for granted because neither the file nor the user says it, and modules that come to nothing."""
+    if found.lacks_config:
+        yield f"has PEFT's names without {CONFIG_NAME}; its scale is taken to be 1 (--alpha says otherwise)"
     nothing = [str(change) for change in changes if change.zero]
     if nothing:
         yield f"{len(nothing)} of {len(changes)} modules change nothing, being zero: {some(nothing)}"

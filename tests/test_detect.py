@@ -12,7 +12,7 @@ from torch import Tensor
 from loratool import inspect, merge
 from loratool.adapter import load
 from loratool.archs import ARCHS
-from loratool.errors import Unsupported
+from loratool.errors import InvalidAdapter, Unsupported
 from loratool.ops.convert import convert
 from loratool.ops.inspect import AdapterReport
 from tests.architectures import shapes
@@ -128,6 +128,44 @@ def test_ai_toolkits_lone_factors_are_whole_differences(tmp_path: Path) -> None:
     report = inspect(path)
     assert isinstance(report, AdapterReport)
     assert report.trainer == "ai-toolkit"
+
+
+def test_a_distilled_wan_keeps_its_biases_norms_and_modulation(tmp_path: Path) -> None:
+    """As lightx2v publishes it: LoRA, and differences of whatever else changed (ComfyUI#8922)."""
+    block = "diffusion_model.blocks.0"
+    tensors = pair(f"{block}.cross_attn.k") | {
+        f"{block}.cross_attn.k.diff_b": torch.ones(12),
+        f"{block}.cross_attn.norm_k.diff": torch.ones(12),
+        f"{block}.norm3.diff": torch.ones(8),
+        f"{block}.norm3.diff_b": torch.ones(8),
+        f"{block}.diff_m": torch.ones(1, 6, 8),
+    }
+    save(tmp_path / "a.safetensors", tensors)
+    prefix = "model.diffusion_model.blocks.0"
+    shapes = {"cross_attn.k.weight": (12, 8), "cross_attn.k.bias": (12,), "cross_attn.norm_k.weight": (12,),
+              "norm3.weight": (8,), "norm3.bias": (8,), "modulation": (1, 6, 8)}  # fmt: skip
+    save(tmp_path / "base.safetensors", {f"{prefix}.{name}": torch.zeros(shape) for name, shape in shapes.items()})
+
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "onetrainer", arch="wan-14b")
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "comfyui", arch="wan-14b")
+    merge(tmp_path / "base.safetensors", [tmp_path / "c.safetensors"], tmp_path / "out.safetensors")
+
+    assert f"{block}.diff_m" in load_file(tmp_path / "c.safetensors")
+    merged = load_file(tmp_path / "out.safetensors")
+    assert all(bool(tensor.all()) for tensor in merged.values())
+
+
+def test_peft_names_without_a_config_are_read_where_they_are_no_language_models(tmp_path: Path) -> None:
+    """fal's and ai-toolkit's files for FLUX and Krea; the scale of a language model's is anybody's guess."""
+    flux = pair("base_model.model.double_blocks.0.img_attn.qkv", "lora_A.weight", "lora_B.weight")
+    llama = pair("base_model.model.model.layers.0.self_attn.q_proj", "lora_A.weight", "lora_B.weight")
+
+    convert(save(tmp_path / "a.safetensors", flux), tmp_path / "b.safetensors", "comfyui", arch="flux1")
+
+    assert "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight" in load_file(tmp_path / "b.safetensors")
+    assert any("scale is taken to be 1" in note for note in load(tmp_path / "a.safetensors").notes)
+    with pytest.raises(InvalidAdapter, match=r"config\.json is missing"):
+        load(save(tmp_path / "c.safetensors", llama))
 
 
 def test_xlabs_single_blocks_change_the_first_rows_of_a_stack(tmp_path: Path) -> None:

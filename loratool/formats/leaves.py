@@ -98,6 +98,8 @@ _XLABS = re.compile(r"(.*\.processor\.(?:qkv|proj)_lora[12]?)\.(down|up)\.weight
 """XLabs' attention processors for FLUX."""
 _NORM = re.compile(r"(.*\.norm\.(?:query|key)_norm)\.scale")
 """BFL's control LoRAs hold the weights of these norms, as the model itself calls them."""
+_MODULATION = re.compile(r"(.*)\.diff_m")
+"""A difference of a Wan block's raw parameter `modulation` (ComfyUI#8922)."""
 _HALF_EXPORTED = re.compile(r"(.*)_lora\.(down|up)\.weight")
 """diffusers' --output_kohya_format left these in files with a text encoder."""
 
@@ -118,6 +120,8 @@ def spelled(key: str) -> Spelled | None:
         return Spelled(f"{found[1]}.{module}", found[3], DIFFUSERS_OLD)
     if found := _XLABS.fullmatch(key):
         return Spelled(found[1], found[2], XLABS)
+    if found := _MODULATION.fullmatch(key):
+        return Spelled(f"{found[1]}{'.' if '.' in found[1] else '_'}modulation", "diff", LYCORIS)
     if found := _NORM.fullmatch(key):
         return Spelled(found[1], "scale", PEFT)
     named = _NAMED.fullmatch(key)

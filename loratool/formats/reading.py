@@ -71,6 +71,11 @@ class Listing:
         return dict(read_scalars(self.header, infos))
 
     @property
+    def lacks_config(self) -> bool:
+        """Whether its names are PEFT's, whose scale stands in a config, and there is none."""
+        return not self.configs and any(group.module.stem.startswith(CONTAINER) for group in self.groups)
+
+    @property
     def prefix_counts(self) -> Counter[str]:
         return Counter(_prefix(group.module.stem) for group in self.groups)
 
@@ -168,9 +173,6 @@ def require_adapter(found: Listing) -> None:
             f"{name}: {count} of {len(found.header.tensors)} tensors are not explained by any kind of delta, "
             f"the first is {first!r}; `loratool inspect` lists them"
         )
-    container = any(group.module.stem.startswith(CONTAINER) for group in found.groups)
-    if container and not found.configs:
-        raise InvalidAdapter(f"{name}: {CONFIG_NAME} is missing, so the scale is unknown; put it beside the tensors")
 
 
 def _configs(header: Header, config: Path | None, groups: tuple[Group, ...]) -> Mapping[str, PeftConfig]:

@@ -97,6 +97,8 @@ def _short(encoder: str, spelling: Format) -> str:
 SD: Final = ("sd1", "sd2", "sdxl", "sdxl-refiner", "ssd-1b", "vega")
 WAN: Final = ("wan-1.3b", "wan-5b", "wan-14b")
 
+MODULATION: Final = ((r"[._]modulation\.diff$", ".diff_m"),)
+"""The difference of a Wan block's raw parameter, as those who distil it write it (ComfyUI#8922)."""
 PROCESSORS: Final = (
     (r"\.(to_[qkv]|to_out)(?:\.0)?\.lora\.(down|up)\.", r".processor.\1_lora.\2."),
     (r"^(text_encoder.*)\.lora\.(down|up)\.", r"\1.lora_linear_layer.\2."),
@@ -112,6 +114,7 @@ KOHYA: Final = Format(
     leaves.KOHYA,
     TENSOR,
     namings=(KOHYA_NAMES, ORIGINAL),
+    rewrites=MODULATION,
     flat=True,
 )
 DIFFUSERS_FORMAT: Final = Format(
@@ -119,7 +122,7 @@ DIFFUSERS_FORMAT: Final = Format(
 )
 COMFY: Final = Format(
     "comfyui", "ComfyUI", "diffusion_model.", "text_encoders.{encoder}.transformer.", leaves.COMFY_LEAVES, leaves.PEFT,
-    TENSOR, namings=(COMFYUI, ORIGINAL),
+    TENSOR, namings=(COMFYUI, ORIGINAL), rewrites=MODULATION,
 )  # fmt: skip
 AI_TOOLKIT: Final = replace(COMFY, name="ai-toolkit", title="ai-toolkit", encoder=None, alpha=FOLDED, namings=(ORIGINAL,))
 PEFT_FOLDER: Final = Format(

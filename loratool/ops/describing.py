@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from loratool.archs import ARCHS, Arch
-from loratool.detect import Verdict, named_like
+from loratool.detect import Verdict, is_language_model, named_like
 from loratool.errors import some
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.reading import Listing
@@ -95,8 +95,9 @@ def suspicions(found: Listing) -> list[str]:
     dtypes = {info.dtype for leaf, info in leaves_of(found) if leaf != "alpha"}
     if len(dtypes) > 1:
         odd.append(f"mixed dtypes: {', '.join(sorted(dtypes))}")
-    if found.groups[0].module.stem.startswith(CONTAINER) and not found.configs:
-        odd.append("adapter_config.json is missing: the scale is unknown")
+    if found.lacks_config:
+        unknown = is_language_model([group.module for group in found.groups])
+        odd.append(f"adapter_config.json is missing: the scale is {'unknown' if unknown else 'taken to be 1'}")
     return odd
 
 
