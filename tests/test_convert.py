@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loratool.adapter import load
 from loratool.archs import ARCHS, Arch, Component
-from loratool.errors import AmbiguousFile, LoratoolError, Unsupported
+from loratool.errors import AmbiguousFile, LoratoolError, OutputError, Unsupported
 from loratool.formats.table import FORMATS, Format, format_named
 from loratool.header import read_header
 from loratool.names import DIFFUSERS, Link
@@ -175,6 +175,7 @@ ENCODER_STEMS = {
     "sd3-medium": "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
     "flux1": "lora_te3_encoder_block_23_layer_1_DenseReluDense_wi_0",
     "lumina2": "lora_te_layers_0_self_attn_q_proj",
+    "anima": "lora_unet_llm_adapter_blocks_0_self_attn_q_proj",
 }
 ENCODER_NAMES = {
     ("sd1", "diffusers"): "text_encoder.text_model.encoder.layers.0.mlp.fc1",
@@ -182,6 +183,8 @@ ENCODER_NAMES = {
     ("sd3-medium", "diffusers"): "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q",
     ("flux1", "diffusers"): "text_encoder_2.encoder.block.23.layer.1.DenseReluDense.wi_0",
     ("lumina2", "diffusers"): "text_encoder.layers.0.self_attn.q_proj",
+    ("anima", "diffusers"): "text_conditioner.blocks.0.self_attn.q_proj",
+    ("anima", "comfyui"): "diffusion_model.llm_adapter.blocks.0.self_attn.q_proj",
     ("sd1", "comfyui"): "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
     ("sdxl", "comfyui"): "text_encoders.clip_g.transformer.text_model.encoder.layers.31.self_attn.q_proj",
     ("sd3-medium", "comfyui"): "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
@@ -424,3 +427,8 @@ def test_a_lokr_that_cannot_be_cut_is_refused_with_a_way_out(tmp_path: Path) -> 
 
     assert back.difference == 0
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(tmp_path / "c.safetensors").items())
+
+
+def test_a_folder_is_not_written_under_a_files_name(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="peft-file"):
+        convert(FIXTURES / "llama-lora", tmp_path / "a.safetensors", "peft")

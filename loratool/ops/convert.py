@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from loratool.adapter import Adapter, Unsaid, load
 from loratool.checkpoint import TensorFile
-from loratool.errors import Unsupported
+from loratool.errors import OutputError, Unsupported
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.peft import CONFIG_NAME, METADATA_KEY
 from loratool.formats.reading import locate
@@ -69,6 +69,8 @@ def convert(
     """
     adapter, target = load(path, allow_pickle=allow_pickle, unsaid=unsaid), format_named(to)
     out = Path(out).expanduser()
+    if target.folder and out.suffix == ".safetensors":
+        raise OutputError(f"{out}: {target.title} is a folder; name one, or write a single file with --to peft-file")
     converted: list[Converted] = []
     if rule is not None:
         adapter, converted, _ = lower(adapter, rule, base=base)
