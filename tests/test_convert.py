@@ -432,3 +432,16 @@ def test_a_lokr_that_cannot_be_cut_is_refused_with_a_way_out(tmp_path: Path) -> 
 def test_a_folder_is_not_written_under_a_files_name(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="peft-file"):
         convert(FIXTURES / "llama-lora", tmp_path / "a.safetensors", "peft")
+
+
+def test_the_constraint_of_an_orthogonal_delta_is_kept_where_alphas_are_folded(tmp_path: Path) -> None:
+    stem = "lora_unet_double_blocks_0_img_attn_proj"
+    blocks = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0))
+    source = save(tmp_path / "a.safetensors", {f"{stem}.oft_blocks": blocks, f"{stem}.alpha": torch.tensor(1e-3)})
+
+    report = convert(source, tmp_path / "b.safetensors", "ai-toolkit", arch="flux1")
+
+    assert report.difference == 0
+    assert float(
+        load_file(tmp_path / "b.safetensors")["diffusion_model.double_blocks.0.img_attn.proj.alpha"]
+    ) == pytest.approx(1e-3)

@@ -47,7 +47,9 @@ def spelled(moved: Sequence[Moved], target: Format, adapter: Adapter) -> Spelled
             if target.alpha == FOLDED or unheld:
                 delta = delta.folded()
             named = {target.key(stem, leaf): tensor for leaf, tensor in delta.leaves().items()}
-            if target.alpha == TENSOR and (alpha := _alpha(item, delta, part, adapter)) is not None:
+            # An orthogonal delta's alpha is its constraint, which nothing else can hold.
+            beside = target.alpha == TENSOR or (part.kind.name == "oft" and "alpha" in target.leaves)
+            if beside and (alpha := _alpha(item, delta, part, adapter)) is not None:
                 named[target.key(stem, "alpha")] = alpha
             if twice := named.keys() & result.tensors.keys():
                 raise LoratoolError(f"{min(twice)} would be written twice")
