@@ -47,7 +47,6 @@ class Format:
     denoiser: str | None
     encoder: str | None
     leaves: Mapping[str, str]
-    family: str
     alpha: str
     whole: str | None = None
     namings: tuple[str, ...] = ()
@@ -111,22 +110,19 @@ KOHYA: Final = Format(
     "lora_{kohya}_",
     "lora_{kohya}_",
     leaves.KOHYA_LEAVES,
-    leaves.KOHYA,
     TENSOR,
     namings=(KOHYA_NAMES, ORIGINAL),
     rewrites=MODULATION,
     flat=True,
 )
-DIFFUSERS_FORMAT: Final = Format(
-    "diffusers", "diffusers", "{place}.", "{place}.", leaves.DIFFUSERS_LEAVES, leaves.PEFT, METADATA
-)
+DIFFUSERS_FORMAT: Final = Format("diffusers", "diffusers", "{place}.", "{place}.", leaves.DIFFUSERS_LEAVES, METADATA)
 COMFY: Final = Format(
-    "comfyui", "ComfyUI", "diffusion_model.", "text_encoders.{encoder}.transformer.", leaves.COMFY_LEAVES, leaves.PEFT,
+    "comfyui", "ComfyUI", "diffusion_model.", "text_encoders.{encoder}.transformer.", leaves.COMFY_LEAVES,
     TENSOR, namings=(COMFYUI, ORIGINAL), rewrites=MODULATION,
 )  # fmt: skip
 AI_TOOLKIT: Final = replace(COMFY, name="ai-toolkit", title="ai-toolkit", encoder=None, alpha=FOLDED, namings=(ORIGINAL,))
 PEFT_FOLDER: Final = Format(
-    "peft", "PEFT", CONTAINER, CONTAINER, leaves.PEFT_LEAVES, leaves.PEFT, CONFIG, CONTAINER, namings=(TRANSFORMERS_5,),
+    "peft", "PEFT", CONTAINER, CONTAINER, leaves.PEFT_LEAVES, CONFIG, CONTAINER, namings=(TRANSFORMERS_5,),
     folder=True, single=True,
 )  # fmt: skip
 
@@ -135,37 +131,33 @@ FORMATS: Final[Sequence[Format]] = (
     replace(KOHYA, name="kohya-diffusers", title="kohya with diffusers' names", namings=()),
     replace(KOHYA, name="onetrainer", title="OneTrainer", denoiser="lora_{trainer}_", encoder="lora_{trainer}_", namings=()),
     Format(
-        "omi", "OneTrainer OMI", "{place}.", "{encoder}.", leaves.KOHYA_LEAVES, leaves.KOHYA, TENSOR,
+        "omi", "OneTrainer OMI", "{place}.", "{encoder}.", leaves.KOHYA_LEAVES, TENSOR,
         namings=(OMI, ORIGINAL), only=(*SD[:3], "sd3-medium", "sd3.5-large", "flux1", "chroma", "pixart", "cascade"),
     ),
-    replace(
-        KOHYA, name="lycoris", title="SimpleTuner / LyCORIS", denoiser="lycoris_", encoder=None, namings=()
-    ),
+    replace(KOHYA, name="lycoris", title="SimpleTuner / LyCORIS", denoiser="lycoris_", encoder=None, namings=()),
     COMFY,
     AI_TOOLKIT,
     replace(AI_TOOLKIT, name="musubi", title="Musubi (--target other)"),
     DIFFUSERS_FORMAT,
     replace(
-        DIFFUSERS_FORMAT, name="diffusers-old", title="diffusers before 0.21", leaves=leaves.OLD_LEAVES,
-        family=leaves.DIFFUSERS_OLD, alpha=FOLDED, only=SD, rewrites=PROCESSORS,
+        DIFFUSERS_FORMAT, name="diffusers-old", title="diffusers before 0.21", leaves=leaves.OLD_LEAVES, alpha=FOLDED,
+        only=SD, rewrites=PROCESSORS,
     ),
     replace(
         COMFY, name="bfl", title="FLUX control (BFL)", denoiser="", encoder=None, leaves=leaves.BFL_LEAVES, alpha=FOLDED,
         namings=(ORIGINAL,), only=("flux1",),
     ),
     replace(
-        COMFY, name="xlabs", title="XLabs", denoiser="", encoder=None, leaves=leaves.XLABS_LEAVES, family=leaves.XLABS,
+        COMFY, name="xlabs", title="XLabs", denoiser="", encoder=None, leaves=leaves.XLABS_LEAVES,
         alpha=FOLDED, namings=(XLABS,), only=("flux1",),
     ),
     replace(
         COMFY, name="diffsynth", title="DiffSynth", denoiser="", encoder=None, leaves=leaves.DIFFSYNTH_LEAVES,
-        family=leaves.DIFFSYNTH, alpha=FOLDED, namings=(ORIGINAL,), only=(*WAN, "qwen-image"),
+        alpha=FOLDED, namings=(ORIGINAL,), only=(*WAN, "qwen-image"),
     ),
     PEFT_FOLDER,
     replace(PEFT_FOLDER, name="peft-file", title="PEFT, a single file", alpha=FOLDED, folder=False),
-    Format(
-        "loralib", "loralib", None, None, leaves.LORALIB_LEAVES, leaves.LORALIB, FOLDED, whole="", single=True, only=(LLM,)
-    ),
+    Format("loralib", "loralib", None, None, leaves.LORALIB_LEAVES, FOLDED, whole="", single=True, only=(LLM,)),
 )  # fmt: skip
 """What `--to` takes. Where two write the same keys, the first has the name."""
 
