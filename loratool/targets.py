@@ -133,16 +133,15 @@ class Targets:
 
     def _add_links(self, component: str, paths: frozenset[str]) -> None:
         table, naming = _best_table(component, paths)
+        namings = table.links if table else {}
+        both = (*mixture(paths), *fused(paths, self._heads()))
+        parted = (*namings.get(naming, ()), *both, *meta(paths))
+        joined = (*(link for links in namings.values() for link in links), *both)
         for places in self._places.values():
-            for link in table.links[naming] if table and naming else ():
+            for link in parted:
                 self._alias_parts(component, link, places)
-            for link in (link for links in (table.links if table else {}).values() for link in links):
+            for link in joined:
                 self._alias_whole(component, link, places)
-            for link in (*mixture(paths), *fused(paths, self._heads())):
-                self._alias_parts(component, link, places)
-                self._alias_whole(component, link, places)
-            for link in meta(paths):
-                self._alias_parts(component, link, places)
 
     def _alias_parts(self, component: str, link: Link, places: dict[Key, tuple[Place, ...]]) -> None:
         """The base is spelled as the original: the parts' names are row ranges of the whole."""
