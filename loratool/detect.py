@@ -39,8 +39,7 @@ def detect(modules: Sequence[Input], metadata: Mapping[str, str] | None = None) 
         return Verdict(None, "unknown", "there are no modules to go by")
     if verdict := _language_model([module for module, _ in modules]):
         return verdict
-    complete = named_like([module for module, _ in modules])
-    fitting = [arch for arch in complete if not _contradicted(arch, modules)]
+    complete, fitting = explaining(modules)
     chosen, why = narrowed(fitting, modules, metadata or {})
     if len(chosen) > 1:
         titles = tuple(arch.title for arch in chosen)
@@ -52,10 +51,10 @@ def detect(modules: Sequence[Input], metadata: Mapping[str, str] | None = None) 
     return _unknown(complete, [module for module, _ in modules])
 
 
-def fits(modules: Sequence[Input], metadata: Mapping[str, str] | None = None) -> list[Arch]:
-    """The architectures that `modules` may be of, as far as names, shapes and `metadata` tell."""
-    explained = named_like([module for module, _ in modules])
-    return narrowed([arch for arch in explained if not _contradicted(arch, modules)], modules, metadata or {})[0]
+def explaining(modules: Sequence[Input]) -> tuple[list[Arch], list[Arch]]:
+    """The architectures whose tables have all the names of `modules`, and those of them that the shapes do not rule out."""
+    named = named_like([module for module, _ in modules])
+    return named, [arch for arch in named if not _contradicted(arch, modules)]
 
 
 def named_like(modules: Sequence[Module]) -> list[Arch]:
@@ -69,10 +68,9 @@ def narrowed(fitting: list[Arch], modules: Sequence[Input], metadata: Mapping[st
         return fitting, ""
     for key in VERSION_KEYS:
         said = metadata.get(key, "").lower()
-        named = [
-            arch for arch in fitting if said and _longest(arch, said) == max(_longest(other, said) for other in fitting)
-        ]
-        if named and _longest(named[0], said) and len(named) < len(fitting):
+        lengths = [_longest(arch, said) for arch in fitting]
+        named = [arch for arch, length in zip(fitting, lengths, strict=True) if 0 < length == max(lengths)]
+        if named and len(named) < len(fitting):
             return named, f"; {key} is {said!r}"
     covered = [arch for arch in fitting if _covered(arch, [module for module, _ in modules])]
     if covered and len(covered) < len(fitting):
@@ -121,14 +119,15 @@ def _contradicted(arch: Arch, modules: Iterable[Input]) -> bool:
 
 def _covered(arch: Arch, modules: Iterable[Module]) -> bool:
     """Whether `modules` are all that `arch` has of their kinds, a kind being a name without its numbers."""
-    have: Counter[tuple[str, str, str]] = Counter()
+    have: dict[tuple[str, str], Counter[str]] = {}
     for module in modules:
         component, spot = arch.places(module)[0]
-        have[component.name, spot.naming, _kind(spot.path)] += 1
-    return all(
-        count == sum(_kind(name) == kind for name in _named(arch, component, naming))
-        for (component, naming, kind), count in have.items()
-    )
+        have.setdefault((component.name, spot.naming), Counter())[_kind(spot.path)] += 1
+    for (component_name, naming), kinds in have.items():
+        whole = Counter(map(_kind, _named(arch, component_name, naming)))
+        if any(count != whole[kind] for kind, count in kinds.items()):
+            return False
+    return True
 
 
 def _named(arch: Arch, name: str, naming: str) -> Iterable[str]:

@@ -60,30 +60,32 @@ def routes(modules: Iterable[Module], arch: Arch, target: Format) -> dict[Module
 def is_spelled(modules: Iterable[Module], arch: Arch, spelling: Format) -> bool:
     """Whether every module of `arch` is called what `spelling` calls it, or what its readers take for the same."""
     try:
-        return all(
-            way.renames and module.stem in _accepted(way, spelling)
-            for module in modules
-            for way in routes([module], arch, spelling).values()
-        )
+        # One by one: most spellings fail at the first.
+        return all(_is_right(module, routes([module], arch, spelling)[module], spelling) for module in modules)
     except LoratoolError:
         return False
 
 
-def _accepted(way: Route, spelling: Format) -> set[str]:
-    """A module's name, and others that stand for it: CLIP's of transformers 5, and te for the first of several encoders."""
+def _is_right(module: Module, way: Route, spelling: Format) -> bool:
+    """Whether a module is called as its `way` says, or by what stands for it: CLIP's name of transformers 5, and te for the
+    first of several encoders."""
     unwrapped = way.read.naming in (TRANSFORMERS_5, UNWRAPPED)
     path = way.read.path if unwrapped else way.targets[0][0]
     prefixes = {way.prefix, "lora_te_"} if way.prefix == "lora_te1_" else {way.prefix}
-    return {spelling.stem(prefix, path) for prefix in prefixes}
+    return way.renames and module.stem in {spelling.stem(prefix, path) for prefix in prefixes}
 
 
-def as_they_are(modules: Iterable[Module], arch: Arch, spelling: Format) -> dict[Module, Route]:
-    """The routes of modules that `is_spelled` finds to be called right: each keeps its own name."""
-    kept = {}
-    for module, way in routes(modules, arch, spelling).items():
-        prefix = module.stem.removesuffix(spelling.stem("", way.read.path))
-        kept[module] = Route(prefix, way.read, way.read.naming, ((way.read.path, way.read.link),))
-    return kept
+def ways_to(modules: Iterable[Module], arch: Arch, target: Format) -> dict[Module, Route]:
+    """`routes`, but where every module is called right already, each keeps its own name."""
+    ways = routes(modules, arch, target)
+    if not all(_is_right(module, way, target) for module, way in ways.items()):
+        return ways
+    return {module: _kept(module, way.read, target) for module, way in ways.items()}
+
+
+def _kept(module: Module, read: Spot, target: Format) -> Route:
+    prefix = module.stem.removesuffix(target.stem("", read.path))
+    return Route(prefix, read, read.naming, ((read.path, read.link),))
 
 
 def known(module: Module, arch: Arch) -> list[tuple[Component, Spot]]:

@@ -7,7 +7,7 @@ sd-scripts networks/convert_hunyuan_image_lora_to_comfy.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from loratool.archs.flux import IMAGE, TEXT
@@ -119,15 +119,6 @@ def image() -> Iterator[Link]:
     yield from rename("time_guidance_embed", "time_in", TIME)
 
 
-def comfy(links: Iterator[Link], embedders: dict[str, str]) -> Iterator[Link]:
-    """ComfyUI's spelling of `links`: blocks' leaves as in FLUX, and `embedders` as it calls them."""
-    for link in links:
-        block, _, leaf = link.whole.partition("blocks.")
-        number, _, name = leaf.partition(".")
-        whole = f"{block}blocks.{number}.{COMFY_NAMES.get(name, name)}" if leaf else embedders.get(link.whole, link.whole)
-        yield replace(link, whole=whole)
-
-
 COMFY_EMBEDDERS = {
     "time_in.mlp.0": "time_in.in_layer",
     "time_in.mlp.2": "time_in.out_layer",
@@ -139,15 +130,26 @@ COMFY_EMBEDDERS = {
     "txt_in.c_embedder.linear_2": "txt_in.c_embedder.out_layer",
 }
 
+
+def comfy(links: Iterator[Link]) -> Iterator[Link]:
+    """ComfyUI's spelling of `links`: blocks' leaves as in FLUX, and embedders as it calls them."""
+    for link in links:
+        block, _, leaf = link.whole.partition("blocks.")
+        number, _, name = leaf.partition(".")
+        embedder = COMFY_EMBEDDERS.get(link.whole, link.whole)
+        yield replace(link, whole=f"{block}blocks.{number}.{COMFY_NAMES.get(name, name)}" if leaf else embedder)
+
+
+def _denoiser(rows: Callable[[], Iterator[Link]], width: int, **others: int) -> Component:
+    inputs = {**dict.fromkeys(("attn.to_q", "proj_mlp", "ff.net.0.proj"), width), **others}
+    return Component(UNET, {ORIGINAL: rows, COMFYUI: lambda: comfy(rows())}, inputs)
+
+
 HUNYUAN_VIDEO = Arch(
     "hunyuan-video",
     "HunyuanVideo",
     (
-        Component(
-            UNET,
-            {ORIGINAL: video, COMFYUI: lambda: comfy(video(), COMFY_EMBEDDERS)},
-            {"attn.to_q": 3072, "proj_mlp": 3072, "ff.net.0.proj": 3072, "proj_in": 4096},
-        ),
+        _denoiser(video, 3072, proj_in=4096),
         language_model("llama", 32, 4096),
         clip_l(TE2),
     ),
@@ -157,11 +159,7 @@ HUNYUAN_IMAGE = Arch(
     "hunyuan-image",
     "Hunyuan-Image 2.1",
     (
-        Component(
-            UNET,
-            {ORIGINAL: image, COMFYUI: lambda: comfy(image(), COMFY_EMBEDDERS)},
-            {"attn.to_q": 3584, "proj_mlp": 3584, "ff.net.0.proj": 3584},
-        ),
+        _denoiser(image, 3584),
         language_model("qwen25_7b", 28, 3584),
     ),
     ("hunyuan_image", "hunyuan-image"),

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.archs import ARCHS
-from loratool.cli.low_rank import rank_options, rank_rule, run_low_rank
+from loratool.cli.low_rank import print_converted, rank_options, rank_rule, run_low_rank
 from loratool.cli.options import pickle_option
-from loratool.cli.render import histogram, print_facts, print_json, print_table, size, warn
+from loratool.cli.render import histogram, print_facts, print_json, size, warn
 from loratool.errors import LoratoolError
 from loratool.formats.reading import is_adapter_folder
-from loratool.formats.table import FORMATS
+from loratool.formats.table import FORMATS, format_named
 
 if TYPE_CHECKING:
     from loratool.ops.convert import ConvertReport
@@ -58,7 +58,9 @@ def convert_command(adapter: Path, to: str | None, to_lora: bool, out: Path, **o
         for name in ("arch", "source", "allow_pickle"):
             if options.pop(name):
                 raise click.UsageError(f"--{name.replace('_', '-').replace('source', 'from')} goes with --to")
-        run_low_rank("converted", adapter, "to_lora", out=out, **options)
+        from loratool.ops.low_rank import to_lora as run
+
+        run_low_rank("converted", adapter, run, out=out, **options)
         return
     rule = {name: options.pop(name) for name in ("rank", "max_error", "dtype")}
     if not to_lora and any(value is not None for value in rule.values()):
@@ -80,7 +82,7 @@ def _convert_folder(folder: Path, to: str, out: Path, **options: Any) -> None:
     if out.exists() and not out.is_dir():
         raise LoratoolError(f"{out}: is a file; a folder of adapters becomes a folder")
     out.mkdir(exist_ok=True)
-    folders = next(row for row in FORMATS if row.name == to).folder
+    folders = format_named(to).folder
     failed = []
     for path in adapters:
         name = path.stem if path.is_file() else path.name
@@ -116,8 +118,7 @@ def _convert(
     elif not quiet:
         print_facts(f"converted {adapter} to {report.out}", _facts(report))
         if verbose and report.lowered:
-            rows = [[m.name, m.kind, str(m.rank), f"{m.norm:.4g}", f"{m.error:.2%}"] for m in report.lowered]
-            print_table(["module", "from", "rank", "norm", "error"], rows, numbers=("rank", "norm", "error"))
+            print_converted(report.lowered)
 
 
 def _facts(report: ConvertReport) -> Iterator[tuple[str, str]]:
@@ -130,8 +131,6 @@ def _facts(report: ConvertReport) -> Iterator[tuple[str, str]]:
         kinds = histogram(Counter(module.kind for module in report.lowered))
         yield "to LoRA", f"{len(report.lowered)} ({kinds}), leaving out {report.error:.2%} of their ΔW"
     yield "alpha", ALPHAS[report.alpha]
-    read = (
-        "every number is the same" if report.difference == 0 else f"differs by at most {report.difference:.1e} of a module"
-    )
-    yield "checked", f"read back and compared: {read}"
+    differs = f"differs by at most {report.difference:.1e} of a module"
+    yield "checked", f"read back and compared: {differs if report.difference else 'every number is the same'}"
     yield "size", size(report.nbytes)

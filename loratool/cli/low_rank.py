@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from loratool.cli.render import histogram, print_facts, print_json, print_table,
 from loratool.header import DTYPE_OPTIONS
 
 if TYPE_CHECKING:
-    from loratool.ops.low_rank import LowRankReport, Rule
+    from loratool.ops.low_rank import Converted, LowRankReport, Rule
 
 
 def rank_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -64,13 +64,15 @@ def resize_command(adapter: Path, **options: Any) -> None:
     """
     if options["rank"] is None and options["max_error"] is None:
         raise click.UsageError("give --rank or --max-error")
-    run_low_rank("resized", adapter, "resize", **options)
+    from loratool.ops.low_rank import resize
+
+    run_low_rank("resized", adapter, resize, **options)
 
 
 def run_low_rank(
     done: str,
     adapter: Path,
-    verb: str,
+    run: Callable[..., LowRankReport],
     *,
     out: Path,
     base: Path | None,
@@ -82,11 +84,9 @@ def run_low_rank(
     verbose: bool,
     **rule: Any,
 ) -> None:
-    """Runs `to_lora` or `resize` of the library, and prints its report."""
+    """Calls `run`, the library's `to_lora` or `resize`, and prints its report."""
     from loratool.adapter import Unsaid
-    from loratool.ops import low_rank
 
-    run = getattr(low_rank, verb)
     report = run(adapter, out, rank_rule(**rule), base=base, unsaid=Unsaid(alpha, slots or ()), overwrite=overwrite)
     for warning in report.warnings:
         warn(warning)
@@ -95,8 +95,13 @@ def run_low_rank(
     elif not quiet:
         print_facts(f"{done} {adapter} to {report.out}", _facts(report))
         if verbose:
-            rows = [[m.name, m.kind, str(m.rank), f"{m.norm:.4g}", f"{m.error:.2%}"] for m in report.modules]
-            print_table(["module", "from", "rank", "norm", "error"], rows, numbers=("rank", "norm", "error"))
+            print_converted(report.modules)
+
+
+def print_converted(modules: Sequence[Converted]) -> None:
+    """A table of modules that became LoRA, or LoRA of another rank."""
+    rows = [[m.name, m.kind, str(m.rank), f"{m.norm:.4g}", f"{m.error:.2%}"] for m in modules]
+    print_table(["module", "from", "rank", "norm", "error"], rows, numbers=("rank", "norm", "error"))
 
 
 def rank_rule(*, rank: int | None, max_error: float | None, dtype: str | None) -> Rule:

@@ -15,8 +15,8 @@ from loratool.deltas import ANY, Delta
 from loratool.errors import InvalidAdapter, about
 from loratool.formats.table import Format
 from loratool.linalg import singular_values
-from loratool.names import Module
-from loratool.ops.renaming import cut, exchanged, joined
+from loratool.names import Link, Module
+from loratool.ops.renaming import cut, exchanged, joined, turned
 from loratool.routes import Route
 
 EXACT: Final = 1e-6
@@ -51,21 +51,22 @@ def _key(stem: str, parameter: str, delta: Delta) -> Key:
 
 def _brought_back(change: Change, way: Route, target: Format, found: Mapping[Key, Delta]) -> Delta | None:
     """What the source's module is by what was written; None where nothing of it was."""
-    whole = found.get(_key(target.stem(way.prefix, way.targets[0][0]), change.parameter, change.delta))
+    written = [found.get(_key(target.stem(way.prefix, path), change.parameter, change.delta)) for path, _ in way.targets]
     if way.renames:
-        return exchanged(whole) if whole and way.swapped else whole
-    pieces: list[Delta | None] = []
-    for part, (path, link) in zip(way.read.parts, way.targets, strict=True):
-        piece = found.get(_key(target.stem(way.prefix, path), change.parameter, change.delta))
-        if piece and link:
-            piece = exchanged(piece) if link.swapped else piece
-            # Without the ranks of the other parts it is the source's own factors again, which are compared as bytes.
-            piece = cut(piece, link.sizes)[link.parts.index(part)].trimmed()
-        pieces.append(piece)
+        return exchanged(written[0]) if written[0] and way.swapped else written[0]
+    pieces = [
+        _piece_of(whole, link, part) for part, (_, link), whole in zip(way.read.parts, way.targets, written, strict=True)
+    ]
     link = way.read.link
     if link is None or len(link.parts) == 1:
-        return exchanged(pieces[0]) if pieces[0] and link and link.swapped else pieces[0]
+        return turned(pieces[0], link) if pieces[0] else None
     return joined(link, dict(zip(link.parts, pieces, strict=True)))
+
+
+def _piece_of(whole: Delta | None, link: Link | None, part: str) -> Delta | None:
+    """What a module that was written is to one of its parts. Without the ranks of the others it is the source's own factors
+    again, which are compared as bytes."""
+    return cut(turned(whole, link), link.sizes)[link.parts.index(part)].trimmed() if whole and link else whole
 
 
 def _size(delta: Delta) -> float:

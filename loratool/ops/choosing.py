@@ -10,14 +10,14 @@ from typing import Final
 from loratool.adapter import Adapter
 from loratool.archs import ARCHS, Arch
 from loratool.deltas import ANY
-from loratool.detect import fits, inputs_of, is_language_model, named_like, narrowed
+from loratool.detect import explaining, inputs_of, is_language_model, narrowed
 from loratool.errors import AmbiguousFile, LoratoolError, Unsupported, some
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.prefixes import UNET
 from loratool.formats.table import LLM, Format, format_named
 from loratool.layout import open_layout
 from loratool.names import ORIGINAL, Module
-from loratool.routes import Route, as_named, as_they_are, is_spelled, routes
+from loratool.routes import Route, as_named, is_spelled, ways_to
 
 OF_DIFFUSERS: Final = ("transformer.", "unet.", "prior.", CONTAINER)
 OF_ORIGINALS: Final = ("diffusion_model.", "model.diffusion_model.", "net.")
@@ -45,8 +45,7 @@ def choose(adapter: Adapter, target: Format, wanted: Wanted) -> tuple[Arch, dict
     problems: list[LoratoolError] = []
     for candidate in found:
         try:
-            spelled = is_spelled(modules, candidate, target)
-            way = (as_they_are if spelled else routes)(modules, candidate, target)
+            way = ways_to(modules, candidate, target)
         except LoratoolError as error:
             problems.append(error)
             continue
@@ -83,12 +82,13 @@ def _candidates(adapter: Adapter, modules: Sequence[Module], target: Format, wan
 def _explaining(adapter: Adapter, modules: Sequence[Module], target: Format) -> list[Arch]:
     """What explains the names: by shapes too, where any does."""
     inputs = [(change.module, _width(change.delta.shape)) for change in adapter.changes]
-    if fitting := fits(inputs, adapter.metadata):
-        return fitting
-    named = narrowed(named_like(modules), inputs, adapter.metadata)[0]
-    return [replace(arch, title=f"{arch.title} by its names, not by its shapes") for arch in named] or [
-        _without_table(modules, target)
-    ]
+    named, fitting = explaining(inputs)
+    if fitting:
+        return narrowed(fitting, inputs, adapter.metadata)[0]
+    if named:
+        chosen = narrowed(named, inputs, adapter.metadata)[0]
+        return [replace(arch, title=f"{arch.title} by its names, not by its shapes") for arch in chosen]
+    return [_without_table(modules, target)]
 
 
 def _width(shape: tuple[int, ...]) -> int | None:
@@ -100,9 +100,9 @@ def _of_base(path: Path, target: Format) -> list[Arch]:
     layout = open_layout(path.expanduser())
     inputs = inputs_of(layout)
     modules = [module for module, _ in inputs]
-    found = fits(inputs) or named_like(modules)
-    if found:
-        return found
+    named, fitting = explaining(inputs)
+    if named:
+        return narrowed(fitting, inputs, {})[0] or named
     if (ORIGINAL in target.namings) == layout.is_folder and any(module.component == UNET for module in modules):
         raise Unsupported(
             f"{path}: has no table here, and its names are {'diffusers' if layout.is_folder else 'the original'}'s, "

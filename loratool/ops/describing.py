@@ -42,9 +42,8 @@ def format_of(found: Listing, verdict: Verdict) -> str:
     prefixes = [prefix for prefix, _ in found.prefix_counts.most_common()]
     shown = ", ".join(prefix + "…" for prefix in prefixes if prefix)
     if CONTAINER in prefixes:
-        return (
-            f"PEFT {'folder' if found.path.is_dir() else 'in a single file' if found.configs else 'names without a config'}"
-        )
+        alone = "in a single file" if found.configs else "names without a config"
+        return f"PEFT {'folder' if found.path.is_dir() else alone}"
     archs = _archs(found, verdict)
     agreeing = [row.title for row in FORMATS if any(_agrees(found, row, arch) for arch in archs)]
     if agreeing:
@@ -77,12 +76,8 @@ def _agrees(found: Listing, row: Format, arch: Arch) -> bool:
 
 def suspicions(found: Listing) -> list[str]:
     """What is odd about an adapter, without saying that it is wrong."""
-    known = refusal(found.header.tensors)
-    odd = [
-        *([known] if known else []),
-        *found.problems,
-        *(config.refusal for config in found.configs.values() if config.refusal),
-    ]
+    refusals = (config.refusal for config in found.configs.values())
+    odd = [why for why in (refusal(found.header.tensors), *found.problems, *refusals) if why]
     if found.unexplained:
         odd.append(f"{len(found.unexplained)} tensors that no kind explains: {some(found.unexplained, 3)}")
     if found.passengers:

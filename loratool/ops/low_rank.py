@@ -105,7 +105,7 @@ def _approximated(
     lowered, converted, kept = lower(adapter, rule, keep, base=base)
     tensors = as_they_were(adapter, kept) | biases(kept, {module.name for module in converted})
     for change in lowered.changes:
-        if change not in kept:
+        if not change.keys:  # made here, not read
             tensors |= named(change)
     contents = like_source(adapter, tensors, kept, [module.rank for module in converted])
     nbytes = write(contents, adapter.path, out.expanduser(), overwrite=overwrite)

@@ -61,8 +61,7 @@ def renamed(changes: Sequence[Change], ways: Mapping[Module, Route]) -> list[Mov
                 if link and len(link.parts) > 1:
                     pieces.append(_Piece(route.prefix, link, part, delta, change))
                 else:
-                    turned = exchanged(delta) if link and link.swapped else delta
-                    moved.append(Moved(route.prefix, whole, change.parameter, turned, (change,)))
+                    moved.append(Moved(route.prefix, whole, change.parameter, turned(delta, link), (change,)))
     pieces.sort(key=lambda piece: piece.place)
     return moved + [_stacked(list(group)) for _, group in groupby(pieces, key=lambda piece: piece.place)]
 
@@ -71,7 +70,7 @@ def _apart(change: Change, route: Route) -> list[tuple[str, Delta]]:
     """The deltas of a module's parts in diffusers' naming, without those that nothing changes, where another is."""
     link = route.read.link
     if link is None or len(link.parts) == 1:
-        return [(route.read.parts[0], exchanged(change.delta) if link and link.swapped else change.delta)]
+        return [(route.read.parts[0], turned(change.delta, link))]
     whole = cut(change.delta, link.sizes)
     if any(part.kind != change.delta.kind for part in whole):
         raise Unsupported(
@@ -111,19 +110,21 @@ def exchanged(delta: Delta) -> Delta:
     return stack(cut(delta, (1, 1))[::-1])
 
 
+def turned(delta: Delta, link: Link | None) -> Delta:
+    """`delta` across `link`, in either direction: with its halves exchanged where the link says so."""
+    return exchanged(delta) if link and link.swapped else delta
+
+
 def _stacked(pieces: Sequence[_Piece]) -> Moved:
     """The delta of a module that is made of several, with nothing in the place of those that are not changed."""
     first, link = pieces[0], pieces[0].link
-    deltas = {piece.part: piece.delta for piece in pieces}
+    deltas: dict[str, Delta | None] = {piece.part: piece.delta for piece in pieces}
     with _explained(f"{link.whole}, made of {', '.join(str(piece.change.module) for piece in pieces)}"):
         if len(deltas) < len(pieces):
             raise Unsupported("two deltas of one kind on the same part")
-        unit = first.delta.shape[0] // link.sizes[link.parts.index(first.part)]
-        parts = [
-            deltas[name] if name in deltas else first.delta.nothing(size * unit)
-            for name, size in zip(link.parts, link.sizes, strict=True)
-        ]
-        return Moved(first.prefix, link.whole, first.change.parameter, stack(parts), tuple(piece.change for piece in pieces))
+        whole = joined(link, deltas)
+        assert whole is not None
+        return Moved(first.prefix, link.whole, first.change.parameter, whole, tuple(piece.change for piece in pieces))
 
 
 def joined(link: Link, deltas: Mapping[str, Delta | None]) -> Delta | None:
