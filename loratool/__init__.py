@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from loratool.errors import LoratoolError
     from loratool.ops.convert import ConvertReport, convert
     from loratool.ops.inspect import AdapterReport, CheckpointReport, inspect
-    from loratool.ops.low_rank import LowRankReport, Rule, resize, to_lora
+    from loratool.ops.low_rank import LowRankReport, resize, to_lora
     from loratool.ops.merge import MergeReport, Options, Source, merge
+    from loratool.ranks import Rule
 
 _HOMES: Final = {
     "Adapter": "loratool.adapter",
@@ -35,7 +36,7 @@ _HOMES: Final = {
     "load": "loratool.adapter",
     "merge": "loratool.ops.merge",
     "LowRankReport": "loratool.ops.low_rank",
-    "Rule": "loratool.ops.low_rank",
+    "Rule": "loratool.ranks",
     "resize": "loratool.ops.low_rank",
     "to_lora": "loratool.ops.low_rank",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, cast
@@ -91,6 +92,18 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.layout.tensors)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of a tensor; no others are read. A single number has no rows, and is read whole."""
+        file, info = self.layout.tensors[name]
+        if not info.shape:
+            return self[name]
+        step = info.nbytes // max(info.shape[0], 1)
+        part = replace(
+            info, shape=(stop - start, *info.shape[1:]), start=info.start + start * step, stop=info.start + stop * step
+        )
+        with TensorFile(self.layout.files[file]) as opened:
+            return opened.read(part)
 
     def info(self, name: str) -> TensorInfo:
         """Dtype, shape and place of a tensor, without reading it."""

@@ -46,7 +46,7 @@ def test_the_stated_error_is_the_true_one_and_the_least(tmp_path: Path, case: st
     base = load_file(tmp_path / "base.safetensors")
 
     report = to_lora(
-        tmp_path / "a.safetensors", tmp_path / "lora.safetensors", Rule(rank=rank), base=tmp_path / "base.safetensors"
+        tmp_path / "a.safetensors", tmp_path / "lora.safetensors", Rule("rank", rank), base=tmp_path / "base.safetensors"
     )
 
     whole, low = merged(tmp_path, "a.safetensors"), merged(tmp_path, "lora.safetensors")
@@ -65,7 +65,7 @@ def test_the_stated_error_is_the_true_one_and_the_least(tmp_path: Path, case: st
 def test_a_largest_error_is_kept_by_every_module_with_the_least_rank(tmp_path: Path) -> None:
     train(LYCORIS["full"], tmp_path)
 
-    report = to_lora(tmp_path / "a.safetensors", tmp_path / "lora.safetensors", Rule(max_error=0.3))
+    report = to_lora(tmp_path / "a.safetensors", tmp_path / "lora.safetensors", Rule("max_error", 0.3))
 
     diffs = {name: tensor for name, tensor in load_file(tmp_path / "a.safetensors").items() if name.endswith(".diff")}
     for module in report.modules:
@@ -79,7 +79,7 @@ def test_kinds_that_need_the_base_ask_for_it(tmp_path: Path) -> None:
     train(LYCORIS["diag-oft"], tmp_path)
 
     with pytest.raises(NeedsBase, match="--base"):
-        to_lora(tmp_path / "a.safetensors", tmp_path / "lora.safetensors", Rule(rank=2))
+        to_lora(tmp_path / "a.safetensors", tmp_path / "lora.safetensors", Rule("rank", 2))
 
     assert not (tmp_path / "lora.safetensors").exists()
 
@@ -96,7 +96,7 @@ def test_what_is_lora_already_keeps_its_bytes_and_metadata_stays_true(tmp_path: 
         note="mine",
     )
 
-    report = to_lora(tmp_path / "a.safetensors", tmp_path / "lora.safetensors", Rule(rank=3))
+    report = to_lora(tmp_path / "a.safetensors", tmp_path / "lora.safetensors", Rule("rank", 3))
 
     written = load_file(tmp_path / "lora.safetensors")
     assert report.kept == 2
@@ -154,7 +154,7 @@ def test_a_bias_that_ia3_multiplies_is_not_dropped_silently(tmp_path: Path) -> N
     peft_adapter(model, tmp_path / "adapter", kind=peft.IA3Config, **config)
 
     with pytest.raises(Unsupported, match="bias"):
-        to_lora(tmp_path / "adapter", tmp_path / "lora", Rule(rank=2), base=tmp_path / "base")
+        to_lora(tmp_path / "adapter", tmp_path / "lora", Rule("rank", 2), base=tmp_path / "base")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -164,7 +164,7 @@ def test_resizing_is_the_best_approximation_in_the_dtype_it_had(tmp_path: Path, 
     tensors = {name: tensor.to(dtype) for name, tensor in kohya(shapes, 6, 4.0).items()}
     save(tmp_path / "a.safetensors", tensors)
 
-    report = resize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", Rule(rank=rank))
+    report = resize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", Rule("rank", rank))
 
     written = load_file(tmp_path / "b.safetensors")
     for module in report.modules:
@@ -188,7 +188,7 @@ def test_resizing_a_peft_folder_rewrites_its_config(tmp_path: Path) -> None:
     config = {"r": 6, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj", "embed_tokens"]}
     peft_adapter(copy.deepcopy(model), tmp_path / "adapter", **config)
 
-    resize(tmp_path / "adapter", tmp_path / "small", Rule(rank=2))
+    resize(tmp_path / "adapter", tmp_path / "small", Rule("rank", 2))
 
     PeftModel.from_pretrained(model, tmp_path / "small").merge_and_unload().save_pretrained(tmp_path / "oracle")
     merge(tmp_path / "base", [tmp_path / "small"], tmp_path / "ours")
@@ -205,7 +205,7 @@ def test_a_bias_of_a_rewritten_module_keeps_its_strength(tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "base")
     peft_adapter(model, tmp_path / "adapter", r=4, lora_alpha=12, lora_bias=True, target_modules=["q_proj", "v_proj"])
 
-    resize(tmp_path / "adapter", tmp_path / "same", Rule(rank=4))
+    resize(tmp_path / "adapter", tmp_path / "same", Rule("rank", 4))
 
     for adapter, out in (("adapter", "expected"), ("same", "ours")):
         merge(tmp_path / "base", [tmp_path / adapter], tmp_path / out)

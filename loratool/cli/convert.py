@@ -16,6 +16,7 @@ from loratool.cli.render import histogram, print_facts, print_json, size, warn
 from loratool.errors import LoratoolError
 from loratool.formats.reading import is_adapter_folder
 from loratool.formats.table import FORMATS, format_named
+from loratool.header import DTYPE_OPTIONS
 
 if TYPE_CHECKING:
     from loratool.ops.convert import ConvertReport
@@ -62,10 +63,11 @@ def convert_command(adapter: Path, to: str | None, to_lora: bool, out: Path, **o
 
         run_low_rank("converted", adapter, run, out=out, **options)
         return
-    rule = {name: options.pop(name) for name in ("rank", "max_error", "dtype")}
-    if not to_lora and any(value is not None for value in rule.values()):
+    rule = {name: options.pop(name) for name in ("rank", "max_error")}
+    if not to_lora and any(value is not None for value in (*rule.values(), options["dtype"])):
         raise click.UsageError("--rank, --max-error and --dtype go with --to-lora")
     options["rule"] = rank_rule(**rule) if to_lora else None
+    options["dtype"] = DTYPE_OPTIONS[options["dtype"]] if options["dtype"] else None
     if adapter.is_dir() and not is_adapter_folder(adapter):
         _convert_folder(adapter, to, out, **options)
     else:

@@ -22,7 +22,8 @@ from loratool.cli.render import histogram, print_facts, print_json, print_table,
 from loratool.header import DTYPE_OPTIONS
 
 if TYPE_CHECKING:
-    from loratool.ops.low_rank import Converted, LowRankReport, Rule
+    from loratool.ops.low_rank import Converted, LowRankReport
+    from loratool.ranks import Rule
 
 
 def rank_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -82,12 +83,21 @@ def run_low_rank(
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    dtype: str | None,
     **rule: Any,
 ) -> None:
     """Calls `run`, the library's `to_lora` or `resize`, and prints its report."""
     from loratool.adapter import Unsaid
 
-    report = run(adapter, out, rank_rule(**rule), base=base, unsaid=Unsaid(alpha, slots or ()), overwrite=overwrite)
+    report = run(
+        adapter,
+        out,
+        rank_rule(**rule),
+        dtype=DTYPE_OPTIONS[dtype] if dtype else None,
+        base=base,
+        unsaid=Unsaid(alpha, slots or ()),
+        overwrite=overwrite,
+    )
     for warning in report.warnings:
         warn(warning)
     if as_json:
@@ -104,13 +114,15 @@ def print_converted(modules: Sequence[Converted]) -> None:
     print_table(["module", "from", "rank", "norm", "error"], rows, numbers=("rank", "norm", "error"))
 
 
-def rank_rule(*, rank: int | None, max_error: float | None, dtype: str | None) -> Rule:
-    """How much to keep, from the options."""
-    from loratool.ops.low_rank import Rule
+def rank_rule(*, rank: int | None, max_error: float | None) -> Rule:
+    """How much to keep, from the options: all there is, where none is given."""
+    from loratool.ranks import Rule
 
     if rank is not None and max_error is not None:
         raise click.UsageError("give --rank or --max-error, not both")
-    return Rule(rank, max_error, DTYPE_OPTIONS[dtype] if dtype else None)
+    if rank is not None:
+        return Rule("rank", rank)
+    return Rule() if max_error is None else Rule("max_error", max_error)
 
 
 def _facts(report: LowRankReport) -> Iterator[tuple[str, str]]:

@@ -18,10 +18,11 @@ from loratool.formats.table import FOLDED, METADATA, Format, format_named
 from loratool.header import read_header, read_json
 from loratool.ops.checking import compared
 from loratool.ops.choosing import Wanted, choose
-from loratool.ops.low_rank import Converted, Rule, error_of, lower
+from loratool.ops.low_rank import Converted, error_of, lower
 from loratool.ops.renaming import renamed
 from loratool.ops.saving import Contents, before, write
 from loratool.ops.spelling import Spelled, lora_config, spelled
+from loratool.ranks import Rule
 
 STALE: Final = ("modelspec.hash_sha256", METADATA_KEY)
 """Metadata that is no longer true of a file of other tensors."""
@@ -56,6 +57,7 @@ def convert(
     arch: str | None = None,
     base: str | Path | None = None,
     rule: Rule | None = None,
+    dtype: str | None = None,
     source: str | None = None,
     unsaid: Unsaid | None = None,
     allow_pickle: bool = False,
@@ -73,7 +75,7 @@ def convert(
         raise OutputError(f"{out}: {target.title} is a folder; name one, or write a single file with --to peft-file")
     converted: list[Converted] = []
     if rule is not None:
-        adapter, converted, _ = lower(adapter, rule, base=base)
+        adapter, converted, _ = lower(adapter, rule, dtype, base=base)
     elif target.folder and (adapter.path / CONFIG_NAME).exists() and locate(adapter.path)[0].suffix == ".safetensors":
         return _copied(adapter, target, out, overwrite=overwrite)
     found, ways = choose(adapter, target, Wanted(arch, source, Path(base) if base else None))

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from loratool.adapter import Adapter, Change, Unsaid, load
-from loratool.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint
+from loratool.checkpoint import DTYPES
 from loratool.deltas import Delta, Embedding, LoRA
-from loratool.errors import LoratoolError, NeedsBase, NonFinite, ShapeMismatch, Unsupported
-from loratool.linalg import balanced, factored_svd, leading_svd, rank_within, singular_values
-from loratool.names import Module
+from loratool.errors import NeedsBase, ShapeMismatch, Unsupported, about
+from loratool.krylov import Spectrum
+from loratool.linalg import effective_rank, factored_svd, singular_values
+from loratool.ops.factoring import Factored, Storage, factored, stored
 from loratool.ops.saving import as_they_were, biases, like_source, named, write
+from loratool.ops.weights import Weights
+from loratool.ranks import Rule
 from loratool.schema import BIAS, WEIGHT
-from loratool.targets import Targets
 
 KEPT: Final = frozenset({"lora", "embedding", "enlarge", "replace", "tokens"})
 """Kinds that a LoRA file holds as they are."""
@@ -54,23 +56,12 @@ class LowRankReport:
         return max(self.modules, key=lambda module: module.error, default=None)
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """How much to keep: `rank`, or the least rank whose relative error is at most `max_error`, or all there is.
-
-    `dtype`, a safetensors name, is what factors are stored in; None is each module's own.
-    """
-
-    rank: int | None = None
-    max_error: float | None = None
-    dtype: str | None = None
-
-
 def to_lora(
     path: str | Path,
     out: str | Path,
     rule: Rule | None = None,
     *,
+    dtype: str | None = None,
     base: str | Path | None = None,
     unsaid: Unsaid | None = None,
     overwrite: bool = False,
@@ -80,7 +71,7 @@ def to_lora(
     What is a LoRA already keeps its bytes. Kinds that depend on the weight (DoRA, OFT, (IA)³ …) need `base`. Errors are
     those of the factors as stored. Raises `LoratoolError`.
     """
-    return _approximated(load(path, unsaid=unsaid), Path(out), rule or Rule(), KEPT, base=base, overwrite=overwrite)
+    return _approximated(load(path, unsaid=unsaid), Path(out), rule or Rule(), dtype, KEPT, base=base, overwrite=overwrite)
 
 
 def resize(
@@ -88,6 +79,7 @@ def resize(
     out: str | Path,
     rule: Rule,
     *,
+    dtype: str | None = None,
     base: str | Path | None = None,
     unsaid: Unsaid | None = None,
     overwrite: bool = False,
@@ -96,13 +88,20 @@ def resize(
 
     The best approximation at that rank (Eckart and Young 1936), from QR of the factors and the SVD of their small core.
     """
-    return _approximated(load(path, unsaid=unsaid), Path(out), rule, KEPT - RESIZED, base=base, overwrite=overwrite)
+    return _approximated(load(path, unsaid=unsaid), Path(out), rule, dtype, KEPT - RESIZED, base=base, overwrite=overwrite)
 
 
 def _approximated(
-    adapter: Adapter, out: Path, rule: Rule, keep: frozenset[str], *, base: str | Path | None, overwrite: bool
+    adapter: Adapter,
+    out: Path,
+    rule: Rule,
+    dtype: str | None,
+    keep: frozenset[str],
+    *,
+    base: str | Path | None,
+    overwrite: bool,
 ) -> LowRankReport:
-    lowered, converted, kept = lower(adapter, rule, keep, base=base)
+    lowered, converted, kept = lower(adapter, rule, dtype, keep, base=base)
     tensors = as_they_were(adapter, kept) | biases(kept, {module.name for module in converted})
     for change in lowered.changes:
         if not change.keys:  # made here, not read
@@ -113,11 +112,11 @@ def _approximated(
 
 
 def lower(
-    adapter: Adapter, rule: Rule, keep: frozenset[str] = KEPT, *, base: str | Path | None = None
+    adapter: Adapter, rule: Rule, dtype: str | None = None, keep: frozenset[str] = KEPT, *, base: str | Path | None = None
 ) -> tuple[Adapter, list[Converted], list[Change]]:
     """The adapter with every delta on a matrix or a kernel, but those of the kinds `keep`, as a LoRA of scale 1; what
     became of each, and the changes that stayed what they were."""
-    weights = _Weights(Path(base).expanduser()) if base else None
+    weights = Weights(Path(base).expanduser()) if base else None
     converted: list[Converted] = []
     kept: list[Change] = []
     changes: list[Change] = []
@@ -128,7 +127,7 @@ def lower(
             kept.append(change)
             changes.append(change)
         else:
-            delta, figures = _low_rank(change, _effective(change, weights), rule)
+            delta, figures = _low_rank(change, _effective(change, weights), rule, dtype)
             converted.append(figures)
             changes.append(Change(change.module, WEIGHT, delta))
     return replace(adapter, changes=tuple(changes)), converted, kept
@@ -141,26 +140,7 @@ def error_of(converted: Sequence[Converted]) -> float:
     return left / whole if whole else 0.0
 
 
-class _Weights:
-    """The base's weights by an adapter's module, read one at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.checkpoint = Checkpoint(path)
-        self.targets = Targets(self.checkpoint.layout)
-
-    def of(self, module: Module) -> Tensor:
-        """The module's weight, (out, in, *kernel); raises `LoratoolError` where the base has none."""
-        places = self.targets.find(module, WEIGHT)
-        if not places:
-            raise LoratoolError(f"{module}: has no weight in {self.checkpoint.layout.root}")
-        rows = []
-        for place in places:
-            stored = self.checkpoint[place.tensor]
-            rows.append((stored.T if place.transposed else stored)[place.start : place.stop : place.step])
-        return torch.cat(rows)
-
-
-def _refuse_bias(change: Change, weights: _Weights | None) -> None:
+def _refuse_bias(change: Change, weights: Weights | None) -> None:
     """PEFT's (IA)³ multiplies the bias of a layer that has one, which a LoRA cannot."""
     if weights is None:
         raise NeedsBase(f"{change}: may multiply a bias, which only the base can tell; pass --base")
@@ -177,7 +157,7 @@ class _Effective:
     dense: Tensor | None
 
 
-def _effective(change: Change, weights: _Weights | None) -> _Effective:
+def _effective(change: Change, weights: Weights | None) -> _Effective:
     delta = change.delta
     if change.apart:
         raise Unsupported(f"{change}: is a LoRA on stacked experts, which only PEFT's target_parameters can hold")
@@ -198,64 +178,46 @@ def _effective(change: Change, weights: _Weights | None) -> _Effective:
         ) from error
 
 
-def _low_rank(change: Change, delta: _Effective, rule: Rule) -> tuple[Delta, Converted]:
+def _low_rank(change: Change, delta: _Effective, rule: Rule, dtype: str | None) -> tuple[Delta, Converted]:
     """A LoRA as it is to be stored, and how far its product is from the delta."""
-    if delta.factors is not None:
-        left, sigma, right = factored_svd(*delta.factors)
-        norm = float(sigma.double().norm())
-    else:
-        assert delta.dense is not None
-        norm = float(torch.linalg.vector_norm(delta.dense, dtype=torch.float64))
-        left, sigma, right = _enough(delta.dense, norm, rule)
-    kept = min(_rank(sigma, norm, rule), len(sigma))
-    dtype = DTYPES[rule.dtype] if rule.dtype else _widest(change)
-    up, down = (factor.to(dtype) for factor in balanced(left, sigma, right, kept))
-    if not bool(up.isfinite().all() and down.isfinite().all()):
-        raise NonFinite(f"{change}: its factors overflow {DTYPE_NAMES[dtype]}; choose --dtype float32 or bfloat16")
-    left_out = _distance(delta, up.float(), down.float())
-    figures = Converted(str(change), change.delta.kind, kept, norm, left_out / norm if norm else 0.0)
+    storage = Storage(DTYPES[dtype] if dtype else _widest(change))
+    rule = rule.of(delta.shape)
+    with about(change):
+        found = _refactored(*delta.factors, rule, storage) if delta.factors else factored(_dense(delta), rule, storage)
+    error = found.error / found.norm if found.norm else 0.0
+    figures = Converted(str(change), change.delta.kind, found.rank, found.norm, error)
     if "embedding_down" in change.delta.leaves():
         # PEFT adds the product of an embedding's factors transposed.
-        return Embedding(up.T.contiguous(), down.T.contiguous(), 1.0), figures
-    kernel = delta.shape[2:]
+        return Embedding(found.up.T.contiguous(), found.down.T.contiguous(), 1.0), figures
+    return as_lora(found, delta.shape), figures
+
+
+def as_lora(found: Factored, shape: tuple[int, ...]) -> LoRA:
+    """The factors of a weight of `shape`, (out, in, *kernel), with the kernel in `down`, and scale 1."""
+    kernel = shape[2:]
     ones = (1,) * len(kernel)
-    down = down.reshape(len(down), -1, *kernel).contiguous()
-    return LoRA(down, up.reshape(*up.shape, *ones).contiguous(), None, 1.0), figures
+    down = found.down.reshape(found.rank, -1, *kernel).contiguous()
+    return LoRA(down, found.up.reshape(*found.up.shape, *ones).contiguous(), None, 1.0)
 
 
-def _distance(delta: _Effective, up: Tensor, down: Tensor) -> float:
-    """‖ΔW − up · down‖, of the factors as stored."""
-    if delta.factors is None:
-        assert delta.dense is not None
-        return float(torch.linalg.vector_norm(delta.dense - up @ down, dtype=torch.float64))
-    ups, downs = torch.cat([delta.factors[0], -up], dim=1), torch.cat([delta.factors[1], down])
-    return float(singular_values(ups, downs).norm())
+def _refactored(up: Tensor, down: Tensor, rule: Rule, storage: Storage) -> Factored:
+    """The best factors of `up` · `down` at the rank that the rule gives, without multiplying them out."""
+    left, sigma, right = factored_svd(up, down)
+    total = float(sigma.square().sum())
+    rank = min(rule(Spectrum(sigma, total, True)) or 0, len(sigma))
+    root = sigma[:rank].sqrt()
+    ups, downs = stored(left[:, :rank].double() * root, root[:, None] * right[:rank].double(), storage)
+    between = torch.cat([up, -ups.float()], dim=1), torch.cat([down, downs.float()])
+    least = float(sigma[rank:].norm())
+    return Factored(ups, downs, total**0.5, float(singular_values(*between).norm()), least, effective_rank(sigma[:rank]))
+
+
+def _dense(delta: _Effective) -> Tensor:
+    assert delta.dense is not None
+    return delta.dense
 
 
 def _widest(change: Change) -> torch.dtype:
     """The dtype of the change's own factors, the widest where they differ."""
     dtypes = [tensor.dtype for tensor in change.delta.leaves().values() if tensor.is_floating_point()]
     return max(dtypes, key=lambda dtype: dtype.itemsize)
-
-
-def _enough(dense: Tensor, norm: float, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
-    """As many singular values as the rule needs: those of the rank, or twice as many until the error is met."""
-    smaller = min(dense.shape)
-    if rule.max_error is None:
-        return leading_svd(dense, rule.rank or smaller)
-    wanted = 16
-    while wanted < smaller:
-        found = leading_svd(dense, wanted)
-        if rank_within(found[1], norm, rule.max_error):
-            return found
-        wanted *= 2
-    return leading_svd(dense, smaller)
-
-
-def _rank(sigma: Tensor, norm: float, rule: Rule) -> int:
-    if rule.max_error is not None:
-        return rank_within(sigma, norm, rule.max_error) or len(sigma)
-    if rule.rank is not None:
-        return rule.rank
-    # Without a rule, all that is more than float32's noise.
-    return max(1, int((sigma > 1e-6 * sigma[0]).sum())) if len(sigma) else 1

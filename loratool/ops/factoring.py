@@ -1,0 +1,124 @@
+"""A matrix as the two factors that a file stores, and how far their product is from it, measured on what is stored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from loratool.checkpoint import DTYPE_NAMES
+from loratool.errors import LoratoolError, NonFinite
+from loratool.krylov import Leading, leading, squares
+from loratool.linalg import effective_rank
+from loratool.ranks import Rule
+
+CHUNK: Final = 1 << 22
+"""Elements of a residual that are there at a time."""
+SAFE_EXPONENT: Final = 40
+"""Powers of two up to which a float32 matrix keeps its squares from over- and underflowing."""
+
+Split = Literal["even", "up", "down"]
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How factors are stored: their dtype, on which side the singular values stand (the root of each on either side, if
+    "even"), and the quantile that larger entries are cut down to, as kohya's tools do (which only makes it worse)."""
+
+    dtype: torch.dtype
+    split: Split = "even"
+    clamp: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Factored:
+    """`up` (m, r) and `down` (r, n) as stored, ‖D‖, `error` ‖D − up · down‖ and, of the same before it was rounded, `least`;
+    the effective rank of what was kept."""
+
+    up: Tensor
+    down: Tensor
+    norm: float
+    error: float
+    least: float
+    effective_rank: float
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
+
+def factored(dense: Tensor, rule: Rule, storage: Storage, *, noise: float = 0.0) -> Factored:
+    """The best factors of `dense` (m, n) at the rank that `rule` gives, computed on its device.
+
+    Raises `NonFinite` where they overflow the dtype, and `LoratoolError` where rounding to it alone is more than the rule's
+    largest error.
+    """
+    matrix, exponent = _in_range(dense)
+    norm, back = math.sqrt(squares(matrix)), math.ldexp(1.0, exponent)
+    while True:
+        found = leading(matrix, rule, rank=rule.expected, noise=noise / back, whole=rule.whole)
+        # Half of the exponent to either side: it is even, so that both are exact.
+        half = math.ldexp(1.0, exponent // 2)
+        up, down = stored(found.up * half, found.down * half, storage)
+        error = distance(dense, up, down)
+        if rule.method != "max_error" or error <= rule.value * norm * back:
+            kept = found.spectrum.sigma[: up.shape[1]]
+            return Factored(up.cpu(), down.cpu(), norm * back, error, found.left * back, effective_rank(kept))
+        rule = _stricter(rule, found, error / back, norm, storage)
+
+
+def _stricter(rule: Rule, found: Leading, error: float, norm: float, storage: Storage) -> Rule:
+    """A rule whose factors, once rounded, meet this one's largest error."""
+    rounding = math.sqrt(max(error**2 - found.left**2, 0.0)) / norm
+    left = found.left / norm
+    if rounding >= rule.value or found.up.shape[1] == min(len(found.up), found.down.shape[1], rule.most or math.inf):
+        raise LoratoolError(
+            f"rounding its factors to {DTYPE_NAMES[storage.dtype]} alone takes {rounding:.2e} of it, the largest error is "
+            f"{rule.value:.2e}; choose --dtype float32, or a larger error"
+        )
+    return Rule("max_error", min(math.sqrt(rule.value**2 - rounding**2), 0.999 * left), None, rule.least, rule.most)
+
+
+def stored(up: Tensor, down: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
+    """Balanced factors in float64 as `storage` has them; raises `NonFinite` where they overflow."""
+    if storage.split != "even" or storage.clamp is not None:
+        root = torch.linalg.vector_norm(up, dim=0)
+        over = torch.where(root > 0, 1 / root, 0.0)
+        left, right = (root, over) if storage.split != "down" else (over, root)
+        up, down = up * left, down * right[:, None]
+    if storage.clamp is not None:
+        limit = float(torch.cat([up.flatten(), down.flatten()]).sort().values[_index(up, down, storage.clamp)])
+        up, down = up.clamp(-limit, limit), down.clamp(-limit, limit)
+    up, down = up.to(storage.dtype), down.to(storage.dtype)
+    if not bool(up.isfinite().all() and down.isfinite().all()):
+        raise NonFinite(f"its factors overflow {DTYPE_NAMES[storage.dtype]}; choose --dtype float32 or bfloat16")
+    return up, down
+
+
+def _index(up: Tensor, down: Tensor, quantile: float) -> int:
+    return min(round(quantile * (up.numel() + down.numel() - 1)), up.numel() + down.numel() - 1)
+
+
+def distance(dense: Tensor, up: Tensor, down: Tensor) -> float:
+    """‖D − up · down‖, some rows at a time: differences in D's dtype, their squares summed in float64."""
+    total, wide = 0.0, down.to(dense.dtype)
+    step = max(1, CHUNK // max(dense.shape[1], 1))
+    for rows, ups in zip(torch.split(dense, step), torch.split(up, step), strict=True):
+        rest = torch.addmm(rows, ups.to(dense.dtype), wide, alpha=-1)
+        scale = float(rest.abs().max()) if rest.numel() else 0.0
+        if scale:
+            total += squares(rest / scale) * scale**2
+    return math.sqrt(total)
+
+
+def _in_range(dense: Tensor) -> tuple[Tensor, int]:
+    """`dense` divided by a power of two, an even one, where its squares would leave the range of its dtype."""
+    low, high = torch.aminmax(dense)
+    exponent = math.frexp(max(-float(low), float(high)))[1]
+    exponent += exponent % 2
+    if abs(exponent) <= SAFE_EXPONENT:
+        return dense, 0
+    return torch.ldexp(dense, torch.tensor(-exponent)), exponent

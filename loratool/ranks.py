@@ -1,0 +1,177 @@
+"""How much rank to keep: rules that look at one matrix's spectrum, and prices that share one budget over many.
+
+Where kohya's and LyCORIS's tools have a rule of the same name, the definition is theirs and the rank the least that meets it
+(kohya sd-scripts networks/resize_lora.py, whose index is one too high; LyCORIS utils/__init__.py, extract_linear).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from loratool.errors import LoratoolError
+from loratool.krylov import Spectrum
+
+NUMERICAL: Final = 1e-6
+"""Singular values below so much of the largest are what float32 arithmetic leaves, and nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to choose a rank: `rank` of a value and a spectrum, None where more of it must be known.
+
+    `lower` and `upper` bound the value; a `whole` one needs the complete spectrum; `least` is the rank it never goes below.
+    """
+
+    rank: Callable[[float, Spectrum], int | None]
+    lower: float
+    upper: float
+    whole: bool = False
+    least: int = 1
+
+
+def _fixed(value: float, spectrum: Spectrum) -> int | None:
+    return int(value) if len(spectrum.sigma) >= value or spectrum.complete else None
+
+
+def _within(left: float, spectrum: Spectrum) -> int | None:
+    """The least rank that leaves out at most `left` of the sum of squares."""
+    kept = torch.cumsum(spectrum.sigma.square(), 0)
+    enough = torch.nonzero(spectrum.total - kept <= left * spectrum.total)
+    if len(enough):
+        return int(enough[0]) + 1
+    return len(kept) if spectrum.complete else None
+
+
+def _above(limit: float, spectrum: Spectrum) -> int | None:
+    """As many as are larger than `limit`."""
+    count = int((spectrum.sigma > limit).sum())
+    return count if count < len(spectrum.sigma) or spectrum.complete else None
+
+
+def _cumulative(value: float, spectrum: Spectrum) -> int | None:
+    """The least rank whose singular values sum to a share `value` of all."""
+    sums = torch.cumsum(spectrum.sigma, 0)
+    return min(int((sums < value * sums[-1]).sum()) + 1, len(sums)) if spectrum.complete else None
+
+
+def _largest(spectrum: Spectrum) -> float:
+    return float(spectrum.sigma[0]) if len(spectrum.sigma) else 0.0
+
+
+METHODS: Final[Mapping[str, Method]] = {
+    "rank": Method(_fixed, 1, math.inf),
+    "max_error": Method(lambda value, spectrum: _within(value**2, spectrum), 0, 1),
+    "energy": Method(lambda value, spectrum: _within(1 - value, spectrum), 0, 1),
+    "sv_fro": Method(lambda value, spectrum: _within(1 - value**2, spectrum), 0, 1),
+    "sv_ratio": Method(lambda value, spectrum: _above(_largest(spectrum) / value, spectrum), 1, math.inf),
+    "sv_cumulative": Method(_cumulative, 0, 1, whole=True),
+    "threshold": Method(_above, 0, math.inf),
+    "auto": Method(lambda _, spectrum: _above(max(spectrum.noise, NUMERICAL * _largest(spectrum)), spectrum), 0, 0, least=0),
+    "all": Method(lambda _, spectrum: _above(NUMERICAL * _largest(spectrum), spectrum), 0, 0),
+}
+"""`rank` is given; `max_error` is of ‖ΔW‖, `energy` of ‖ΔW‖²; `sv_ratio`, `sv_fro` and `sv_cumulative` are kohya's;
+`threshold` is LyCORIS's, as are `sv_ratio` (its 1 / ratio) and `sv_cumulative` (its quantile); `auto` ends where rounding to
+the stored dtype reaches; `all` is all that is more than float32's noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One of `METHODS` and its value, the rank of convolutions with a kernel where it is another, and bounds of the rank.
+
+    Raises `LoratoolError` where the value is out of the method's range.
+    """
+
+    method: str = "all"
+    value: float = 0.0
+    conv: int | None = None
+    least: int | None = None
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        method = METHODS[self.method]
+        if not method.lower <= self.value <= method.upper or not math.isfinite(self.value):
+            raise LoratoolError(f"{self.method} is {self.value:g}, expected {_range(method)}")
+        if self.least is not None and self.most is not None and self.least > self.most:
+            raise LoratoolError(f"the least rank {self.least} is above the largest, {self.most}")
+
+    def of(self, shape: Sequence[int]) -> Rule:
+        """The rule for a weight of `shape`: (out, in, *kernel)."""
+        return Rule("rank", self.conv) if self.conv is not None and math.prod(shape[2:]) > 1 else self
+
+    @property
+    def expected(self) -> int | None:
+        """The rank, where it is known before a spectrum is."""
+        if self.method == "rank":
+            return int(self.value)
+        return self.most
+
+    @property
+    def whole(self) -> bool:
+        return METHODS[self.method].whole
+
+    def __call__(self, spectrum: Spectrum) -> int | None:
+        """The rank to keep, at most as many as there are; None where more of the spectrum must be known."""
+        method, found = METHODS[self.method], len(spectrum.sigma)
+        least = method.least if self.least is None else self.least
+        rank = method.rank(self.value, spectrum)
+        if rank is None:
+            # What is known already exceeds the limit.
+            return self.most if self.most is not None and found >= self.most else None
+        rank = max(rank, least)
+        return rank if self.most is None else min(rank, self.most)
+
+
+def _range(method: Method) -> str:
+    if math.isinf(method.upper):
+        return f"at least {method.lower:g}"
+    return f"between {method.lower:g} and {method.upper:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A module whose rank is to be bought: its leading singular values, whether no other is worth anything, and the bytes
+    that each rank costs. The first `least` are bought in any case."""
+
+    sigma: Tensor
+    complete: bool
+    cost: int
+    least: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Bought:
+    """The ranks bought; the `price`, in squares per byte, below which nothing was; the offers that may hold more."""
+
+    ranks: tuple[int, ...]
+    price: float
+    unsettled: tuple[int, ...]
+
+
+def buy(offers: Sequence[Offer], *, nbytes: float = math.inf, squares: float = math.inf) -> Bought:
+    """Spends bytes where each saves most of ‖ΔW − LoRA‖², over all modules: at most `nbytes`, or until `squares` are saved.
+
+    Both are optimal but for the last step (the fractional knapsack's greedy order). What is unknown of an offer counts as
+    nothing, so that the price can only rise when more is known.
+    """
+    gains = torch.cat([offer.sigma.square() for offer in offers])
+    costs = torch.cat([torch.full((len(offer.sigma),), offer.cost, dtype=torch.float64) for offer in offers])
+    owners = torch.cat([torch.full((len(offer.sigma),), index) for index, offer in enumerate(offers)])
+    must = torch.cat([torch.arange(len(offer.sigma)) < offer.least for offer in offers])
+    rates = gains / costs
+    order = torch.argsort(torch.where(must, math.inf, rates), descending=True, stable=True)
+    fit = int((torch.cumsum(costs[order], 0) <= nbytes).sum())
+    count = min(fit, int((torch.cumsum(gains[order], 0) < squares).sum()) + 1)
+    price = float(rates[order[count]]) if count < len(order) else 0.0
+    ranks = torch.bincount(owners[order[:count]], minlength=len(offers))
+    unsettled = [
+        index
+        for index, offer in enumerate(offers)
+        if not offer.complete and (not len(offer.sigma) or float(offer.sigma[-1]) ** 2 > price * offer.cost)
+    ]
+    return Bought(tuple(ranks.tolist()), price, tuple(unsettled))
