@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from loratool.detect import is_language_model
 from loratool.errors import InvalidAdapter, NonFinite, Unsupported, about, some
 from loratool.formats.peft import CONFIG_NAME, PeftConfig
 from loratool.formats.reading import Group, Listing, listing, locate, read_listing, require_adapter
-from loratool.header import TensorInfo
+from loratool.header import TensorInfo, read_json
 from loratool.names import Module
 from loratool.pickles import PICKLE_SUFFIXES, unpickled
 from loratool.schema import Part
@@ -50,7 +50,7 @@ class Adapter:
     """The changes that an adapter makes, in the order in which those to one weight are to be made.
 
     `tied` says that its embedding and head are one (PEFT's ensure_weight_tying). `passengers` are tensors that travel with
-    it and change no weight, `alphas` the file's own, both by key.
+    it and change no weight, `alphas` the file's own, both by key. `config` is PEFT's adapter_config.json, if there is one.
     """
 
     path: Path
@@ -60,6 +60,7 @@ class Adapter:
     passengers: Mapping[str, Tensor] = field(default_factory=dict)
     alphas: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +84,10 @@ def load(path: str | Path, *, allow_pickle: bool = False, unsaid: Unsaid | None 
     unsaid = unsaid or Unsaid()
     if allow_pickle and weights.suffix in PICKLE_SUFFIXES:
         with unpickled(weights) as header:
-            return _load(listing(path, header, config), unsaid)
-    return _load(read_listing(path), unsaid)
+            found = _load(listing(path, header, config), unsaid)
+    else:
+        found = _load(read_listing(path), unsaid)
+    return replace(found, config=read_json(config)) if config else found
 
 
 def _load(found: Listing, unsaid: Unsaid) -> Adapter:

@@ -107,7 +107,7 @@ def _approximated(
         if not change.keys:  # made here, not read
             tensors |= named(change)
     contents = like_source(adapter, tensors, kept, [module.rank for module in converted])
-    nbytes = write(contents, adapter.path, out.expanduser(), overwrite=overwrite)
+    nbytes = write(contents, [adapter.path], out.expanduser(), overwrite=overwrite)
     return LowRankReport(str(out), tuple(converted), len(kept), error_of(converted), nbytes, adapter.notes)
 
 

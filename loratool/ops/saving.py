@@ -17,7 +17,7 @@ from loratool.deltas.base import or_one
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.peft import CONFIG_NAME
 from loratool.formats.reading import WEIGHTS, locate
-from loratool.header import TensorInfo, encode_header, read_header, read_json
+from loratool.header import TensorInfo, encode_header, read_header
 from loratool.ops.hashing import hashes
 from loratool.ops.spelling import lora_config
 from loratool.output import Output, Writer
@@ -46,7 +46,7 @@ class Contents:
 
 
 def write(
-    contents: Contents, source: Path, out: Path, *, overwrite: bool, check: Callable[[Path], None] | None = None
+    contents: Contents, inputs: Sequence[Path], out: Path, *, overwrite: bool, check: Callable[[Path], None] | None = None
 ) -> int:
     """Writes an adapter to `out`, a file or a PEFT folder, and returns its bytes.
 
@@ -65,7 +65,7 @@ def write(
         metadata |= hashes(infos, parts, metadata)
     raw = encode_header(infos, metadata)
     nbytes, folder = len(raw) + position, contents.config is not None
-    with Output(out, folder=folder, overwrite=overwrite, nbytes=nbytes, inputs=[source]) as output:
+    with Output(out, folder=folder, overwrite=overwrite, nbytes=nbytes, inputs=inputs) as output:
         path = output.path(WEIGHTS[0] if folder else "")
         with Writer(path, nbytes) as writer:
             writer.write(raw, 0)
@@ -124,9 +124,7 @@ def kohya_metadata(metadata: Mapping[str, str], ranks: Sequence[int]) -> Iterato
 
 def before(adapter: Adapter) -> dict[str, Any]:
     """What the source's config says that a conversion does not change."""
-    config = locate(adapter.path)[1]
-    document = read_json(config) if config else {}
-    return {key: document[key] for key in CARRIED if key in document}
+    return {key: adapter.config[key] for key in CARRIED if key in adapter.config}
 
 
 def _config(adapter: Adapter, tensors: Mapping[str, Tensor], kept: Sequence[Change]) -> dict[str, Any] | None:

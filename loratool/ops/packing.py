@@ -1,0 +1,119 @@
+"""An adapter in memory as a file of some format: spelled, with true metadata and config, written, read again, compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.adapter import Adapter, load
+from loratool.errors import OutputError, Unsupported
+from loratool.formats.leaves import CONTAINER
+from loratool.formats.peft import METADATA_KEY
+from loratool.formats.table import FOLDED, METADATA, Format
+from loratool.names import Module
+from loratool.ops.checking import compared
+from loratool.ops.renaming import Moved, renamed
+from loratool.ops.saving import Contents, before, write
+from loratool.ops.spelling import Spelled, lora_config, spelled
+from loratool.routes import Route
+
+STALE: Final = ("modelspec.hash_sha256", METADATA_KEY)
+"""Metadata that is no longer true of a file of other tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written: the changes under their new names, the largest relative difference of a module that reading it again
+    found, and its bytes."""
+
+    moved: tuple[Moved, ...]
+    difference: float
+    nbytes: int
+
+
+def write_as(
+    adapter: Adapter,
+    target: Format,
+    ways: Mapping[Module, Route],
+    out: Path,
+    *,
+    inputs: Sequence[Path],
+    overwrite: bool = False,
+) -> Written:
+    """Writes `adapter` to `out` in the format `target`, each module as `ways` says, and compares what it wrote with it.
+
+    Raises `LoratoolError`, and writes nothing, where a delta has no exact form or no place there.
+    """
+    require_room(target, out)
+    moved = renamed(adapter.changes, ways)
+    contents = packed(adapter, target, spelled(moved, target, adapter))
+    differences: list[float] = []
+
+    def check(written: Path) -> None:
+        differences.append(compared(adapter, load(written), ways, target))
+
+    nbytes = write(contents, inputs, out, overwrite=overwrite, check=check)
+    return Written(tuple(moved), max(differences), nbytes)
+
+
+def require_room(target: Format, out: Path) -> None:
+    """Raises `OutputError` where a folder is to be written under a file's name."""
+    if target.folder and out.suffix == ".safetensors":
+        raise OutputError(f"{out}: {target.title} is a folder; name one, or write a single file with --to peft-file")
+
+
+def packed(adapter: Adapter, target: Format, result: Spelled) -> Contents:
+    """What a file, or a folder, in the format `target` holds of an adapter whose tensors are spelled already."""
+    prefixes = dict.fromkeys(prefix for prefix, _ in result.ranks)
+    metadata = {key: value for key, value in adapter.metadata.items() if key not in STALE}
+    metadata |= dict(_network(adapter, target, result))
+    configs = {
+        prefix: lora_config(
+            {path: rank for (of, path), rank in result.ranks.items() if of == prefix},
+            {path: scale for (of, path), scale in result.scales.items() if of == prefix},
+        )
+        for prefix in prefixes
+    }
+    declared = target.alpha == METADATA and any(scale is not None for scale in result.scales.values())
+    if declared or (target.whole == CONTAINER and not target.folder):
+        # Behind PEFT's container the config is the whole file's.
+        named = {"" if prefix == CONTAINER else prefix: config for prefix, config in configs.items()}
+        document = {f"{prefix}{key}": value for prefix, config in named.items() for key, value in config.items()}
+        metadata[METADATA_KEY] = json.dumps(document, sort_keys=True)
+    tensors = result.tensors | dict(adapter.passengers)
+    return Contents(tensors, metadata, _config(adapter, result, configs) if target.folder else None)
+
+
+def _config(adapter: Adapter, result: Spelled, configs: Mapping[str, Mapping[str, object]]) -> dict[str, Any]:
+    """adapter_config.json: PEFT's LoRA, with what its tensors ask for."""
+    if any(result.dora) and not all(result.dora):
+        raise Unsupported("PEFT has DoRA for all modules of an adapter or for none; --to-lora makes LoRA of them")
+    saved = {"modules_to_save": sorted(result.whole)} if result.whole else {}
+    return {
+        "bias": "none",
+        **before(adapter),
+        "peft_type": "LORA",
+        **next(iter(configs.values()), {}),
+        **saved,
+        "use_dora": any(result.dora),
+        "lora_bias": any(name.endswith(".lora_B.bias") for name in result.tensors),
+        "inference_mode": True,
+    }
+
+
+def _network(adapter: Adapter, target: Format, result: Spelled) -> Iterator[tuple[str, str]]:
+    """kohya's metadata of rank and alpha, made true where the conversion changed them."""
+    if "ss_network_dim" not in adapter.metadata:
+        return
+    ranks = {
+        source.shape[0] for change in adapter.changes for leaf, source in change.delta.leaves().items() if leaf == "down"
+    }
+    after = set(result.ranks.values())
+    if after != ranks:
+        yield "ss_network_dim", str(*after) if len(after) == 1 else "Dynamic"
+    if after != ranks or target.alpha == FOLDED:
+        alphas = {rank * scale for key, rank in result.ranks.items() if (scale := result.scales[key]) is not None} or after
+        yield "ss_network_alpha", f"{min(alphas):g}" if len(alphas) == 1 else "Dynamic"
