@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 from loratool.archs import ARCHS, Component
@@ -30,6 +31,11 @@ ENDINGS: Final = ((".weight", WEIGHT), (".bias", BIAS), (".scale", WEIGHT), ("_w
 """Behind a dot for modules, behind an underscore for raw parameters like OpenCLIP's in_proj_weight."""
 
 
+HEAD: Final = "lm_head"
+"""The output layer that may be tied to the input embedding, and what the embedding's weight is called."""
+EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight")
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Rows `start` to `stop` by `step`, along the output, of a base tensor; `transposed` where it is stored as (in, out)."""
@@ -46,13 +52,14 @@ class Place:
 
 
 class Targets:
-    """The places of all modules of one base, found by `find`."""
+    """The places of all modules of one base, found by `find`; `own` has each tensor's as it is stored."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._paths: dict[str, dict[str, str]] = {}
         self._places: dict[str, dict[Key, tuple[Place, ...]]] = {WEIGHT: {}, BIAS: {}}
         self._doubles: dict[Key, tuple[str, str]] = {}
+        self.own: dict[str, Place] = {}
         for name in layout.tensors:
             self._add(name)
         for component, paths in self._paths.items():
@@ -106,12 +113,18 @@ class Targets:
             # FLUX's T5 is the second text encoder to diffusers, the third to kohya and ComfyUI.
             yield from ((component, path) for component in ENCODERS if component in self._paths)
 
+    @cached_property
+    def tied(self) -> str | None:
+        """The embedding that is the output layer too, where the model has one that is not stored."""
+        architectures = self._layout.config().get("architectures") or [""]
+        has_head = str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+        if not has_head or any(name.endswith(f"{HEAD}.weight") for name in self._layout.tensors):
+            return None
+        return next((name for name in self._layout.tensors if name.endswith(EMBEDDINGS)), None)
+
     def _add(self, name: str) -> None:
-        component, _, rest = base_component(name)
-        path, parameter = next(
-            ((rest.removesuffix(ending), parameter) for ending, parameter in ENDINGS if rest.endswith(ending)),
-            (rest, WEIGHT),
-        )
+        module, parameter = module_of(name)
+        component, path = module.component, module.path
         key = component, flat(path)
         before = self._places[parameter].get(key)
         if before:
@@ -120,7 +133,8 @@ class Targets:
         shape = self._layout.info(name).shape
         transposed = parameter == WEIGHT and self._is_conv1d(path, shape)
         rows = shape[1 if transposed else 0] if shape else 1
-        self._places[parameter][key] = (Place(name, 0, rows, transposed),)
+        self.own[name] = Place(name, 0, rows, transposed)
+        self._places[parameter][key] = (self.own[name],)
 
     def _is_conv1d(self, path: str, shape: tuple[int, ...]) -> bool:
         """GPT-2's layers: known by name, and by a c_attn that is stored three times as wide as high."""
@@ -205,6 +219,13 @@ class Targets:
         }
         placed = all(self.find(new) or self.find(new, BIAS) for new in renamed.values())
         return renamed if len(renamed) == len(modules) and placed else {}
+
+
+def module_of(name: str) -> tuple[Module, str]:
+    """The module that a base's tensor is of, and whether it is its weight or its bias."""
+    component, _, rest = base_component(name)
+    ending, parameter = next(((ending, parameter) for ending, parameter in ENDINGS if rest.endswith(ending)), ("", WEIGHT))
+    return Module(component, rest.removesuffix(ending), name.removesuffix(ending)), parameter
 
 
 def _best_table(component: str, paths: frozenset[str]) -> tuple[Component | None, str]:

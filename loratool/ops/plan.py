@@ -17,10 +17,8 @@ from loratool.header import BITS, TensorInfo
 from loratool.layout import Layout
 from loratool.names import Module
 from loratool.ops.terms import Term, check_overlap, grows, terms_of
-from loratool.targets import Place, Targets
-
-HEADS: Final = {"embed_tokens": "lm_head", "wte": "lm_head"}
-"""Input embedding and the output layer that may be tied to it."""
+from loratool.schema import WEIGHT
+from loratool.targets import EMBEDDINGS, HEAD, Place, Targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +33,9 @@ class Choice:
     exclude: tuple[str, ...] = ()
     components: Mapping[str, float] = field(default_factory=dict)
 
-    def takes(self, module: Module) -> bool:
-        """Whether the globs let `module` through."""
-        names = (module.stem, module.path)
+    def takes(self, module: Module, parameter: str = WEIGHT) -> bool:
+        """Whether the globs let this parameter of `module` through."""
+        names = (module.stem, module.path, f"{module.path}.{parameter}")
         included = not self.include or _any_match(names, self.include)
         return included and not _any_match(names, self.exclude)
 
@@ -182,14 +180,15 @@ class _Draft:
 
         Where the adapter itself is tied (PEFT's ensure_weight_tying) the head's copy of the change is left out instead.
         """
-        for embedding, head in HEADS.items():
+        for ending in EMBEDDINGS:
+            embedding = ending.removesuffix(".weight")
             # Trained rows of single tokens are the head's too: PEFT ties them wherever the model does.
             inputs = [
                 change for change in changes if change.module.path.endswith(embedding) and change.delta.kind != "tokens"
             ]
-            outputs = [change for change in changes if change.module.path.endswith(head)]
+            outputs = [change for change in changes if change.module.path.endswith(HEAD)]
             places = self.targets.find(inputs[0].module) if inputs else ()
-            if not places or not self._is_tied():
+            if not places or not self.targets.tied:
                 continue
             if adapter.tied:
                 self.matched += len(outputs)
@@ -200,26 +199,18 @@ class _Draft:
     def _places(self, module: Module, parameter: str) -> tuple[Place, ...]:
         """Where the base has `module`, a head that is not stored because it is tied to the embedding included."""
         found = self.targets.find(module, parameter)
-        if found or not module.path.endswith("lm_head") or not self._is_tied():
-            return found
-        embedding = next(
-            (name for name in self.layout.tensors if name.endswith(("embed_tokens.weight", "wte.weight"))), None
-        )
-        return (Place("lm_head.weight", 0, self.layout.info(embedding).shape[0]),) if embedding else ()
+        embedding = self.targets.tied if not found and module.path.endswith(HEAD) else None
+        return (Place(f"{HEAD}.weight", 0, self.layout.info(embedding).shape[0]),) if embedding else found
 
     def _stored(self, tensor: str) -> TensorInfo:
         """What the base says of a tensor; asking for a tied head is what unties it."""
-        if tensor not in self.layout.tensors:
-            self._untie(next(name for name in self.layout.tensors if name.endswith(("embed_tokens.weight", "wte.weight"))))
+        embedding = self.targets.tied
+        if tensor not in self.layout.tensors and embedding:
+            self._untie(embedding)
         return self.layout.info(self.added.get(tensor, tensor))
 
-    def _is_tied(self) -> bool:
-        architectures = self.layout.config().get("architectures") or [""]
-        has_head = str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-        return has_head and not any(name.endswith("lm_head.weight") for name in self.layout.tensors)
-
     def _untie(self, embedding: str) -> None:
-        self.added["lm_head.weight"] = embedding
+        self.added[f"{HEAD}.weight"] = embedding
         self.config["tie_word_embeddings"] = False
 
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from functools import partial
 from itertools import groupby
 from typing import Final
-
-import torch
 
 from loratool.checkpoint import TensorFile
 from loratool.header import TensorInfo, encode_header
 from loratool.ops.plan import Plan, TensorPlan
 from loratool.ops.streaming import Measure, Rounding, Scratch, by_blocks, change_whole, jobs_of, run_job
+from loratool.ops.workers import run_all
 from loratool.output import Output, Writer
 
 METADATA_KEY: Final = "loratool"
 COPY_TASK_BYTES: Final = 256 << 20
-WORKERS: Final = 8
 PROVENANCE_BYTES: Final = 16384
 """Room that a header keeps for the provenance, which is only known at the end."""
 
@@ -111,37 +108,22 @@ class Worker(threading.local):
         self.rounding = rounding
         self.stopped = stopped
         self.scratch = Scratch()
-        # One thread each: the blocks are too small to share, and sums must not depend on how many there are.
-        torch.set_num_threads(1)
 
 
 def run(files: Sequence[OutputFile], rounding: Rounding, progress: Progress | None) -> Measure:
-    """Runs all work on a few threads, a bounded number of pieces ahead, and adds up what they measured in order."""
+    """Runs all work on a few threads and adds up what was measured, in order."""
     total, done = sum(info.nbytes for file in files for info in file.infos.values()), 0
     measures: dict[int, Measure] = {}
-    running: dict[Future[tuple[int, Measure]], int] = {}
-    threads, stopped = torch.get_num_threads(), threading.Event()
-    worker = Worker(rounding, stopped)
-    count = min(WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    pieces = enumerate(piece for file in files for piece in file.work())
-    with ThreadPoolExecutor(count) as pool:
-        try:
-            while True:
-                for index, piece in pieces:
-                    running[pool.submit(piece, worker)] = index
-                    if len(running) >= 2 * count:
-                        break
-                if not running:
-                    break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    nbytes, measures[running.pop(future)] = future.result()
-                    done += nbytes
-                    if progress:
-                        progress(done, total)
-        finally:
-            stopped.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(threads)
+    worker = Worker(rounding, threading.Event())
+
+    def finished(index: int, result: tuple[int, Measure]) -> None:
+        nonlocal done
+        nbytes, measures[index] = result
+        done += nbytes
+        if progress:
+            progress(done, total)
+
+    run_all((partial(piece, worker) for file in files for piece in file.work()), finished, worker.stopped)
     measure = Measure()
     for index in sorted(measures):
         measure.add(measures[index])

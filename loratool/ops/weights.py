@@ -39,3 +39,11 @@ class Weights:
         if place.transposed:
             return self.checkpoint[place.tensor].T[place.start : place.stop : place.step]
         return self.checkpoint.rows(place.tensor, place.start, place.stop)[:: place.step]
+
+    def shape(self, places: Sequence[Place]) -> tuple[int, ...]:
+        """The shape of what lies at `places`: (out, in, *kernel) for a weight."""
+        shape = self.layout.info(places[0].tensor).shape
+        if not shape:
+            return ()
+        inner = shape[:1] if places[0].transposed else shape[1:]
+        return (sum(place.rows for place in places), *inner)

@@ -1,0 +1,48 @@
+"""Work in pieces on a few threads, some ahead of what is done with the results, ended at once by the first error."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import Final, TypeVar
+
+import torch
+
+MOST: Final = 8
+
+T = TypeVar("T")
+
+
+def run_all(
+    pieces: Iterable[Callable[[], T]],
+    done: Callable[[int, T], None],
+    stopped: threading.Event,
+    *,
+    threads: int | None = None,
+) -> None:
+    """Calls every piece, and `done` with its number and result, in the order in which they end, in the calling thread.
+
+    Each thread computes with one core: pieces are too small to share, and sums must not depend on how many cores there are.
+    `stopped` is set when an error or an interruption ends it, for pieces that look.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = threads or min(MOST, cores)
+    before, running, numbered = torch.get_num_threads(), dict[Future[T], int](), enumerate(pieces)
+    with ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, 1)) as pool:
+        try:
+            while True:
+                for index, piece in numbered:
+                    running[pool.submit(piece)] = index
+                    if len(running) >= 2 * count:
+                        break
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    done(running.pop(future), future.result())
+        finally:
+            stopped.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(before)
