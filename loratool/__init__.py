@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from loratool.checkpoint import Checkpoint
     from loratool.errors import LoratoolError
     from loratool.ops.convert import ConvertReport, convert
+    from loratool.ops.extract import ExtractOptions, ExtractReport, extract
     from loratool.ops.inspect import AdapterReport, CheckpointReport, inspect
     from loratool.ops.low_rank import LowRankReport, resize, to_lora
     from loratool.ops.merge import MergeReport, Options, Source, merge
-    from loratool.ranks import Rule
+    from loratool.ranks import Budget, Rule
 
 _HOMES: Final = {
     "Adapter": "loratool.adapter",
@@ -27,11 +28,15 @@ _HOMES: Final = {
     "Checkpoint": "loratool.checkpoint",
     "CheckpointReport": "loratool.ops.inspect",
     "ConvertReport": "loratool.ops.convert",
+    "ExtractOptions": "loratool.ops.extract",
+    "ExtractReport": "loratool.ops.extract",
+    "Budget": "loratool.ranks",
     "LoratoolError": "loratool.errors",
     "MergeReport": "loratool.ops.merge",
     "Options": "loratool.ops.merge",
     "Source": "loratool.ops.merge",
     "convert": "loratool.ops.convert",
+    "extract": "loratool.ops.extract",
     "inspect": "loratool.ops.inspect",
     "load": "loratool.adapter",
     "merge": "loratool.ops.merge",
@@ -45,10 +50,13 @@ _HOMES: Final = {
 __all__ = [
     "Adapter",
     "AdapterReport",
+    "Budget",
     "Change",
     "Checkpoint",
     "CheckpointReport",
     "ConvertReport",
+    "ExtractOptions",
+    "ExtractReport",
     "LoratoolError",
     "LowRankReport",
     "MergeReport",
@@ -56,6 +64,7 @@ __all__ = [
     "Rule",
     "Source",
     "convert",
+    "extract",
     "inspect",
     "load",
     "merge",

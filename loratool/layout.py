@@ -78,17 +78,14 @@ def open_layout(path: Path) -> Layout:
     return Layout(path, {"": header}, {}, {name: ("", info) for name, info in header.tensors.items()}, ())
 
 
-def require_base(layout: Layout) -> None:
-    """Raises `Unsupported` for a quantised checkpoint and `InvalidFile` for an empty one."""
+def require_weights(layout: Layout, instead: str) -> None:
+    """Raises `Unsupported` for a quantised checkpoint, saying what to do `instead`, and `InvalidFile` for an empty one."""
     if not layout.tensors:
         raise InvalidFile(f"{layout.root}: has no tensors")
     marks = [name for name in layout.tensors if name.endswith(QUANTISED)]
     if marks or layout.config().get("quantization_config"):
         met = f"{some(marks, 3)}" if marks else "quantization_config in config.json"
-        raise Unsupported(
-            f"{layout.root}: the base is quantised ({met}); an adapter added to it would be lost in rounding: "
-            "merge into the 16-bit original, then quantise that once"
-        )
+        raise Unsupported(f"{layout.root}: is quantised ({met}); {instead}")
 
 
 def _folder(root: Path) -> Layout:

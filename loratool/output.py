@@ -33,6 +33,14 @@ def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
 _sync_file_range: Final = _find_sync_file_range()
 
 
+def check_target(target: Path, *, folder: bool, overwrite: bool, inputs: Iterable[Path]) -> None:
+    """Raises `OutputError` where `target` cannot or must not be written, before any work is done for it."""
+    try:
+        _check_target(target, folder=folder, overwrite=overwrite, inputs=inputs)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{target}: {getattr(error, 'strerror', None) or error}") from error
+
+
 class Output:
     """A file or folder to be. Write below `temporary`; `commit` puts it in place, and leaving without it removes it.
 
@@ -42,10 +50,7 @@ class Output:
     def __init__(self, target: Path, *, folder: bool, overwrite: bool, nbytes: int, inputs: Iterable[Path]) -> None:
         self.target = target
         self.folder = folder
-        try:
-            _check_target(target, folder=folder, overwrite=overwrite, inputs=inputs)
-        except (OSError, ValueError) as error:
-            raise OutputError(f"{target}: {getattr(error, 'strerror', None) or error}") from error
+        check_target(target, folder=folder, overwrite=overwrite, inputs=inputs)
         parent = target.parent
         _sweep(parent)
         free = shutil.disk_usage(parent).free

@@ -136,12 +136,12 @@ def _range(method: Method) -> str:
 @dataclass(frozen=True, slots=True)
 class Offer:
     """A module whose rank is to be bought: its leading singular values, whether no other is worth anything, and the bytes
-    that each rank costs. The first `least` are bought in any case."""
+    that each rank costs; ‖ΔW‖²."""
 
     sigma: Tensor
     complete: bool
     cost: int
-    least: int = 0
+    total: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +153,11 @@ class Bought:
     unsettled: tuple[int, ...]
 
 
-def buy(offers: Sequence[Offer], *, nbytes: float = math.inf, squares: float = math.inf) -> Bought:
+def buy(
+    offers: Sequence[Offer], *, nbytes: float = math.inf, squares: float = math.inf, least: int = 0, fixed: float = 0.0
+) -> Bought:
     """Spends bytes where each saves most of ‖ΔW − LoRA‖², over all modules: at most `nbytes`, or until `squares` are saved.
+    The first `least` ranks of each are bought before all others; its first takes `fixed` bytes more, for its names.
 
     Both are optimal but for the last step (the fractional knapsack's greedy order). What is unknown of an offer counts as
     nothing, so that the price can only rise when more is known.
@@ -162,10 +165,11 @@ def buy(offers: Sequence[Offer], *, nbytes: float = math.inf, squares: float = m
     gains = torch.cat([offer.sigma.square() for offer in offers])
     costs = torch.cat([torch.full((len(offer.sigma),), offer.cost, dtype=torch.float64) for offer in offers])
     owners = torch.cat([torch.full((len(offer.sigma),), index) for index, offer in enumerate(offers)])
-    must = torch.cat([torch.arange(len(offer.sigma)) < offer.least for offer in offers])
+    must = torch.cat([torch.arange(len(offer.sigma)) < least for offer in offers])
     rates = gains / costs
     order = torch.argsort(torch.where(must, math.inf, rates), descending=True, stable=True)
-    fit = int((torch.cumsum(costs[order], 0) <= nbytes).sum())
+    taken = costs + fixed * torch.cat([torch.arange(len(offer.sigma)) == 0 for offer in offers])
+    fit = int((torch.cumsum(taken[order], 0) <= nbytes).sum())
     count = min(fit, int((torch.cumsum(gains[order], 0) < squares).sum()) + 1)
     price = float(rates[order[count]]) if count < len(order) else 0.0
     ranks = torch.bincount(owners[order[:count]], minlength=len(offers))
@@ -175,3 +179,20 @@ def buy(offers: Sequence[Offer], *, nbytes: float = math.inf, squares: float = m
         if not offer.complete and (not len(offer.sigma) or float(offer.sigma[-1]) ** 2 > price * offer.cost)
     ]
     return Bought(tuple(ranks.tolist()), price, tuple(unsettled))
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """One bound over all modules instead of a rule for each: `nbytes` of the whole output, or the relative `error` of all
+    that changed; with bounds of each module's rank. Raises `LoratoolError` unless exactly one of the two is given."""
+
+    nbytes: int | None = None
+    error: float | None = None
+    least: int = 0
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.nbytes is None) == (self.error is None):
+            raise LoratoolError("a budget is a number of bytes, or a relative error")
+        if self.error is not None and not 0 < self.error < 1:
+            raise LoratoolError(f"the total error is {self.error:g}, expected a share between 0 and 1")

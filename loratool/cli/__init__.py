@@ -12,6 +12,7 @@ import click
 
 from loratool import __version__
 from loratool.cli.convert import convert_command
+from loratool.cli.extract import extract_command
 from loratool.cli.formats import formats_command
 from loratool.cli.inspect import inspect_command
 from loratool.cli.low_rank import resize_command
@@ -52,7 +53,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="loratool")
 def cli() -> None:
-    """Inspect, merge, convert and resize LoRA adapters and their relatives, in PEFT, kohya and diffusers formats.
+    """Inspect, merge, extract, convert and resize LoRA adapters and their relatives, in PEFT, kohya and diffusers formats.
 
     An adapter is a safetensors file or a PEFT folder; a base is a safetensors file, or a folder of Hugging Face or
     diffusers. Every command has an example on its own help page.
@@ -60,6 +61,7 @@ def cli() -> None:
 
 
 cli.add_command(convert_command)
+cli.add_command(extract_command)
 cli.add_command(formats_command)
 cli.add_command(inspect_command)
 cli.add_command(merge_command)

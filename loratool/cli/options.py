@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
 
 from loratool.errors import LoratoolError
 from loratool.formats.prefixes import COMPONENTS
+
+KEEPING = ("sv_ratio", "sv_fro", "sv_cumulative", "threshold")
+"""Rules of other tools, which --keep takes by their names."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -58,7 +62,45 @@ class Slots(click.ParamType[tuple[bool, ...]]):
         return tuple(mark == "1" for mark in marks)
 
 
+class Bytes(click.ParamType[int]):
+    """A size: 50MB, 1.5GB, 800kB, 48MiB, or a number of bytes."""
+
+    name = "size"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The size in bytes."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMG]?)(i?)B?", value, re.IGNORECASE)
+        if not found:
+            self.fail(f"{value!r} is not a size, such as 50MB or 48MiB", param, ctx)
+        number, unit, binary = found.groups()
+        return int(float(number) * (1024 if binary else 1000) ** " kmg".index(unit.lower() or " "))
+
+
+class Keep(click.ParamType[tuple[str, float]]):
+    """A rule of kohya's or LyCORIS's tools and its value: sv_fro=0.95."""
+
+    name = "rule"
+
+    def convert(
+        self, value: str | tuple[str, float], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, float]:
+        """The rule's name and its value."""
+        if isinstance(value, tuple):
+            return value
+        name, _, number = value.partition("=")
+        try:
+            if name in KEEPING:
+                return name, float(number)
+        except ValueError:
+            pass
+        return self.fail(f"{value!r} is not one of {', '.join(KEEPING)} with =NUMBER, such as sv_fro=0.95", param, ctx)
+
+
 share = Share()
+nbytes = Bytes()
+keep = Keep()
 slots = Slots()
 
 

@@ -66,7 +66,7 @@ class LoRA(Delta):
         """PEFT has factors of its own for embeddings."""
         yield self
         if self.mid is None and self.up.ndim == self.down.ndim == 2:
-            yield Embedding(self.up.T.contiguous(), self.down.T.contiguous(), self.scale)
+            yield Embedding(self.up.T, self.down.T, self.scale)
 
     def folded(self) -> LoRA:
         return replace(self, up=times(self.up, self.scale), scale=None)
@@ -131,7 +131,7 @@ class Embedding(Delta):
 
     def forms(self) -> Iterator[Delta]:
         yield self
-        yield LoRA(self.up.T.contiguous(), self.down.T.contiguous(), None, self.scale)
+        yield LoRA(self.up.T, self.down.T, None, self.scale)
 
     def folded(self) -> Embedding:
         return replace(self, up=times(self.up, self.scale), scale=None)

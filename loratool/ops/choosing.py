@@ -15,9 +15,9 @@ from loratool.errors import AmbiguousFile, LoratoolError, Unsupported, some
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.prefixes import UNET
 from loratool.formats.table import LLM, Format, format_named
-from loratool.layout import open_layout
+from loratool.layout import Layout, open_layout
 from loratool.names import ORIGINAL, Module
-from loratool.routes import Route, as_named, is_spelled, ways_to
+from loratool.routes import Route, as_named, is_spelled, routes, ways_to
 
 OF_DIFFUSERS: Final = ("transformer.", "unet.", "prior.", CONTAINER)
 OF_ORIGINALS: Final = ("diffusion_model.", "model.diffusion_model.", "net.")
@@ -95,20 +95,54 @@ def _width(shape: tuple[int, ...]) -> int | None:
     return shape[1] if len(shape) > 1 and shape[1] != ANY else None
 
 
+def placed(
+    modules: Sequence[Module], found: Sequence[Arch], target: Format
+) -> tuple[Arch, dict[Module, Route], dict[Module, str]]:
+    """Of the architectures that a base may be, the one that has most of `modules`; where each goes in `target`, and why the
+    others have no place there. Raises `AmbiguousFile` where two have them go different ways."""
+    ways: list[tuple[Arch, dict[Module, Route], dict[Module, str]]] = []
+    for arch in found:
+        reasons: dict[Module, str] = {}
+        for module in modules:
+            try:
+                routes([module], arch, target)
+            except LoratoolError as error:
+                reasons[module] = str(error)
+        way = routes([module for module in modules if module not in reasons], arch, target)
+        ways.append((arch, way, reasons))
+    best = min(len(reasons) for *_, reasons in ways)
+    first, *others = [way for way in ways if len(way[2]) == best]
+    if any(other[1] != first[1] for other in others):
+        titles = " or ".join(f"{arch.title} (--arch {arch.name})" for arch, *_ in (first, *others))
+        raise AmbiguousFile(f"the base may be {titles}, which {target.title} spells differently; choose one")
+    return first
+
+
+def archs_of(layout: Layout, modules: Sequence[Module], wanted: str | None) -> list[Arch]:
+    """What a base may be: the architecture that is `wanted`, those that explain it, or one without a table that calls
+    `modules` what the base calls them."""
+    if wanted:
+        return [next(arch for arch in ARCHS if arch.name == wanted)]
+    inputs = inputs_of(layout)
+    if is_language_model([module for module, _ in inputs]):
+        return [as_named(modules, LLM, "a language model")]
+    named, fitting = explaining(inputs)
+    return narrowed(fitting, inputs, {})[0] or named or [as_named(modules, "base", f"the model in {layout.root.name}")]
+
+
 def _of_base(path: Path, target: Format) -> list[Arch]:
     """The base's architecture; where none explains it, its own names, which only formats of its naming can use."""
     layout = open_layout(path.expanduser())
-    inputs = inputs_of(layout)
-    modules = [module for module, _ in inputs]
-    named, fitting = explaining(inputs)
-    if named:
-        return narrowed(fitting, inputs, {})[0] or named
+    modules = [module for module, _ in inputs_of(layout)]
+    found = archs_of(layout, modules, None)
+    if found[0] in ARCHS:
+        return found
     if (ORIGINAL in target.namings) == layout.is_folder and any(module.component == UNET for module in modules):
         raise Unsupported(
             f"{path}: has no table here, and its names are {'diffusers' if layout.is_folder else 'the original'}'s, "
             f"which {target.title} does not use"
         )
-    return [as_named(modules, "base", f"the model in {path.name}")]
+    return found
 
 
 def _without_table(modules: Sequence[Module], target: Format) -> Arch:

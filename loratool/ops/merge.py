@@ -15,12 +15,13 @@ from typing import Any, Final
 from loratool import __version__
 from loratool.adapter import Adapter, Unsaid, load
 from loratool.header import DTYPE_OPTIONS, read_json
-from loratool.layout import open_layout, require_base
+from loratool.layout import open_layout, require_weights
 from loratool.ops.plan import Choice, Plan, check_strength, make_plan
 from loratool.ops.rewriting import OutputFile, Progress, rewritten_files, run
 from loratool.ops.streaming import Measure, Rounding
 from loratool.output import Output, copy_file
 
+LOST: Final = "an adapter added to it would be lost in rounding: merge into the 16-bit original, then quantise that once"
 WEAK: Final = 0.9
 """Realised strength under which rounding has taken so much of an adapter that it is worth a warning."""
 
@@ -91,7 +92,7 @@ def merge(
     started = time.monotonic()
     options = options or Options()
     layout = open_layout(Path(base).expanduser())
-    require_base(layout)
+    require_weights(layout, LOST)
     loaded = [_loaded(source, options) for source in adapters]
     dtype = DTYPE_OPTIONS[options.dtype] if options.dtype else None
     plan = make_plan(layout, loaded, dtype=dtype, allow_unmatched=options.allow_unmatched)

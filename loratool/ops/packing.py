@@ -16,7 +16,7 @@ from loratool.formats.table import FOLDED, METADATA, Format
 from loratool.names import Module
 from loratool.ops.checking import compared
 from loratool.ops.renaming import Moved, renamed
-from loratool.ops.saving import Contents, before, write
+from loratool.ops.saving import Contents, before, size_of, write
 from loratool.ops.spelling import Spelled, lora_config, spelled
 from loratool.routes import Route
 
@@ -57,6 +57,11 @@ def write_as(
 
     nbytes = write(contents, inputs, out, overwrite=overwrite, check=check)
     return Written(tuple(moved), max(differences), nbytes)
+
+
+def size_as(adapter: Adapter, target: Format, ways: Mapping[Module, Route]) -> int:
+    """The bytes that `write_as` would write, of deltas whose tensors need not hold anything yet."""
+    return size_of(packed(adapter, target, spelled(renamed(adapter.changes, ways), target, adapter)))
 
 
 def require_room(target: Format, out: Path) -> None:

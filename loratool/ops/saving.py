@@ -52,13 +52,7 @@ def write(
 
     `check` is given what was written before it takes its place, and raises where that is not right.
     """
-    infos, position = {}, 0
-    # safetensors' own order: dtypes from wide to narrow, then names, so that hashes agree with other writers'.
-    for name in sorted(contents.tensors, key=lambda name: (-contents.tensors[name].element_size(), name)):
-        tensor = contents.tensors[name]
-        size = tensor.numel() * tensor.element_size()
-        infos[name] = TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), position, position + size)
-        position += size
+    infos, position = _laid_out(contents.tensors)
     parts = [tensor_bytes(contents.tensors[name].contiguous()) for name in infos]
     metadata = dict(contents.metadata)
     if any(key.startswith("sshs_") for key in metadata):
@@ -72,11 +66,34 @@ def write(
             for info, part in zip(infos.values(), parts, strict=True):
                 writer.write(part, len(raw) + info.start)
         if contents.config is not None:
-            output.path(CONFIG_NAME).write_text(json.dumps(contents.config, indent=2) + "\n")
+            output.path(CONFIG_NAME).write_text(_text(contents.config))
         if check:
             check(path.parent if folder else path)
         output.commit()
     return nbytes
+
+
+def size_of(contents: Contents) -> int:
+    """The bytes that `write` would write of tensors of these shapes, the config's included."""
+    infos, position = _laid_out(contents.tensors)
+    config = "" if contents.config is None else _text(contents.config)
+    return len(encode_header(infos, contents.metadata)) + position + len(config.encode())
+
+
+def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, TensorInfo], int]:
+    """Where each tensor lies, and the end of the last: in safetensors' own order, dtypes from wide to narrow, then names, so
+    that hashes agree with other writers'."""
+    infos, position = {}, 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        tensor = tensors[name]
+        size = tensor.numel() * tensor.element_size()
+        infos[name] = TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), position, position + size)
+        position += size
+    return infos, position
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=2) + "\n"
 
 
 def named(change: Change) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Final
 from loratool.archs.llm import is_embedding
 from loratool.formats.prefixes import VAE
 from loratool.formats.table import Format
-from loratool.ops.pairing import Pair
+from loratool.ops.extraction.pairing import Pair
 from loratool.schema import BIAS
 from loratool.targets import HEAD
 

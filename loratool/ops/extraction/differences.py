@@ -1,4 +1,4 @@
-"""What one parameter of a tuned checkpoint changed, in float32, and how much of that may be the rounding of what is stored."""
+"""What one parameter of a tuned checkpoint changed, in float32, and how much of it may be the rounding of what is stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loratool import rounding
 from loratool.deltas.base import widened
 from loratool.errors import NonFinite, ShapeMismatch
 from loratool.krylov import squares
-from loratool.ops.pairing import Pair
+from loratool.ops.extraction.pairing import Pair
 from loratool.ops.weights import Weights
 
 CHUNK: Final = 1 << 22

@@ -1,0 +1,133 @@
+"""`loratool extract`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratool.cli.convert import a_format, an_arch
+from loratool.cli.options import (
+    exclude_option,
+    include_option,
+    json_option,
+    overwrite_option,
+    quiet_option,
+    share,
+    verbose_option,
+)
+from loratool.cli.ranks import rank_rules, rule_of
+from loratool.cli.render import histogram, print_facts, print_json, print_table, progress_bar, size, warn
+from loratool.header import DTYPE_OPTIONS
+
+if TYPE_CHECKING:
+    from loratool.ops.extract import ExtractReport
+
+
+@click.command("extract", short_help="Turn a fine-tuned checkpoint into an adapter.")
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("tuned", type=click.Path(path_type=Path))
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="File or folder to write.")
+@rank_rules
+@click.option("--to", type=a_format, metavar="FORMAT", help="Format to write; `loratool formats` lists them.")
+@click.option("--arch", type=an_arch, metavar="NAME", help="Architecture of BASE, where its names fit several.")
+@click.option("--dtype", type=click.Choice(list(DTYPE_OPTIONS)), help="Of factors. Default: as TUNED stores each weight.")
+@click.option("--split", type=click.Choice(["even", "up", "down"]), default="even", show_default=True, help="Side of σ.")
+@click.option("--clamp-quantile", "clamp", type=share, metavar="SHARE", help="Cut factors as kohya does; only adds error.")
+@include_option
+@exclude_option
+@click.option("--device", default="auto", show_default=True, metavar="cpu|cuda[:N]", help="Where to compute.")
+@overwrite_option
+@click.option("--dry-run", is_flag=True, help="Print the plan, from the headers, and write nothing.")
+@json_option
+@quiet_option
+@verbose_option
+def extract_command(base: Path, tuned: Path, out: Path, as_json: bool, quiet: bool, verbose: bool, **given: Any) -> None:
+    """Write to OUT the adapter that makes TUNED of BASE: the best approximation of W' − W₀ at each rank, and its error.
+
+    BASE and TUNED are safetensors files, or folders of Hugging Face or diffusers; shards may be cut differently, and names
+    differ by a prefix or be those of two namings. OUT becomes a PEFT folder for language models, a kohya file for image
+    models in one file, and a diffusers file for their folders, unless --to says otherwise.
+
+    \b
+    Example:
+      loratool extract Llama-3-8B/ my-finetune/ -o adapter/ --rank 16
+      loratool extract sdxl.safetensors tuned.safetensors -o style.safetensors --size 50MB
+      loratool extract sdxl.safetensors tuned.safetensors -o style.safetensors --max-error 20% --max-rank 64
+    """
+    from loratool.ops.extract import ExtractOptions, extract
+
+    rule = rule_of(given)
+    with progress_bar("extracting", quiet=quiet) as progress:
+        report = extract(base, tuned, out, rule, ExtractOptions(**given), progress)
+    for warning in report.warnings:
+        warn(warning)
+    if as_json:
+        print_json(report)
+    elif not quiet:
+        _print(report, base, tuned, verbose=verbose)
+
+
+def _print(report: ExtractReport, base: Path, tuned: Path, *, verbose: bool) -> None:
+    done = "would extract" if report.dry_run else "extracted"
+    print_facts(f"{done} {tuned} − {base} to {report.out}", _plan(report) if report.dry_run else _facts(report))
+    if verbose or report.dry_run:
+        _print_modules(report)
+
+
+def _plan(report: ExtractReport) -> Iterator[tuple[str, str]]:
+    yield "format", report.format
+    yield "for", report.arch
+    held = histogram(Counter(module.held for module in report.modules))
+    yield "parameters", f"{len(report.modules)} could be held ({held}), {len(report.left_out)} could not"
+    yield "size", f"{size(report.nbytes)} if all of them changed" if report.nbytes else "depends on what they hold"
+
+
+def _facts(report: ExtractReport) -> Iterator[tuple[str, str]]:
+    yield "format", report.format
+    yield "for", report.arch
+    held = histogram(Counter(module.held for module in report.modules))
+    excluded = f", {report.excluded} excluded" if report.excluded else ""
+    yield "parameters", f"{len(report.modules)} held ({held}), {report.unchanged} unchanged{excluded}"
+    ranks = Counter(module.rank for module in report.modules if module.rank)
+    if ranks:
+        yield "rank", histogram(ranks)
+    yield from (("left out", line) for line in _left_out(report))
+    worst = report.worst
+    of = f"; {worst.error:.2%} at worst, in {worst.name}" if worst else ""
+    yield "error", f"{report.error:.2%} of ‖W' − W₀‖ = {report.norm:.4g} in all{of}"
+    yield "size", f"{size(report.nbytes)} in {report.seconds:.1f} s"
+
+
+def _left_out(report: ExtractReport) -> Iterator[str]:
+    """Why things were left out, and how much of the change each reason took."""
+    shares: dict[str, list[float]] = {}
+    for left in report.left_out:
+        shares.setdefault(left.why, []).append(left.share)
+    for why, parts in shares.items():
+        yield f"{len(parts)} with {sum(parts) ** 0.5:.2%} of ‖W' − W₀‖: {why}"
+
+
+def _print_modules(report: ExtractReport) -> None:
+    rows = [
+        [
+            module.name,
+            module.held,
+            str(module.rank or ""),
+            f"{module.norm:.4g}",
+            f"{module.error:.2%}",
+            f"{module.effective_rank:.3g}" if module.rank else "",
+            "" if module.snr is None else f"{module.snr:.0f} dB",
+            f"{module.seconds:.2f}",
+        ]
+        for module in report.modules
+    ]
+    rows += [[left.name, "left out", "", f"{left.norm:.4g}", "100.00%", "", "", ""] for left in report.left_out]
+    if report.dry_run:
+        print_table(["parameter", "held as", "rank"], [row[:3] for row in rows], numbers=("rank",))
+        return
+    columns = ["parameter", "held as", "rank", "norm", "error", "eff. rank", "SNR", "s"]
+    print_table(columns, rows, numbers=columns[2:])

@@ -1,0 +1,57 @@
+"""The options that say how much rank to keep, and the rule that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from loratool.cli.options import KEEPING, keep, nbytes, share
+
+if TYPE_CHECKING:
+    from loratool.ranks import Budget, Rule
+
+RULES: Final = ("rank", "max_error", "total_error", "energy", "keep", "size", "auto")
+"""Options of which exactly one is given."""
+BOUNDS: Final = ("min_rank", "max_rank", "conv_rank")
+
+
+def rank_rules(command: Callable[..., None]) -> Callable[..., None]:
+    """Every way to say how much to keep."""
+    rules = ", ".join(KEEPING)
+    for option in reversed(
+        [
+            click.option("--rank", "--dim", type=click.IntRange(min=1), help="Rank of every module."),
+            click.option("--conv-rank", type=click.IntRange(min=1), help="Rank of k×k convolutions, where it is another."),
+            click.option("--max-error", type=share, metavar="SHARE", help="Largest error of a module: 5% or 0.05."),
+            click.option("--total-error", type=share, metavar="SHARE", help="Largest error over all, in the fewest bytes."),
+            click.option("--energy", type=share, metavar="SHARE", help="Least share of ‖ΔW‖² of a module: 99% or 0.99."),
+            click.option("--keep", type=keep, metavar="RULE=X", help=f"A rule of kohya's or LyCORIS's tools: {rules}."),
+            click.option("--size", type=nbytes, metavar="BYTES", help="Largest size, spent where it saves most: 50MB."),
+            click.option("--auto", is_flag=True, help="All that is more than rounding to the stored dtype."),
+            click.option("--min-rank", type=click.IntRange(min=0), help="Least rank of a module, whatever the rule."),
+            click.option("--max-rank", type=click.IntRange(min=1), help="Largest rank of a module, whatever the rule."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def rule_of(given: dict[str, Any]) -> Rule | Budget:
+    """Takes the options above out of those `given`, and makes the one rule of them that they must be."""
+    from loratool.ranks import Budget, Rule
+
+    values = {name: given.pop(name) for name in RULES}
+    least, most, conv = (given.pop(name) for name in BOUNDS)
+    asked = [name for name, value in values.items() if value not in (None, False)]
+    if len(asked) != 1:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in RULES)
+        raise click.UsageError(f"give one of {names}" if not asked else f"give only one of {names}")
+    (name,) = asked
+    if name in ("size", "total_error"):
+        if conv:
+            raise click.UsageError(f"--conv-rank does not go with --{name.replace('_', '-')}, which shares one budget")
+        return Budget(nbytes=values["size"], error=values["total_error"], least=least or 0, most=most)
+    method, value = values["keep"] if name == "keep" else (name, 0.0 if name == "auto" else values[name])
+    return Rule(method, value, conv, least, most)

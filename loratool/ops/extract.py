@@ -1,0 +1,246 @@
+"""`extract`: the best low-rank adapter of W' − W₀, its error measured, and nothing left out without a word."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from loratool.archs import ARCHS, Arch
+from loratool.checkpoint import DTYPES
+from loratool.errors import LoratoolError, ShapeMismatch, some
+from loratool.formats.prefixes import VAE
+from loratool.formats.table import Format, format_named
+from loratool.header import DTYPE_OPTIONS
+from loratool.layout import require_weights
+from loratool.names import Module
+from loratool.ops.choosing import archs_of, placed
+from loratool.ops.extraction.assembling import Item, assembled
+from loratool.ops.extraction.carrying import LORA, form_of, no_place
+from loratool.ops.extraction.job import Job
+from loratool.ops.extraction.outcomes import Extracted, Extraction, Outcome
+from loratool.ops.extraction.pairing import Pair, Pairing, paired
+from loratool.ops.factoring import Split
+from loratool.ops.packing import require_room, write_as
+from loratool.ops.plan import Choice
+from loratool.ops.rewriting import Progress
+from loratool.ops.weights import Weights
+from loratool.output import check_target
+from loratool.ranks import Budget, Rule
+from loratool.schema import WEIGHT
+
+QUANTISED: Final = "a difference to it is that of the quantisation; extract from the 16-bit originals"
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractOptions:
+    """What to extract and how to store it: `to`, a format's name, `arch`, the base's where its names fit several, the dtype
+    of factors (None: as the tuned weights), the side of the singular values, and a quantile that kohya's tools cut at."""
+
+    to: str | None = None
+    arch: str | None = None
+    dtype: str | None = None
+    split: Split = "even"
+    clamp: float | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    device: str = "auto"
+    dry_run: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A change that the output does not hold: why, ‖W' − W₀‖ of it, and its share of the square of all."""
+
+    name: str
+    why: str
+    norm: float
+    share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractReport:
+    """What an extraction found: every parameter that changed and how it is held, what is left out, how many did not change.
+
+    `norm` is ‖W' − W₀‖ over all that was compared, and `error` the relative error of it with what is left out counted as
+    wholly lost. With `dry_run`, `modules` are those that would be extracted if they changed, and `nbytes` the size at most
+    (0: the rule tells no rank before it sees a spectrum).
+    """
+
+    out: str
+    format: str
+    arch: str
+    modules: tuple[Extracted, ...]
+    left_out: tuple[LeftOut, ...]
+    unchanged: int
+    excluded: int
+    norm: float
+    error: float
+    nbytes: int
+    seconds: float
+    device: str
+    dry_run: bool
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> Extracted | None:
+        """The module with the largest relative error."""
+        return max(self.modules, key=lambda module: module.error, default=None)
+
+
+def extract(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    rule: Rule | Budget,
+    options: ExtractOptions | None = None,
+    progress: Progress | None = None,
+) -> ExtractReport:
+    """Writes to `out` the adapter that makes the checkpoint `tuned` of `base`, as well as its rank allows.
+
+    Each is a safetensors file, a folder of Hugging Face or one of diffusers; their names may differ by a prefix, or be those
+    of one architecture in two namings. Differences are taken in float32. The best approximation at each rank is found by
+    `krylov.leading`; `rule` says the rank of each module, or shares a budget over all.
+
+    Raises `LoratoolError` and leaves nothing behind where they are not the same model, a number is not finite, nothing
+    changed, or the output cannot be written.
+    """
+    started, options, out = time.monotonic(), options or ExtractOptions(), Path(out).expanduser()
+    weights = (Weights(Path(base).expanduser()), Weights(Path(tuned).expanduser()))
+    for each in weights:
+        require_weights(each.layout, QUANTISED)
+    pairing = paired(*weights, Choice(include=options.include, exclude=options.exclude).takes)
+    job = _job(weights, pairing.pairs, out, rule, options, progress)
+    if options.dry_run:
+        return _foreseen(job, pairing, out)
+    outcomes = job.run()
+    changes, lost = assembled(job.items, outcomes, job.target, job.work)
+    report = _report(job, pairing, out, outcomes, lost)
+    if not changes:
+        raise LoratoolError(_nothing(report, weights))
+    inputs = [each.layout.root for each in weights]
+    adapter = job.adapter(changes, outcomes, lost)
+    written = write_as(adapter, job.target, job.ways, out, inputs=inputs, overwrite=options.overwrite)
+    return replace(report, nbytes=written.nbytes, seconds=time.monotonic() - started)
+
+
+def _job(
+    weights: tuple[Weights, Weights],
+    pairs: Sequence[Pair],
+    out: Path,
+    rule: Rule | Budget,
+    options: ExtractOptions,
+    progress: Progress | None,
+) -> Job:
+    """What is to be done, with everything checked that can be before a tensor is read."""
+    base, tuned = weights
+    modules = list(dict.fromkeys(pair.module for pair in pairs))
+    found = archs_of(base.layout, modules, options.arch)
+    target = format_named(options.to or _usual(found[0], base))
+    require_room(target, out)
+    inputs = [base.layout.root, tuned.layout.root]
+    check_target(out, folder=target.folder, overwrite=options.overwrite, inputs=inputs)
+    arch, ways, reasons = placed(modules, found, target)
+    matrices = {pair.module.stem for pair in pairs if len(pair.shape) > 1 and pair.parameter == WEIGHT and not pair.raw}
+    items = tuple(_item(pair, target, matrices, reasons) for pair in pairs)
+    _require_alike(items, weights)
+    dtype = DTYPES[DTYPE_OPTIONS[options.dtype]] if options.dtype else None
+    work = Extraction(base, tuned, _device(options.device), dtype, options.split, options.clamp)
+    return Job(work, items, rule, arch, target, ways, progress)
+
+
+def _usual(arch: Arch, base: Weights) -> str:
+    """The format that a model's users expect: PEFT for language models, kohya for image models in one file."""
+    if arch not in ARCHS:
+        return "peft"
+    return "diffusers" if base.layout.is_folder else "kohya"
+
+
+def _item(pair: Pair, target: Format, matrices: Container[str], reasons: Mapping[Module, str]) -> Item:
+    form, what = form_of(pair, target, matrices)
+    if form is None or pair.module.component == VAE:
+        return Item(pair, None, no_place(pair, target, what))
+    return Item(pair, None, reasons[pair.module]) if pair.module in reasons else Item(pair, form)
+
+
+def _require_alike(items: Sequence[Item], weights: tuple[Weights, Weights]) -> None:
+    """Raises `ShapeMismatch` for parameters of unlike shapes, but for vocabularies of unlike length."""
+    unlike = [
+        f"{pair} is {list(pair.shape)} in {weights[0].layout.root} and {list(pair.tuned_shape)} in {weights[1].layout.root}"
+        for item in items
+        if (pair := item.pair).shape != pair.tuned_shape and (pair.shape[1:] != pair.tuned_shape[1:] or item.form == LORA)
+    ]
+    if unlike:
+        raise ShapeMismatch(f"{some(unlike, 3)}; both must be the same model, or leave these out with --exclude")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise LoratoolError(
+            f"--device {name}: this torch, {torch.__version__}, sees no CUDA device; --device cpu does without"
+        )
+    return torch.device(name)
+
+
+def _report(
+    job: Job, pairing: Pairing, out: Path, outcomes: Mapping[int, Outcome], lost: Mapping[int, str]
+) -> ExtractReport:
+    squares = {number: outcome.figures.norm**2 for number, outcome in outcomes.items()}
+    whole = math.fsum(squares.values())
+    held = [outcome.figures for number, outcome in outcomes.items() if number not in lost]
+    missing = math.fsum((figures.error * figures.norm) ** 2 for figures in held) + math.fsum(
+        squares[number] for number in lost
+    )
+    left_out = [
+        LeftOut(str(job.items[number].pair), why, outcomes[number].figures.norm, squares[number] / whole)
+        for number, why in lost.items()
+    ]
+    return ExtractReport(
+        out=str(out),
+        format=job.target.title,
+        arch=job.arch.title,
+        modules=tuple(held),
+        left_out=tuple(sorted(left_out, key=lambda item: -item.norm)),
+        unchanged=len(job.items) - len(outcomes),
+        excluded=len(pairing.excluded),
+        norm=math.sqrt(whole),
+        error=math.sqrt(missing / whole) if whole else 0.0,
+        nbytes=0,
+        seconds=0.0,
+        device=str(job.work.device),
+        dry_run=False,
+        warnings=pairing.notes,
+    )
+
+
+def _foreseen(job: Job, pairing: Pairing, out: Path) -> ExtractReport:
+    """What would be extracted if every parameter had changed, from the headers alone."""
+    outcomes, ranks = dict[int, Outcome](), dict[int, int]()
+    for number, item in enumerate(job.items):
+        rule = job.rule.of(item.pair.shape) if isinstance(job.rule, Rule) else None
+        if item.form == LORA and rule and rule.method == "rank":
+            ranks[number] = int(rule.value)
+        planned = Extracted(str(item.pair), item.form or "", ranks.get(number, 0), 0.0, 0.0, 0.0, 0.0, None)
+        outcomes[number] = Outcome(None, planned)
+    lost = {number: item.why for number, item in enumerate(job.items) if not item.form}
+    report = _report(job, pairing, out, outcomes, lost)
+    return replace(report, nbytes=job.size({}, ranks) if ranks else 0, dry_run=True)
+
+
+def _nothing(report: ExtractReport, weights: tuple[Weights, Weights]) -> str:
+    base, tuned = (each.layout.root for each in weights)
+    if not report.left_out:
+        return f"{tuned}: nothing differs from {base} in the {report.unchanged} parameters that were compared"
+    reasons: dict[str, list[str]] = {}
+    for left in report.left_out:
+        reasons.setdefault(left.why, []).append(left.name)
+    why = "; ".join(f"{some(names, 2)}: {why}" for why, names in reasons.items())
+    return f"{tuned}: differs from {base}, but nothing of it can be written as {report.format}: {why}"

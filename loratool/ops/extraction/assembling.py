@@ -1,0 +1,63 @@
+"""What was extracted, parameter by parameter, as the changes of one adapter, and what that has to leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from loratool.adapter import Change
+from loratool.archs.llm import is_embedding
+from loratool.deltas import Replace
+from loratool.formats.table import Format
+from loratool.ops.extraction.carrying import BESIDE_LORA, LORA, REPLACED
+from loratool.ops.extraction.outcomes import Extraction, Outcome, zero_lora
+from loratool.ops.extraction.pairing import Pair
+
+NOISE = "is nothing but rounding"
+UNWORTHY = "no rank of it was worth its bytes, or met the rule"
+NO_BIAS = "PEFT has no lora_bias beside a LoRA on an embedding; --exclude the embedding to keep biases"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A pair and how the output will hold it; without a `form`, `why` it cannot."""
+
+    pair: Pair
+    form: str | None
+    why: str = ""
+
+
+def assembled(
+    items: Sequence[Item], outcomes: Mapping[int, Outcome], target: Format, work: Extraction
+) -> tuple[list[Change], dict[int, str]]:
+    """The changes that `target` holds, in the base's order, and by its number why each other item is left out."""
+    lost = {number: items[number].why or UNWORTHY for number, outcome in outcomes.items() if outcome.delta is None}
+    held = {number for number in outcomes if number not in lost}
+    matrices = {items[number].pair.module for number in held if items[number].form == LORA}
+    if "embedding_up" in target.leaves and any(is_embedding(module.path) for module in matrices):
+        lost |= {number: NO_BIAS for number in held if items[number].form == BESIDE_LORA}
+    changes: list[Change] = []
+    for number in sorted(held - lost.keys()):
+        item, delta = items[number], outcomes[number].delta
+        assert delta is not None
+        if item.form == BESIDE_LORA and item.pair.module not in matrices:
+            changes.append(Change(item.pair.module, "weight", zero_lora(_weight_shape(item, items), delta.dense().dtype)))
+        changes.append(Change(item.pair.module, item.pair.parameter, delta))
+    return changes + _siblings(items, changes, work), lost
+
+
+def _weight_shape(item: Item, items: Sequence[Item]) -> tuple[int, ...]:
+    return next(
+        other.pair.shape for other in items if other.pair.module == item.pair.module and other.pair.parameter == "weight"
+    )
+
+
+def _siblings(items: Sequence[Item], changes: Sequence[Change], work: Extraction) -> list[Change]:
+    """The unchanged parameters of modules of which another is replaced: PEFT's modules_to_save are whole modules."""
+    replaced = {change.module for change in changes if change.delta.kind == "replace"}
+    there = {(change.module, change.parameter) for change in changes}
+    return [
+        Change(pair.module, pair.parameter, Replace(work.tuned.at(pair.tuned), item.form))
+        for item in items
+        if (pair := item.pair).module in replaced and item.form in REPLACED and (pair.module, pair.parameter) not in there
+    ]

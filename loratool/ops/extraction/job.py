@@ -1,0 +1,179 @@
+"""One extraction: what is to be done, settled before a tensor is read, and the doing of it, by a rule or within a budget."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, TypeVar
+
+import torch
+
+from loratool import __version__
+from loratool.adapter import Adapter, Change
+from loratool.archs import Arch
+from loratool.checkpoint import DTYPES
+from loratool.deltas import LoRA
+from loratool.errors import LoratoolError, Unsupported
+from loratool.formats.table import Format
+from loratool.names import Module
+from loratool.ops.budgets import Market
+from loratool.ops.extraction.assembling import Item, assembled
+from loratool.ops.extraction.carrying import EXPERTS, LORA
+from loratool.ops.extraction.outcomes import Extracted, Extraction, Outcome, narrow
+from loratool.ops.packing import size_as
+from loratool.ops.rewriting import METADATA_KEY, Progress
+from loratool.ops.workers import run_all
+from loratool.ranks import Budget, Offer, Rule
+from loratool.routes import Route
+
+HASH_KEYS: Final = {"sshs_model_hash": 64, "sshs_legacy_hash": 8}
+"""kohya's hashes and how long they are; they are computed when the file is written."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Every item with its form, the rule, and where each module goes in the format."""
+
+    work: Extraction
+    items: tuple[Item, ...]
+    rule: Rule | Budget
+    arch: Arch
+    target: Format
+    ways: Mapping[Module, Route]
+    progress: Progress | None = None
+
+    def run(self) -> dict[int, Outcome]:
+        """What became of every item that changed, by its number; raises `LoratoolError`."""
+        numbers = range(len(self.items))
+        if isinstance(self.rule, Rule):
+            return self._outcomes(dict.fromkeys(numbers, self.rule))
+        if any(item.form == EXPERTS for item in self.items):
+            raise Unsupported(
+                "a budget cannot be shared with stacked experts; give --rank or --max-error, or --exclude them"
+            )
+        others = self._outcomes({number: Rule() for number in numbers if self.items[number].form != LORA})
+        market = Market([number for number in numbers if self.items[number].form == LORA], self._offers, self.rule)
+        if self.rule.nbytes is not None:
+            return others | self._at(market.within_bytes(self.rule.nbytes, partial(self.size, others)), market)
+        return self._within_error(others, market, self.rule.error or 0.0)
+
+    def size(self, others: Mapping[int, Outcome], ranks: Mapping[int, int]) -> int:
+        """The bytes of an output whose low-rank modules have these ranks."""
+        outcomes = {**others, **{number: self.imagined(number, rank) for number, rank in ranks.items()}}
+        changes, lost = assembled(self.items, outcomes, self.target, self.work)
+        return size_as(self.adapter(changes, outcomes, lost), self.target, self.ways)
+
+    def imagined(self, number: int, rank: int) -> Outcome:
+        """A LoRA that has a size, and no numbers."""
+        pair = self.items[number].pair
+        dtype = self.work.dtype or narrow(DTYPES[self.work.tuned.layout.info(pair.tuned[0].tensor).dtype])
+        rank, ones = min(rank, pair.shape[0], math.prod(pair.shape[1:])), (1,) * len(pair.shape[2:])
+        nothing = torch.empty(1, dtype=dtype)
+        if not rank:
+            return Outcome(None, Extracted(str(pair), LORA, 0, 1.0, 1.0, 1.0, 0.0, None))
+        delta = LoRA(nothing.expand(rank, *pair.shape[1:]), nothing.expand(pair.shape[0], rank, *ones), None, 1.0)
+        return Outcome(delta, Extracted(str(pair), LORA, rank, 1.0, 0.0, 0.0, 0.0, None))
+
+    def adapter(self, changes: Sequence[Change], outcomes: Mapping[int, Outcome], lost: Mapping[int, str]) -> Adapter:
+        """The adapter to write, with what its readers want to know."""
+        layout = self.work.base.layout
+        config = layout.config()
+        about = {"base_model_name_or_path": config.get("_name_or_path") or str(layout.root)}
+        if str((config.get("architectures") or [""])[0]).endswith("ForCausalLM"):
+            about["task_type"] = "CAUSAL_LM"
+        ranks = [outcome.figures.rank for number, outcome in outcomes.items() if number not in lost and outcome.figures.rank]
+        metadata = {METADATA_KEY: self._provenance(outcomes, lost), "format": "pt"}
+        if self.target.flat:
+            metadata |= _network(ranks)
+        return Adapter(layout.root, tuple(changes), metadata, config=about)
+
+    def _within_error(self, others: Mapping[int, Outcome], market: Market, error: float) -> dict[int, Outcome]:
+        """The fewest bytes at a total error, which what is stored must meet with its rounding."""
+        whole = market.total + math.fsum(outcome.figures.norm**2 for outcome in others.values())
+        allowed = error**2 * whole - _left(others)
+        while allowed > 0:
+            found = {**others, **self._at(market.within_error(allowed), market)}
+            excess = _left(found) - error**2 * whole
+            if excess <= 0:
+                return found
+            allowed -= 1.02 * excess
+        raise LoratoolError(
+            f"a total error of {error:.2%} cannot be met: what the format has no place for, and rounding to the dtype, "
+            "come to more; choose another --to, --dtype float32, or a larger error"
+        )
+
+    def _at(self, ranks: Mapping[int, int], market: Market) -> dict[int, Outcome]:
+        """The outcomes at given ranks; what got none is only measured."""
+        return self._outcomes({number: Rule("rank", ranks[number]) if number in ranks else None for number in market.offers})
+
+    def _outcomes(self, rules: Mapping[int, Rule | None]) -> dict[int, Outcome]:
+        def one(number: int) -> Outcome | None:
+            item, rule = self.items[number], rules[number]
+            return self.work.outcome(item.pair, item.form if rule else None, rule or Rule())
+
+        return self._each(rules, one)
+
+    def _offers(self, rules: Mapping[int, Rule]) -> dict[int, Offer]:
+        return self._each(rules, lambda number: self.work.offer(self.items[number].pair, rules[number]))
+
+    def _each(self, numbers: Iterable[int], one: Callable[[int], T | None]) -> dict[int, T]:
+        """`one` of each number, the largest first, a few at a time; those that come to something, in order."""
+        sizes = {number: math.prod(self.items[number].pair.shape) for number in numbers}
+        ordered = sorted(sizes, key=lambda number: -sizes[number])
+        found: dict[int, T] = {}
+        done = 0
+
+        def finished(index: int, result: T | None) -> None:
+            nonlocal done
+            done += sizes[ordered[index]]
+            if result is not None:
+                found[ordered[index]] = result
+            if self.progress:
+                self.progress(done, sum(sizes.values()))
+
+        threads = None if self.work.device.type == "cpu" else 1
+        run_all((partial(one, number) for number in ordered), finished, threading.Event(), threads=threads)
+        return {number: found[number] for number in sorted(found)}
+
+    def _provenance(self, outcomes: Mapping[int, Outcome], lost: Mapping[int, str]) -> str:
+        """A short account, without times or paths, so that equal runs write equal bytes, and with numbers of equal width, so
+        that its length is known before they are."""
+        held = {str(self.items[number].pair): outcome.figures for number, outcome in outcomes.items() if number not in lost}
+        document = {
+            "version": __version__,
+            "command": "extract",
+            "rule": dict(_rule(self.rule)),
+            "modules: held as, rank, norm, error": {
+                name: f"{figures.held} {figures.rank} {figures.norm:.4e} {figures.error:.4e}"
+                for name, figures in held.items()
+            },
+            "left out: norm": {str(self.items[number].pair): f"{outcomes[number].figures.norm:.4e}" for number in lost},
+        }
+        return json.dumps(document)
+
+
+def _left(outcomes: Mapping[int, Outcome]) -> float:
+    """The square of what outcomes leave out."""
+    return math.fsum((outcome.figures.error * outcome.figures.norm) ** 2 for outcome in outcomes.values())
+
+
+def _rule(rule: Rule | Budget) -> Iterator[tuple[str, float]]:
+    if isinstance(rule, Rule):
+        yield rule.method, rule.value
+    elif rule.nbytes is not None:
+        yield "size", rule.nbytes
+    elif rule.error is not None:
+        yield "total_error", rule.error
+
+
+def _network(ranks: Sequence[int]) -> dict[str, str]:
+    """What kohya's tools look for in the metadata, with room for their hashes."""
+    rank = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"
+    network = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
+    return network | {key: "0" * length for key, length in HASH_KEYS.items()}

@@ -1,0 +1,151 @@
+"""One parameter of two checkpoints to the delta between them, with its error measured on what is to be stored."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from loratool.checkpoint import DTYPE_NAMES
+from loratool.deltas import Delta, ExpertLoRA, Full, LoRA, Replace
+from loratool.deltas.base import widened
+from loratool.errors import NonFinite, about
+from loratool.krylov import leading, squares
+from loratool.ops.extraction.carrying import BESIDE_LORA, EXPERTS, LORA, REPLACED
+from loratool.ops.extraction.differences import Difference, difference
+from loratool.ops.extraction.pairing import Pair
+from loratool.ops.factoring import Factored, Split, Storage, factored
+from loratool.ops.low_rank import as_lora
+from loratool.ops.weights import Weights
+from loratool.ranks import Offer, Rule
+
+NARROW: Final = (torch.float16, torch.bfloat16)
+"""Dtypes of tuned weights that factors are stored in too; others make float32, and the 8-bit ones bfloat16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extracted:
+    """What became of one parameter: its name, how it is held ("lora", or a leaf such as "diff_b"), and its rank, 0 where it
+    has none; ‖W' − W₀‖; the relative `error` of what is stored, measured by subtracting it, and `least`, that of the same
+    before it was rounded; the effective rank of what is kept; and how far ‖W' − W₀‖ is above what rounding W' to its dtype
+    would alone come to, in dB (None: nothing was rounded)."""
+
+    name: str
+    held: str
+    rank: int
+    norm: float
+    error: float
+    least: float
+    effective_rank: float
+    snr: float | None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The delta of one parameter that changed; None where the rule kept nothing of it."""
+
+    delta: Delta | None
+    figures: Extracted
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """Two checkpoints, and how the deltas between them are computed and stored; without a `dtype`, each as its weight is."""
+
+    base: Weights
+    tuned: Weights
+    device: torch.device
+    dtype: torch.dtype | None = None
+    split: Split = "even"
+    clamp: float | None = None
+
+    def outcome(self, pair: Pair, form: str | None, rule: Rule) -> Outcome | None:
+        """What `pair` changed, in the given form (None: it is only measured); None where it changed nothing.
+
+        Raises `LoratoolError` naming the parameter.
+        """
+        started = time.monotonic()
+        change = difference(self.base, self.tuned, pair, self.device)
+        if change is None:
+            return None
+        with about(pair):
+            made = self._held(change, pair, form, rule)
+        return replace(made, figures=replace(made.figures, seconds=time.monotonic() - started))
+
+    def offer(self, pair: Pair, rule: Rule) -> Offer | None:
+        """The leading singular values of a change, as many as `rule` wants; None where there is no change."""
+        change = difference(self.base, self.tuned, pair, self.device)
+        if change is None:
+            return None
+        matrix = change.dense.flatten(1)
+        found = leading(matrix, rule, rank=rule.expected, noise=change.edge)
+        rank = found.up.shape[1]
+        settled = rank >= min(matrix.shape) or (rule.most is not None and rank < rule.most)
+        each = (self.dtype or narrow(change.tuned.dtype)).itemsize
+        return Offer(found.spectrum.sigma[:rank], settled, sum(matrix.shape) * each, change.norm**2)
+
+    def _held(self, change: Difference, pair: Pair, form: str | None, rule: Rule) -> Outcome:
+        storage = Storage(self.dtype or narrow(change.tuned.dtype), self.split, self.clamp)
+        if form == LORA:
+            found = factored(change.dense.flatten(1), rule.of(pair.shape), storage, noise=change.edge)
+            return _of_factors(change, pair, [found], as_lora(found, pair.shape))
+        if form == EXPERTS:
+            each = [factored(expert, rule, storage, noise=change.edge) for expert in change.dense]
+            return _of_factors(change, pair, each, _stacked(each))
+        if form in REPLACED:
+            return Outcome(Replace(change.tuned, form), _figures(change, pair, form, 0.0))
+        if form is None:
+            return Outcome(None, _figures(change, pair, "", change.norm))
+        stored = change.dense.to(storage.dtype)
+        if not bool(stored.isfinite().all()):
+            raise NonFinite(f"overflows {DTYPE_NAMES[storage.dtype]}; choose --dtype float32 or bfloat16")
+        error = math.sqrt(squares((change.dense - widened(stored)).reshape(1, -1)))
+        delta = Full(stored.cpu(), form, 1.0 if form == BESIDE_LORA else None)
+        return Outcome(delta, _figures(change, pair, form, error))
+
+
+def narrow(dtype: torch.dtype) -> torch.dtype:
+    """What factors of a weight stored as `dtype` are stored in, where nobody says."""
+    if dtype in NARROW:
+        return dtype
+    return torch.bfloat16 if dtype.itemsize == 1 else torch.float32
+
+
+def _of_factors(change: Difference, pair: Pair, parts: list[Factored], delta: Delta) -> Outcome:
+    """Of a LoRA, or one for each expert."""
+    error, least = (math.sqrt(sum(getattr(part, name) ** 2 for part in parts)) for name in ("error", "least"))
+    rank = max(part.rank for part in parts)
+    effective = max(part.effective_rank for part in parts)
+    figures = _figures(change, pair, LORA, error, least, rank, effective)
+    return Outcome(delta if rank else None, figures)
+
+
+def _figures(
+    change: Difference, pair: Pair, held: str, error: float, least: float = 0.0, rank: int = 0, effective: float = 0.0
+) -> Extracted:
+    snr = 20 * math.log10(change.norm / change.noise) if change.noise else None
+    return Extracted(str(pair), held, rank, change.norm, error / change.norm, least / change.norm, effective, snr)
+
+
+def _stacked(experts: list[Factored]) -> ExpertLoRA:
+    """The LoRA of stacked experts as PEFT's target_parameters has it, all of one rank: zeros fill up what a smaller one
+    lacks."""
+    rank = max(expert.rank for expert in experts)
+    downs = [_filled(expert.down, rank) for expert in experts]
+    ups = [_filled(expert.up.T, rank).T for expert in experts]
+    return ExpertLoRA(torch.cat(downs), torch.stack(ups, dim=2).flatten(1), rank, 1.0)
+
+
+def _filled(rows: Tensor, count: int) -> Tensor:
+    return torch.cat([rows, rows.new_zeros(count - len(rows), rows.shape[1])])
+
+
+def zero_lora(shape: tuple[int, ...], dtype: torch.dtype) -> LoRA:
+    """A LoRA of rank 1 that adds nothing: for a bias that only a LoRA can carry."""
+    ones = (1,) * len(shape[2:])
+    return LoRA(torch.zeros(1, *shape[1:], dtype=dtype), torch.zeros(shape[0], 1, *ones, dtype=dtype), None, 1.0)
