@@ -27,10 +27,17 @@ def noise(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 0.02) -> to
     return tile.repeat(-(-count // tile.numel()))[:count].reshape(shape)
 
 
-def llama(folder: Path, layers: int, hidden: int = 2048, inner: int = 5632, shards: int = 4) -> Path:
+def llama(
+    folder: Path,
+    layers: int,
+    hidden: int = 2048,
+    inner: int = 5632,
+    key_value: int = 256,
+    vocabulary: int = 32000,
+    shards: int = 4,
+) -> Path:
     """A Llama-shaped folder in bf16 (TinyLlama-1.1B has 22 layers), sharded, with a config that transformers loads."""
     folder.mkdir(parents=True)
-    key_value = hidden // 8
     shapes = {
         "q_proj": (hidden, hidden),
         "k_proj": (key_value, hidden),
@@ -38,7 +45,7 @@ def llama(folder: Path, layers: int, hidden: int = 2048, inner: int = 5632, shar
         "o_proj": (hidden, hidden),
     }
     mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (32000, hidden), "lm_head.weight": (32000, hidden)}
+    names: dict[str, tuple[int, ...]] = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocabulary, hidden))
     names["model.norm.weight"] = (hidden,)
     for i in range(layers):
         block = f"model.layers.{i}"
@@ -61,11 +68,28 @@ def llama(folder: Path, layers: int, hidden: int = 2048, inner: int = 5632, shar
         "num_hidden_layers": layers,
         "num_attention_heads": hidden // 64,
         "num_key_value_heads": key_value // 64,
-        "vocab_size": 32000,
+        "vocab_size": vocabulary,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def finetune(folder: Path, base: Path, rank: int = 64, strength: float = 0.004) -> Path:
+    """`base` after a fine-tuning that changed all its linear layers: by `rank` directions of falling strength, and then by
+    rounding to bf16."""
+    from safetensors.torch import load_file
+
+    shutil.copytree(base, folder)
+    falling = torch.arange(1, rank + 1) ** -0.7
+    for shard in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(shard)
+        for name, weight in tensors.items():
+            if name.endswith("_proj.weight"):
+                up, down = torch.randn(len(weight), rank), torch.randn(rank, weight.shape[1])
+                tensors[name] = (weight.float() + strength * (up * falling) @ down).to(weight.dtype)
+        save_file(tensors, shard, {"format": "pt"})
     return folder
 
 

@@ -18,8 +18,8 @@ OVERSAMPLING: Final = 8
 LEAST_WIDTH: Final = 16
 FIRST_WIDTH: Final = 32
 """Columns of the first block where nobody says how many will be needed."""
-TOLERANCE: Final = 1e-3
-"""What the last block may have taken off the residual's square, relative to it, for the range to be good enough."""
+TOLERANCE: Final = 2e-4
+"""How far above the least error the range may end, relative to it, by what its blocks brought one after the other."""
 EXACT_BELOW: Final = 96
 """Smaller side of a matrix up to which all of its spectrum is found at once."""
 CHUNK: Final = 1 << 22
@@ -56,8 +56,9 @@ class Leading:
 
 
 def squares(matrix: Tensor) -> float:
-    """‖D‖²: each row's norm in its own dtype, which is fast, their sum in float64."""
-    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
+    """‖D‖²: each row's norm in its own dtype, which is fast along the memory, their sum in float64."""
+    along = 1 if matrix.stride(1) == 1 else 0
+    return float(torch.linalg.vector_norm(matrix, dim=along).double().square().sum())
 
 
 def leading(
@@ -102,7 +103,7 @@ def _grown(matrix: Tensor, wanted: Wanted, width: int, total: float, noise: floa
     become half of the matrix, and all of it is the shorter way."""
     span = _Range(matrix, seed)
     rank: int | None = None
-    captured = 0.0
+    captured = gain = 0.0
     while span.width + width <= len(matrix) // 2:
         span.grow(width)
         squared, turn = span.ritz()
@@ -117,12 +118,18 @@ def _grown(matrix: Tensor, wanted: Wanted, width: int, total: float, noise: floa
             continue
         rank = min(rank, len(squared))
         now = float(squared[:rank].sum())
-        gain, captured = now - captured, now
-        left = max(total - now, 0.0)
-        if exhausted or (rank == before and gain <= max(2 * TOLERANCE * left, span.floor * total)):
+        last, gain = (gain, now - captured) if rank == before else (0.0, 0.0)
+        captured = now
+        if exhausted or (rank == before and _to_come(gain, last) <= max(2 * TOLERANCE * (total - now), span.floor * total)):
             basis, image = span.basis @ turn[:, :rank], span.image @ turn[:, :rank].to(matrix.dtype)
             return _balanced(basis, image, spectrum, total - squared[:rank].sum())
     return None
+
+
+def _to_come(gain: float, last: float) -> float:
+    """What further blocks would capture after one that brought `gain` and one before that brought `last`, if they went on
+    falling so: they fall faster. As much again, where there is nothing to compare with."""
+    return gain * gain / (last - gain) if last > gain else gain
 
 
 def _balanced(basis: Tensor, image: Tensor, spectrum: Spectrum, left: Tensor) -> Leading:

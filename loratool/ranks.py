@@ -21,6 +21,10 @@ NUMERICAL: Final = 1e-6
 """Singular values below so much of the largest are what float32 arithmetic leaves, and nothing else."""
 
 
+PRECISE: Final = 1e-6
+"""Shares of ‖ΔW‖² that float32 products give to no more than some percent."""
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """One way to choose a rank: `rank` of a value and a spectrum, None where more of it must be known.
@@ -114,6 +118,12 @@ class Rule:
     @property
     def whole(self) -> bool:
         return METHODS[self.method].whole
+
+    @property
+    def precise(self) -> bool:
+        """Whether it asks for more than products in float32 can tell."""
+        left = {"max_error": self.value**2, "energy": 1 - self.value, "sv_fro": 1 - self.value**2}.get(self.method, 1.0)
+        return left < PRECISE
 
     def __call__(self, spectrum: Spectrum) -> int | None:
         """The rank to keep, at most as many as there are; None where more of the spectrum must be known."""

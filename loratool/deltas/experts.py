@@ -57,6 +57,15 @@ class ExpertLoRA(Delta):
         ups = self.up.reshape(-1, self.rank, self.experts)
         return [LoRA(downs[e], ups[:, :, e], None, self.scale) for e in range(self.experts)]
 
+    def padded(self, rank: int) -> ExpertLoRA:
+        """The same with zeros up to `rank`."""
+        more = rank - self.rank
+        downs = self.down.reshape(self.experts, self.rank, -1)
+        ups = self.up.reshape(-1, self.rank, self.experts)
+        downs = torch.cat([downs, downs.new_zeros(self.experts, more, downs.shape[2])], dim=1)
+        ups = torch.cat([ups, ups.new_zeros(len(ups), more, self.experts)], dim=1)
+        return replace(self, down=downs.flatten(0, 1), up=ups.flatten(1), rank=rank)
+
     def dense(self) -> Tensor:
         return torch.stack([expert.dense() for expert in self.apart()])
 

@@ -106,7 +106,7 @@ class PeftConfig:
         depth = path.count(".base_layer")
         module = path.replace(".base_layer", "")
         named = [name for name in self.parameters if f".{module}".endswith(f".{name.rpartition('.')[0]}")]
-        named.sort(key=lambda name: "down" in name.rpartition(".")[2])
+        named.sort(key=wrapping)
         if depth >= len(named) or named[len(named) - 1 - depth].endswith(".weight"):
             return None
         return f"{module}.{named[len(named) - 1 - depth].rpartition('.')[2]}"
@@ -119,6 +119,11 @@ class PeftConfig:
         if self.kind == "ADALORA":
             return alpha / (self.rank + 1e-5)  # PEFT tuners/adalora/layer.py
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+def wrapping(parameter: str) -> bool:
+    """Sorts the parameters of one module from the deepest wrapped to the outermost: transformers declares down last."""
+    return "down" in parameter.rpartition(".")[2]
 
 
 def from_metadata(metadata: Mapping[str, str], where: str) -> dict[str, PeftConfig]:

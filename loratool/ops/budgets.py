@@ -55,7 +55,7 @@ class Market:
                 best, fits = ranks, free
             else:
                 exceeds = free
-            if 0 <= spare < cheapest or fits >= exceeds:
+            if 0 <= spare < cheapest or exceeds - fits < cheapest:
                 break
             # A step as small as the excess may change nothing.
             guess = free + (spare if spare > 0 else min(spare, -cheapest))

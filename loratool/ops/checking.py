@@ -13,6 +13,7 @@ from torch import Tensor
 from loratool.adapter import Adapter, Change
 from loratool.deltas import ANY, Delta
 from loratool.errors import InvalidAdapter, about
+from loratool.formats.leaves import CONTAINER
 from loratool.formats.table import Format
 from loratool.linalg import singular_values
 from loratool.names import Link, Module
@@ -33,7 +34,7 @@ def compared(adapter: Adapter, again: Adapter, ways: Mapping[Module, Route], tar
 
     Raises `InvalidAdapter` where it is more than rounding.
     """
-    found = {_key(change.module.stem, change.parameter, change.delta): change.delta for change in again.changes}
+    found = {_key(_stem(change), change.parameter, change.delta): change.delta for change in again.changes}
     worst = 0.0
     for change in adapter.changes:
         with about(change):
@@ -43,6 +44,11 @@ def compared(adapter: Adapter, again: Adapter, ways: Mapping[Module, Route], tar
                 raise InvalidAdapter(f"differs by {error:.2e} when it is read back from {target.title}: nothing is written")
             worst = max(worst, error)
     return worst
+
+
+def _stem(change: Change) -> str:
+    """The stem that names a change: of stacked experts not that of its tensors, which is the module's."""
+    return CONTAINER + change.module.path if change.delta.kind == "experts" else change.module.stem
 
 
 def _key(stem: str, parameter: str, delta: Delta) -> Key:

@@ -21,7 +21,7 @@ from loratool.layout import require_weights
 from loratool.names import Module
 from loratool.ops.choosing import archs_of, placed
 from loratool.ops.extraction.assembling import Item, assembled
-from loratool.ops.extraction.carrying import LORA, form_of, no_place
+from loratool.ops.extraction.carrying import EXPERTS, LORA, form_of, no_place
 from loratool.ops.extraction.job import Job
 from loratool.ops.extraction.outcomes import Extracted, Extraction, Outcome
 from loratool.ops.extraction.pairing import Pair, Pairing, paired
@@ -34,6 +34,8 @@ from loratool.output import check_target
 from loratool.ranks import Budget, Rule
 from loratool.schema import WEIGHT
 
+SIDEWAYS: Final = ("gpt_oss", "llama4", "llama4_text")
+"""Models whose stacked experts are stored as (experts, in, out), which PEFT knows by their classes (is_transposed)."""
 QUANTISED: Final = "a difference to it is that of the quantisation; extract from the 16-bit originals"
 
 
@@ -148,7 +150,7 @@ def _job(
     check_target(out, folder=target.folder, overwrite=options.overwrite, inputs=inputs)
     arch, ways, reasons = placed(modules, found, target)
     matrices = {pair.module.stem for pair in pairs if len(pair.shape) > 1 and pair.parameter == WEIGHT and not pair.raw}
-    items = tuple(_item(pair, target, matrices, reasons) for pair in pairs)
+    items = tuple(_item(base, pair, target, matrices, reasons) for pair in pairs)
     _require_alike(items, weights)
     dtype = DTYPES[DTYPE_OPTIONS[options.dtype]] if options.dtype else None
     work = Extraction(base, tuned, _device(options.device), dtype, options.split, options.clamp)
@@ -162,8 +164,10 @@ def _usual(arch: Arch, base: Weights) -> str:
     return "diffusers" if base.layout.is_folder else "kohya"
 
 
-def _item(pair: Pair, target: Format, matrices: Container[str], reasons: Mapping[Module, str]) -> Item:
+def _item(base: Weights, pair: Pair, target: Format, matrices: Container[str], reasons: Mapping[Module, str]) -> Item:
     form, what = form_of(pair, target, matrices)
+    if form == EXPERTS and base.layout.config().get("model_type") in SIDEWAYS:
+        return Item(pair, None, "PEFT takes its stacked experts to be stored as (in, out), which is not looked into here")
     if form is None or pair.module.component == VAE:
         return Item(pair, None, no_place(pair, target, what))
     return Item(pair, None, reasons[pair.module]) if pair.module in reasons else Item(pair, form)

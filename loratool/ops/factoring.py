@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import torch
@@ -15,7 +15,7 @@ from loratool.krylov import Leading, leading, squares
 from loratool.linalg import effective_rank
 from loratool.ranks import Rule
 
-CHUNK: Final = 1 << 22
+CHUNK: Final = 1 << 19
 """Elements of a residual that are there at a time."""
 SAFE_EXPONENT: Final = 40
 """Powers of two up to which a float32 matrix keeps its squares from over- and underflowing."""
@@ -57,29 +57,30 @@ def factored(dense: Tensor, rule: Rule, storage: Storage, *, noise: float = 0.0)
     largest error.
     """
     matrix, exponent = _in_range(dense)
-    norm, back = math.sqrt(squares(matrix)), math.ldexp(1.0, exponent)
+    if rule.precise:
+        matrix = matrix.double()
+    # Half of the exponent to either side: it is even, so that both are exact.
+    norm, half = math.sqrt(squares(matrix)), math.ldexp(1.0, exponent // 2)
+    back, asked = half**2, rule.value
     while True:
         found = leading(matrix, rule, rank=rule.expected, noise=noise / back, whole=rule.whole)
-        # Half of the exponent to either side: it is even, so that both are exact.
-        half = math.ldexp(1.0, exponent // 2)
         up, down = stored(found.up * half, found.down * half, storage)
-        error = distance(dense, up, down)
-        if rule.method != "max_error" or error <= rule.value * norm * back:
+        error = distance(matrix, up.double() / half, down.double() / half)
+        if rule.method != "max_error" or error <= asked * norm:
             kept = found.spectrum.sigma[: up.shape[1]]
-            return Factored(up.cpu(), down.cpu(), norm * back, error, found.left * back, effective_rank(kept))
-        rule = _stricter(rule, found, error / back, norm, storage)
+            return Factored(up.cpu(), down.cpu(), norm * back, error * back, found.left * back, effective_rank(kept))
+        rule = _stricter(rule, asked, math.sqrt(max(error**2 - found.left**2, 0.0)) / norm, found, storage)
 
 
-def _stricter(rule: Rule, found: Leading, error: float, norm: float, storage: Storage) -> Rule:
-    """A rule whose factors, once rounded, meet this one's largest error."""
-    rounding = math.sqrt(max(error**2 - found.left**2, 0.0)) / norm
-    left = found.left / norm
-    if rounding >= rule.value or found.up.shape[1] == min(len(found.up), found.down.shape[1], rule.most or math.inf):
+def _stricter(rule: Rule, asked: float, rounding: float, found: Leading, storage: Storage) -> Rule:
+    """A rule of more rank, whose factors may be off by what is `asked` when they have been rounded."""
+    rank = found.up.shape[1]
+    if rounding >= asked or rank == min(len(found.up), found.down.shape[1], rule.most or rank + 1):
         raise LoratoolError(
             f"rounding its factors to {DTYPE_NAMES[storage.dtype]} alone takes {rounding:.2e} of it, the largest error is "
-            f"{rule.value:.2e}; choose --dtype float32, or a larger error"
+            f"{asked:.2e}; choose --dtype float32, or a larger error"
         )
-    return Rule("max_error", min(math.sqrt(rule.value**2 - rounding**2), 0.999 * left), None, rule.least, rule.most)
+    return replace(rule, value=math.sqrt(asked**2 - rounding**2), least=rank + 1)
 
 
 def stored(up: Tensor, down: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
@@ -104,13 +105,10 @@ def _index(up: Tensor, down: Tensor, quantile: float) -> int:
 
 def distance(dense: Tensor, up: Tensor, down: Tensor) -> float:
     """‖D − up · down‖, some rows at a time: differences in D's dtype, their squares summed in float64."""
-    total, wide = 0.0, down.to(dense.dtype)
+    total, ups, downs = 0.0, up.to(dense.dtype), down.to(dense.dtype)
     step = max(1, CHUNK // max(dense.shape[1], 1))
-    for rows, ups in zip(torch.split(dense, step), torch.split(up, step), strict=True):
-        rest = torch.addmm(rows, ups.to(dense.dtype), wide, alpha=-1)
-        scale = float(rest.abs().max()) if rest.numel() else 0.0
-        if scale:
-            total += squares(rest / scale) * scale**2
+    for rows, part in zip(torch.split(dense, step), torch.split(ups, step), strict=True):
+        total += squares(torch.addmm(rows, part, downs, alpha=-1))
     return math.sqrt(total)
 
 

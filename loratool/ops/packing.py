@@ -101,12 +101,20 @@ def _config(adapter: Adapter, result: Spelled, configs: Mapping[str, Mapping[str
         "bias": "none",
         **before(adapter),
         "peft_type": "LORA",
-        **next(iter(configs.values()), {}),
+        **(_of_experts(result) if result.experts else next(iter(configs.values()), {})),
         **saved,
         "use_dora": any(result.dora),
         "lora_bias": any(name.endswith(".lora_B.bias") for name in result.tensors),
         "inference_mode": True,
     }
+
+
+def _of_experts(result: Spelled) -> dict[str, object]:
+    """The config of an adapter with stacked experts, which are all of one rank: no pattern can name them."""
+    (rank,) = set(result.experts.values())
+    ranks = {path: rank for (_, path), rank in result.ranks.items()}
+    scales = {path: scale for (_, path), scale in result.scales.items()}
+    return {**lora_config(ranks, scales, rank), "target_parameters": sorted(result.experts)}
 
 
 def _network(adapter: Adapter, target: Format, result: Spelled) -> Iterator[tuple[str, str]]:

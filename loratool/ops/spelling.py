@@ -12,8 +12,9 @@ from torch import Tensor
 
 from loratool.adapter import Adapter
 from loratool.archs.llm import is_embedding
-from loratool.deltas import Delta
+from loratool.deltas import Delta, ExpertLoRA
 from loratool.errors import LoratoolError, Unsupported, about
+from loratool.formats.peft import wrapping
 from loratool.formats.table import FOLDED, TENSOR, Format
 from loratool.ops.renaming import Moved
 from loratool.schema import Part, explain
@@ -25,12 +26,14 @@ NO_LORA: Final = frozenset({"replace", "tokens", "lora bias"})
 @dataclass(slots=True)
 class Spelled:
     """The tensors of an adapter in a format; `ranks` and `scales` by the prefix and path of each module of low rank, for
-    formats that keep alphas elsewhere; `whole` are the paths of weights that are stored whole."""
+    formats that keep alphas elsewhere; `whole` are the paths of weights that are stored whole, `experts` the ranks of
+    stacked ones."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     ranks: dict[tuple[str, str], int] = field(default_factory=dict)
     scales: dict[tuple[str, str], float | None] = field(default_factory=dict)
     whole: list[str] = field(default_factory=list)
+    experts: dict[str, int] = field(default_factory=dict)
     dora: list[bool] = field(default_factory=list)
 
 
@@ -38,7 +41,7 @@ def spelled(moved: Sequence[Moved], target: Format, adapter: Adapter) -> Spelled
     """The tensors of `moved` as `target` spells them; raises `Unsupported` for what it has no place for."""
     result = Spelled()
     for item in moved:
-        stem = target.stem(item.prefix, item.path)
+        stem = target.stem(item.prefix, _holder(item, moved))
         with about(" + ".join(str(source) for source in item.sources)):
             delta = _fitting(item, target)
             part = _part(delta)
@@ -54,13 +57,26 @@ def spelled(moved: Sequence[Moved], target: Format, adapter: Adapter) -> Spelled
             if twice := named.keys() & result.tensors.keys():
                 raise LoratoolError(f"{min(twice)} would be written twice")
         result.tensors |= named
-        if part.rank is not None and item.parameter == "weight":
+        if isinstance(item.delta, ExpertLoRA):
+            result.experts[item.path] = item.delta.rank
+        elif part.rank is not None and item.parameter == "weight":
             key = item.prefix, item.path
             result.ranks[key], result.scales[key] = part.rank, delta.scale
             result.dora.append(part.magnitude is not None)
         elif part.kind.name == "replace" and item.parameter == "weight":
             result.whole.append(item.path)
     return result
+
+
+def _holder(item: Moved, moved: Sequence[Moved]) -> str:
+    """The path of the module that has a delta's tensors: for stacked experts that whose parameter it changes, behind a
+    `base_layer` for each that PEFT wraps around it (`formats.peft.PeftConfig.parameter_of`)."""
+    if not isinstance(item.delta, ExpertLoRA):
+        return item.path
+    module = item.path.rpartition(".")[0]
+    beside = [other.path for other in moved if isinstance(other.delta, ExpertLoRA) and other.path.startswith(f"{module}.")]
+    beside.sort(key=wrapping)
+    return module + ".base_layer" * (len(beside) - 1 - beside.index(item.path))
 
 
 def _fitting(item: Moved, target: Format) -> Delta:
@@ -94,10 +110,12 @@ def _alpha(item: Moved, delta: Delta, part: Part, adapter: Adapter) -> Tensor | 
     return narrow if narrow.double() == exact else exact.float()
 
 
-def lora_config(ranks: Mapping[str, int], scales: Mapping[str, float | None]) -> dict[str, object]:
-    """r, lora_alpha and their patterns for modules of these ranks and scales; without a scale, alpha is the rank."""
+def lora_config(ranks: Mapping[str, int], scales: Mapping[str, float | None], usual: int | None = None) -> dict[str, object]:
+    """r, lora_alpha and their patterns for modules of these ranks and scales; without a scale, alpha is the rank. `usual` is
+    the rank of what no pattern can name."""
     alphas = {path: _whole(rank * scale) if (scale := scales[path]) is not None else rank for path, rank in ranks.items()}
-    usual_rank, usual_alpha = _commonest(ranks.values(), 1), _commonest(alphas.values(), 1)
+    usual_rank = _commonest(ranks.values(), 1) if usual is None else usual
+    usual_alpha = _commonest(alphas.values(), 1) if usual is None else usual
     return {
         "r": usual_rank,
         "lora_alpha": usual_alpha,

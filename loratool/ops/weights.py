@@ -31,14 +31,29 @@ class Weights:
         return self.at(places)
 
     def at(self, places: Sequence[Place]) -> Tensor:
-        """What lies at `places`, one below the other; only those rows are read where they lie together."""
-        rows = [self._rows(place) for place in places]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        """What lies at `places`, one below the other."""
+        return _joined([self._part(place, 0, place.rows) for place in places])
 
-    def _rows(self, place: Place) -> Tensor:
-        if place.transposed:
-            return self.checkpoint[place.tensor].T[place.start : place.stop : place.step]
-        return self.checkpoint.rows(place.tensor, place.start, place.stop)[:: place.step]
+    def rows(self, places: Sequence[Place], start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of what lies at `places`, as many of them as there are; no others are read."""
+        parts, first = [], 0
+        for place in places:
+            low, high = max(start - first, 0), min(stop - first, place.rows)
+            if low < high:
+                parts.append(self._part(place, low, high))
+            first += place.rows
+        return _joined(parts) if parts else self._part(places[-1], 0, 0)
+
+    def by_rows(self, places: Sequence[Place]) -> bool:
+        """Whether some rows can be read without the rest."""
+        return all(not place.transposed and place.step == 1 for place in places)
+
+    def _part(self, place: Place, start: int, stop: int) -> Tensor:
+        if self.by_rows([place]):
+            return self.checkpoint.rows(place.tensor, place.start + start, place.start + stop)
+        stored = self.checkpoint[place.tensor]
+        rows = (stored.T if place.transposed else stored)[place.start : place.stop : place.step]
+        return rows[start:stop].contiguous()
 
     def shape(self, places: Sequence[Place]) -> tuple[int, ...]:
         """The shape of what lies at `places`: (out, in, *kernel) for a weight."""
@@ -47,3 +62,7 @@ class Weights:
             return ()
         inner = shape[:1] if places[0].transposed else shape[1:]
         return (sum(place.rows for place in places), *inner)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

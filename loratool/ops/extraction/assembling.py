@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loratool.adapter import Change
 from loratool.archs.llm import is_embedding
-from loratool.deltas import Replace
+from loratool.deltas import ExpertLoRA, Replace
 from loratool.formats.table import Format
 from loratool.ops.extraction.carrying import BESIDE_LORA, LORA, REPLACED
 from loratool.ops.extraction.outcomes import Extraction, Outcome, zero_lora
@@ -43,7 +43,16 @@ def assembled(
         if item.form == BESIDE_LORA and item.pair.module not in matrices:
             changes.append(Change(item.pair.module, "weight", zero_lora(_weight_shape(item, items), delta.dense().dtype)))
         changes.append(Change(item.pair.module, item.pair.parameter, delta))
-    return changes + _siblings(items, changes, work), lost
+    return _alike(changes) + _siblings(items, changes, work), lost
+
+
+def _alike(changes: list[Change]) -> list[Change]:
+    """Stacked experts filled up to one rank: PEFT's config has no pattern for them."""
+    ranks = [change.delta.rank for change in changes if isinstance(change.delta, ExpertLoRA)]
+    return [
+        replace(change, delta=change.delta.padded(max(ranks))) if isinstance(change.delta, ExpertLoRA) else change
+        for change in changes
+    ]
 
 
 def _weight_shape(item: Item, items: Sequence[Item]) -> tuple[int, ...]:

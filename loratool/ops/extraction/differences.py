@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,26 +12,26 @@ from torch import Tensor
 
 from loratool import rounding
 from loratool.deltas.base import widened
-from loratool.errors import NonFinite, ShapeMismatch
+from loratool.errors import NonFinite
 from loratool.krylov import squares
 from loratool.ops.extraction.pairing import Pair
 from loratool.ops.weights import Weights
 
-CHUNK: Final = 1 << 22
-"""Elements whose rounding is looked at at a time."""
+BLOCK: Final = 1 << 19
+"""Elements that are read and subtracted at a time: few enough to stay in cache."""
 UNIFORM: Final = math.sqrt(12)
 """A number rounded to multiples of s is off by s / √12 on average: the standard deviation of the uniform distribution."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """`dense`, W' − W₀ in float32 (float64 where either is stored so) and of the base's shape; `tuned` is W' as stored.
+    """`dense`, W' − W₀ in float32 (float64 where either is stored so), with as many rows as the longer of the two.
 
-    `noise` is what rounding W' to its dtype alone would come to, as ‖·‖, and `edge` how large a singular value of it may be.
+    `noise` is what rounding to the coarser of their dtypes alone comes to, as ‖·‖, and `edge` how large a singular value of
+    it may be.
     """
 
     dense: Tensor
-    tuned: Tensor
     norm: float
     noise: float
     edge: float
@@ -41,71 +42,99 @@ def difference(base: Weights, tuned: Weights, pair: Pair, device: torch.device) 
 
     Raises `NonFinite` where either holds NaN or Inf. Rows that only one of them has are a difference to zero.
     """
-    before, after = base.at(pair.base), tuned.at(pair.tuned)
-    if before.dtype == after.dtype and torch.equal(before, after):
+    changed, rounded = _Rows(pair, _dtype(base, tuned, pair)), _Rounding()
+    for start, before, after in _blocks(base, tuned, pair):
+        if before.dtype == after.dtype and torch.equal(before, after):
+            continue
+        rows = changed.rows(start, max(len(before), len(after)))
+        rows[: len(after)] = after
+        rows[: len(before)] -= before.to(rows.dtype)
+        rounded.add(after if _step(after) >= _step(before) else before, rows)
+    if changed.dense is None or not changed.dense.numel():
         return None
-    wide, dense = widened(before.to(device)), widened(after.to(device))
-    if wide.shape != dense.shape:
-        wide, dense = _common(pair, wide, dense)
-    dense = dense - wide
-    del wide
-    if not dense.numel():
-        return None
+    dense = changed.dense.to(device)
     low, high = map(float, torch.aminmax(dense))
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise NonFinite(_lost(base, tuned, pair, before, after))
+        raise NonFinite(_lost(base, tuned, pair))
     if low == high == 0:
         return None
-    coarse = after if _step(after.dtype) >= _step(before.dtype) else before
     largest = max(-low, high)
-    norm = math.sqrt(squares(_rows(dense / largest))) * largest
-    noise, edge = rounded_off(coarse, norm / math.sqrt(dense.numel()))
-    return Difference(dense, after, norm, noise, edge)
+    matrix = dense.flatten(1) if dense.ndim > 1 else dense.reshape(1, -1)
+    norm = math.sqrt(squares(matrix if 1e-15 < largest < 1e15 else matrix / largest))
+    norm *= 1.0 if 1e-15 < largest < 1e15 else largest
+    return Difference(dense, norm, *rounded.sizes(matrix.shape, norm))
 
 
-def rounded_off(stored: Tensor, rms: float) -> tuple[float, float]:
-    """(‖E‖, edge) of a matrix E of the errors that rounding to `stored` made: its norm, and what its largest singular value
-    hardly ever exceeds.
+class _Rows:
+    """A difference that takes no memory until something differs."""
 
-    By the rows and columns that it is largest in (Bandeira and van Handel 2016, arXiv:1408.6185), and the fluctuation of
-    the edge (Tracy and Widom). Where the change is so small that most of it was rounded away, its root mean square `rms` is
-    less than that of rounding, and the noise is no more than that.
-    """
-    matrix = _rows(stored)
-    rows: list[Tensor] = []
-    columns = torch.zeros(matrix.shape[1], dtype=torch.float64)
-    for part in torch.split(matrix, max(1, CHUNK // max(matrix.shape[1], 1))):
-        squared = rounding.steps(part).square_()
-        rows.append(squared.sum(1, dtype=torch.float64))
-        columns += squared.sum(0, dtype=torch.float64)
-    by_row = torch.cat(rows)
-    noise = math.sqrt(float(by_row.sum())) / UNIFORM
-    each = noise / math.sqrt(stored.numel())
-    height, width = matrix.shape
-    fluctuation = 2 * each * (height**-0.5 + width**-0.5) ** (1 / 3)
-    edge = (math.sqrt(float(by_row.max())) + math.sqrt(float(columns.max()))) / UNIFORM + fluctuation
-    return noise, edge * min(1.0, rms / each if each else 1.0)
+    def __init__(self, pair: Pair, dtype: torch.dtype) -> None:
+        self.shape = (max(pair.shape[:1], pair.tuned_shape[:1])[0], *pair.shape[1:]) if pair.shape else ()
+        self.dtype = dtype
+        self.dense: Tensor | None = None
+
+    def rows(self, start: int, count: int) -> Tensor:
+        """Some of its rows, zero when they are first asked for."""
+        if self.dense is None:
+            self.dense = torch.zeros(self.shape, dtype=self.dtype)
+        return self.dense[start : start + count] if self.shape else self.dense
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """A weight as a matrix of its output rows; a vector is one of them."""
-    return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1)
+class _Rounding:
+    """Sums over the blocks of a weight of what rounding each number to its dtype is off by."""
+
+    def __init__(self) -> None:
+        self.largest_row = 0.0
+        self.columns = torch.zeros(1, dtype=torch.float64)
+
+    def add(self, stored: Tensor, rows: Tensor) -> None:
+        """Adds the steps of `stored` in the dtype that it is in; `rows` is the difference there."""
+        if rows.ndim < 2:
+            squared = rounding.steps(stored).square_().reshape(1, -1)
+        else:
+            squared = rounding.steps(stored).flatten(1).square_()
+        self.columns = self.columns + squared.sum(0).double()
+        self.largest_row = max(self.largest_row, float(squared.sum(1).max()))
+
+    def sizes(self, shape: tuple[int, ...], norm: float) -> tuple[float, float]:
+        """(‖E‖, edge) of a matrix E of these errors: its norm, and what its largest singular value hardly ever exceeds.
+
+        By the row and the column that it is largest in (Bandeira and van Handel 2016, arXiv:1408.6185), and the fluctuation
+        of the edge (Tracy and Widom). Where the change is so small that most of it was rounded away, its root mean square is
+        less than that of rounding, and the noise is no more than that.
+        """
+        noise = math.sqrt(float(self.columns.sum())) / UNIFORM
+        each, rms = (value / math.sqrt(math.prod(shape)) for value in (noise, norm))
+        fluctuation = 2 * each * (shape[0] ** -0.5 + shape[1] ** -0.5) ** (1 / 3)
+        edge = (math.sqrt(self.largest_row) + math.sqrt(float(self.columns.max()))) / UNIFORM + fluctuation
+        return noise, edge * min(1.0, rms / each if each else 1.0)
 
 
-def _step(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps
+def _blocks(base: Weights, tuned: Weights, pair: Pair) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The rows of both, a few at a time, from the first on; what is not stored row by row comes at once."""
+    if not pair.shape:
+        yield 0, base.at(pair.base), tuned.at(pair.tuned)
+        return
+    count = max(pair.shape[0], pair.tuned_shape[0])
+    step = max(1, BLOCK // max(math.prod(pair.shape[1:]), 1))
+    if not (base.by_rows(pair.base) and tuned.by_rows(pair.tuned)):
+        step = count
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        yield start, base.rows(pair.base, start, stop), tuned.rows(pair.tuned, start, stop)
 
 
-def _common(pair: Pair, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with as many rows as either, the missing ones zero; raises `ShapeMismatch` where more than the rows is unlike."""
-    if before.ndim < 1 or before.shape[1:] != after.shape[1:]:
-        raise ShapeMismatch(f"{pair}: is {list(before.shape)} in the base and {list(after.shape)} in the tuned checkpoint")
-    shape = (max(len(before), len(after)), *before.shape[1:])
-    return tuple(torch.cat([tensor, tensor.new_zeros(shape[0] - len(tensor), *shape[1:])]) for tensor in (before, after))  # type: ignore[return-value]
+def _dtype(base: Weights, tuned: Weights, pair: Pair) -> torch.dtype:
+    stored = (base.layout.info(pair.base[0].tensor).dtype, tuned.layout.info(pair.tuned[0].tensor).dtype)
+    return torch.float64 if "F64" in stored else torch.float32
 
 
-def _lost(base: Weights, tuned: Weights, pair: Pair, before: Tensor, after: Tensor) -> str:
-    for weights, places, tensor in ((base, pair.base, before), (tuned, pair.tuned, after)):
-        if not bool(widened(tensor).isfinite().all()):
+def _step(tensor: Tensor) -> float:
+    return torch.finfo(tensor.dtype).eps
+
+
+def _lost(base: Weights, tuned: Weights, pair: Pair) -> str:
+    for weights, places in ((base, pair.base), (tuned, pair.tuned)):
+        if not bool(widened(weights.at(places)).isfinite().all()):
             return f"{weights.layout.root}: {places[0].tensor} holds NaN or Inf; --exclude leaves it out"
-    return f"{pair}: the difference of the two overflows float32"
+    return f"{pair}: the difference of the two overflows float32; --exclude leaves it out"

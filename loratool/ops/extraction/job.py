@@ -15,7 +15,6 @@ import torch
 from loratool import __version__
 from loratool.adapter import Adapter, Change
 from loratool.archs import Arch
-from loratool.checkpoint import DTYPES
 from loratool.deltas import LoRA
 from loratool.errors import LoratoolError, Unsupported
 from loratool.formats.table import Format
@@ -23,7 +22,7 @@ from loratool.names import Module
 from loratool.ops.budgets import Market
 from loratool.ops.extraction.assembling import Item, assembled
 from loratool.ops.extraction.carrying import EXPERTS, LORA
-from loratool.ops.extraction.outcomes import Extracted, Extraction, Outcome, narrow
+from loratool.ops.extraction.outcomes import Extracted, Extraction, Outcome
 from loratool.ops.packing import size_as
 from loratool.ops.rewriting import METADATA_KEY, Progress
 from loratool.ops.workers import run_all
@@ -72,9 +71,8 @@ class Job:
     def imagined(self, number: int, rank: int) -> Outcome:
         """A LoRA that has a size, and no numbers."""
         pair = self.items[number].pair
-        dtype = self.work.dtype or narrow(DTYPES[self.work.tuned.layout.info(pair.tuned[0].tensor).dtype])
         rank, ones = min(rank, pair.shape[0], math.prod(pair.shape[1:])), (1,) * len(pair.shape[2:])
-        nothing = torch.empty(1, dtype=dtype)
+        nothing = torch.empty(1, dtype=self.work.stored_as(pair))
         if not rank:
             return Outcome(None, Extracted(str(pair), LORA, 0, 1.0, 1.0, 1.0, 0.0, None))
         delta = LoRA(nothing.expand(rank, *pair.shape[1:]), nothing.expand(pair.shape[0], rank, *ones), None, 1.0)

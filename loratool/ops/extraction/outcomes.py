@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loratool.checkpoint import DTYPE_NAMES
+from loratool.checkpoint import DTYPE_NAMES, DTYPES
 from loratool.deltas import Delta, ExpertLoRA, Full, LoRA, Replace
 from loratool.deltas.base import widened
 from loratool.errors import NonFinite, about
@@ -86,11 +86,20 @@ class Extraction:
         found = leading(matrix, rule, rank=rule.expected, noise=change.edge)
         rank = found.up.shape[1]
         settled = rank >= min(matrix.shape) or (rule.most is not None and rank < rule.most)
-        each = (self.dtype or narrow(change.tuned.dtype)).itemsize
+        each = (self.stored_as(pair)).itemsize
         return Offer(found.spectrum.sigma[:rank], settled, sum(matrix.shape) * each, change.norm**2)
 
+    def stored_as(self, pair: Pair) -> torch.dtype:
+        """The dtype of what is stored of `pair`: where nobody says, that of the tuned weight if it is a narrow one."""
+        if self.dtype:
+            return self.dtype
+        dtype = DTYPES[self.tuned.layout.info(pair.tuned[0].tensor).dtype]
+        if dtype in NARROW:
+            return dtype
+        return torch.bfloat16 if dtype.itemsize == 1 else torch.float32
+
     def _held(self, change: Difference, pair: Pair, form: str | None, rule: Rule) -> Outcome:
-        storage = Storage(self.dtype or narrow(change.tuned.dtype), self.split, self.clamp)
+        storage = Storage(self.stored_as(pair), self.split, self.clamp)
         if form == LORA:
             found = factored(change.dense.flatten(1), rule.of(pair.shape), storage, noise=change.edge)
             return _of_factors(change, pair, [found], as_lora(found, pair.shape))
@@ -98,7 +107,7 @@ class Extraction:
             each = [factored(expert, rule, storage, noise=change.edge) for expert in change.dense]
             return _of_factors(change, pair, each, _stacked(each))
         if form in REPLACED:
-            return Outcome(Replace(change.tuned, form), _figures(change, pair, form, 0.0))
+            return Outcome(Replace(self.tuned.at(pair.tuned), form), _figures(change, pair, form, 0.0))
         if form is None:
             return Outcome(None, _figures(change, pair, "", change.norm))
         stored = change.dense.to(storage.dtype)
@@ -107,13 +116,6 @@ class Extraction:
         error = math.sqrt(squares((change.dense - widened(stored)).reshape(1, -1)))
         delta = Full(stored.cpu(), form, 1.0 if form == BESIDE_LORA else None)
         return Outcome(delta, _figures(change, pair, form, error))
-
-
-def narrow(dtype: torch.dtype) -> torch.dtype:
-    """What factors of a weight stored as `dtype` are stored in, where nobody says."""
-    if dtype in NARROW:
-        return dtype
-    return torch.bfloat16 if dtype.itemsize == 1 else torch.float32
 
 
 def _of_factors(change: Difference, pair: Pair, parts: list[Factored], delta: Delta) -> Outcome:
