@@ -122,7 +122,7 @@ def extract(
     if options.dry_run:
         return _foreseen(job, pairing, out)
     outcomes = job.run()
-    changes, lost = assembled(job.items, outcomes, job.target, job.work)
+    changes, lost = assembled(job.items, outcomes, job.work)
     report = _report(job, pairing, out, outcomes, lost)
     if not changes:
         raise LoratoolError(_nothing(report, weights))
@@ -142,7 +142,7 @@ def _job(
 ) -> Job:
     """What is to be done, with everything checked that can be before a tensor is read."""
     base, tuned = weights
-    modules = list(dict.fromkeys(pair.module for pair in pairs))
+    modules = list(dict.fromkeys(pair.module for pair in pairs if pair.module.component != VAE))
     found = archs_of(base.layout, modules, options.arch)
     target = format_named(options.to or _usual(found[0], base))
     require_room(target, out)
@@ -227,16 +227,17 @@ def _report(
 
 def _foreseen(job: Job, pairing: Pairing, out: Path) -> ExtractReport:
     """What would be extracted if every parameter had changed, from the headers alone."""
-    outcomes, ranks = dict[int, Outcome](), dict[int, int]()
-    for number, item in enumerate(job.items):
-        rule = job.rule.of(item.pair.shape) if isinstance(job.rule, Rule) else None
-        if item.form == LORA and rule and rule.method == "rank":
-            ranks[number] = int(rule.value)
-        planned = Extracted(str(item.pair), item.form or "", ranks.get(number, 0), 0.0, 0.0, 0.0, 0.0, None)
-        outcomes[number] = Outcome(None, planned)
+    outcomes = {number: job.imagined(number, _rank(job, item)) for number, item in enumerate(job.items)}
     lost = {number: item.why for number, item in enumerate(job.items) if not item.form}
+    known = all(outcome.delta for number, outcome in outcomes.items() if number not in lost)
     report = _report(job, pairing, out, outcomes, lost)
-    return replace(report, nbytes=job.size({}, ranks) if ranks else 0, dry_run=True)
+    return replace(report, norm=0.0, error=0.0, nbytes=job.size(outcomes, {}) if known else 0, dry_run=True)
+
+
+def _rank(job: Job, item: Item) -> int:
+    """The rank that an item will have, where the rule tells it before it sees a spectrum; else 0."""
+    rule = job.rule.of(item.pair.shape) if isinstance(job.rule, Rule) else None
+    return int(rule.value) if rule and rule.method == "rank" else 0
 
 
 def _nothing(report: ExtractReport, weights: tuple[Weights, Weights]) -> str:

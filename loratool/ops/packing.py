@@ -105,6 +105,7 @@ def _config(adapter: Adapter, result: Spelled, configs: Mapping[str, Mapping[str
         **saved,
         "use_dora": any(result.dora),
         "lora_bias": any(name.endswith(".lora_B.bias") for name in result.tensors),
+        **({"bias": "all"} if any(name.endswith(".base_layer.bias") for name in result.tensors) else {}),
         "inference_mode": True,
     }
 

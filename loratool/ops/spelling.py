@@ -3,7 +3,7 @@ keeps one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -14,6 +14,7 @@ from loratool.adapter import Adapter
 from loratool.archs.llm import is_embedding
 from loratool.deltas import Delta, ExpertLoRA
 from loratool.errors import LoratoolError, Unsupported, about
+from loratool.formats.leaves import CONTAINER
 from loratool.formats.peft import wrapping
 from loratool.formats.table import FOLDED, TENSOR, Format
 from loratool.ops.renaming import Moved
@@ -40,6 +41,7 @@ class Spelled:
 def spelled(moved: Sequence[Moved], target: Format, adapter: Adapter) -> Spelled:
     """The tensors of `moved` as `target` spells them; raises `Unsupported` for what it has no place for."""
     result = Spelled()
+    matrices = {(item.prefix, item.path) for item in moved if item.parameter == "weight" and item.delta.kind != "replace"}
     for item in moved:
         stem = target.stem(item.prefix, _holder(item, moved))
         with about(" + ".join(str(source) for source in item.sources)):
@@ -49,7 +51,9 @@ def spelled(moved: Sequence[Moved], target: Format, adapter: Adapter) -> Spelled
             unheld = part.rank is None and part.kind.name != "lora bias"
             if target.alpha == FOLDED or unheld:
                 delta = delta.folded()
-            named = {target.key(stem, leaf): tensor for leaf, tensor in delta.leaves().items()}
+            named = {
+                target.key(_wrapped(item, stem, target, matrices), leaf): tensor for leaf, tensor in delta.leaves().items()
+            }
             # An orthogonal delta's alpha is its constraint, which nothing else can hold.
             beside = target.alpha == TENSOR or (part.kind.name == "oft" and "alpha" in target.leaves)
             if beside and (alpha := _alpha(item, delta, part, adapter)) is not None:
@@ -66,6 +70,12 @@ def spelled(moved: Sequence[Moved], target: Format, adapter: Adapter) -> Spelled
         elif part.kind.name == "replace" and item.parameter == "weight":
             result.whole.append(item.path)
     return result
+
+
+def _wrapped(item: Moved, stem: str, target: Format, matrices: Container[tuple[str, str]]) -> str:
+    """The stem of a value as PEFT has it: a bias of a module that it wraps is the base layer's."""
+    inside = item.delta.kind == "replace" and item.parameter == "bias" and (item.prefix, item.path) in matrices
+    return f"{stem}.base_layer" if inside and target.whole == CONTAINER else stem
 
 
 def _holder(item: Moved, moved: Sequence[Moved]) -> str:

@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loratool.adapter import Change
-from loratool.archs.llm import is_embedding
 from loratool.deltas import ExpertLoRA, Replace
-from loratool.formats.table import Format
 from loratool.ops.extraction.carrying import BESIDE_LORA, LORA, REPLACED
 from loratool.ops.extraction.outcomes import Extraction, Outcome, zero_lora
 from loratool.ops.extraction.pairing import Pair
 
 NOISE = "is nothing but rounding"
 UNWORTHY = "no rank of it was worth its bytes, or met the rule"
-NO_BIAS = "PEFT has no lora_bias beside a LoRA on an embedding; --exclude the embedding to keep biases"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +25,14 @@ class Item:
 
 
 def assembled(
-    items: Sequence[Item], outcomes: Mapping[int, Outcome], target: Format, work: Extraction
+    items: Sequence[Item], outcomes: Mapping[int, Outcome], work: Extraction
 ) -> tuple[list[Change], dict[int, str]]:
-    """The changes that `target` holds, in the base's order, and by its number why each other item is left out."""
+    """The changes that are held, in the base's order, and by its number why each other item is left out."""
     lost = {number: items[number].why or UNWORTHY for number, outcome in outcomes.items() if outcome.delta is None}
     held = {number for number in outcomes if number not in lost}
     matrices = {items[number].pair.module for number in held if items[number].form == LORA}
-    if "embedding_up" in target.leaves and any(is_embedding(module.path) for module in matrices):
-        lost |= {number: NO_BIAS for number in held if items[number].form == BESIDE_LORA}
     changes: list[Change] = []
-    for number in sorted(held - lost.keys()):
+    for number in sorted(held):
         item, delta = items[number], outcomes[number].delta
         assert delta is not None
         if item.form == BESIDE_LORA and item.pair.module not in matrices:

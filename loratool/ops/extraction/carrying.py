@@ -22,11 +22,13 @@ BESIDE_LORA: Final = "bias_up"
 LEAVES: Final = {
     "a norm's weight": ("w_norm", "weight"),
     "a norm's bias": ("b_norm", "bias"),
-    "a bias": (BESIDE_LORA, "diff_b"),
+    "a bias": ("bias", BESIDE_LORA, "diff_b"),
     "a parameter of no module": ("diff",),
     "a vocabulary of another size": ("weight",),
 }
-"""What a parameter is, if it is no matrix of a layer: the leaves that can hold its change, the first that a format has."""
+"""What a parameter is, if it is no matrix of a layer: the leaves that can hold its change, the first that a format has.
+
+PEFT gets biases as values: its lora_bias is for all layers or none, and those without a bias can then not be merged."""
 
 
 def form_of(pair: Pair, target: Format, matrices: Container[str]) -> tuple[str | None, str]:

@@ -15,13 +15,13 @@ import torch
 from loratool import __version__
 from loratool.adapter import Adapter, Change
 from loratool.archs import Arch
-from loratool.deltas import LoRA
+from loratool.deltas import Delta, Full, LoRA, Replace
 from loratool.errors import LoratoolError, Unsupported
 from loratool.formats.table import Format
 from loratool.names import Module
 from loratool.ops.budgets import Market
 from loratool.ops.extraction.assembling import Item, assembled
-from loratool.ops.extraction.carrying import EXPERTS, LORA
+from loratool.ops.extraction.carrying import BESIDE_LORA, EXPERTS, LORA, REPLACED
 from loratool.ops.extraction.outcomes import Extracted, Extraction, Outcome
 from loratool.ops.packing import size_as
 from loratool.ops.rewriting import METADATA_KEY, Progress
@@ -65,18 +65,22 @@ class Job:
     def size(self, others: Mapping[int, Outcome], ranks: Mapping[int, int]) -> int:
         """The bytes of an output whose low-rank modules have these ranks."""
         outcomes = {**others, **{number: self.imagined(number, rank) for number, rank in ranks.items()}}
-        changes, lost = assembled(self.items, outcomes, self.target, self.work)
+        changes, lost = assembled(self.items, outcomes, self.work)
         return size_as(self.adapter(changes, outcomes, lost), self.target, self.ways)
 
     def imagined(self, number: int, rank: int) -> Outcome:
-        """A LoRA that has a size, and no numbers."""
-        pair = self.items[number].pair
-        rank, ones = min(rank, pair.shape[0], math.prod(pair.shape[1:])), (1,) * len(pair.shape[2:])
-        nothing = torch.empty(1, dtype=self.work.stored_as(pair))
-        if not rank:
-            return Outcome(None, Extracted(str(pair), LORA, 0, 1.0, 1.0, 1.0, 0.0, None))
-        delta = LoRA(nothing.expand(rank, *pair.shape[1:]), nothing.expand(pair.shape[0], rank, *ones), None, 1.0)
-        return Outcome(delta, Extracted(str(pair), LORA, rank, 1.0, 0.0, 0.0, 0.0, None))
+        """What will become of an item, with sizes and without numbers; of a LoRA whose rank is 0, nothing."""
+        pair, form = self.items[number].pair, self.items[number].form
+        nothing = torch.zeros(1, dtype=self.work.stored_as(pair))
+        delta: Delta | None = None
+        if form == LORA and rank:
+            rank, ones = min(rank, pair.shape[0], math.prod(pair.shape[1:])), (1,) * len(pair.shape[2:])
+            delta = LoRA(nothing.expand(rank, *pair.shape[1:]), nothing.expand(pair.shape[0], rank, *ones), None, 1.0)
+        elif form in REPLACED:
+            delta = Replace(nothing.expand(pair.tuned_shape), form)
+        elif form and form not in (LORA, EXPERTS):
+            delta = Full(nothing.expand(pair.shape), form, 1.0 if form == BESIDE_LORA else None)
+        return Outcome(delta, Extracted(str(pair), form or "", rank if form == LORA else 0, 1.0, 0.0, 0.0, 0.0, None))
 
     def adapter(self, changes: Sequence[Change], outcomes: Mapping[int, Outcome], lost: Mapping[int, str]) -> Adapter:
         """The adapter to write, with what its readers want to know."""

@@ -102,10 +102,10 @@ class Extraction:
         storage = Storage(self.stored_as(pair), self.split, self.clamp)
         if form == LORA:
             found = factored(change.dense.flatten(1), rule.of(pair.shape), storage, noise=change.edge)
-            return _of_factors(change, pair, [found], as_lora(found, pair.shape))
+            return _of_factors(change, pair, [found], as_lora(found, pair.shape) if found.rank else None)
         if form == EXPERTS:
             each = [factored(expert, rule, storage, noise=change.edge) for expert in change.dense]
-            return _of_factors(change, pair, each, _stacked(each))
+            return _of_factors(change, pair, each, _stacked(each) if any(part.rank for part in each) else None)
         if form in REPLACED:
             return Outcome(Replace(self.tuned.at(pair.tuned), form), _figures(change, pair, form, 0.0))
         if form is None:
@@ -118,13 +118,13 @@ class Extraction:
         return Outcome(delta, _figures(change, pair, form, error))
 
 
-def _of_factors(change: Difference, pair: Pair, parts: list[Factored], delta: Delta) -> Outcome:
+def _of_factors(change: Difference, pair: Pair, parts: list[Factored], delta: Delta | None) -> Outcome:
     """Of a LoRA, or one for each expert."""
     error, least = (math.sqrt(sum(getattr(part, name) ** 2 for part in parts)) for name in ("error", "least"))
     rank = max(part.rank for part in parts)
     effective = max(part.effective_rank for part in parts)
     figures = _figures(change, pair, LORA, error, least, rank, effective)
-    return Outcome(delta if rank else None, figures)
+    return Outcome(delta, figures)
 
 
 def _figures(
