@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,70 @@ def test_equal_runs_write_equal_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
         extract(base, tuned, out, Rule("rank", 4), ExtractOptions(to="comfyui", dtype="float16"))
         written.append(out.read_bytes())
     assert written[0] == written[1]
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loratool.ops.extraction.outcomes import Extraction
+
+    base, tuned = pair(tmp_path, tuned_tensors())
+    out, partial, options = tmp_path / "out.safetensors", tmp_path / "out.safetensors.partial", replace(COMFY, resume=True)
+    whole, calls = Extraction.outcome, list[str]()
+
+    def interrupted(work: Extraction, pair: object, form: str, rule: Rule) -> object:
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        calls.append(str(pair))
+        return whole(work, pair, form, rule)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("loratool.ops.workers.MOST", 1)
+    monkeypatch.setattr(Extraction, "outcome", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract(base, tuned, out, Rule("rank", 3), options)
+    assert partial.is_dir()
+    assert not out.exists()
+
+    first = set(calls)
+    calls.clear()
+    monkeypatch.setattr(Extraction, "outcome", lambda *given: calls.append(str(given[1])) or whole(*given))
+    report = extract(base, tuned, out, Rule("rank", 3), options)
+
+    assert len(first) == 4
+    assert set(calls) == {str(module.name) for module in report.modules} - first
+    assert not partial.exists()
+    extract(base, tuned, tmp_path / "again.safetensors", Rule("rank", 3), COMFY)
+    assert out.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("rule", [Rule("rank", 3), Budget(error=0.3)])
+def test_outcomes_are_kept_exactly(tmp_path: Path, kind: str, rule: Rule | Budget, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of outcome survives the journal: the output is written from what was kept alone."""
+    from loratool.ops.extraction.journal import Journal
+
+    base, tuned = model_pair(tmp_path, kind)
+    extract(base, tuned, tmp_path / "plain", rule)
+    monkeypatch.setattr(Journal, "discard", lambda journal: None)
+    extract(base, tuned, tmp_path / "out", rule, ExtractOptions(resume=True))
+    (tmp_path / "out").rename(tmp_path / "first")
+    monkeypatch.setattr("loratool.ops.extraction.outcomes.Extraction.outcome", lambda *given: None)
+    extract(base, tuned, tmp_path / "out", rule, ExtractOptions(resume=True))
+
+    for folder in ("first", "out"):
+        written, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in (folder, "plain"))
+        assert written.keys() == expected.keys()
+        assert all(torch.equal(written[name], expected[name]) for name in expected)
+
+
+def test_what_was_kept_of_another_input_is_thrown_away(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path, tuned_tensors())
+    partial = tmp_path / "out.safetensors.partial"
+    partial.mkdir()
+    (partial / "job.json").write_text("{}")
+    (partial / "0-rank-3.safetensors").write_text("no longer true")
+
+    extract(base, tuned, tmp_path / "out.safetensors", Rule("rank", 3), replace(COMFY, resume=True))
+
+    assert not partial.exists()
 
 
 def test_a_prefix_makes_no_difference(tmp_path: Path) -> None:

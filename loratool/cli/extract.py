@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 @include_option
 @exclude_option
 @click.option("--device", default="auto", show_default=True, metavar="cpu|cuda[:N]", help="Where to compute.")
+@click.option("--resume", is_flag=True, help="Keep what is done in OUT.partial, and go on from there after an interruption.")
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Print the plan, from the headers, and write nothing.")
 @json_option

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import torch
 
+from loratool import __version__
 from loratool.archs import ARCHS, Arch
 from loratool.checkpoint import DTYPES
 from loratool.errors import LoratoolError, ShapeMismatch, some
@@ -23,6 +25,7 @@ from loratool.ops.choosing import archs_of, placed
 from loratool.ops.extraction.assembling import Item, assembled
 from loratool.ops.extraction.carrying import EXPERTS, LORA, form_of, no_place
 from loratool.ops.extraction.job import Job
+from loratool.ops.extraction.journal import Journal
 from loratool.ops.extraction.outcomes import Extracted, Extraction, Outcome
 from loratool.ops.extraction.pairing import Pair, Pairing, paired
 from loratool.ops.factoring import Split
@@ -34,6 +37,8 @@ from loratool.output import check_target
 from loratool.ranks import Budget, Rule
 from loratool.schema import WEIGHT
 
+DIFFERENCES: Final = ("diff", "diff_b", "w_norm", "b_norm")
+"""Leaves that not everybody reads."""
 SIDEWAYS: Final = ("gpt_oss", "llama4", "llama4_text")
 """Models whose stacked experts are stored as (experts, in, out), which PEFT knows by their classes (is_transposed)."""
 QUANTISED: Final = "a difference to it is that of the quantisation; extract from the 16-bit originals"
@@ -53,6 +58,7 @@ class ExtractOptions:
     exclude: tuple[str, ...] = ()
     device: str = "auto"
     dry_run: bool = False
+    resume: bool = False
     overwrite: bool = False
 
 
@@ -121,15 +127,41 @@ def extract(
     job = _job(weights, pairing.pairs, out, rule, options, progress)
     if options.dry_run:
         return _foreseen(job, pairing, out)
+    journal = Journal(out, _said(job, options)) if options.resume else None
+    job = replace(job, journal=journal)
+    try:
+        report = _extracted(job, pairing, out, options)
+    except LoratoolError:
+        # What is wrong with the input will be so the next time: only what was cut off is worth keeping.
+        if journal:
+            journal.discard()
+        raise
+    if journal:
+        journal.discard()
+    return replace(report, seconds=time.monotonic() - started)
+
+
+def _extracted(job: Job, pairing: Pairing, out: Path, options: ExtractOptions) -> ExtractReport:
     outcomes = job.run()
     changes, lost = assembled(job.items, outcomes, job.work)
     report = _report(job, pairing, out, outcomes, lost)
+    roots = job.work.base.layout.root, job.work.tuned.layout.root
     if not changes:
-        raise LoratoolError(_nothing(report, weights))
-    inputs = [each.layout.root for each in weights]
+        raise LoratoolError(_nothing(report, *roots))
     adapter = job.adapter(changes, outcomes, lost)
-    written = write_as(adapter, job.target, job.ways, out, inputs=inputs, overwrite=options.overwrite)
-    return replace(report, nbytes=written.nbytes, seconds=time.monotonic() - started)
+    written = write_as(adapter, job.target, job.ways, out, inputs=roots, overwrite=options.overwrite)
+    return replace(report, nbytes=written.nbytes)
+
+
+def _said(job: Job, options: ExtractOptions) -> str:
+    """All that outcomes depend on: the files, the rule and the options."""
+    files = [
+        [str(header.path), header.identity]
+        for weights in (job.work.base, job.work.tuned)
+        for header in weights.layout.files.values()
+    ]
+    document = {"version": __version__, "files": files, "rule": asdict(job.rule), "options": asdict(options)}
+    return json.dumps(document, default=str)
 
 
 def _job(
@@ -221,8 +253,17 @@ def _report(
         seconds=0.0,
         device=str(job.work.device),
         dry_run=False,
-        warnings=pairing.notes,
+        warnings=(*pairing.notes, *_read_by_few(held)),
     )
+
+
+def _read_by_few(held: Sequence[Extracted]) -> Iterator[str]:
+    count = sum(figures.held in DIFFERENCES for figures in held)
+    if count:
+        yield (
+            f"{count} biases and norms are held as differences (diff_b, w_norm), which ComfyUI, A1111 and LyCORIS read; "
+            "diffusers refuses the file, others ignore them: --exclude '*.bias' --exclude '*norm*' leaves them out"
+        )
 
 
 def _foreseen(job: Job, pairing: Pairing, out: Path) -> ExtractReport:
@@ -240,8 +281,7 @@ def _rank(job: Job, item: Item) -> int:
     return int(rule.value) if rule and rule.method == "rank" else 0
 
 
-def _nothing(report: ExtractReport, weights: tuple[Weights, Weights]) -> str:
-    base, tuned = (each.layout.root for each in weights)
+def _nothing(report: ExtractReport, base: Path, tuned: Path) -> str:
     if not report.left_out:
         return f"{tuned}: nothing differs from {base} in the {report.unchanged} parameters that were compared"
     reasons: dict[str, list[str]] = {}

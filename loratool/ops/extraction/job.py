@@ -22,6 +22,7 @@ from loratool.names import Module
 from loratool.ops.budgets import Market
 from loratool.ops.extraction.assembling import Item, assembled
 from loratool.ops.extraction.carrying import BESIDE_LORA, EXPERTS, LORA, REPLACED
+from loratool.ops.extraction.journal import Journal
 from loratool.ops.extraction.outcomes import Extracted, Extraction, Outcome
 from loratool.ops.packing import size_as
 from loratool.ops.rewriting import METADATA_KEY, Progress
@@ -46,6 +47,7 @@ class Job:
     target: Format
     ways: Mapping[Module, Route]
     progress: Progress | None = None
+    journal: Journal | None = None
 
     def run(self) -> dict[int, Outcome]:
         """What became of every item that changed, by its number; raises `LoratoolError`."""
@@ -117,7 +119,12 @@ class Job:
     def _outcomes(self, rules: Mapping[int, Rule | None]) -> dict[int, Outcome]:
         def one(number: int) -> Outcome | None:
             item, rule = self.items[number], rules[number]
-            return self.work.outcome(item.pair, item.form if rule else None, rule or Rule())
+            key = f"{number}-{rule.method if rule else 'none'}-{rule.value if rule else 0:g}"
+            kept = self.journal.get(key) if self.journal else None
+            outcome = kept or self.work.outcome(item.pair, item.form if rule else None, rule or Rule())
+            if self.journal and outcome and not kept:
+                self.journal.put(key, outcome)
+            return outcome
 
         return self._each(rules, one)
 
