@@ -9,11 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 
+from loratool.checkpoint import TensorFile
 from loratool.deltas import Delta, ExpertLoRA, Full, LoRA, Replace
 from loratool.errors import OutputError
+from loratool.header import read_header
 from loratool.ops.extraction.outcomes import Extracted, Outcome
 
 SUFFIX: Final = ".partial"
@@ -43,9 +44,10 @@ class Journal:
         path = self._path(key)
         if not path.exists():
             return None
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
-            said = json.loads(file.metadata()["outcome"])
+        header = read_header(path)
+        with TensorFile(header) as file:
+            tensors = {name: file.read(info) for name, info in header.tensors.items()}
+        said = json.loads(header.metadata["outcome"])
         kind, rank = said.pop("kind"), said["figures"]["rank"]
         builders = {
             "lora": lambda: LoRA.from_leaves(tensors, 1.0),
