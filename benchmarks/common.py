@@ -34,6 +34,8 @@ def llama(
     inner: int = 5632,
     key_value: int = 256,
     vocabulary: int = 32000,
+    *,
+    tied: bool = False,
     shards: int = 4,
 ) -> Path:
     """A Llama-shaped folder in bf16 (TinyLlama-1.1B has 22 layers), sharded, with a config that transformers loads."""
@@ -45,7 +47,8 @@ def llama(
         "o_proj": (hidden, hidden),
     }
     mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    names: dict[str, tuple[int, ...]] = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocabulary, hidden))
+    tables = ("model.embed_tokens.weight",) if tied else ("model.embed_tokens.weight", "lm_head.weight")
+    names: dict[str, tuple[int, ...]] = dict.fromkeys(tables, (vocabulary, hidden))
     names["model.norm.weight"] = (hidden,)
     for i in range(layers):
         block = f"model.layers.{i}"
@@ -69,7 +72,7 @@ def llama(
         "num_attention_heads": hidden // 64,
         "num_key_value_heads": key_value // 64,
         "vocab_size": vocabulary,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tied,
         "torch_dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config))

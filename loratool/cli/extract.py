@@ -100,7 +100,7 @@ def _facts(report: ExtractReport) -> Iterator[tuple[str, str]]:
     worst = report.worst
     of = f"; {worst.error:.2%} at worst, in {worst.name}" if worst else ""
     yield "error", f"{report.error:.2%} of ‖W' − W₀‖ = {report.norm:.4g} in all{of}"
-    yield "size", f"{size(report.nbytes)} in {report.seconds:.1f} s"
+    yield "size", f"{size(report.nbytes)} in {report.seconds:.1f} s, peak memory {size(report.peak_bytes)}"
 
 
 def _left_out(report: ExtractReport) -> Iterator[str]:

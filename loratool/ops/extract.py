@@ -33,6 +33,7 @@ from loratool.ops.packing import require_room, write_as
 from loratool.ops.plan import Choice
 from loratool.ops.rewriting import Progress
 from loratool.ops.weights import Weights
+from loratool.ops.workers import peak_bytes
 from loratool.output import check_target
 from loratool.ranks import Budget, Rule
 from loratool.schema import WEIGHT
@@ -92,6 +93,7 @@ class ExtractReport:
     error: float
     nbytes: int
     seconds: float
+    peak_bytes: int
     device: str
     dry_run: bool
     warnings: tuple[str, ...] = ()
@@ -138,7 +140,7 @@ def extract(
         raise
     if journal:
         journal.discard()
-    return replace(report, seconds=time.monotonic() - started)
+    return replace(report, seconds=time.monotonic() - started, peak_bytes=peak_bytes())
 
 
 def _extracted(job: Job, pairing: Pairing, out: Path, options: ExtractOptions) -> ExtractReport:
@@ -251,6 +253,7 @@ def _report(
         error=math.sqrt(missing / whole) if whole else 0.0,
         nbytes=0,
         seconds=0.0,
+        peak_bytes=0,
         device=str(job.work.device),
         dry_run=False,
         warnings=(*pairing.notes, *_read_by_few(held)),

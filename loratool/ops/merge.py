@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +17,7 @@ from loratool.layout import open_layout, require_weights
 from loratool.ops.plan import Choice, Plan, check_strength, make_plan
 from loratool.ops.rewriting import OutputFile, Progress, rewritten_files, run
 from loratool.ops.streaming import Measure, Rounding
+from loratool.ops.workers import peak_bytes
 from loratool.output import Output, copy_file
 
 LOST: Final = "an adapter added to it would be lost in rounding: merge into the 16-bit original, then quantise that once"
@@ -101,7 +100,7 @@ def merge(
     if not options.dry_run:
         measure = _write(plan, loaded, target, options, progress)
     report = _report(plan, loaded, target, measure, options.dry_run)
-    return replace(report, seconds=time.monotonic() - started, peak_bytes=_peak_bytes())
+    return replace(report, seconds=time.monotonic() - started, peak_bytes=peak_bytes())
 
 
 def _loaded(source: Source | str | Path, options: Options) -> tuple[Adapter, Choice]:
@@ -213,14 +212,3 @@ def _warnings(plan: Plan, measure: Measure, strength: float | None) -> Iterator[
             f"rounding left {share:.0%} of the touched weights unchanged, and the adapters act at {strength:.2f} of their "
             "strength; try --dtype float32, or --round stochastic"
         )
-
-
-def _peak_bytes() -> int:
-    """The most memory this process has held so far."""
-    try:
-        # Linux's ru_maxrss may be the parent's, from before this process became its own program.
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

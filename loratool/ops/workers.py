@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
+from pathlib import Path
 from typing import Final, TypeVar
 
 import torch
@@ -14,6 +17,17 @@ import torch
 MOST: Final = 8
 
 T = TypeVar("T")
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held so far."""
+    try:
+        # Linux's ru_maxrss may be the parent's, from before this process became its own program.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def run_all(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
@@ -49,13 +50,13 @@ class Journal:
             tensors = {name: file.read(info) for name, info in header.tensors.items()}
         said = json.loads(header.metadata["outcome"])
         kind, rank = said.pop("kind"), said["figures"]["rank"]
-        builders = {
+        builders: dict[str, Callable[[], Delta]] = {
             "lora": lambda: LoRA.from_leaves(tensors, 1.0),
             "experts": lambda: ExpertLoRA.of(tensors, rank, 1.0),
             "replace": lambda: Replace.from_leaves(tensors, None),
             "full": lambda: Full.from_leaves(tensors, said["scale"]),
         }
-        delta: Delta | None = builders[kind]() if kind else None
+        delta = builders[kind]() if kind else None
         return Outcome(delta, Extracted(**said["figures"]))
 
     def put(self, key: str, outcome: Outcome) -> None:
