@@ -120,9 +120,7 @@ def memory_part(folder: Path, arguments: argparse.Namespace) -> None:
         peak = common.loratool("extract", base, tuned, "-o", folder / "out", "--rank", str(RANK))["peak_bytes"] - imports
         size = sum(path.stat().st_size for path in base.iterdir())
         common.clear(folder / "out")
-        print(
-            f"memory: 2 × {size / 1e9:.2f} GB, largest linear layer 17.4 MB in float32: peak {peak / 1e6:.0f} MB beyond the imports"
-        )
+        print(f"memory: 2 × {size / 1e9:.2f} GB, largest layer 17.4 MB: peak {peak / 1e6:.0f} MB beyond imports")
 
 
 PARTS = {"pair": pair_part, "svd": svd_part, "memory": memory_part}

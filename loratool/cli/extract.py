@@ -121,7 +121,7 @@ def _print_modules(report: ExtractReport) -> None:
             f"{module.norm:.4g}",
             f"{module.error:.2%}",
             f"{module.effective_rank:.3g}" if module.rank else "",
-            "" if module.snr is None else f"{module.snr:.0f} dB",
+            "" if module.snr is None else f"{round(module.snr)} dB",
             f"{module.seconds:.2f}",
         ]
         for module in report.modules
