@@ -341,6 +341,36 @@ def test_bad_input_is_named_and_nothing_is_left_behind(tmp_path: Path) -> None:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "tuned.safetensors"]
 
 
+def test_8_bit_weights_are_extracted_into_wider_factors(tmp_path: Path) -> None:
+    base, tuned = (
+        {name: tensor.to(torch.float8_e4m3fn) for name, tensor in make().items()} for make in (base_tensors, tuned_tensors)
+    )
+    pair(tmp_path, tuned, base)
+
+    report = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "o", Rule("rank", 2), COMFY)
+
+    assert {tensor.dtype for tensor in load_file(tmp_path / "o").values()} == {torch.bfloat16}
+    whole = math.sqrt(sum(float((tuned[name].float() - base[name].float()).square().sum()) for name in base))
+    assert report.norm == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_choice_of_nothing_is_an_error(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path, tuned_tensors())
+    with pytest.raises(LoratoolError, match="--include and --exclude leave no parameter"):
+        extract(base, tuned, tmp_path / "o", Rule("rank", 2), replace(COMFY, include=("nothing",)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_the_device_makes_no_difference(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path, tuned_tensors())
+    reports = [
+        extract(base, tuned, tmp_path / device, Rule("max_error", 0.3), replace(COMFY, device=device))
+        for device in ("cpu", "cuda")
+    ]
+    assert [module.rank for module in reports[0].modules] == [module.rank for module in reports[1].modules]
+    assert reports[0].error == pytest.approx(reports[1].error, rel=1e-4)
+
+
 def test_exclude_is_the_way_out(tmp_path: Path) -> None:
     tensors = tuned_tensors()
     tensors[f"{PREFIX}fc.weight"] = torch.full((24, 41), math.nan)

@@ -15,7 +15,7 @@ import torch
 from loratool import __version__
 from loratool.archs import ARCHS, Arch
 from loratool.checkpoint import DTYPES
-from loratool.errors import LoratoolError, ShapeMismatch, some
+from loratool.errors import LoratoolError, OutputError, ShapeMismatch, some
 from loratool.formats.prefixes import VAE
 from loratool.formats.table import Format, format_named
 from loratool.header import DTYPE_OPTIONS
@@ -133,9 +133,9 @@ def extract(
     job = replace(job, journal=journal)
     try:
         report = _extracted(job, pairing, out, options)
-    except LoratoolError:
-        # What is wrong with the input will be so the next time: only what was cut off is worth keeping.
-        if journal:
+    except LoratoolError as error:
+        # What is wrong with the input will be so the next time; a disk may have room again.
+        if journal and not isinstance(error, OutputError):
             journal.discard()
         raise
     if journal:
@@ -238,7 +238,7 @@ def _report(
         squares[number] for number in lost
     )
     left_out = [
-        LeftOut(str(job.items[number].pair), why, outcomes[number].figures.norm, squares[number] / whole)
+        LeftOut(str(job.items[number].pair), why, outcomes[number].figures.norm, squares[number] / whole if whole else 0.0)
         for number, why in lost.items()
     ]
     return ExtractReport(
@@ -275,7 +275,7 @@ def _foreseen(job: Job, pairing: Pairing, out: Path) -> ExtractReport:
     lost = {number: item.why for number, item in enumerate(job.items) if not item.form}
     known = all(outcome.delta for number, outcome in outcomes.items() if number not in lost)
     report = _report(job, pairing, out, outcomes, lost)
-    return replace(report, norm=0.0, error=0.0, nbytes=job.size(outcomes, {}) if known else 0, dry_run=True)
+    return replace(report, nbytes=job.size(outcomes, {}) if known else 0, dry_run=True)
 
 
 def _rank(job: Job, item: Item) -> int:

@@ -17,7 +17,7 @@ from loratool.krylov import squares
 from loratool.ops.extraction.pairing import Pair
 from loratool.ops.weights import Weights
 
-BLOCK: Final = 1 << 19
+BLOCK: Final = 1 << 18
 """Elements that are read and subtracted at a time: few enough to stay in cache."""
 UNIFORM: Final = math.sqrt(12)
 """A number rounded to multiples of s is off by s / √12 on average: the standard deviation of the uniform distribution."""

@@ -82,7 +82,7 @@ class Job:
             delta = Replace(nothing.expand(pair.tuned_shape), form)
         elif form and form not in (LORA, EXPERTS):
             delta = Full(nothing.expand(pair.shape), form, 1.0 if form == BESIDE_LORA else None)
-        return Outcome(delta, Extracted(str(pair), form or "", rank if form == LORA else 0, 1.0, 0.0, 0.0, 0.0, None))
+        return Outcome(delta, Extracted(str(pair), form or "", rank if form == LORA else 0, 0.0, 0.0, 0.0, 0.0, None))
 
     def adapter(self, changes: Sequence[Change], outcomes: Mapping[int, Outcome], lost: Mapping[int, str]) -> Adapter:
         """The adapter to write, with what its readers want to know."""
@@ -133,7 +133,7 @@ class Job:
 
     def _each(self, numbers: Iterable[int], one: Callable[[int], T | None]) -> dict[int, T]:
         """`one` of each number, the largest first, a few at a time; those that come to something, in order."""
-        sizes = {number: math.prod(self.items[number].pair.shape) for number in numbers}
+        sizes = {number: self.work.nbytes(self.items[number].pair) for number in numbers}
         ordered = sorted(sizes, key=lambda number: -sizes[number])
         found: dict[int, T] = {}
         done = 0
@@ -157,6 +157,8 @@ class Job:
         document = {
             "version": __version__,
             "command": "extract",
+            "base": self.work.base.layout.root.name[:100],
+            "tuned": self.work.tuned.layout.root.name[:100],
             "rule": dict(_rule(self.rule)),
             "modules: held as, rank, norm, error": {
                 name: f"{figures.held} {figures.rank} {figures.norm:.4e} {figures.error:.4e}"

@@ -64,6 +64,12 @@ class Extraction:
     split: Split = "even"
     clamp: float | None = None
 
+    def nbytes(self, pair: Pair) -> int:
+        """The bytes of `pair` that are read of both checkpoints."""
+        sides = ((self.base, pair.base, pair.shape), (self.tuned, pair.tuned, pair.tuned_shape))
+        dtypes = [weights.layout.info(places[0].tensor).dtype for weights, places, _ in sides]
+        return sum(math.prod(shape) * DTYPES[dtype].itemsize for (*_, shape), dtype in zip(sides, dtypes, strict=True))
+
     def outcome(self, pair: Pair, form: str | None, rule: Rule) -> Outcome | None:
         """What `pair` changed, in the given form (None: it is only measured); None where it changed nothing.
 

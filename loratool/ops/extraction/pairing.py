@@ -9,7 +9,7 @@ from typing import Final
 
 from loratool.checkpoint import FLOATS
 from loratool.detect import detect, inputs_of
-from loratool.errors import UnmatchedModules, some
+from loratool.errors import LoratoolError, UnmatchedModules, some
 from loratool.formats.prefixes import EMA, WHOLE
 from loratool.layout import Layout
 from loratool.names import Module
@@ -69,6 +69,8 @@ def paired(base: Weights, tuned: Weights, takes: Takes) -> Pairing:
     draft.add_head()
     notes = tuple(draft.leftovers(takes))
     pairs = [pair for pair in draft.pairs if takes(pair.module, pair.parameter)]
+    if not pairs:
+        raise LoratoolError("nothing to extract: --include and --exclude leave no parameter of either")
     excluded = tuple(str(pair) for pair in draft.pairs if not takes(pair.module, pair.parameter))
     return Pairing(tuple(pairs), excluded, notes)
 
@@ -128,15 +130,16 @@ class _Draft:
 
     def leftovers(self, takes: Takes) -> Iterator[str]:
         """What one of the two lacks: in words where it lacks the whole component, or what it would compute itself."""
-        common = {pair.module.component for pair in self.pairs}
         rest = {name: module_of(name) for name in self.tuned.layout.tensors if name not in self.met}
-        for mine, other, lost in ((self.base, self.tuned, self.lost), (self.tuned, self.base, rest)):
+        common = {pair.module.component for pair in self.pairs}
+        theirs = {module_of(name)[0].component for name in self.met}
+        sides = ((self.base, self.tuned, self.lost, common), (self.tuned, self.base, rest, theirs))
+        for mine, other, lost, shared in sides:
             left = {name: found for name, found in lost.items() if takes(*found) and not BUFFERS.fullmatch(name)}
-            missing = [name for name, (module, _) in left.items() if module.component in common and _is_weight(mine, name)]
-            if missing or not common:
+            missing = [name for name, (module, _) in left.items() if module.component in shared and _is_weight(mine, name)]
+            if missing or not shared:
                 raise UnmatchedModules(_unlike(mine.layout, other.layout, missing or list(left)))
-            absent = sorted({module.component for module, _ in left.values()} - common)
-            for component in absent:
+            for component in sorted({module.component for module, _ in left.values()} - shared):
                 what = component or "model of this kind"
                 yield f"{other.layout.root} has no {what} under the names of {mine.layout.root}: taken to be the same"
 
