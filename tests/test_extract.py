@@ -121,6 +121,25 @@ def test_what_was_merged_comes_back_with_its_rank(tmp_path: Path, dtype: torch.d
         assert wrong <= step + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(512, 512), (128, 512), (1024, 256)])
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4, 4e-5])
+def test_auto_finds_the_rank_of_changes_smaller_than_a_step(
+    tmp_path: Path, dtype: torch.dtype, shape: tuple[int, int], size: float
+) -> None:
+    """In bf16 weights around 0.02 are steps of 10⁻⁴ apart: most of a smaller change is rounded away, its rank is not."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (0.02 * torch.randn(shape, generator=generator)).to(dtype)
+    change = torch.randn(shape[0], 4, generator=generator) @ torch.randn(4, shape[1], generator=generator)
+    change *= size / change.square().mean().sqrt()
+    name = "model.layers.0.mlp.up_proj.weight"
+    base, tuned = pair(tmp_path, {name: (weight.float() + change).to(dtype)}, {name: weight})
+
+    report = extract(base, tuned, tmp_path / "adapter", Rule("auto"))
+
+    assert [module.rank for module in report.modules] == [4]
+
+
 def test_auto_ends_where_rounding_reaches(tmp_path: Path) -> None:
     """Changes that are nothing but rounding are left out, and said to be."""
     base = base_tensors()
