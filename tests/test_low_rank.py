@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratool import Checkpoint, Rule, merge, resize, to_lora
+from loratool import Budget, Checkpoint, Rule, load, merge, resize, to_lora
 from loratool.errors import NeedsBase, Unsupported
 from tests.models import kohya, llm, peft_adapter, save
 from tests.oracles.test_lycoris import ADDITIVE, OTHERS, train
@@ -212,3 +213,102 @@ def test_a_bias_of_a_rewritten_module_keeps_its_strength(tmp_path: Path) -> None
     expected, ours = Checkpoint(tmp_path / "expected"), Checkpoint(tmp_path / "ours")
     for name, tensor in expected.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [Rule("energy", 0.9), Rule("sv_ratio", 2), Rule("sv_fro", 0.9), Rule("sv_cumulative", 0.7), Rule("max_error", 0.2)],
+)
+def test_every_rule_of_resize_keeps_the_least_rank(tmp_path: Path, rule: Rule) -> None:
+    """By the singular values of the products, multiplied out."""
+    save(tmp_path / "a.safetensors", kohya({"lora_unet_a": (60, 50), "lora_unet_conv": (20, 8, 3, 3)}, 12, 6.0))
+
+    report = resize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rule)
+
+    before = {
+        str(change.module): change.delta.dense().double().flatten(1) for change in load(tmp_path / "a.safetensors").changes
+    }
+    for module in report.modules:
+        sigma = torch.linalg.svdvals(before[module.name])
+        squares, sums = sigma.square().cumsum(0) / sigma.square().sum(), sigma.cumsum(0) / sigma.sum()
+        expected = {
+            "energy": int((squares < 0.9).sum()) + 1,
+            "sv_ratio": int((sigma > sigma[0] / 2).sum()),
+            "sv_fro": int((squares < 0.81).sum()) + 1,
+            "sv_cumulative": int((sums < 0.7).sum()) + 1,
+            "max_error": int((squares < 0.96).sum()) + 1,
+        }
+        assert module.rank == expected[rule.method]
+
+
+@pytest.mark.parametrize("size", [8_000, 20_000, 60_000, 10**6])
+@pytest.mark.parametrize("dtype", ["F16", None])
+def test_a_resized_file_is_never_larger_than_asked(tmp_path: Path, size: int, dtype: str | None) -> None:
+    shapes = {f"lora_unet_{i}": (60 + 20 * i, 50) for i in range(8)} | {"lora_unet_conv": (20, 8, 3, 3)}
+    save(tmp_path / "a.safetensors", kohya(shapes, 12, 6.0), ss_network_module="networks.lora", ss_network_dim="12")
+    if size == 8_000:
+        rule = Budget(nbytes=size, least=1)
+        resize(tmp_path / "a.safetensors", tmp_path / "least.safetensors", replace(rule, nbytes=size * 10), dtype=dtype)
+
+    report = resize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", Budget(nbytes=size), dtype=dtype)
+
+    written = (tmp_path / "b.safetensors").stat().st_size
+    assert report.nbytes == written <= size
+    one_step = (60 + 20 * 7 + 50) * (2 if dtype else 4) + 500  # and the names of a module that had nothing yet
+    assert written > size - one_step or all(module.rank == 12 for module in report.modules)
+
+
+def test_a_budget_is_better_spent_than_one_rank_for_all(tmp_path: Path) -> None:
+    shapes = {f"lora_unet_{i}": (60 + 40 * i, 50) for i in range(8)}
+    tensors = kohya(shapes, 12, 6.0)
+    for name, tensor in tensors.items():  # modules of unlike weight
+        tensors[name] = tensor * (1 + int(name[10])) if "up" in name else tensor
+    save(tmp_path / "a.safetensors", tensors)
+
+    uniform = resize(tmp_path / "a.safetensors", tmp_path / "u.safetensors", Rule("rank", 4))
+    shared = resize(tmp_path / "a.safetensors", tmp_path / "s.safetensors", Budget(nbytes=uniform.nbytes))
+
+    assert shared.error < 0.95 * uniform.error
+
+
+@pytest.mark.parametrize("error", [0.1, 0.5])
+@pytest.mark.parametrize("case", ["loha", "lora, dora on input"])
+def test_a_total_error_is_met_by_what_is_stored(tmp_path: Path, case: str, error: float) -> None:
+    train(LYCORIS[case], tmp_path)
+    base = load_file(tmp_path / "base.safetensors")
+
+    report = resize(
+        tmp_path / "a.safetensors",
+        tmp_path / "b.safetensors",
+        Budget(error=error),
+        base=tmp_path / "base.safetensors",
+        dtype="BF16",
+    )
+
+    whole, low = merged(tmp_path, "a.safetensors"), merged(tmp_path, "b.safetensors")
+    wrong = sum(float((whole[name].double() - low[name].double()).square().sum()) for name in base)
+    norm = sum(float((whole[name].double() - base[name].double()).square().sum()) for name in base)
+    assert report.error == pytest.approx((wrong / norm) ** 0.5, rel=1e-2)
+    assert report.error <= error
+
+
+def test_kohyas_names_for_the_rules(tmp_path: Path, run) -> None:
+    save(tmp_path / "a.safetensors", kohya({"lora_unet_a": (60, 50)}, 12, 6.0))
+    ours = run("resize", "a.safetensors", "-o", "b.safetensors", "--keep", "sv_fro=0.8", "--max-rank", 5, "--json")
+    theirs = run(
+        "resize",
+        "a.safetensors",
+        "-o",
+        "c.safetensors",
+        "--dynamic-method",
+        "sv_fro",
+        "--dynamic-param",
+        "0.8",
+        "--rank",
+        5,
+        "--json",
+    )
+    assert json.loads(ours.stdout)["modules"] == json.loads(theirs.stdout)["modules"]
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
+    for words in (["--dynamic-method", "sv_fro"], ["--auto"], [], ["--rank", "3", "--energy", "90%"]):
+        assert run("resize", "a.safetensors", "-o", "d.safetensors", *words).returncode == 2

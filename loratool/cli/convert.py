@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.archs import ARCHS
-from loratool.cli.low_rank import print_converted, rank_options, rank_rule, run_low_rank
+from loratool.cli.low_rank import print_converted, rank_options, run_low_rank
 from loratool.cli.options import pickle_option
+from loratool.cli.ranks import rule_of
 from loratool.cli.render import histogram, print_facts, print_json, size, warn
 from loratool.errors import LoratoolError
 from loratool.formats.reading import is_adapter_folder
@@ -55,18 +56,20 @@ def convert_command(adapter: Path, to: str | None, to_lora: bool, out: Path, **o
     """
     if not to and not to_lora:
         raise click.UsageError("give --to FORMAT, --to-lora, or both")
+    rule = rule_of(options, needed=False)
     if not to:
         for name in ("arch", "source", "allow_pickle"):
             if options.pop(name):
                 raise click.UsageError(f"--{name.replace('_', '-').replace('source', 'from')} goes with --to")
         from loratool.ops.low_rank import to_lora as run
 
-        run_low_rank("converted", adapter, run, out=out, **options)
+        run_low_rank("converted", adapter, run, rule, out=out, **options)
         return
-    rule = {name: options.pop(name) for name in ("rank", "max_error")}
-    if not to_lora and any(value is not None for value in (*rule.values(), options["dtype"])):
-        raise click.UsageError("--rank, --max-error and --dtype go with --to-lora")
-    options["rule"] = rank_rule(**rule) if to_lora else None
+    if not to_lora and (rule or options["dtype"]):
+        raise click.UsageError("--rank and other rules, and --dtype, go with --to-lora")
+    from loratool.ranks import Rule
+
+    options["rule"] = (rule or Rule()) if to_lora else None
     options["dtype"] = DTYPE_OPTIONS[options["dtype"]] if options["dtype"] else None
     if adapter.is_dir() and not is_adapter_folder(adapter):
         _convert_folder(adapter, to, out, **options)

@@ -62,6 +62,7 @@ def extract_command(base: Path, tuned: Path, out: Path, as_json: bool, quiet: bo
     from loratool.ops.extract import ExtractOptions, extract
 
     rule = rule_of(given)
+    assert rule
     with progress_bar("extracting", quiet=quiet) as progress:
         report = extract(base, tuned, out, rule, ExtractOptions(**given), progress)
     for warning in report.warnings:

@@ -4,55 +4,62 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from loratool.cli.options import (
+    KEEPING,
     alpha_option,
     json_option,
     overwrite_option,
     quiet_option,
-    share,
     slots_option,
     verbose_option,
 )
+from loratool.cli.ranks import rank_rules, rule_of
 from loratool.cli.render import histogram, print_facts, print_json, print_table, size, warn
 from loratool.header import DTYPE_OPTIONS
 
 if TYPE_CHECKING:
-    from loratool.ops.low_rank import Converted, LowRankReport
-    from loratool.ranks import Rule
+    from loratool.ops.low_rank import LowRankReport
+    from loratool.ops.lowering import Converted
+    from loratool.ranks import Budget, Rule
 
 
-def rank_options(command: Callable[..., None]) -> Callable[..., None]:
+def rank_options(
+    command: Callable[..., None], *, without: Sequence[str] = ("auto", "size", "total_error")
+) -> Callable[..., None]:
     """What both commands take: input, output, how much to keep, the base, and how to report."""
-    for option in reversed(
-        [
-            click.argument("adapter", type=click.Path(path_type=Path)),
-            click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="What to write."),
-            click.option("--rank", "--dim", type=click.IntRange(min=1), help="Rank of every module."),
-            click.option("--max-error", type=share, metavar="SHARE", help="Largest error of a module: 5% or 0.05."),
-            click.option("--base", type=click.Path(path_type=Path), help="The base, for kinds that depend on it."),
-            click.option(
-                "--dtype", type=click.Choice(list(DTYPE_OPTIONS)), help="Of new factors. Default: as the adapter's."
-            ),
-            alpha_option,
-            slots_option,
-            overwrite_option,
-            json_option,
-            quiet_option,
-            verbose_option,
-        ]
-    ):
+    after = [
+        click.option("--base", type=click.Path(path_type=Path), help="The base, for kinds that depend on it."),
+        click.option("--dtype", type=click.Choice(list(DTYPE_OPTIONS)), help="Of new factors. Default: as the adapter's."),
+        alpha_option,
+        slots_option,
+        overwrite_option,
+        json_option,
+        quiet_option,
+        verbose_option,
+    ]
+    before = [
+        click.argument("adapter", type=click.Path(path_type=Path)),
+        click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="What to write."),
+    ]
+    for option in reversed(after):
+        command = option(command)
+    command = rank_rules(command, without=without)
+    for option in reversed(before):
         command = option(command)
     return command
 
 
 @click.command("resize", short_help="Lower an adapter's rank, at the least error.")
-@rank_options
-def resize_command(adapter: Path, **options: Any) -> None:
+@partial(rank_options, without=("auto",))
+@click.option("--dynamic-method", type=click.Choice(KEEPING), help="kohya's name for --keep, with --dynamic-param.")
+@click.option("--dynamic-param", type=float, metavar="X", help="The value of --dynamic-method.")
+def resize_command(adapter: Path, dynamic_method: str | None, dynamic_param: float | None, **options: Any) -> None:
     """Write ADAPTER to OUT at another rank: the best approximation there is at that rank, and its error.
 
     Works on the factors, so that it takes milliseconds a layer. Other kinds become LoRA on the way; those that depend on
@@ -62,18 +69,26 @@ def resize_command(adapter: Path, **options: Any) -> None:
     Example:
       loratool resize big.safetensors -o small.safetensors --rank 16
       loratool resize big.safetensors -o small.safetensors --max-error 5%
+      loratool resize big.safetensors -o small.safetensors --size 20MB
     """
-    if options["rank"] is None and options["max_error"] is None:
-        raise click.UsageError("give --rank or --max-error")
+    if (dynamic_method is None) != (dynamic_param is None):
+        raise click.UsageError("--dynamic-method and --dynamic-param go together")
+    if dynamic_method:
+        if options["keep"]:
+            raise click.UsageError("give --keep or --dynamic-method, not both")
+        options["keep"] = dynamic_method, dynamic_param
+        # kohya's --new_rank bounds what a dynamic method gives.
+        options["max_rank"], options["rank"] = options["max_rank"] or options["rank"], None
     from loratool.ops.low_rank import resize
 
-    run_low_rank("resized", adapter, resize, **options)
+    run_low_rank("resized", adapter, resize, rule_of(options), **options)
 
 
 def run_low_rank(
     done: str,
     adapter: Path,
     run: Callable[..., LowRankReport],
+    rule: Rule | Budget | None,
     *,
     out: Path,
     base: Path | None,
@@ -84,7 +99,6 @@ def run_low_rank(
     quiet: bool,
     verbose: bool,
     dtype: str | None,
-    **rule: Any,
 ) -> None:
     """Calls `run`, the library's `to_lora` or `resize`, and prints its report."""
     from loratool.adapter import Unsaid
@@ -92,7 +106,7 @@ def run_low_rank(
     report = run(
         adapter,
         out,
-        rank_rule(**rule),
+        rule,
         dtype=DTYPE_OPTIONS[dtype] if dtype else None,
         base=base,
         unsaid=Unsaid(alpha, slots or ()),
@@ -114,21 +128,14 @@ def print_converted(modules: Sequence[Converted]) -> None:
     print_table(["module", "from", "rank", "norm", "error"], rows, numbers=("rank", "norm", "error"))
 
 
-def rank_rule(*, rank: int | None, max_error: float | None) -> Rule:
-    """How much to keep, from the options: all there is, where none is given."""
-    from loratool.ranks import Rule
-
-    if rank is not None and max_error is not None:
-        raise click.UsageError("give --rank or --max-error, not both")
-    if rank is not None:
-        return Rule("rank", rank)
-    return Rule() if max_error is None else Rule("max_error", max_error)
-
-
 def _facts(report: LowRankReport) -> Iterator[tuple[str, str]]:
     kinds = histogram(Counter(module.kind for module in report.modules))
+    dropped = [module for module in report.modules if not module.rank]
     changed = f"{len(report.modules)} rewritten ({kinds}), " if report.modules else ""
     yield "modules", f"{changed}{report.kept} kept as they were"
+    if dropped:
+        share = sum(module.norm**2 for module in dropped) / sum(module.norm**2 for module in report.modules)
+        yield "dropped", f"{len(dropped)} that no rank was worth its bytes of, with {share**0.5:.2%} of ‖ΔW‖"
     if report.worst:
         yield "rank", histogram(Counter(module.rank for module in report.modules))
         yield "error", f"{report.error:.2%} of ‖ΔW‖ in all, {report.worst.error:.2%} at worst, in {report.worst.name}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -17,36 +17,43 @@ RULES: Final = ("rank", "max_error", "total_error", "energy", "keep", "size", "a
 BOUNDS: Final = ("min_rank", "max_rank", "conv_rank")
 
 
-def rank_rules(command: Callable[..., None]) -> Callable[..., None]:
-    """Every way to say how much to keep."""
-    rules = ", ".join(KEEPING)
-    for option in reversed(
-        [
-            click.option("--rank", "--dim", type=click.IntRange(min=1), help="Rank of every module."),
-            click.option("--conv-rank", type=click.IntRange(min=1), help="Rank of k×k convolutions, where it is another."),
-            click.option("--max-error", type=share, metavar="SHARE", help="Largest error of a module: 5% or 0.05."),
-            click.option("--total-error", type=share, metavar="SHARE", help="Largest error over all, in the fewest bytes."),
-            click.option("--energy", type=share, metavar="SHARE", help="Least share of ‖ΔW‖² of a module: 99% or 0.99."),
-            click.option("--keep", type=keep, metavar="RULE=X", help=f"A rule of kohya's or LyCORIS's tools: {rules}."),
-            click.option("--size", type=nbytes, metavar="BYTES", help="Largest size, spent where it saves most: 50MB."),
-            click.option("--auto", is_flag=True, help="All that is more than rounding to the stored dtype."),
-            click.option("--min-rank", type=click.IntRange(min=0), help="Least rank of a module, whatever the rule."),
-            click.option("--max-rank", type=click.IntRange(min=1), help="Largest rank of a module, whatever the rule."),
-        ]
-    ):
-        command = option(command)
+def rank_rules(command: Callable[..., None], *, without: Sequence[str] = ()) -> Callable[..., None]:
+    """Every way to say how much to keep, but those `without` which a command does."""
+    names = ", ".join(KEEPING)
+    options = {
+        "rank": click.option("--rank", "--dim", type=click.IntRange(min=1), help="Rank of every module."),
+        "conv_rank": click.option("--conv-rank", type=click.IntRange(min=1), help="Rank of k×k convolutions, if another."),
+        "max_error": click.option("--max-error", type=share, metavar="SHARE", help="Largest error of a module: 5% or 0.05."),
+        "total_error": click.option(
+            "--total-error", type=share, metavar="SHARE", help="Largest error over all, in least bytes."
+        ),
+        "energy": click.option("--energy", type=share, metavar="SHARE", help="Least share of ‖ΔW‖² of a module: 99%."),
+        "keep": click.option("--keep", type=keep, metavar="RULE=X", help=f"A rule of kohya's or LyCORIS's tools: {names}."),
+        "size": click.option("--size", type=nbytes, metavar="BYTES", help="Largest size, spent where it saves most: 50MB."),
+        "auto": click.option("--auto", is_flag=True, help="All that is more than rounding to the stored dtype."),
+        "min_rank": click.option(
+            "--min-rank", type=click.IntRange(min=0), help="Least rank of a module, whatever the rule."
+        ),
+        "max_rank": click.option(
+            "--max-rank", type=click.IntRange(min=1), help="Largest rank of a module, whatever the rule."
+        ),
+    }
+    for name in reversed(options):
+        command = command if name in without else options[name](command)
     return command
 
 
-def rule_of(given: dict[str, Any]) -> Rule | Budget:
-    """Takes the options above out of those `given`, and makes the one rule of them that they must be."""
+def rule_of(given: dict[str, Any], *, needed: bool = True) -> Rule | Budget | None:
+    """Takes the options above out of those `given`, and makes one rule of them; None where none is given nor `needed`."""
     from loratool.ranks import Budget, Rule
 
-    values = {name: given.pop(name) for name in RULES}
-    least, most, conv = (given.pop(name) for name in BOUNDS)
+    values = {name: given.pop(name) for name in RULES if name in given}
+    least, most, conv = bounds = [given.pop(name) for name in BOUNDS]
     asked = [name for name, value in values.items() if value not in (None, False)]
+    if not asked and not needed:
+        return Rule("all", 0.0, conv, least, most) if any(bounds) else None
     if len(asked) != 1:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in RULES)
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in values)
         raise click.UsageError(f"give one of {names}" if not asked else f"give only one of {names}")
     (name,) = asked
     if name in ("size", "total_error"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Final
+from typing import Final, TypeVar
 
 from loratool.errors import LoratoolError
 from loratool.ranks import Bought, Budget, Offer, Rule, buy
@@ -18,6 +18,27 @@ Look = Callable[[Mapping[int, Rule]], Mapping[int, Offer]]
 """Finds the leading singular values of modules, by their numbers, as far as a rule says."""
 SizeOf = Callable[[Mapping[int, int]], int]
 """The bytes of an output whose modules have these ranks."""
+
+T = TypeVar("T")
+
+
+def within_error(error: float, whole: float, spent: Callable[[float], T], left: Callable[[T], float]) -> T:
+    """What `spent` makes of the squares that may be left out, such that what it leaves when stored, by `left`, is at most
+    the share `error` of `whole`, a norm's square.
+
+    Raises `LoratoolError` where rounding, and what is left out in any case, come to more.
+    """
+    allowed = error**2 * whole
+    while allowed > 0:
+        result = spent(allowed)
+        excess = left(result) - error**2 * whole
+        if excess <= 0:
+            return result
+        allowed -= 1.02 * excess
+    raise LoratoolError(
+        f"a total error of {error:.2%} cannot be met: what the format has no place for, and rounding to the dtype, "
+        "come to more; choose another --to, --dtype float32, or a larger error"
+    )
 
 
 class Market:

@@ -12,7 +12,8 @@ from loratool.formats.reading import locate
 from loratool.formats.table import Format, format_named
 from loratool.header import read_header
 from loratool.ops.choosing import Wanted, choose
-from loratool.ops.low_rank import Converted, error_of, lower
+from loratool.ops.low_rank import error_of, lower
+from loratool.ops.lowering import Converted
 from loratool.ops.packing import require_room, write_as
 from loratool.ops.saving import Contents, write
 from loratool.ranks import Rule
@@ -64,7 +65,7 @@ def convert(
     require_room(target, out)
     converted: list[Converted] = []
     if rule is not None:
-        adapter, converted, _ = lower(adapter, rule, dtype, base=base)
+        adapter, converted = lower(adapter, rule, dtype, base=base)
     elif target.folder and (adapter.path / CONFIG_NAME).exists() and locate(adapter.path)[0].suffix == ".safetensors":
         return _copied(adapter, target, out, overwrite=overwrite)
     found, ways = choose(adapter, target, Wanted(arch, source, Path(base) if base else None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from loratool.checkpoint import DTYPE_NAMES
 from loratool.errors import LoratoolError, NonFinite
-from loratool.krylov import Leading, leading, squares
-from loratool.linalg import effective_rank
-from loratool.ranks import Rule
+from loratool.krylov import Spectrum, leading, squares
+from loratool.linalg import effective_rank, factored_svd, singular_values
+from loratool.ranks import NUMERICAL, Offer, Rule
 
 CHUNK: Final = 1 << 19
 """Elements of a residual that are there at a time."""
@@ -61,26 +62,60 @@ def factored(dense: Tensor, rule: Rule, storage: Storage, *, noise: float = 0.0)
         matrix = matrix.double()
     # Half of the exponent to either side: it is even, so that both are exact.
     norm, half = math.sqrt(squares(matrix)), math.ldexp(1.0, exponent // 2)
-    back, asked = half**2, rule.value
-    while True:
+    back = half**2
+
+    def attempt(rule: Rule) -> Factored:
         found = leading(matrix, rule, rank=rule.expected, noise=noise / back, whole=rule.whole)
         up, down = stored(found.up * half, found.down * half, storage)
         error = distance(matrix, up.double() / half, down.double() / half)
-        if rule.method != "max_error" or error <= asked * norm:
-            kept = found.spectrum.sigma[: up.shape[1]]
-            return Factored(up.cpu(), down.cpu(), norm * back, error * back, found.left * back, effective_rank(kept))
-        rule = _stricter(rule, asked, math.sqrt(max(error**2 - found.left**2, 0.0)) / norm, found, storage)
+        kept = effective_rank(found.spectrum.sigma[: up.shape[1]])
+        return Factored(up.cpu(), down.cpu(), norm * back, error * back, found.left * back, kept)
+
+    return _until_met(rule, storage, min(dense.shape), attempt)
 
 
-def _stricter(rule: Rule, asked: float, rounding: float, found: Leading, storage: Storage) -> Rule:
-    """A rule of more rank, whose factors may be off by what is `asked` when they have been rounded."""
-    rank = found.up.shape[1]
-    if rounding >= asked or rank == min(len(found.up), found.down.shape[1], rule.most or rank + 1):
-        raise LoratoolError(
-            f"rounding its factors to {DTYPE_NAMES[storage.dtype]} alone takes {rounding:.2e} of it, the largest error is "
-            f"{asked:.2e}; choose --dtype float32, or a larger error"
-        )
-    return replace(rule, value=math.sqrt(asked**2 - rounding**2), least=rank + 1)
+def refactored(up: Tensor, down: Tensor, rule: Rule, storage: Storage) -> Factored:
+    """The best factors of `up` · `down` at the rank that the rule gives, not multiplied out; raises as `factored`."""
+    left, sigma, right = factored_svd(up, down)
+    norm = float(sigma.norm())
+
+    def attempt(rule: Rule) -> Factored:
+        rank = min(rule(Spectrum(sigma, norm**2, True)) or 0, len(sigma))
+        root = sigma[:rank].sqrt()
+        ups, downs = stored(left[:, :rank].double() * root, root[:, None] * right[:rank].double(), storage)
+        error = float(singular_values(torch.cat([up, -ups.float()], dim=1), torch.cat([down, downs.float()])).norm())
+        return Factored(ups, downs, norm, error, float(sigma[rank:].norm()), effective_rank(sigma[:rank]))
+
+    return _until_met(rule, storage, len(sigma), attempt)
+
+
+def _until_met(rule: Rule, storage: Storage, full: int, attempt: Callable[[Rule], Factored]) -> Factored:
+    """What `attempt` makes of the rule, with as much more rank as its largest error asks for once factors are rounded."""
+    asked = rule.value
+    while True:
+        found = attempt(rule)
+        if rule.method != "max_error" or found.error <= asked * found.norm:
+            return found
+        rounding = math.sqrt(max(found.error**2 - found.least**2, 0.0)) / found.norm
+        if rounding >= asked or found.rank >= min(full, rule.most or full):
+            raise LoratoolError(
+                f"rounding its factors to {DTYPE_NAMES[storage.dtype]} alone takes {rounding:.2e} of it, and the largest "
+                f"error is {asked:.2e}; choose --dtype float32, or a larger error"
+            )
+        rule = replace(rule, value=math.sqrt(asked**2 - rounding**2), least=found.rank + 1)
+
+
+def offered(dense: Tensor, rule: Rule, itemsize: int, *, noise: float = 0.0) -> Offer:
+    """The leading singular values of `dense`, as many as `rule` wants, at what factors of `itemsize` bytes each cost."""
+    matrix, exponent = _in_range(dense)
+    back = math.ldexp(1.0, exponent)
+    limit = replace(rule, value=rule.value / back) if rule.method == "threshold" else rule
+    found = leading(matrix, limit, rank=rule.expected, noise=noise / back)
+    known = found.spectrum.sigma[: found.up.shape[1]].cpu()
+    # What arithmetic leaves is worth nothing.
+    sigma = known[known > NUMERICAL * known[:1]]
+    settled = len(sigma) < len(known) or len(known) >= min(matrix.shape) or len(known) < (rule.most or 0)
+    return Offer(sigma * back, settled, sum(matrix.shape) * itemsize, found.spectrum.total * back**2)
 
 
 def stored(up: Tensor, down: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:

@@ -15,15 +15,16 @@ import torch
 from loratool import __version__
 from loratool.adapter import Adapter, Change
 from loratool.archs import Arch
-from loratool.deltas import Delta, Full, LoRA, Replace
-from loratool.errors import LoratoolError, Unsupported
+from loratool.deltas import Delta, Full, Replace
+from loratool.errors import Unsupported
 from loratool.formats.table import Format
 from loratool.names import Module
-from loratool.ops.budgets import Market
+from loratool.ops.budgets import Market, within_error
 from loratool.ops.extraction.assembling import Item, assembled
 from loratool.ops.extraction.carrying import BESIDE_LORA, EXPERTS, LORA, REPLACED
 from loratool.ops.extraction.journal import Journal
 from loratool.ops.extraction.outcomes import Extracted, Extraction, Outcome
+from loratool.ops.lowering import room_for
 from loratool.ops.packing import size_as
 from loratool.ops.rewriting import METADATA_KEY, Progress
 from loratool.ops.workers import run_all
@@ -76,8 +77,8 @@ class Job:
         nothing = torch.zeros(1, dtype=self.work.stored_as(pair))
         delta: Delta | None = None
         if form == LORA and rank:
-            rank, ones = min(rank, pair.shape[0], math.prod(pair.shape[1:])), (1,) * len(pair.shape[2:])
-            delta = LoRA(nothing.expand(rank, *pair.shape[1:]), nothing.expand(pair.shape[0], rank, *ones), None, 1.0)
+            rank = min(rank, pair.shape[0], math.prod(pair.shape[1:]))
+            delta = room_for(pair.shape, rank, nothing)
         elif form in REPLACED:
             delta = Replace(nothing.expand(pair.tuned_shape), form)
         elif form and form not in (LORA, EXPERTS):
@@ -100,17 +101,12 @@ class Job:
     def _within_error(self, others: Mapping[int, Outcome], market: Market, error: float) -> dict[int, Outcome]:
         """The fewest bytes at a total error, which what is stored must meet with its rounding."""
         whole = market.total + math.fsum(outcome.figures.norm**2 for outcome in others.values())
-        allowed = error**2 * whole - _left(others)
-        while allowed > 0:
-            found = {**others, **self._at(market.within_error(allowed), market)}
-            excess = _left(found) - error**2 * whole
-            if excess <= 0:
-                return found
-            allowed -= 1.02 * excess
-        raise LoratoolError(
-            f"a total error of {error:.2%} cannot be met: what the format has no place for, and rounding to the dtype, "
-            "come to more; choose another --to, --dtype float32, or a larger error"
-        )
+        lost = _left(others)
+
+        def spent(allowed: float) -> dict[int, Outcome]:
+            return {**others, **self._at(market.within_error(max(allowed - lost, 0.0)), market)}
+
+        return within_error(error, whole, spent, _left)
 
     def _at(self, ranks: Mapping[int, int], market: Market) -> dict[int, Outcome]:
         """The outcomes at given ranks; what got none is only measured."""

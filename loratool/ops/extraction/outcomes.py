@@ -14,12 +14,12 @@ from loratool.checkpoint import DTYPE_NAMES, DTYPES
 from loratool.deltas import Delta, ExpertLoRA, Full, LoRA, Replace
 from loratool.deltas.base import widened
 from loratool.errors import NonFinite, about
-from loratool.krylov import leading, squares
+from loratool.krylov import squares
 from loratool.ops.extraction.carrying import BESIDE_LORA, EXPERTS, LORA, REPLACED
 from loratool.ops.extraction.differences import Difference, difference
 from loratool.ops.extraction.pairing import Pair
-from loratool.ops.factoring import Factored, Split, Storage, factored
-from loratool.ops.low_rank import as_lora
+from loratool.ops.factoring import Factored, Split, Storage, factored, offered
+from loratool.ops.lowering import as_lora
 from loratool.ops.weights import Weights
 from loratool.ranks import Offer, Rule
 
@@ -88,12 +88,7 @@ class Extraction:
         change = difference(self.base, self.tuned, pair, self.device)
         if change is None:
             return None
-        matrix = change.dense.flatten(1)
-        found = leading(matrix, rule, rank=rule.expected, noise=change.edge)
-        rank = found.up.shape[1]
-        settled = rank >= min(matrix.shape) or (rule.most is not None and rank < rule.most)
-        each = (self.stored_as(pair)).itemsize
-        return Offer(found.spectrum.sigma[:rank], settled, sum(matrix.shape) * each, change.norm**2)
+        return offered(change.dense.flatten(1), rule, self.stored_as(pair).itemsize, noise=change.edge)
 
     def stored_as(self, pair: Pair) -> torch.dtype:
         """The dtype of what is stored of `pair`: where nobody says, that of the tuned weight if it is a narrow one."""

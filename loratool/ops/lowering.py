@@ -1,0 +1,199 @@
+"""Deltas as LoRA, one by one or within a budget over all of an adapter, as they are to be stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from loratool.adapter import Adapter, Change
+from loratool.checkpoint import DTYPES
+from loratool.deltas import Delta, Embedding, LoRA
+from loratool.errors import NeedsBase, ShapeMismatch, Unsupported, about
+from loratool.linalg import singular_values
+from loratool.ops.budgets import Market, within_error
+from loratool.ops.factoring import Factored, Storage, factored, offered, refactored
+from loratool.ops.saving import Contents, as_they_were, biases, like_source, named, size_of
+from loratool.ops.weights import Weights
+from loratool.ranks import Budget, Offer, Rule
+from loratool.schema import BIAS, WEIGHT
+
+NOTHING: Final = Rule("rank", 1, most=0)
+"""Keeps nothing of a module."""
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """One module that became a LoRA: its kind before, its rank now, ‖ΔW‖, and ‖ΔW − LoRA‖ / ‖ΔW‖."""
+
+    name: str
+    kind: str
+    rank: int
+    norm: float
+    error: float
+
+
+Lowered = dict[int, tuple[Converted, Delta]]
+"""By the number of a change: what became of it, and the LoRA; one of rank 0 where nothing is left."""
+
+
+class Lowering:
+    """An adapter whose deltas become LoRA: those to lower, by number, and those that are `kept`."""
+
+    def __init__(self, adapter: Adapter, dtype: str | None, keep: frozenset[str], weights: Weights | None) -> None:
+        self.adapter, self.dtype, self.weights = adapter, dtype, weights
+        self.numbers: list[int] = []
+        self.kept: list[Change] = []
+        for number, change in enumerate(adapter.changes):
+            if change.optional:
+                _refuse_bias(change, weights)
+            elif change.delta.kind in keep or change.parameter == BIAS or len(change.delta.shape) < 2:
+                self.kept.append(change)
+            else:
+                self.numbers.append(number)
+
+    def lowered(self, rule: Rule | Mapping[int, Rule]) -> Lowered:
+        """Every delta to lower as a LoRA, by one rule or each by its own."""
+        done = {}
+        for number in self.numbers:
+            change = self.adapter.changes[number]
+            mine = rule if isinstance(rule, Rule) else rule[number]
+            delta, figures = _low_rank(change, _effective(change, self.weights), mine, self.dtype)
+            done[number] = figures, delta
+        return done
+
+    def within(self, budget: Budget) -> Lowered:
+        """Every delta to lower at the rank that its share of the budget buys."""
+        market = Market(self.numbers, self._offers, budget)
+        if budget.nbytes is not None:
+            tensors = self._as_they_were()
+            return self._at(market.within_bytes(budget.nbytes, lambda ranks: size_of(self._imagined(ranks, tensors))))
+        return within_error(
+            budget.error or 0.0,
+            market.total,
+            lambda allowed: self._at(market.within_error(allowed)),
+            lambda done: sum((figures.error * figures.norm) ** 2 for figures, _ in done.values()),
+        )
+
+    def contents(self, done: Lowered, kept: Mapping[str, Tensor] | None = None) -> Contents:
+        """What is to be written, with the tensors of what is kept as they were."""
+        tensors = dict(self._as_they_were() if kept is None else kept)
+        tensors |= biases(self.kept, {figures.name for figures, _ in done.values()})
+        for number, (figures, delta) in done.items():
+            if figures.rank:
+                tensors |= named(Change(self.adapter.changes[number].module, WEIGHT, delta))
+        ranks = [figures.rank for figures, _ in done.values() if figures.rank]
+        return like_source(self.adapter, tensors, self.kept, ranks)
+
+    def _as_they_were(self) -> dict[str, Tensor]:
+        return as_they_were(self.adapter, self.kept)
+
+    def _at(self, ranks: Mapping[int, int]) -> Lowered:
+        rules = {number: Rule("rank", rank) for number, rank in ranks.items()}
+        return self.lowered(dict.fromkeys(self.numbers, NOTHING) | rules)
+
+    def _offers(self, rules: Mapping[int, Rule]) -> dict[int, Offer]:
+        return {number: self._offer(number, rule) for number, rule in rules.items()}
+
+    def _offer(self, number: int, rule: Rule) -> Offer:
+        change = self.adapter.changes[number]
+        delta = _effective(change, self.weights)
+        each = (DTYPES[self.dtype] if self.dtype else _widest(change)).itemsize
+        if delta.factors:
+            sigma = singular_values(*delta.factors)
+            cost = len(delta.factors[0]) + delta.factors[1].shape[1]
+            return Offer(sigma, True, cost * each, float(sigma.square().sum()))
+        return offered(_dense(delta), rule, each)
+
+    def _imagined(self, ranks: Mapping[int, int], kept: Mapping[str, Tensor]) -> Contents:
+        """What would be written at these ranks, with room in place of numbers."""
+        done: Lowered = {}
+        for number, asked in ranks.items():
+            change = self.adapter.changes[number]
+            flattened = self.weights is not None and change.delta.flattened
+            shape = tuple(self.weights.of(change.module).shape) if flattened and self.weights else change.delta.shape
+            nothing = torch.zeros(1, dtype=DTYPES[self.dtype] if self.dtype else _widest(change))
+            rank = min(asked, shape[0], math.prod(shape[1:]))
+            done[number] = Converted(str(change), change.delta.kind, rank, 0.0, 0.0), room_for(shape, rank, nothing)
+        return self.contents(done, kept)
+
+
+def _refuse_bias(change: Change, weights: Weights | None) -> None:
+    """PEFT's (IA)³ multiplies the bias of a layer that has one, which a LoRA cannot."""
+    if weights is None:
+        raise NeedsBase(f"{change}: may multiply a bias, which only the base can tell; pass --base")
+    if weights.targets.find(change.module, BIAS):
+        raise Unsupported(f"{change}: (IA)³ multiplies this layer's bias too, which a LoRA cannot hold; merge it instead")
+
+
+@dataclass(frozen=True, slots=True)
+class _Effective:
+    """What a delta adds, as exact factors or as a dense matrix, and the shape of the weight."""
+
+    shape: tuple[int, ...]
+    factors: tuple[Tensor, Tensor] | None
+    dense: Tensor | None
+
+
+def _effective(change: Change, weights: Weights | None) -> _Effective:
+    delta = change.delta
+    if change.apart:
+        raise Unsupported(f"{change}: is a LoRA on stacked experts, which only PEFT's target_parameters can hold")
+    if delta.additive:
+        shape = tuple(weights.of(change.module).shape) if weights and delta.flattened else delta.shape
+        factors = delta.factors()
+        if factors is not None and 2 * factors[0].shape[1] <= min(factors[0].shape[0], factors[1].shape[1]):
+            return _Effective(shape, factors, None)
+        return _Effective(shape, None, delta.dense().flatten(1))
+    if weights is None:
+        raise NeedsBase(f"{change}: what a delta of kind {delta.kind} adds depends on its weight; pass --base")
+    weight = weights.of(change.module).float()
+    try:
+        return _Effective(tuple(weight.shape), None, (delta.apply(weight) - weight).flatten(1))
+    except RuntimeError as error:
+        raise ShapeMismatch(
+            f"{change}: does not fit its weight of {list(weight.shape)}: is the base another model?"
+        ) from error
+
+
+def _low_rank(change: Change, delta: _Effective, rule: Rule, dtype: str | None) -> tuple[Delta, Converted]:
+    """A LoRA as it is to be stored, and how far its product is from the delta."""
+    storage = Storage(DTYPES[dtype] if dtype else _widest(change))
+    rule = rule.of(delta.shape)
+    with about(change):
+        found = refactored(*delta.factors, rule, storage) if delta.factors else factored(_dense(delta), rule, storage)
+    error = found.error / found.norm if found.norm else 0.0
+    figures = Converted(str(change), change.delta.kind, found.rank, found.norm, error)
+    if "embedding_down" in change.delta.leaves():
+        # PEFT adds the product of an embedding's factors transposed.
+        return Embedding(found.up.T.contiguous(), found.down.T.contiguous(), 1.0), figures
+    return as_lora(found, delta.shape), figures
+
+
+def room_for(shape: tuple[int, ...], rank: int, nothing: Tensor) -> LoRA:
+    """A LoRA of that rank on a weight of `shape` that has a size, and no memory: all its numbers are `nothing`."""
+    ones = (1,) * len(shape[2:])
+    return LoRA(nothing.expand(rank, *shape[1:]), nothing.expand(shape[0], rank, *ones), None, 1.0)
+
+
+def as_lora(found: Factored, shape: tuple[int, ...]) -> LoRA:
+    """The factors of a weight of `shape`, (out, in, *kernel), with the kernel in `down`, and scale 1."""
+    kernel = shape[2:]
+    ones = (1,) * len(kernel)
+    down = found.down.reshape(found.rank, found.down.shape[1] // math.prod(kernel), *kernel).contiguous()
+    return LoRA(down, found.up.reshape(*found.up.shape, *ones).contiguous(), None, 1.0)
+
+
+def _dense(delta: _Effective) -> Tensor:
+    assert delta.dense is not None
+    return delta.dense
+
+
+def _widest(change: Change) -> torch.dtype:
+    """The dtype of the change's own factors, the widest where they differ."""
+    dtypes = [tensor.dtype for tensor in change.delta.leaves().values() if tensor.is_floating_point()]
+    return max(dtypes, key=lambda dtype: dtype.itemsize)
