@@ -13,7 +13,7 @@ from torch import Tensor
 from loratool.checkpoint import DTYPE_NAMES
 from loratool.errors import LoratoolError, NonFinite
 from loratool.krylov import Spectrum, leading, squares
-from loratool.linalg import effective_rank, factored_svd, singular_values
+from loratool.linalg import core_svd, difference_norm, effective_rank
 from loratool.ranks import NUMERICAL, Offer, Rule
 
 CHUNK: Final = 1 << 19
@@ -76,14 +76,15 @@ def factored(dense: Tensor, rule: Rule, storage: Storage, *, noise: float = 0.0)
 
 def refactored(up: Tensor, down: Tensor, rule: Rule, storage: Storage) -> Factored:
     """The best factors of `up` · `down` at the rank that the rule gives, not multiplied out; raises as `factored`."""
-    left, sigma, right = factored_svd(up, down)
+    up_basis, left, sigma, right, down_basis = core_svd(up, down)
     norm = float(sigma.norm())
 
     def attempt(rule: Rule) -> Factored:
         rank = min(rule(Spectrum(sigma, norm**2, True)) or 0, len(sigma))
         root = sigma[:rank].sqrt()
-        ups, downs = stored(left[:, :rank].double() * root, root[:, None] * right[:rank].double(), storage)
-        error = float(singular_values(torch.cat([up, -ups.float()], dim=1), torch.cat([down, downs.float()])).norm())
+        ups, downs = up_basis @ (left[:, :rank] * root).float(), (root[:, None] * right[:rank]).float() @ down_basis.T
+        ups, downs = stored(ups.double(), downs.double(), storage)
+        error = difference_norm((up, down), (ups, downs))
         return Factored(ups, downs, norm, error, float(sigma[rank:].norm()), effective_rank(sigma[:rank]))
 
     return _until_met(rule, storage, len(sigma), attempt)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
@@ -19,6 +21,7 @@ from loratool.ops.budgets import Market, within_error
 from loratool.ops.factoring import Factored, Storage, factored, offered, refactored
 from loratool.ops.saving import Contents, as_they_were, biases, like_source, named, size_of
 from loratool.ops.weights import Weights
+from loratool.ops.workers import run_all
 from loratool.ranks import Budget, Offer, Rule
 from loratool.schema import BIAS, WEIGHT
 
@@ -58,13 +61,17 @@ class Lowering:
 
     def lowered(self, rule: Rule | Mapping[int, Rule]) -> Lowered:
         """Every delta to lower as a LoRA, by one rule or each by its own."""
-        done = {}
-        for number in self.numbers:
+
+        def one(number: int) -> tuple[Converted, Delta]:
             change = self.adapter.changes[number]
             mine = rule if isinstance(rule, Rule) else rule[number]
             delta, figures = _low_rank(change, _effective(change, self.weights), mine, self.dtype)
-            done[number] = figures, delta
-        return done
+            return figures, delta
+
+        done: Lowered = {}
+        pieces = (partial(one, number) for number in self.numbers)
+        run_all(pieces, lambda index, result: done.update({self.numbers[index]: result}), threading.Event())
+        return {number: done[number] for number in self.numbers}
 
     def within(self, budget: Budget) -> Lowered:
         """Every delta to lower at the rank that its share of the budget buys."""
