@@ -145,7 +145,7 @@ def test_auto_ends_where_rounding_reaches(tmp_path: Path) -> None:
     base = base_tensors()
     base, tuned = pair(tmp_path, {name: tensor.bfloat16() for name, tensor in base.items()}, base)
 
-    with pytest.raises(LoratoolError, match=r"nothing of it can be written as ComfyUI: .+: no rank of it was worth"):
+    with pytest.raises(LoratoolError, match=r"nothing of it can be written as ComfyUI: .+: the rule kept no rank"):
         extract(base, tuned, tmp_path / "out.safetensors", Rule("auto"), COMFY)
 
 
@@ -555,7 +555,7 @@ def test_the_command_prints_what_it_did(tmp_path: Path, run) -> None:
     assert {"name", "rank", "norm", "error", "least", "effective_rank", "snr", "seconds"} <= document["modules"][0].keys()
     stored = json.loads(load(tmp_path / "out.safetensors").metadata["loratool"])
     assert stored["command"] == "extract"
-    assert len(stored["modules: held as, rank, norm, error"]) == 8
+    assert len(stored["modules"]) == 8
 
 
 @pytest.mark.parametrize(

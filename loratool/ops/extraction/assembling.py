@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from loratool.adapter import Change
 from loratool.deltas import ExpertLoRA, Replace
@@ -11,8 +12,7 @@ from loratool.ops.extraction.carrying import BESIDE_LORA, LORA, REPLACED
 from loratool.ops.extraction.outcomes import Extraction, Outcome, zero_lora
 from loratool.ops.extraction.pairing import Pair
 
-NOISE = "is nothing but rounding"
-UNWORTHY = "no rank of it was worth its bytes, or met the rule"
+NOT_KEPT: Final = "the rule kept no rank of it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ def assembled(
     items: Sequence[Item], outcomes: Mapping[int, Outcome], work: Extraction
 ) -> tuple[list[Change], dict[int, str]]:
     """The changes that are held, in the base's order, and by its number why each other item is left out."""
-    lost = {number: items[number].why or UNWORTHY for number, outcome in outcomes.items() if outcome.delta is None}
+    lost = {number: items[number].why or NOT_KEPT for number, outcome in outcomes.items() if outcome.delta is None}
     held = {number for number in outcomes if number not in lost}
     matrices = {items[number].pair.module for number in held if items[number].form == LORA}
     changes: list[Change] = []

@@ -156,11 +156,12 @@ class Job:
             "base": self.work.base.layout.root.name[:100],
             "tuned": self.work.tuned.layout.root.name[:100],
             "rule": dict(_rule(self.rule)),
-            "modules: held as, rank, norm, error": {
+            "columns": ["held", "rank", "norm", "error"],
+            "modules": {
                 name: f"{figures.held} {figures.rank} {figures.norm:.4e} {figures.error:.4e}"
                 for name, figures in held.items()
             },
-            "left out: norm": {str(self.items[number].pair): f"{outcomes[number].figures.norm:.4e}" for number in lost},
+            "left_out": {str(self.items[number].pair): f"{outcomes[number].figures.norm:.4e}" for number in lost},
         }
         return json.dumps(document)
 
