@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from loratool import Budget, Checkpoint, ExtractOptions, LoratoolError, Rule, Source, extract, load, merge
 from loratool.errors import NonFinite, OutputError, ShapeMismatch, UnmatchedModules, Unsupported
 from tests.models import Tensors, kohya, llm, peft_adapter, save, sdxl_checkpoint
+from tests.oracles.test_peft import meta_names
 
 SHAPES = {"fc": (24, 40), "wide": (16, 200), "conv": (12, 6, 3, 3), "point": (20, 10, 1, 1), "out": (200, 130)}
 PREFIX = "model.diffusion_model."
@@ -446,6 +447,23 @@ def test_all_of_a_language_model_comes_back_at_full_rank(tmp_path: Path, kind: s
             torch.testing.assert_close(
                 ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+def test_metas_names_and_hugging_faces_are_one_model(tmp_path: Path) -> None:
+    """Tuned under Meta's names, with its rotary rows interleaved: the adapter is the one of the same under the base's."""
+    base, tuned = model_pair(tmp_path)
+    meta = meta_names(dict(Checkpoint(tuned)), heads=4, groups=2) | {"rope.freqs": torch.ones(4)}
+    save(tmp_path / "meta.safetensors", meta)
+
+    expected = extract(base, tuned, tmp_path / "a", Rule("rank", 4))
+    report = extract(base, tmp_path / "meta.safetensors", tmp_path / "b", Rule("rank", 4))
+
+    assert [(module.name, module.held, module.rank) for module in report.modules] == [
+        (module.name, module.held, module.rank) for module in expected.modules
+    ]
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ba")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_tied_heads_follow_their_embedding(tmp_path: Path) -> None:
