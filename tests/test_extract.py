@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from loratool import Budget, Checkpoint, ExtractOptions, LoratoolError, Rule, Source, extract, load, merge
 from loratool.errors import NonFinite, OutputError, ShapeMismatch, UnmatchedModules, Unsupported
-from tests.models import Tensors, kohya, llm, peft_adapter, save, sdxl_checkpoint
+from tests.models import Tensors, clip, kohya, llm, peft_adapter, save, sdxl_checkpoint
 from tests.oracles.test_peft import meta_names
 
 SHAPES = {"fc": (24, 40), "wide": (16, 200), "conv": (12, 6, 3, 3), "point": (20, 10, 1, 1), "out": (200, 130)}
@@ -372,6 +372,32 @@ def test_8_bit_weights_are_extracted_into_wider_factors(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in load_file(tmp_path / "o").values()} == {torch.bfloat16}
     whole = math.sqrt(sum(float((tuned[name].float() - base[name].float()).square().sum()) for name in base))
     assert report.norm == pytest.approx(whole, rel=1e-5)
+
+
+def test_single_numbers_and_integers_are_not_overlooked(tmp_path: Path) -> None:
+    base = base_tensors() | {f"{PREFIX}gate": torch.tensor(1.0), "steps": torch.arange(3), "same": torch.arange(3)}
+    tuned = tuned_tensors() | {f"{PREFIX}gate": torch.tensor(1.5), "steps": torch.arange(3) + 1, "same": torch.arange(3)}
+
+    report = extract(*pair(tmp_path, tuned, base), tmp_path / "o", Rule("rank", 2), COMFY)
+
+    (gate,) = [module for module in report.modules if module.name == f"{PREFIX}gate"]
+    assert (gate.held, gate.norm, gate.error) == ("diff", 0.5, 0.0)
+    assert "steps hold no floating-point numbers and differ; no adapter holds that" in report.warnings
+
+
+def test_a_text_encoder_of_transformers_becomes_a_peft_folder(tmp_path: Path) -> None:
+    for name, seed in (("base", 1), ("tuned", 2)):
+        clip(seed=seed).save_pretrained(tmp_path / name)
+
+    report = extract(
+        tmp_path / "base", tmp_path / "tuned", tmp_path / "o", Rule("rank", 99), ExtractOptions(dtype="float32")
+    )
+
+    assert report.format == "PEFT"
+    assert not report.left_out
+    merge(tmp_path / "base", [tmp_path / "o"], tmp_path / "merged")
+    for name, tensor in load_file(tmp_path / "tuned" / "model.safetensors").items():
+        torch.testing.assert_close(load_file(tmp_path / "merged" / "model.safetensors")[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_a_choice_of_nothing_is_an_error(tmp_path: Path) -> None:

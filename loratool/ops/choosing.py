@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -112,10 +112,18 @@ def placed(
         ways.append((arch, way, reasons))
     best = min(len(reasons) for *_, reasons in ways)
     first, *others = [way for way in ways if len(way[2]) == best]
-    if any(other[1] != first[1] for other in others):
+    if any(_names(other[1]) != _names(first[1]) for other in others):
         titles = " or ".join(f"{arch.title} (--arch {arch.name})" for arch, *_ in (first, *others))
         raise AmbiguousFile(f"the base may be {titles}, which {target.title} spells differently; choose one")
     return first
+
+
+def _names(ways: Mapping[Module, Route]) -> dict[Module, tuple[str, tuple[str, ...], bool]]:
+    """What modules become, whichever table says so."""
+    return {
+        module: (way.prefix, tuple(path for path, _ in way.targets), way.renames and not way.swapped)
+        for module, way in ways.items()
+    }
 
 
 def archs_of(layout: Layout, modules: Sequence[Module], wanted: str | None) -> list[Arch]:

@@ -16,6 +16,7 @@ from loratool import __version__
 from loratool.archs import ARCHS, Arch
 from loratool.checkpoint import DTYPES
 from loratool.errors import LoratoolError, OutputError, ShapeMismatch, some
+from loratool.formats.leaves import CONTAINER
 from loratool.formats.prefixes import VAE
 from loratool.formats.table import Format, format_named
 from loratool.header import DTYPE_OPTIONS
@@ -36,6 +37,7 @@ from loratool.ops.weights import Weights
 from loratool.ops.workers import peak_bytes
 from loratool.output import check_target
 from loratool.ranks import Budget, Rule
+from loratool.routes import as_named
 from loratool.schema import WEIGHT
 
 DIFFERENCES: Final = ("diff", "diff_b", "w_norm", "b_norm")
@@ -179,6 +181,11 @@ def _job(
     modules = list(dict.fromkeys(pair.module for pair in pairs if pair.module.component != VAE))
     found = archs_of(base.layout, modules, options.arch)
     target = format_named(options.to or _usual(found[0], base))
+    if target.whole == CONTAINER and base.layout.config().get("architectures") and not options.arch:
+        # What transformers saved is called in PEFT what it is called there: of one CLIP, several tables say other things.
+        found = [
+            as_named(modules, found[0].name, found[0].title if len(found) == 1 else f"the model in {base.layout.root.name}")
+        ]
     require_room(target, out)
     inputs = [base.layout.root, tuned.layout.root]
     check_target(out, folder=target.folder, overwrite=options.overwrite, inputs=inputs)
@@ -192,8 +199,9 @@ def _job(
 
 
 def _usual(arch: Arch, base: Weights) -> str:
-    """The format that a model's users expect: PEFT for language models, kohya for image models in one file."""
-    if arch not in ARCHS:
+    """The format that a model's users expect: PEFT for what transformers saved, and for what has no table; kohya for image
+    models in one file."""
+    if arch not in ARCHS or base.layout.config().get("architectures"):
         return "peft"
     return "diffusers" if base.layout.is_folder else "kohya"
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from loratool import ExtractOptions, Rule, extract
-from tests.models import llm
+from tests.models import clip, llm
 from tests.oracles.test_consumers import sdxl
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -59,6 +59,20 @@ def test_peft_reproduces_the_logits_of_the_tuned_model(tmp_path: Path, kind: str
         merged = loaded(base, tmp_path / "lora").merge_and_unload().state_dict()
         for name, tensor in tuned.state_dict().items():
             torch.testing.assert_close(merged[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_peft_reproduces_a_text_encoder(tmp_path: Path, projection: bool) -> None:
+    base = clip(projection=projection)
+    tuned = changed(base)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", Rule("rank", 999), ExtractOptions(dtype="float32"))
+
+    with torch.no_grad():
+        theirs, ours = tuned(TOKENS).last_hidden_state, loaded(base, tmp_path / "lora")(TOKENS).last_hidden_state
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_peft_gives_the_stated_error_at_a_low_rank(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def difference(base: Weights, tuned: Weights, pair: Pair, device: torch.device) 
         rounded.add(after if _step(after) >= _step(before) else before, rows)
     if changed.dense is None or not changed.dense.numel():
         return None
-    dense = changed.dense.to(device)
+    dense = changed.dense.to(device).reshape(changed.shape if pair.shape else ())
     low, high = map(float, torch.aminmax(dense))
     if not (math.isfinite(low) and math.isfinite(high)):
         raise NonFinite(_lost(base, tuned, pair))
@@ -69,7 +69,7 @@ class _Rows:
     """A difference that takes no memory until something differs."""
 
     def __init__(self, pair: Pair, dtype: torch.dtype) -> None:
-        self.shape = (max(pair.shape[:1], pair.tuned_shape[:1])[0], *pair.shape[1:]) if pair.shape else ()
+        self.shape = (max(pair.shape[0], pair.tuned_shape[0]), *pair.shape[1:]) if pair.shape else (1,)
         self.dtype = dtype
         self.dense: Tensor | None = None
 
@@ -77,7 +77,7 @@ class _Rows:
         """Some of its rows, zero when they are first asked for."""
         if self.dense is None:
             self.dense = torch.zeros(self.shape, dtype=self.dtype)
-        return self.dense[start : start + count] if self.shape else self.dense
+        return self.dense[start : start + count]
 
 
 class _Rounding:
@@ -111,9 +111,10 @@ class _Rounding:
 
 
 def _blocks(base: Weights, tuned: Weights, pair: Pair) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The rows of both, a few at a time, from the first on; what is not stored row by row comes at once."""
+    """The rows of both, a few at a time, from the first on; what is not stored row by row comes at once, and a single number
+    as a row of one."""
     if not pair.shape:
-        yield 0, base.at(pair.base), tuned.at(pair.tuned)
+        yield 0, base.at(pair.base).reshape(1), tuned.at(pair.tuned).reshape(1)
         return
     count = max(pair.shape[0], pair.tuned_shape[0])
     step = max(1, BLOCK // max(math.prod(pair.shape[1:]), 1))

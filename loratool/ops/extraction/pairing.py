@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from loratool.checkpoint import FLOATS
+import torch
+
+from loratool.checkpoint import DTYPES, FLOATS
 from loratool.detect import detect, inputs_of
 from loratool.errors import LoratoolError, UnmatchedModules, some
 from loratool.formats.prefixes import EMA, WHOLE
@@ -67,7 +69,7 @@ def paired(base: Weights, tuned: Weights, takes: Takes) -> Pairing:
     for name in tuned.layout.tensors:
         draft.add_reverse(name)
     draft.add_head()
-    notes = tuple(draft.leftovers(takes))
+    notes = (*draft.leftovers(takes), *draft.unequal())
     pairs = [pair for pair in draft.pairs if takes(pair.module, pair.parameter)]
     if not pairs:
         raise LoratoolError("nothing to extract: --include and --exclude leave no parameter of either")
@@ -143,6 +145,14 @@ class _Draft:
                 what = component or "model of this kind"
                 yield f"{other.layout.root} has no {what} under the names of {mine.layout.root}: taken to be the same"
 
+    def unequal(self) -> Iterator[str]:
+        """What both have that is no number to compute with, and that differs."""
+        common = [name for name in self.base.layout.tensors if name in self.tuned.layout.tensors]
+        whole = [name for name in common if self.base.layout.info(name).dtype not in FLOATS]
+        unlike = [name for name in whole if not _is_same(self.base, self.tuned, name)]
+        if unlike:
+            yield f"{some(unlike, 3)} hold no floating-point numbers and differ; no adapter holds that"
+
     def _pair(self, module: Module, parameter: str, base: tuple[Place, ...], tuned: tuple[Place, ...]) -> None:
         self.met.update(place.tensor for place in tuned)
         shapes = self.base.shape(base), self.tuned.shape(tuned)
@@ -151,6 +161,13 @@ class _Draft:
 
 def _head(names: Iterable[str]) -> str | None:
     return next((name for name in names if name.endswith(f"{HEAD}.weight")), None)
+
+
+def _is_same(base: Weights, tuned: Weights, name: str) -> bool:
+    one, other = base.layout.info(name), tuned.layout.info(name)
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return one.dtype not in DTYPES or torch.equal(base.checkpoint[name], tuned.checkpoint[name])
 
 
 def _is_weight(weights: Weights, name: str) -> bool:
