@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from loratool import Budget, Checkpoint, ExtractOptions, LoratoolError, Rule, Source, extract, load, merge
+from loratool.archs import ARCHS, Arch
 from loratool.errors import NonFinite, OutputError, ShapeMismatch, UnmatchedModules, Unsupported
 from tests.models import Tensors, clip, kohya, llm, peft_adapter, save, sdxl_checkpoint
 from tests.oracles.test_peft import meta_names
@@ -584,6 +585,29 @@ def test_both_namings_of_one_model_are_paired(tmp_path: Path, to: str) -> None:
     assert ours.keys() == theirs.keys()
     for module, delta in ours.items():
         torch.testing.assert_close(theirs[module], delta, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "comfyui", "peft-file"])
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: arch.name)
+def test_every_architecture_is_extracted_into_every_naming_and_merges_back(tmp_path: Path, arch: Arch, to: str) -> None:
+    """A part of its original modules, stacked ones too, at tiny shapes: what comes out makes the tuned one of the base."""
+    component = arch.components[0]
+    links = [link for link in component.links[component.stored] if not link.transposed]
+    generator = torch.Generator().manual_seed(0)
+    base, tuned = {}, {}
+    for link in links[:: max(1, len(links) // 90)]:
+        name = f"model.diffusion_model.{link.whole}.weight"
+        base[name] = torch.randn(4 * sum(link.sizes), 6, generator=generator)
+        tuned[name] = base[name] + 0.1 * torch.randn(base[name].shape, generator=generator)
+    paths = pair(tmp_path, tuned, base)
+
+    report = extract(*paths, tmp_path / "o", Rule("rank", 6), ExtractOptions(to=to, arch=arch.name, dtype="float32"))
+    merge(paths[0], [tmp_path / "o"], tmp_path / "merged")
+
+    assert not report.left_out
+    merged = load_file(tmp_path / "merged")
+    for name, tensor in tuned.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-4, atol=1e-4)
 
 
 def test_the_command_prints_what_it_did(tmp_path: Path, run) -> None:
