@@ -437,7 +437,9 @@ def test_outputs_are_checked_before_the_work(tmp_path: Path, monkeypatch: pytest
         (tuned, COMFY),
         (tmp_path / "none" / "out.safetensors", COMFY),
         (tmp_path / "out.safetensors", ExtractOptions(to="peft")),
-        (tmp_path / "a", ExtractOptions(device="cuda:7")),
+        (tmp_path / "a", ExtractOptions(device="cuda:77")),
+        (tmp_path / "a", ExtractOptions(device="cpu:1")),
+        (tmp_path / "a", ExtractOptions(device="tpu")),
     ]
     for out, options in wrong:
         with pytest.raises((OutputError, LoratoolError)):

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
-import torch
-
 from loratool import __version__
 from loratool.archs import ARCHS, Arch
 from loratool.checkpoint import DTYPES
@@ -34,7 +32,7 @@ from loratool.ops.packing import require_room, write_as
 from loratool.ops.plan import Choice
 from loratool.ops.rewriting import Progress
 from loratool.ops.weights import Weights
-from loratool.ops.workers import peak_bytes
+from loratool.ops.workers import device_named, peak_bytes
 from loratool.output import check_target
 from loratool.ranks import Budget, Rule
 from loratool.routes import as_named
@@ -194,7 +192,7 @@ def _job(
     items = tuple(_item(base, pair, target, matrices, reasons) for pair in pairs)
     _require_alike(items, weights)
     dtype = DTYPES[DTYPE_OPTIONS[options.dtype]] if options.dtype else None
-    work = Extraction(base, tuned, _device(options.device), dtype, options.split, options.clamp)
+    work = Extraction(base, tuned, device_named(options.device), dtype, options.split, options.clamp)
     return Job(work, items, rule, arch, target, ways, progress)
 
 
@@ -224,16 +222,6 @@ def _require_alike(items: Sequence[Item], weights: tuple[Weights, Weights]) -> N
     ]
     if unlike:
         raise ShapeMismatch(f"{some(unlike, 3)}; both must be the same model, or leave these out with --exclude")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise LoratoolError(
-            f"--device {name}: this torch, {torch.__version__}, sees no CUDA device; --device cpu does without"
-        )
-    return torch.device(name)
 
 
 def _report(

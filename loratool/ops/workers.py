@@ -1,4 +1,4 @@
-"""Work in pieces on a few threads, some ahead of what is done with the results, ended at once by the first error."""
+"""What computes: work in pieces on a few threads, ended at once by the first error; the device; the memory it takes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,26 @@ from typing import Final, TypeVar
 
 import torch
 
+from loratool.errors import LoratoolError
+
 MOST: Final = 8
 
 T = TypeVar("T")
+
+
+def device_named(name: str) -> torch.device:
+    """The device to compute on: CUDA's first for "auto", else the CPU; raises `LoratoolError` for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not (kind == "cuda" and number.isdecimal())):
+        raise LoratoolError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(number or 0) >= count:
+        raise LoratoolError(
+            f"--device {name}: this torch, {torch.__version__}, sees {count} CUDA devices; --device cpu does without"
+        )
+    return torch.device(name)
 
 
 def peak_bytes() -> int:
