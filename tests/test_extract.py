@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratool import Budget, Checkpoint, ExtractOptions, LoratoolError, Rule, Source, extract, load, merge
+from loratool import Budget, Checkpoint, ExtractOptions, LoratoolError, Rule, Source, extract, inspect, load, merge
 from loratool.archs import ARCHS, Arch
 from loratool.errors import NonFinite, OutputError, ShapeMismatch, UnmatchedModules, Unsupported
 from tests.models import Tensors, clip, kohya, llm, peft_adapter, save, sdxl_checkpoint
@@ -625,6 +625,7 @@ def test_the_command_prints_what_it_did(tmp_path: Path, run) -> None:
     assert {"name", "rank", "norm", "error", "least", "effective_rank", "snr", "seconds"} <= document["modules"][0].keys()
     stored = json.loads(load(tmp_path / "out.safetensors").metadata["loratool"])
     assert stored["command"] == "extract"
+    assert inspect(tmp_path / "out.safetensors").trainer == "nobody: extracted by loratool"
     assert len(stored["modules"]) == 8
 
 

@@ -28,6 +28,7 @@ KNOWN: Final[Mapping[str, str]] = {
 """What is recognised and refused, in a word or two."""
 
 TRAINERS: Final[tuple[tuple[str, str, str], ...]] = (
+    ("loratool", '"command": "extract"', "nobody: extracted by loratool"),
     ("ot_branch", "", "OneTrainer"),
     ("software", "ai-toolkit", "ai-toolkit"),
     ("ss_network_module", "lycoris", "kohya sd-scripts with LyCORIS"),
