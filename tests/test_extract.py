@@ -401,6 +401,20 @@ def test_a_text_encoder_of_transformers_becomes_a_peft_folder(tmp_path: Path) ->
         torch.testing.assert_close(load_file(tmp_path / "merged" / "model.safetensors")[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("block", [1, 10, 100])
+def test_blocks_make_no_difference(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors too are read a part at a time, and their last part is a shorter one."""
+    base, tuned = pair(tmp_path, tuned_tensors(torch.bfloat16), base_tensors(torch.bfloat16))
+    whole = extract(base, tuned, tmp_path / "whole", Rule("rank", 2), COMFY)
+    monkeypatch.setattr("loratool.ops.extraction.differences.BLOCK", block)
+
+    parts = extract(base, tuned, tmp_path / "parts", Rule("rank", 2), COMFY)
+
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
+    for one, other in zip(whole.modules, parts.modules, strict=True):
+        assert one.snr == pytest.approx(other.snr)
+
+
 def test_a_choice_of_nothing_is_an_error(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path, tuned_tensors())
     with pytest.raises(LoratoolError, match="--include and --exclude leave no parameter"):

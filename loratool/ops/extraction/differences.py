@@ -49,7 +49,7 @@ def difference(base: Weights, tuned: Weights, pair: Pair, device: torch.device) 
         rows = changed.rows(start, max(len(before), len(after)))
         rows[: len(after)] = after
         rows[: len(before)] -= before.to(rows.dtype)
-        rounded.add(after if _step(after) >= _step(before) else before, rows)
+        rounded.add(after if _step(after) >= _step(before) else before)
     if changed.dense is None or not changed.dense.numel():
         return None
     dense = changed.dense.to(device).reshape(changed.shape if pair.shape else ())
@@ -59,7 +59,7 @@ def difference(base: Weights, tuned: Weights, pair: Pair, device: torch.device) 
     if low == high == 0:
         return None
     largest = max(-low, high)
-    matrix = dense.flatten(1) if dense.ndim > 1 else dense.reshape(1, -1)
+    matrix = _matrix(dense)
     norm = math.sqrt(squares(matrix if 1e-15 < largest < 1e15 else matrix / largest))
     norm *= 1.0 if 1e-15 < largest < 1e15 else largest
     return Difference(dense, norm, *rounded.sizes(matrix.shape, norm))
@@ -87,12 +87,9 @@ class _Rounding:
         self.largest_row = 0.0
         self.columns = torch.zeros(1, dtype=torch.float64)
 
-    def add(self, stored: Tensor, rows: Tensor) -> None:
-        """Adds the steps of `stored` in the dtype that it is in; `rows` is the difference there."""
-        if rows.ndim < 2:
-            squared = rounding.steps(stored).square_().reshape(1, -1)
-        else:
-            squared = rounding.steps(stored).flatten(1).square_()
+    def add(self, stored: Tensor) -> None:
+        """Adds the steps of `stored` in the dtype that it is in."""
+        squared = _matrix(rounding.steps(stored)).square_()
         self.columns = self.columns + squared.sum(0).double()
         self.largest_row = max(self.largest_row, float(squared.sum(1).max()))
 
@@ -123,6 +120,11 @@ def _blocks(base: Weights, tuned: Weights, pair: Pair) -> Iterator[tuple[int, Te
     for start in range(0, count, step):
         stop = min(start + step, count)
         yield start, base.rows(pair.base, start, stop), tuned.rows(pair.tuned, start, stop)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """A weight as a matrix of its output rows; a vector's have one number each."""
+    return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(-1, 1)
 
 
 def _dtype(base: Weights, tuned: Weights, pair: Pair) -> torch.dtype:
