@@ -401,6 +401,18 @@ def test_a_text_encoder_of_transformers_becomes_a_peft_folder(tmp_path: Path) ->
         torch.testing.assert_close(load_file(tmp_path / "merged" / "model.safetensors")[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+def test_a_bias_that_changed_alone_is_carried_by_a_lora_of_nothing(tmp_path: Path) -> None:
+    tensors = base_tensors() | {f"{PREFIX}fc.bias": torch.full((24,), 0.75)}
+    base, tuned = pair(tmp_path, tensors)
+
+    report = extract(base, tuned, tmp_path / "o", Rule("rank", 2), ExtractOptions(to="diffusers"))
+    merge(base, [tmp_path / "o"], tmp_path / "merged")
+
+    assert [module.held for module in report.modules] == ["bias_up"]
+    merged = load_file(tmp_path / "merged")
+    assert all(torch.equal(merged[name], tensor) for name, tensor in tensors.items())
+
+
 @pytest.mark.parametrize("block", [1, 10, 100])
 def test_blocks_make_no_difference(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors too are read a part at a time, and their last part is a shorter one."""

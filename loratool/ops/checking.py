@@ -15,7 +15,7 @@ from loratool.deltas import ANY, Delta
 from loratool.errors import InvalidAdapter, about
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.table import Format
-from loratool.linalg import singular_values
+from loratool.linalg import difference_norm, singular_values
 from loratool.names import Link, Module
 from loratool.ops.renaming import cut, exchanged, joined, turned
 from loratool.routes import Route
@@ -87,9 +87,8 @@ def difference(one: Delta, other: Delta) -> float:
     factors = one.factors(), other.factors()
     if one.additive and other.additive and factors[0] and factors[1]:
         up, down = factors[0]
-        ups, downs = torch.cat([up, -factors[1][0]], dim=1), torch.cat([down, factors[1][1]])
-        if ups.shape[1] <= min(len(ups), downs.shape[1]):
-            return _ratio(float(singular_values(ups, downs).norm()), float(singular_values(up, down).norm()))
+        if up.shape[1] + factors[1][0].shape[1] <= min(len(up), down.shape[1]):
+            return _ratio(difference_norm(factors[0], factors[1]), float(singular_values(up, down).norm()))
     return _tried(one, other)
 
 

@@ -106,12 +106,12 @@ def _until_met(rule: Rule, storage: Storage, full: int, attempt: Callable[[Rule]
         rule = replace(rule, value=math.sqrt(asked**2 - rounding**2), least=found.rank + 1)
 
 
-def offered(dense: Tensor, rule: Rule, itemsize: int, *, noise: float = 0.0) -> Offer:
+def offered(dense: Tensor, rule: Rule, itemsize: int) -> Offer:
     """The leading singular values of `dense`, as many as `rule` wants, at what factors of `itemsize` bytes each cost."""
     matrix, exponent = _in_range(dense)
     back = math.ldexp(1.0, exponent)
     limit = replace(rule, value=rule.value / back) if rule.method == "threshold" else rule
-    found = leading(matrix, limit, rank=rule.expected, noise=noise / back)
+    found = leading(matrix, limit, rank=rule.expected)
     known = found.spectrum.sigma[: found.up.shape[1]].cpu()
     # What arithmetic leaves is worth nothing.
     sigma = known[known > NUMERICAL * known[:1]]

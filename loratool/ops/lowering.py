@@ -65,7 +65,8 @@ class Lowering:
         def one(number: int) -> tuple[Converted, Delta]:
             change = self.adapter.changes[number]
             mine = rule if isinstance(rule, Rule) else rule[number]
-            delta, figures = _low_rank(change, _effective(change, self.weights), mine, self.dtype)
+            storage = Storage(self._stored_as(change))
+            delta, figures = _low_rank(change, _effective(change, self.weights), mine, storage)
             return figures, delta
 
         done: Lowered = {}
@@ -96,6 +97,13 @@ class Lowering:
         ranks = [figures.rank for figures, _ in done.values() if figures.rank]
         return like_source(self.adapter, tensors, self.kept, ranks)
 
+    def _stored_as(self, change: Change) -> torch.dtype:
+        """The dtype of new factors: where nobody says, that of the change's own, the widest where they differ."""
+        if self.dtype:
+            return DTYPES[self.dtype]
+        dtypes = [tensor.dtype for tensor in change.delta.leaves().values() if tensor.is_floating_point()]
+        return max(dtypes, key=lambda dtype: dtype.itemsize)
+
     def _as_they_were(self) -> dict[str, Tensor]:
         return as_they_were(self.adapter, self.kept)
 
@@ -109,7 +117,7 @@ class Lowering:
     def _offer(self, number: int, rule: Rule) -> Offer:
         change = self.adapter.changes[number]
         delta = _effective(change, self.weights)
-        each = (DTYPES[self.dtype] if self.dtype else _widest(change)).itemsize
+        each = self._stored_as(change).itemsize
         if delta.factors:
             sigma = singular_values(*delta.factors)
             cost = len(delta.factors[0]) + delta.factors[1].shape[1]
@@ -123,7 +131,7 @@ class Lowering:
             change = self.adapter.changes[number]
             flattened = self.weights is not None and change.delta.flattened
             shape = tuple(self.weights.of(change.module).shape) if flattened and self.weights else change.delta.shape
-            nothing = torch.zeros(1, dtype=DTYPES[self.dtype] if self.dtype else _widest(change))
+            nothing = torch.zeros(1, dtype=self._stored_as(change))
             rank = min(asked, shape[0], math.prod(shape[1:]))
             done[number] = Converted(str(change), change.delta.kind, rank, 0.0, 0.0), room_for(shape, rank, nothing)
         return self.contents(done, kept)
@@ -167,9 +175,8 @@ def _effective(change: Change, weights: Weights | None) -> _Effective:
         ) from error
 
 
-def _low_rank(change: Change, delta: _Effective, rule: Rule, dtype: str | None) -> tuple[Delta, Converted]:
+def _low_rank(change: Change, delta: _Effective, rule: Rule, storage: Storage) -> tuple[Delta, Converted]:
     """A LoRA as it is to be stored, and how far its product is from the delta."""
-    storage = Storage(DTYPES[dtype] if dtype else _widest(change))
     rule = rule.of(delta.shape)
     with about(change):
         found = refactored(*delta.factors, rule, storage) if delta.factors else factored(_dense(delta), rule, storage)
@@ -198,9 +205,3 @@ def as_lora(found: Factored, shape: tuple[int, ...]) -> LoRA:
 def _dense(delta: _Effective) -> Tensor:
     assert delta.dense is not None
     return delta.dense
-
-
-def _widest(change: Change) -> torch.dtype:
-    """The dtype of the change's own factors, the widest where they differ."""
-    dtypes = [tensor.dtype for tensor in change.delta.leaves().values() if tensor.is_floating_point()]
-    return max(dtypes, key=lambda dtype: dtype.itemsize)

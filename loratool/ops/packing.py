@@ -16,7 +16,7 @@ from loratool.formats.table import FOLDED, METADATA, Format
 from loratool.names import Module
 from loratool.ops.checking import compared
 from loratool.ops.renaming import Moved, renamed
-from loratool.ops.saving import Contents, before, size_of, write
+from loratool.ops.saving import Contents, before, one_or_dynamic, size_of, write
 from loratool.ops.spelling import Spelled, lora_config, spelled
 from loratool.routes import Route
 
@@ -127,7 +127,7 @@ def _network(adapter: Adapter, target: Format, result: Spelled) -> Iterator[tupl
     }
     after = set(result.ranks.values())
     if after != ranks:
-        yield "ss_network_dim", str(*after) if len(after) == 1 else "Dynamic"
+        yield "ss_network_dim", one_or_dynamic(after)
     if after != ranks or target.alpha == FOLDED:
         alphas = {rank * scale for key, rank in result.ranks.items() if (scale := result.scales[key]) is not None} or after
-        yield "ss_network_alpha", f"{min(alphas):g}" if len(alphas) == 1 else "Dynamic"
+        yield "ss_network_alpha", one_or_dynamic(alphas)

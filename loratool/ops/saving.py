@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -134,9 +134,15 @@ def kohya_metadata(metadata: Mapping[str, str], ranks: Sequence[int]) -> Iterato
     yield from metadata.items()
     if "ss_network_module" in metadata:
         yield "ss_network_module", "networks.lora"
-        yield "ss_network_dim", str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"
+        yield "ss_network_dim", one_or_dynamic(ranks)
         yield "ss_network_alpha", metadata.get("ss_network_alpha", "") if not ranks else "Dynamic"
         yield "ss_network_args", "{}"
+
+
+def one_or_dynamic(values: Iterable[float]) -> str:
+    """kohya's word for ranks or alphas: the one that all modules have, or Dynamic."""
+    distinct = set(values)
+    return f"{min(distinct):g}" if len(distinct) == 1 else "Dynamic"
 
 
 def before(adapter: Adapter) -> dict[str, Any]:

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import torch
+
 from loratool.adapter import Change
 from loratool.deltas import ExpertLoRA, Replace
 from loratool.ops.extraction.carrying import BESIDE_LORA, LORA, REPLACED
-from loratool.ops.extraction.outcomes import Extraction, Outcome, zero_lora
+from loratool.ops.extraction.outcomes import Extraction, Outcome
 from loratool.ops.extraction.pairing import Pair
+from loratool.ops.lowering import room_for
 
 NOT_KEPT: Final = "the rule kept no rank of it"
 
@@ -36,7 +39,9 @@ def assembled(
         item, delta = items[number], outcomes[number].delta
         assert delta is not None
         if item.form == BESIDE_LORA and item.pair.module not in matrices:
-            changes.append(Change(item.pair.module, "weight", zero_lora(_weight_shape(item, items), delta.dense().dtype)))
+            # PEFT and diffusers hold a bias beside a LoRA only: one that adds nothing.
+            nothing = room_for(_weight_shape(item, items), 1, torch.zeros(1, dtype=delta.dense().dtype))
+            changes.append(Change(item.pair.module, "weight", nothing))
         changes.append(Change(item.pair.module, item.pair.parameter, delta))
     return _alike(changes) + _siblings(items, changes, work), lost
 

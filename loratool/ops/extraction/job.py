@@ -27,6 +27,7 @@ from loratool.ops.extraction.outcomes import Extracted, Extraction, Outcome
 from loratool.ops.lowering import room_for
 from loratool.ops.packing import size_as
 from loratool.ops.rewriting import METADATA_KEY, Progress
+from loratool.ops.saving import one_or_dynamic
 from loratool.ops.workers import run_all
 from loratool.ranks import Budget, Offer, Rule
 from loratool.routes import Route
@@ -132,7 +133,7 @@ class Job:
         sizes = {number: self.work.nbytes(self.items[number].pair) for number in numbers}
         ordered = sorted(sizes, key=lambda number: -sizes[number])
         found: dict[int, T] = {}
-        done = 0
+        total, done = sum(sizes.values()), 0
 
         def finished(index: int, result: T | None) -> None:
             nonlocal done
@@ -140,7 +141,7 @@ class Job:
             if result is not None:
                 found[ordered[index]] = result
             if self.progress:
-                self.progress(done, sum(sizes.values()))
+                self.progress(done, total)
 
         threads = None if self.work.device.type == "cpu" else 1
         run_all((partial(one, number) for number in ordered), finished, threading.Event(), threads=threads)
@@ -182,6 +183,6 @@ def _rule(rule: Rule | Budget) -> Iterator[tuple[str, float]]:
 
 def _network(ranks: Sequence[int]) -> dict[str, str]:
     """What kohya's tools look for in the metadata, with room for their hashes."""
-    rank = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"
+    rank = one_or_dynamic(ranks)
     network = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
     return network | {key: "0" * length for key, length in HASH_KEYS.items()}

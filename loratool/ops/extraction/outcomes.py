@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loratool.checkpoint import DTYPE_NAMES, DTYPES
-from loratool.deltas import Delta, ExpertLoRA, Full, LoRA, Replace
+from loratool.deltas import Delta, ExpertLoRA, Full, Replace
 from loratool.deltas.base import widened
 from loratool.errors import NonFinite, about
 from loratool.krylov import squares
@@ -88,7 +88,7 @@ class Extraction:
         change = difference(self.base, self.tuned, pair, self.device)
         if change is None:
             return None
-        return offered(change.dense.flatten(1), rule, self.stored_as(pair).itemsize, noise=change.edge)
+        return offered(change.dense.flatten(1), rule, self.stored_as(pair).itemsize)
 
     def stored_as(self, pair: Pair) -> torch.dtype:
         """The dtype of what is stored of `pair`: where nobody says, that of the tuned weight if it is a narrow one."""
@@ -146,9 +146,3 @@ def _stacked(experts: list[Factored]) -> ExpertLoRA:
 
 def _filled(rows: Tensor, count: int) -> Tensor:
     return torch.cat([rows, rows.new_zeros(count - len(rows), rows.shape[1])])
-
-
-def zero_lora(shape: tuple[int, ...], dtype: torch.dtype) -> LoRA:
-    """A LoRA of rank 1 that adds nothing: for a bias that only a LoRA can carry."""
-    ones = (1,) * len(shape[2:])
-    return LoRA(torch.zeros(1, *shape[1:], dtype=dtype), torch.zeros(shape[0], 1, *ones, dtype=dtype), None, 1.0)
