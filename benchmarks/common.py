@@ -115,21 +115,28 @@ def peft_adapter(folder: Path, base: Path, rank: int = 16) -> Path:
 
 
 def sdxl(path: Path, lora: Path, rank: int) -> tuple[Path, Path]:
-    """An SDXL-shaped fp16 U-Net in one file under diffusers' names, and a kohya adapter for it, convolutions included."""
+    """An SDXL-shaped fp16 U-Net in one file under diffusers' names, and a kohya adapter for it."""
+    from tests.architectures import shapes as real_shapes
+
+    save_file({name: noise(shape, torch.float16) for name, shape in real_shapes("sdxl").items()}, path)
+    return path, sdxl_lora(lora, rank)
+
+
+def sdxl_lora(path: Path, rank: int) -> Path:
+    """A kohya adapter in fp16 for all of SDXL's U-Net, convolutions included, whose directions are of falling strength."""
     from tests.architectures import shapes as real_shapes
     from tests.models import linear_shapes
 
-    shapes = real_shapes("sdxl")
-    on_meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    wanted = linear_shapes(on_meta, "lora_unet_", conv=True)
-    save_file({name: noise(shape, torch.float16) for name, shape in shapes.items()}, path)
+    on_meta = {name: torch.empty(shape, device="meta") for name, shape in real_shapes("sdxl").items()}
+    falling = (torch.arange(1, rank + 1) ** -0.7).half()
     tensors: Tensors = {}
-    for stem, shape in wanted.items():
+    for stem, shape in linear_shapes(on_meta, "lora_unet_", conv=True).items():
         ones = (1,) * len(shape[2:])
         tensors[f"{stem}.lora_down.weight"] = noise((rank, *shape[1:]), torch.float16)
-        tensors[f"{stem}.lora_up.weight"] = noise((shape[0], rank, *ones), torch.float16)
-    save_file(tensors, lora)
-    return path, lora
+        tensors[f"{stem}.lora_up.weight"] = noise((shape[0], rank, *ones), torch.float16) * falling.view(-1, *ones)
+        tensors[f"{stem}.alpha"] = torch.tensor(float(rank), dtype=torch.float16)
+    save_file(tensors, path)
+    return path
 
 
 def flux(path: Path, rank: int) -> Path:

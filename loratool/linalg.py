@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Final
 
 import torch
 from torch import Tensor
+
+NARROW: Final = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+"""Dtypes that torch cannot compare numbers of."""
+
+
+def bounds(tensor: Tensor) -> tuple[float, float]:
+    """The least and the greatest number of a tensor, NaN where it holds one; (0, 0) where it holds nothing."""
+    if not tensor.numel():
+        return 0.0, 0.0
+    low, high = torch.aminmax(tensor.float() if tensor.dtype in NARROW else tensor)
+    return float(low), float(high)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor Inf: the fastest of torch's ways to tell."""
+    return all(map(math.isfinite, bounds(tensor)))
 
 
 def singular_values(up: Tensor, down: Tensor) -> Tensor:
@@ -20,6 +37,8 @@ def singular_values(up: Tensor, down: Tensor) -> Tensor:
     return sigma
 
 
+TOLD: Final = 1e-3
+"""A share of a norm's square above which float32 products tell a difference to a part in a thousand."""
 CANCELLED: Final = 1e-12
 """A share of a norm's square below which float64 Gram matrices tell a difference no more, and QR is asked."""
 
@@ -45,12 +64,47 @@ def effective_rank(sigma: Tensor) -> float:
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
-def core_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(P, U, σ, Vᵀ, Q) with `up @ down` = (P U) σ (Q V)ᵀ: QR of both factors in float32, the SVD of their core in float64.
+class Core:
+    """The spectrum of `up @ down`, (m, r) and (r, n), `sigma` in float64, largest first, and its best factors at any rank.
 
-    U, σ and V are as small as the rank is, σ largest first, so that only the singular vectors that are kept are made.
+    QR of downᵀ, in float32, and the eigenvectors of R (upᵀ up) Rᵀ, (r, r): those are the right singular vectors V, behind
+    Q, and D Q V is up Rᵀ V, so that neither basis is formed and the factors are a projection of D however small a singular
+    value is. upᵀ up in float32, which is fast, leaves `sigma` exact to some 1e-4 of its largest, in float64 to 1e-8.
     """
-    up_basis, up_core = torch.linalg.qr(up.float())
-    down_basis, down_core = torch.linalg.qr(down.float().T)
-    left, sigma, right = torch.linalg.svd(up_core.double() @ down_core.double().T, full_matrices=False)
-    return up_basis, left, sigma, right, down_basis
+
+    def __init__(self, up: Tensor, down: Tensor, dtype: torch.dtype = torch.float64) -> None:
+        self.up, self.down = up.float(), down.float()
+        self._reflectors, self._tau = torch.geqrf(self.down.T)
+        wide = self.up.to(dtype)
+        triangle = self._reflectors[: len(self._tau)].triu().double()
+        values, vectors = torch.linalg.eigh(triangle @ (wide.T @ wide).double() @ triangle.T)
+        self.squares = values.flip(0).clamp_min(0)
+        self.sigma = self.squares.sqrt()
+        self._right, self._turned = vectors.flip(1), triangle.T
+
+    @classmethod
+    def enough(cls, up: Tensor, down: Tensor, rank_of: Callable[[Tensor], int]) -> Core:
+        """From float32 products where they tell what the rank leaves out, that `rank_of` gives a spectrum."""
+        core = cls(up, down, torch.float32)
+        left = float(core.squares[rank_of(core.sigma) :].sum())
+        return core if left > TOLD * float(core.squares.sum()) else cls(up, down)
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Float32 factors of the best approximation at `rank`, with the root of each singular value on either side."""
+        root = self.sigma[:rank].sqrt()
+        over = torch.where(root > 0, 1 / root, 0.0)
+        kept = self._right[:, :rank]
+        padded = self.up.new_zeros(self.down.shape[1], rank)
+        padded[: len(kept)] = kept * root
+        downs = torch.ormqr(self._reflectors, self._tau, padded).T
+        return self.up @ (self._turned @ kept * over).float(), downs
+
+    def distance(self, up: Tensor, down: Tensor) -> float:
+        """‖D − up · down‖, for other factors: from small products in float32 where the difference is large enough for them
+        to tell it to a part in a thousand, else by `difference_norm`."""
+        ups, downs = up.float(), down.float()
+        across = ((self.up.T @ ups).double() * (self.down @ downs.T).double()).sum()
+        own = ((ups.T @ ups).double() * (downs @ downs.T).double()).sum()
+        whole = float(self.squares.sum())
+        squared = whole - 2 * float(across) + float(own)
+        return math.sqrt(squared) if squared > TOLD * whole else difference_norm((self.up, self.down), (up, down))

@@ -249,7 +249,7 @@ def test_equal_runs_write_equal_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     base, tuned = pair(tmp_path, tuned_tensors())
     written = []
     for workers in (1, 4):
-        monkeypatch.setattr("loratool.ops.workers.MOST", workers)
+        monkeypatch.setattr("loratool.workers.MOST", workers)
         out = tmp_path / f"{workers}.safetensors"
         extract(base, tuned, out, Rule("rank", 4), ExtractOptions(to="comfyui", dtype="float16"))
         written.append(out.read_bytes())
@@ -269,7 +269,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
         calls.append(str(pair))
         return whole(work, pair, form, rule)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("loratool.ops.workers.MOST", 1)
+    monkeypatch.setattr("loratool.workers.MOST", 1)
     monkeypatch.setattr(Extraction, "outcome", interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract(base, tuned, out, Rule("rank", 3), options)

@@ -32,11 +32,11 @@ from loratool.ops.packing import require_room, write_as
 from loratool.ops.plan import Choice
 from loratool.ops.rewriting import Progress
 from loratool.ops.weights import Weights
-from loratool.ops.workers import device_named, peak_bytes
 from loratool.output import check_target
 from loratool.ranks import Budget, Rule
 from loratool.routes import as_named
 from loratool.schema import WEIGHT
+from loratool.workers import device_named, peak_bytes
 
 DIFFERENCES: Final = ("diff", "diff_b", "w_norm", "b_norm")
 """Leaves that not everybody reads."""

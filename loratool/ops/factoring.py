@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from loratool.checkpoint import DTYPE_NAMES
 from loratool.errors import LoratoolError, NonFinite
 from loratool.krylov import Spectrum, leading, squares
-from loratool.linalg import core_svd, difference_norm, effective_rank
+from loratool.linalg import Core, all_finite, effective_rank
 from loratool.ranks import NUMERICAL, Offer, Rule
 
 CHUNK: Final = 1 << 19
@@ -76,15 +77,17 @@ def factored(dense: Tensor, rule: Rule, storage: Storage, *, noise: float = 0.0)
 
 def refactored(up: Tensor, down: Tensor, rule: Rule, storage: Storage) -> Factored:
     """The best factors of `up` · `down` at the rank that the rule gives, not multiplied out; raises as `factored`."""
-    up_basis, left, sigma, right, down_basis = core_svd(up, down)
-    norm = float(sigma.norm())
+
+    def rank_of(rule: Rule, sigma: Tensor) -> int:
+        return min(rule(Spectrum(sigma, float(sigma.square().sum()), True)) or 0, len(sigma))
+
+    core = Core.enough(up, down, partial(rank_of, rule))
+    sigma, norm = core.sigma, math.sqrt(float(core.squares.sum()))
 
     def attempt(rule: Rule) -> Factored:
-        rank = min(rule(Spectrum(sigma, norm**2, True)) or 0, len(sigma))
-        root = sigma[:rank].sqrt()
-        ups, downs = up_basis @ (left[:, :rank] * root).float(), (root[:, None] * right[:rank]).float() @ down_basis.T
-        ups, downs = stored(ups.double(), downs.double(), storage)
-        error = difference_norm((up, down), (ups, downs))
+        rank = rank_of(rule, sigma)
+        ups, downs = stored(*core.factors(rank), storage)
+        error = core.distance(ups, downs)
         return Factored(ups, downs, norm, error, float(sigma[rank:].norm()), effective_rank(sigma[:rank]))
 
     return _until_met(rule, storage, len(sigma), attempt)
@@ -130,7 +133,7 @@ def stored(up: Tensor, down: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
         limit = float(torch.cat([up.flatten(), down.flatten()]).sort().values[_index(up, down, storage.clamp)])
         up, down = up.clamp(-limit, limit), down.clamp(-limit, limit)
     up, down = up.to(storage.dtype), down.to(storage.dtype)
-    if not bool(up.isfinite().all() and down.isfinite().all()):
+    if not (all_finite(up) and all_finite(down)):
         raise NonFinite(f"its factors overflow {DTYPE_NAMES[storage.dtype]}; choose --dtype float32 or bfloat16")
     return up, down
 

@@ -16,14 +16,14 @@ from loratool.adapter import Adapter, Change
 from loratool.checkpoint import DTYPES
 from loratool.deltas import Delta, Embedding, LoRA
 from loratool.errors import NeedsBase, ShapeMismatch, Unsupported, about
-from loratool.linalg import singular_values
+from loratool.linalg import Core
 from loratool.ops.budgets import Market, within_error
 from loratool.ops.factoring import Factored, Storage, factored, offered, refactored
 from loratool.ops.saving import Contents, as_they_were, biases, like_source, named, size_of
 from loratool.ops.weights import Weights
-from loratool.ops.workers import run_all
 from loratool.ranks import Budget, Offer, Rule
 from loratool.schema import BIAS, WEIGHT
+from loratool.workers import run_all
 
 NOTHING: Final = Rule("rank", 1, most=0)
 """Keeps nothing of a module."""
@@ -119,9 +119,9 @@ class Lowering:
         delta = _effective(change, self.weights)
         each = self._stored_as(change).itemsize
         if delta.factors:
-            sigma = singular_values(*delta.factors)
+            core = Core(*delta.factors)
             cost = len(delta.factors[0]) + delta.factors[1].shape[1]
-            return Offer(sigma, True, cost * each, float(sigma.square().sum()))
+            return Offer(core.sigma, True, cost * each, float(core.squares.sum()))
         return offered(_dense(delta), rule, each)
 
     def _imagined(self, ranks: Mapping[int, int], kept: Mapping[str, Tensor]) -> Contents:

@@ -17,8 +17,8 @@ from loratool.layout import open_layout, require_weights
 from loratool.ops.plan import Choice, Plan, check_strength, make_plan
 from loratool.ops.rewriting import OutputFile, Progress, rewritten_files, run
 from loratool.ops.streaming import Measure, Rounding
-from loratool.ops.workers import peak_bytes
 from loratool.output import Output, copy_file
+from loratool.workers import peak_bytes
 
 LOST: Final = "an adapter added to it would be lost in rounding: merge into the 16-bit original, then quantise that once"
 WEAK: Final = 0.9

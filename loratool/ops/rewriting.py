@@ -13,8 +13,8 @@ from loratool.checkpoint import TensorFile
 from loratool.header import TensorInfo, encode_header
 from loratool.ops.plan import Plan, TensorPlan
 from loratool.ops.streaming import Measure, Rounding, Scratch, by_blocks, change_whole, jobs_of, run_job
-from loratool.ops.workers import run_all
 from loratool.output import Output, Writer
+from loratool.workers import run_all
 
 METADATA_KEY: Final = "loratool"
 COPY_TASK_BYTES: Final = 256 << 20

@@ -28,9 +28,9 @@ from loratool.ops.lowering import room_for
 from loratool.ops.packing import size_as
 from loratool.ops.rewriting import METADATA_KEY, Progress
 from loratool.ops.saving import one_or_dynamic
-from loratool.ops.workers import run_all
 from loratool.ranks import Budget, Offer, Rule
 from loratool.routes import Route
+from loratool.workers import run_all
 
 HASH_KEYS: Final = {"sshs_model_hash": 64, "sshs_legacy_hash": 8}
 """kohya's hashes and how long they are; they are computed when the file is written."""
