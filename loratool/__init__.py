@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loratool.ops.convert import ConvertReport, convert
     from loratool.ops.extract import ExtractOptions, ExtractReport, extract
     from loratool.ops.inspect import AdapterReport, CheckpointReport, inspect
-    from loratool.ops.low_rank import LowRankReport, resize, to_lora
+    from loratool.ops.low_rank import FrontierReport, LowRankReport, frontier, resize, to_lora
     from loratool.ops.merge import MergeReport, Options, Source, merge
     from loratool.ranks import Budget, Rule
 
@@ -41,7 +41,9 @@ _HOMES: Final = {
     "load": "loratool.adapter",
     "merge": "loratool.ops.merge",
     "LowRankReport": "loratool.ops.low_rank",
+    "FrontierReport": "loratool.ops.low_rank",
     "Rule": "loratool.ranks",
+    "frontier": "loratool.ops.low_rank",
     "resize": "loratool.ops.low_rank",
     "to_lora": "loratool.ops.low_rank",
 }
@@ -57,6 +59,7 @@ __all__ = [
     "ConvertReport",
     "ExtractOptions",
     "ExtractReport",
+    "FrontierReport",
     "LoratoolError",
     "LowRankReport",
     "MergeReport",
@@ -65,6 +68,7 @@ __all__ = [
     "Source",
     "convert",
     "extract",
+    "frontier",
     "inspect",
     "load",
     "merge",

@@ -37,8 +37,8 @@ def singular_values(up: Tensor, down: Tensor) -> Tensor:
     return sigma
 
 
-TOLD: Final = 1e-3
-"""A share of a norm's square above which float32 products tell a difference to a part in a thousand."""
+TOLD: Final = 1e-4
+"""A share of ‖up‖² ‖down‖² above which float32 products tell a square to a part in a thousand."""
 CANCELLED: Final = 1e-12
 """A share of a norm's square below which float64 Gram matrices tell a difference no more, and QR is asked."""
 
@@ -87,7 +87,12 @@ class Core:
         """From float32 products where they tell what the rank leaves out, that `rank_of` gives a spectrum."""
         core = cls(up, down, torch.float32)
         left = float(core.squares[rank_of(core.sigma) :].sum())
-        return core if left > TOLD * float(core.squares.sum()) else cls(up, down)
+        return core if left > TOLD * core.most else cls(up, down)
+
+    @property
+    def most(self) -> float:
+        """‖up‖² ‖down‖², which ‖D‖² would be without anything that cancels."""
+        return float(self.up.norm()) ** 2 * float(self.down.norm()) ** 2
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """Float32 factors of the best approximation at `rank`, with the root of each singular value on either side."""
@@ -107,4 +112,4 @@ class Core:
         own = ((ups.T @ ups).double() * (downs @ downs.T).double()).sum()
         whole = float(self.squares.sum())
         squared = whole - 2 * float(across) + float(own)
-        return math.sqrt(squared) if squared > TOLD * whole else difference_norm((self.up, self.down), (up, down))
+        return math.sqrt(squared) if squared > TOLD * self.most else difference_norm((self.up, self.down), (up, down))

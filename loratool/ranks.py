@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -84,11 +84,19 @@ METHODS: Final[Mapping[str, Method]] = {
 the stored dtype reaches; `all` is all that is more than float32's noise."""
 
 
+STEPS: Final[Mapping[str, tuple[int, ...]]] = {
+    "vllm": (1, 8, 16, 32, 64, 128, 256, 320, 512),
+    "pow2": tuple(2**power for power in range(15)),
+}
+"""Ranks that servers allow: vLLM's are its max_lora_rank (vllm/config/lora.py)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One of `METHODS` and its value, the rank of convolutions with a kernel where it is another, and bounds of the rank.
 
-    Raises `LoratoolError` where the value is out of the method's range.
+    A rank is raised to the next of `steps`, if there are any; with `pad`, factors get zeros for what a matrix has no
+    singular values for. Raises `LoratoolError` where the value is out of the method's range.
     """
 
     method: str = "all"
@@ -96,6 +104,8 @@ class Rule:
     conv: int | None = None
     least: int | None = None
     most: int | None = None
+    steps: tuple[int, ...] = ()
+    pad: bool = False
 
     def __post_init__(self) -> None:
         method = METHODS[self.method]
@@ -106,14 +116,30 @@ class Rule:
 
     def of(self, shape: Sequence[int]) -> Rule:
         """The rule for a weight of `shape`: (out, in, *kernel)."""
-        return Rule("rank", self.conv) if self.conv is not None and math.prod(shape[2:]) > 1 else self
+        if self.conv is None or math.prod(shape[2:]) == 1:
+            return self
+        return replace(self, method="rank", value=self.conv, conv=None, least=None, most=None)
 
     @property
     def expected(self) -> int | None:
         """The rank, where it is known before a spectrum is."""
         if self.method == "rank":
-            return int(self.value)
+            return self._raised(int(self.value))
         return self.most
+
+    def padded(self, rank: int) -> int:
+        """The rank that factors of `rank` are stored at: with `pad`, what was asked for, whatever there is."""
+        asked = max(rank, self.least or 0, int(self.value) if self.method == "rank" else 0)
+        return self._raised(asked) if self.pad and rank else rank
+
+    def _raised(self, rank: int) -> int:
+        """The next of the steps; raises `LoratoolError` above the last."""
+        if not self.steps or not rank:
+            return rank
+        step = next((step for step in self.steps if step >= rank), None)
+        if step is None:
+            raise LoratoolError(f"needs rank {rank}, and the largest that is allowed is {self.steps[-1]}; add --max-rank")
+        return step
 
     @property
     def whole(self) -> bool:
@@ -134,7 +160,7 @@ class Rule:
             # What is known already exceeds the limit.
             return self.most if self.most is not None and found >= self.most else None
         rank = max(rank, least)
-        return rank if self.most is None else min(rank, self.most)
+        return self._raised(rank if self.most is None else min(rank, self.most))
 
 
 def _range(method: Method) -> str:

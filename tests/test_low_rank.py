@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratool import Budget, Checkpoint, Rule, load, merge, resize, to_lora
+from loratool import Budget, Checkpoint, LoratoolError, Rule, frontier, load, merge, resize, to_lora
 from loratool.errors import NeedsBase, Unsupported
+from loratool.ranks import STEPS
 from tests.models import kohya, llm, peft_adapter, save
 from tests.oracles.test_lycoris import ADDITIVE, OTHERS, train
 
@@ -312,3 +313,123 @@ def test_kohyas_names_for_the_rules(tmp_path: Path, run) -> None:
     assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
     for words in (["--dynamic-method", "sv_fro"], ["--auto"], [], ["--rank", "3", "--energy", "90%"]):
         assert run("resize", "a.safetensors", "-o", "d.safetensors", *words).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "ranks"),
+    [
+        (Rule("rank", 3, steps=STEPS["vllm"]), {8}),
+        (Rule("rank", 3, steps=STEPS["pow2"]), {4}),
+        (Rule("rank", 5, steps=(6, 9), pad=True), {6}),
+        (Rule("rank", 9, pad=True), {9}),
+        (Rule("rank", 9), {8}),
+        (Rule("max_error", 0.999, steps=(4, 8), pad=True), {4}),
+    ],
+)
+def test_ranks_are_raised_to_what_a_server_allows(tmp_path: Path, rule: Rule, ranks: set[int]) -> None:
+    """More of the spectrum is kept where there is more, zeros are added where there is not and they are asked for."""
+    tensors = kohya({"lora_unet_a": (30, 20), "lora_unet_b": (12, 16)}, 8, 2.0)
+    save(tmp_path / "a.safetensors", tensors)
+
+    report = resize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rule)
+
+    written = load_file(tmp_path / "b.safetensors")
+    assert {len(written[f"lora_unet_{name}.lora_down.weight"]) for name in "ab"} == ranks
+    assert {float(written[f"lora_unet_{name}.alpha"]) for name in "ab"} == ranks
+    for module in report.modules:
+        up, down = (written[f"{module.name}.lora_{side}.weight"].double() for side in ("up", "down"))
+        whole = tensors[f"{module.name}.lora_up.weight"].double() @ tensors[f"{module.name}.lora_down.weight"].double() / 4
+        kept = min(module.rank, 8)
+        assert float((whole - up @ down).norm()) <= float(torch.linalg.svdvals(whole)[kept:].norm()) * 1.001 + 1e-5
+
+
+def test_a_rank_above_all_that_is_allowed_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "a.safetensors", kohya({"lora_unet_a": (30, 20)}, 8, 2.0))
+    with pytest.raises(LoratoolError, match=r"needs rank 6.*--max-rank"):
+        resize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", Rule("rank", 6, steps=(2, 4)))
+
+
+def test_peft_loads_a_padded_adapter(tmp_path: Path) -> None:
+    import peft
+
+    model = llm("llama")
+    peft_adapter(copy.deepcopy(model), tmp_path / "a", r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"])
+
+    resize(tmp_path / "a", tmp_path / "b", Rule("rank", 8, steps=STEPS["vllm"], pad=True))
+
+    one, other = (peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / name) for name in "ab")
+    assert one.peft_config["default"].r == 3
+    assert other.peft_config["default"].r == 8
+    tokens = torch.arange(12)[None]
+    torch.testing.assert_close(other(tokens).logits, one(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_errors_that_weigh_like_their_weights(tmp_path: Path) -> None:
+    """Where the weight is a hundred times as large, the same change gets less rank."""
+    same = kohya({"lora_unet_a": (30, 20)}, 8, 8.0)
+    save(tmp_path / "a.safetensors", same | {name.replace("_a", "_b"): tensor for name, tensor in same.items()})
+    base = torch.randn(30, 20)
+    save(tmp_path / "base.safetensors", {"a.weight": base, "b.weight": 100 * base})
+
+    report = resize(
+        tmp_path / "a.safetensors",
+        tmp_path / "b.safetensors",
+        Budget(error=0.2),
+        base=tmp_path / "base.safetensors",
+        weigh=True,
+    )
+
+    large, small = report.modules
+    assert large.rank > small.rank
+    assert report.weighed is not None
+    assert report.weighed <= 0.2 < report.error
+    norm = float(base.norm())
+    weighed = [
+        (module.error * module.norm / size, module.norm / size) for module, size in ((large, norm), (small, 100 * norm))
+    ]
+    expected = sum(left**2 for left, _ in weighed) ** 0.5 / sum(whole**2 for _, whole in weighed) ** 0.5
+    assert report.weighed == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_frontier_says_what_resizing_does(tmp_path: Path) -> None:
+    tensors = kohya({f"lora_unet_{i}": (20 + i, 30 - i) for i in range(9)}, 8, 2.0)
+    for i in range(9):
+        tensors[f"lora_unet_{i}.lora_up.weight"] *= 1.7**i
+    save(tmp_path / "a.safetensors", tensors)
+
+    found = frontier(tmp_path / "a.safetensors")
+
+    assert [choice.rank for choice in found.choices] == [1, 2, 3, 4, 6, 8]
+    for choice in found.choices:
+        report = resize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", Rule("rank", choice.rank), overwrite=True)
+        assert report.nbytes == choice.nbytes
+        assert report.error == pytest.approx(choice.error, rel=1e-3, abs=1e-6)
+        assert report.worst
+        assert report.worst.error == pytest.approx(choice.worst, rel=1e-3, abs=1e-6)
+        budget = Budget(nbytes=choice.nbytes)
+        spent = resize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", budget, overwrite=True)
+        assert spent.error == pytest.approx(choice.shared, rel=1e-3, abs=1e-6)
+    assert found.choices[0].shared < found.choices[0].error
+    assert found.choices[-1].error < 1e-6
+
+
+def test_resize_on_the_command_line(tmp_path: Path, run) -> None:
+    save(tmp_path / "a.safetensors", kohya({"lora_unet_a": (30, 20)}, 8, 2.0))
+    path, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+
+    shown = run("resize", path, "--frontier")
+    assert shown.returncode == 0
+    assert "worst module" in shown.stdout
+    for words, message in (
+        (["--rank", "2"], "give -o OUT"),
+        (["--frontier", "--rank", "2"], "rank does not go with it"),
+        (["-o", out, "--size", "1MB", "--pad"], "--pad does not go with --size"),
+        (["-o", out, "--rank", "2", "--weigh", "base"], "--weigh base goes with"),
+        (["-o", out, "--rank", "2", "--round-ranks", "8,x"], "list of ranks"),
+    ):
+        failed = run("resize", path, *words)
+        assert failed.returncode == 2
+        assert message in failed.stderr
+    assert not out.exists()
+    run("resize", path, "-o", out, "--rank", "3", "--round-ranks", "16,4")
+    assert len(load_file(out)["lora_unet_a.lora_down.weight"]) == 4

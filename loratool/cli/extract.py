@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("tuned", type=click.Path(path_type=Path))
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="File or folder to write.")
-@rank_rules
+@partial(rank_rules, without=("round_ranks", "pad"))
 @click.option("--to", type=a_format, metavar="FORMAT", help="Format to write; `loratool formats` lists them.")
 @click.option("--arch", type=an_arch, metavar="NAME", help="Architecture of BASE, where its names fit several.")
 @click.option("--dtype", type=click.Choice(list(DTYPE_OPTIONS)), help="Of factors. Default: as TUNED stores each weight.")

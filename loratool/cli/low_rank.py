@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 
 def rank_options(
-    command: Callable[..., None], *, without: Sequence[str] = ("auto", "size", "total_error")
+    command: Callable[..., None],
+    *,
+    without: Sequence[str] = ("auto", "size", "total_error", "round_ranks", "pad"),
+    writes: bool = True,
 ) -> Callable[..., None]:
     """What both commands take: input, output, how much to keep, the base, and how to report."""
     after = [
@@ -45,7 +48,7 @@ def rank_options(
     ]
     before = [
         click.argument("adapter", type=click.Path(path_type=Path)),
-        click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="What to write."),
+        click.option("-o", "--output", "out", required=writes, type=click.Path(path_type=Path), help="What to write."),
     ]
     for option in reversed(after):
         command = option(command)
@@ -56,10 +59,20 @@ def rank_options(
 
 
 @click.command("resize", short_help="Lower an adapter's rank, at the least error.")
-@partial(rank_options, without=("auto",))
+@partial(rank_options, without=("auto",), writes=False)
+@click.option("--weigh", type=click.Choice(["base"]), help="Errors count relative to the weights of --base.")
+@click.option("--frontier", is_flag=True, help="Print size against error against rank, and write nothing.")
 @click.option("--dynamic-method", type=click.Choice(KEEPING), help="kohya's name for --keep, with --dynamic-param.")
 @click.option("--dynamic-param", type=float, metavar="X", help="The value of --dynamic-method.")
-def resize_command(adapter: Path, dynamic_method: str | None, dynamic_param: float | None, **options: Any) -> None:
+def resize_command(
+    adapter: Path,
+    dynamic_method: str | None,
+    dynamic_param: float | None,
+    weigh: str | None,
+    *,
+    frontier: bool,
+    **options: Any,
+) -> None:
     """Write ADAPTER to OUT at another rank: the best approximation there is at that rank, and its error.
 
     Works on the factors, so that it takes milliseconds a layer. Other kinds become LoRA on the way; those that depend on
@@ -70,7 +83,14 @@ def resize_command(adapter: Path, dynamic_method: str | None, dynamic_param: flo
       loratool resize big.safetensors -o small.safetensors --rank 16
       loratool resize big.safetensors -o small.safetensors --max-error 5%
       loratool resize big.safetensors -o small.safetensors --size 20MB
+      loratool resize adapter/ -o served/ --rank 24 --round-ranks vllm --pad
+      loratool resize big.safetensors --frontier
     """
+    if frontier:
+        _print_frontier(adapter, **options)
+        return
+    if not options["out"]:
+        raise click.UsageError("give -o OUT, or --frontier to write nothing")
     if (dynamic_method is None) != (dynamic_param is None):
         raise click.UsageError("--dynamic-method and --dynamic-param go together")
     if dynamic_method:
@@ -80,8 +100,42 @@ def resize_command(adapter: Path, dynamic_method: str | None, dynamic_param: flo
         # kohya's --new_rank bounds what a dynamic method gives.
         options["max_rank"], options["rank"] = options["max_rank"] or options["rank"], None
     from loratool.ops.low_rank import resize
+    from loratool.ranks import Budget
 
-    run_low_rank("resized", adapter, resize, rule_of(options), **options)
+    rule = rule_of(options)
+    if weigh and not (options["base"] and isinstance(rule, Budget)):
+        raise click.UsageError("--weigh base goes with --base, and with --size or --total-error, which share one budget")
+    run_low_rank("resized", adapter, partial(resize, weigh=weigh is not None), rule, **options)
+
+
+def _print_frontier(
+    adapter: Path,
+    *,
+    base: Path | None,
+    alpha: float | None,
+    slots: tuple[bool, ...] | None,
+    as_json: bool,
+    dtype: str | None,
+    quiet: bool,
+    **others: Any,
+) -> None:
+    from loratool.adapter import Unsaid
+    from loratool.ops.low_rank import frontier
+
+    given = [name for name, value in others.items() if value not in (None, False, ()) and name != "verbose"]
+    if given:
+        raise click.UsageError(f"--frontier shows every rank and writes nothing; {', '.join(given)} does not go with it")
+    named = DTYPE_OPTIONS[dtype] if dtype else None
+    report = frontier(adapter, dtype=named, base=base, unsaid=Unsaid(alpha, slots or ()))
+    for warning in report.warnings:
+        warn(warning)
+    if as_json:
+        print_json(report)
+    elif not quiet:
+        print_facts(f"{adapter}", [("modules", f"{report.modules}, ‖ΔW‖ = {report.norm:.4g}")])
+        rows = [[str(c.rank), size(c.nbytes), *(f"{e:.2%}" for e in (c.error, c.worst, c.shared))] for c in report.choices]
+        columns = ["rank of all", "size", "error", "worst module", "as much by --size"]
+        print_table(columns, rows, numbers=columns)
 
 
 def run_low_rank(
@@ -138,5 +192,7 @@ def _facts(report: LowRankReport) -> Iterator[tuple[str, str]]:
         yield "dropped", f"{len(dropped)} that no rank was worth its bytes of, with {share**0.5:.2%} of ‖ΔW‖"
     if report.worst:
         yield "rank", histogram(Counter(module.rank for module in report.modules))
+        if report.weighed is not None:
+            yield "weighed", f"{report.weighed:.2%} where each module counts relative to its weight"
         yield "error", f"{report.error:.2%} of ‖ΔW‖ in all, {report.worst.error:.2%} at worst, in {report.worst.name}"
     yield "size", size(report.nbytes)

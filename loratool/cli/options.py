@@ -98,7 +98,29 @@ class Keep(click.ParamType[tuple[str, float]]):
         return self.fail(f"{value!r} is not one of {', '.join(KEEPING)} with =NUMBER, such as sv_fro=0.95", param, ctx)
 
 
+class Steps(click.ParamType[tuple[int, ...]]):
+    """Ranks that are allowed: vllm, pow2, or 8,16,32."""
+
+    name = "ranks"
+
+    def convert(
+        self, value: str | tuple[int, ...], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """The ranks, smallest first."""
+        if isinstance(value, tuple):
+            return value
+        from loratool.ranks import STEPS
+
+        if value in STEPS:
+            return STEPS[value]
+        numbers = value.split(",")
+        if not all(number.isdecimal() and int(number) for number in numbers):
+            self.fail(f"{value!r} is not {', '.join(STEPS)}, or a list of ranks such as 8,16,32", param, ctx)
+        return tuple(sorted(set(map(int, numbers))))
+
+
 share = Share()
+steps = Steps()
 nbytes = Bytes()
 keep = Keep()
 slots = Slots()

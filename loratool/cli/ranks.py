@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from loratool.cli.options import KEEPING, keep, nbytes, share
+from loratool.cli.options import KEEPING, keep, nbytes, share, steps
 
 if TYPE_CHECKING:
     from loratool.ranks import Budget, Rule
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 RULES: Final = ("rank", "max_error", "total_error", "energy", "keep", "size", "auto")
 """Options of which exactly one is given."""
 BOUNDS: Final = ("min_rank", "max_rank", "conv_rank")
+SERVED: Final = ("round_ranks", "pad")
+"""Options for who serves adapters, which only some commands take."""
 
 
 def rank_rules(command: Callable[..., None], *, without: Sequence[str] = ()) -> Callable[..., None]:
@@ -37,6 +39,10 @@ def rank_rules(command: Callable[..., None], *, without: Sequence[str] = ()) -> 
         "max_rank": click.option(
             "--max-rank", type=click.IntRange(min=1), help="Largest rank of a module, whatever the rule."
         ),
+        "round_ranks": click.option(
+            "--round-ranks", type=steps, metavar="vllm|pow2|N,N…", help="Raise ranks to the next that a server allows."
+        ),
+        "pad": click.option("--pad", is_flag=True, help="Zeros up to the rank asked for, where a module has fewer."),
     }
     for name in reversed(options):
         command = command if name in without else options[name](command)
@@ -49,16 +55,18 @@ def rule_of(given: dict[str, Any], *, needed: bool = True) -> Rule | Budget | No
 
     values = {name: given.pop(name) for name in RULES if name in given}
     least, most, conv = bounds = [given.pop(name) for name in BOUNDS]
+    allowed, pad = given.pop("round_ranks", None) or (), given.pop("pad", False)
     asked = [name for name, value in values.items() if value not in (None, False)]
     if not asked and not needed:
-        return Rule("all", 0.0, conv, least, most) if any(bounds) else None
+        return Rule("all", 0.0, conv, least, most, allowed, pad) if any(bounds) or allowed else None
     if len(asked) != 1:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in values)
         raise click.UsageError(f"give one of {names}" if not asked else f"give only one of {names}")
     (name,) = asked
     if name in ("size", "total_error"):
-        if conv:
-            raise click.UsageError(f"--conv-rank does not go with --{name.replace('_', '-')}, which shares one budget")
+        for option, value in (("--conv-rank", conv), ("--round-ranks", allowed), ("--pad", pad)):
+            if value:
+                raise click.UsageError(f"{option} does not go with --{name.replace('_', '-')}, which shares one budget")
         return Budget(nbytes=values["size"], error=values["total_error"], least=least or 0, most=most)
     method, value = values["keep"] if name == "keep" else (name, 0.0 if name == "auto" else values[name])
-    return Rule(method, value, conv, least, most)
+    return Rule(method, value, conv, least, most, allowed, pad)

@@ -51,6 +51,14 @@ class Factored:
     def rank(self) -> int:
         return self.up.shape[1]
 
+    def padded(self, rank: int) -> Factored:
+        """The same with zeros up to `rank`."""
+        more = rank - self.rank
+        if not more:
+            return self
+        up = torch.cat([self.up, self.up.new_zeros(len(self.up), more)], dim=1)
+        return replace(self, up=up, down=torch.cat([self.down, self.down.new_zeros(more, self.down.shape[1])]))
+
 
 def factored(dense: Tensor, rule: Rule, storage: Storage, *, noise: float = 0.0) -> Factored:
     """The best factors of `dense` (m, n) at the rank that `rule` gives, computed on its device.

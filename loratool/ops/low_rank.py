@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from loratool.adapter import Adapter, Change, Unsaid, load
+from loratool.ops.budgets import Market
 from loratool.ops.lowering import Converted, Lowering
-from loratool.ops.saving import write
+from loratool.ops.saving import as_they_were, size_of, write
 from loratool.ops.weights import Weights
-from loratool.ranks import Budget, Rule
+from loratool.ranks import NUMERICAL, Budget, Offer, Rule
 from loratool.schema import WEIGHT
 
 KEPT: Final = frozenset({"lora", "embedding", "enlarge", "replace", "tokens"})
 """Kinds that a LoRA file holds as they are."""
 RESIZED: Final = frozenset({"lora"})
 """Of these, the kind whose rank can be another."""
+LADDER: Final = (1, *(step for power in range(1, 15) for step in (2**power, 3 * 2 ** (power - 1))))
+"""The ranks of a frontier: 1, 2, 3, 4, 6, 8, 12, 16 …"""
 
 
 @dataclass(frozen=True, slots=True)
 class LowRankReport:
-    """What a conversion did: every module that changed its kind, how many did not, and the error over all of them."""
+    """What a conversion did: every module that changed its kind, how many did not, and the error over all of them; `weighed`
+    is the error with each module's square divided by that of the weight it changes, where that was asked for."""
 
     out: str
     modules: tuple[Converted, ...]
@@ -30,6 +35,7 @@ class LowRankReport:
     error: float
     nbytes: int
     warnings: tuple[str, ...] = ()
+    weighed: float | None = None
 
     @property
     def worst(self) -> Converted | None:
@@ -52,7 +58,8 @@ def to_lora(
     What is a LoRA already keeps its bytes. Kinds that depend on the weight (DoRA, OFT, (IA)³ …) need `base`. Errors are
     those of the factors as stored. Raises `LoratoolError`.
     """
-    return _approximated(load(path, unsaid=unsaid), Path(out), rule or Rule(), dtype, KEPT, base=base, overwrite=overwrite)
+    adapter = load(path, unsaid=unsaid)
+    return _written(Lowering(adapter, dtype, KEPT, _weights(base)), rule or Rule(), Path(out), overwrite=overwrite)
 
 
 def resize(
@@ -62,32 +69,102 @@ def resize(
     *,
     dtype: str | None = None,
     base: str | Path | None = None,
+    weigh: bool = False,
     unsaid: Unsaid | None = None,
     overwrite: bool = False,
 ) -> LowRankReport:
     """Writes the adapter at `path` to `out` with every LoRA, and every other kind as a LoRA, of the rank that `rule` gives.
 
-    The best approximation at that rank (Eckart and Young 1936), from QR of the factors and the SVD of their small core. A
-    budget is shared over all modules; one that no rank of is worth its bytes is dropped, and has rank 0 in the report.
+    The best approximation at that rank (Eckart and Young 1936), from QR of the factors and the spectrum of their small core.
+    A budget is shared over all modules; one that no rank of is worth its bytes is dropped, and has rank 0 in the report.
+    With `weigh`, a budget's errors count relative to the weights in `base` that they are errors of.
     """
-    return _approximated(load(path, unsaid=unsaid), Path(out), rule, dtype, KEPT - RESIZED, base=base, overwrite=overwrite)
+    work = Lowering(load(path, unsaid=unsaid), dtype, KEPT - RESIZED, _weights(base), weigh=weigh)
+    report = _written(work, rule, Path(out), overwrite=overwrite)
+    if not weigh:
+        return report
+    worths = work.worth.values()
+    return replace(
+        report,
+        weighed=error_of([replace(m, norm=m.norm * worth) for m, worth in zip(report.modules, worths, strict=True)]),
+    )
 
 
-def _approximated(
-    adapter: Adapter,
-    out: Path,
-    rule: Rule | Budget,
-    dtype: str | None,
-    keep: frozenset[str],
-    *,
-    base: str | Path | None,
-    overwrite: bool,
-) -> LowRankReport:
-    work = Lowering(adapter, dtype, keep, Weights(Path(base).expanduser()) if base else None)
-    done = work.lowered(rule) if isinstance(rule, Rule) else work.within(rule)
-    nbytes = write(work.contents(done), [adapter.path], out.expanduser(), overwrite=overwrite)
+def _weights(base: str | Path | None) -> Weights | None:
+    return Weights(Path(base).expanduser()) if base else None
+
+
+def _written(work: Lowering, rule: Rule | Budget, out: Path, *, overwrite: bool) -> LowRankReport:
+    adapter = work.adapter
+    kept = as_they_were(adapter, work.kept)
+    if isinstance(rule, Rule):
+        done = work.lowered(rule)
+    else:
+        done = work.within(rule, lambda imagined: size_of(work.contents(imagined, kept)))
+    nbytes = write(work.contents(done, kept), [adapter.path], out.expanduser(), overwrite=overwrite)
     figures = tuple(figures for figures, _ in done.values())
     return LowRankReport(str(out), figures, len(work.kept), error_of(figures), nbytes, adapter.notes)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What one rank for all modules comes to: the bytes of the output, the error over all, and that of the worst module;
+    and the error over all at `shared`, where as many bytes are spent where each saves most."""
+
+    rank: int
+    nbytes: int
+    error: float
+    worst: float
+    shared: float
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierReport:
+    """What each size costs in error, before anything is rounded to a dtype."""
+
+    modules: int
+    norm: float
+    choices: tuple[Choice, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def frontier(
+    path: str | Path, *, dtype: str | None = None, base: str | Path | None = None, unsaid: Unsaid | None = None
+) -> FrontierReport:
+    """Size against error against rank of the adapter at `path`, for ranks from 1 to the largest that any module has. All of
+    it is in the spectra; nothing is written. Raises `LoratoolError`."""
+    adapter = load(path, unsaid=unsaid)
+    work = Lowering(adapter, dtype, KEPT - RESIZED, _weights(base))
+    kept = as_they_were(adapter, work.kept)
+    spectra = work.offers(dict.fromkeys(work.numbers, Rule()))
+    market = Market(work.numbers, lambda rules: {number: spectra[number] for number in rules}, Budget(nbytes=1))
+    total = math.sqrt(market.total)
+
+    def size(ranks: Mapping[int, int]) -> int:
+        return size_of(work.contents(work.imagined(ranks), kept))
+
+    def choice(rank: int) -> Choice:
+        ranks = {number: min(rank, _effective(offer)) for number, offer in spectra.items()}
+        left = {number: _left(spectra[number], rank) for number, rank in ranks.items()}
+        nbytes = size(ranks)
+        spent = market.within_bytes(nbytes, size)
+        shared = math.hypot(*(_left(offer, spent.get(number, 0)) for number, offer in spectra.items()))
+        worst = max(left[number] / math.sqrt(offer.total) for number, offer in spectra.items() if offer.total)
+        return Choice(rank, nbytes, math.hypot(*left.values()) / total, worst, shared / total)
+
+    largest = max(map(_effective, spectra.values()), default=0)
+    ranks = [rank for rank in LADDER if rank < largest] + [largest] if total else []
+    return FrontierReport(len(spectra), total, tuple(map(choice, ranks)), adapter.notes)
+
+
+def _effective(offer: Offer) -> int:
+    """How many singular values are more than what arithmetic leaves."""
+    return int((offer.sigma > NUMERICAL * offer.sigma[:1]).sum())
+
+
+def _left(offer: Offer, rank: int) -> float:
+    """What a module lacks at `rank`."""
+    return float(offer.sigma[rank:].norm())
 
 
 def lower(
@@ -95,7 +172,7 @@ def lower(
 ) -> tuple[Adapter, list[Converted]]:
     """The adapter with every delta on a matrix or a kernel that a LoRA file cannot hold as a LoRA of scale 1, and what
     became of each."""
-    work = Lowering(adapter, dtype, KEPT, Weights(Path(base).expanduser()) if base else None)
+    work = Lowering(adapter, dtype, KEPT, _weights(base))
     done = work.lowered(rule)
     changes = [
         Change(change.module, WEIGHT, done[number][1]) if number in done else change

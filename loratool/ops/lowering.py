@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -19,7 +19,7 @@ from loratool.errors import NeedsBase, ShapeMismatch, Unsupported, about
 from loratool.linalg import Core
 from loratool.ops.budgets import Market, within_error
 from loratool.ops.factoring import Factored, Storage, factored, offered, refactored
-from loratool.ops.saving import Contents, as_they_were, biases, like_source, named, size_of
+from loratool.ops.saving import Contents, biases, like_source, named
 from loratool.ops.weights import Weights
 from loratool.ranks import Budget, Offer, Rule
 from loratool.schema import BIAS, WEIGHT
@@ -47,7 +47,9 @@ Lowered = dict[int, tuple[Converted, Delta]]
 class Lowering:
     """An adapter whose deltas become LoRA: those to lower, by number, and those that are `kept`."""
 
-    def __init__(self, adapter: Adapter, dtype: str | None, keep: frozenset[str], weights: Weights | None) -> None:
+    def __init__(
+        self, adapter: Adapter, dtype: str | None, keep: frozenset[str], weights: Weights | None, *, weigh: bool = False
+    ) -> None:
         self.adapter, self.dtype, self.weights = adapter, dtype, weights
         self.numbers: list[int] = []
         self.kept: list[Change] = []
@@ -58,6 +60,7 @@ class Lowering:
                 self.kept.append(change)
             else:
                 self.numbers.append(number)
+        self.worth = {number: self._worth(number) if weigh else 1.0 for number in self.numbers}
 
     def lowered(self, rule: Rule | Mapping[int, Rule]) -> Lowered:
         """Every delta to lower as a LoRA, by one rule or each by its own."""
@@ -74,22 +77,21 @@ class Lowering:
         run_all(pieces, lambda index, result: done.update({self.numbers[index]: result}), threading.Event())
         return {number: done[number] for number in self.numbers}
 
-    def within(self, budget: Budget) -> Lowered:
-        """Every delta to lower at the rank that its share of the budget buys."""
-        market = Market(self.numbers, self._offers, budget)
+    def within(self, budget: Budget, size: Callable[[Lowered], int]) -> Lowered:
+        """Every delta to lower at the rank that its share of the budget buys; `size` is that of the output."""
+        market = Market(self.numbers, self.offers, budget)
         if budget.nbytes is not None:
-            tensors = self._as_they_were()
-            return self._at(market.within_bytes(budget.nbytes, lambda ranks: size_of(self._imagined(ranks, tensors))))
+            return self._at(market.within_bytes(budget.nbytes, lambda ranks: size(self.imagined(ranks))))
         return within_error(
             budget.error or 0.0,
             market.total,
             lambda allowed: self._at(market.within_error(allowed)),
-            lambda done: sum((figures.error * figures.norm) ** 2 for figures, _ in done.values()),
+            lambda done: sum((figures.error * figures.norm * self.worth[i]) ** 2 for i, (figures, _) in done.items()),
         )
 
-    def contents(self, done: Lowered, kept: Mapping[str, Tensor] | None = None) -> Contents:
-        """What is to be written, with the tensors of what is kept as they were."""
-        tensors = dict(self._as_they_were() if kept is None else kept)
+    def contents(self, done: Lowered, kept: Mapping[str, Tensor]) -> Contents:
+        """What is to be written, with the tensors of what is `kept` as they were."""
+        tensors = dict(kept)
         tensors |= biases(self.kept, {figures.name for figures, _ in done.values()})
         for number, (figures, delta) in done.items():
             if figures.rank:
@@ -104,27 +106,39 @@ class Lowering:
         dtypes = [tensor.dtype for tensor in change.delta.leaves().values() if tensor.is_floating_point()]
         return max(dtypes, key=lambda dtype: dtype.itemsize)
 
-    def _as_they_were(self) -> dict[str, Tensor]:
-        return as_they_were(self.adapter, self.kept)
-
     def _at(self, ranks: Mapping[int, int]) -> Lowered:
         rules = {number: Rule("rank", rank) for number, rank in ranks.items()}
         return self.lowered(dict.fromkeys(self.numbers, NOTHING) | rules)
 
-    def _offers(self, rules: Mapping[int, Rule]) -> dict[int, Offer]:
-        return {number: self._offer(number, rule) for number, rule in rules.items()}
+    def offers(self, rules: Mapping[int, Rule]) -> dict[int, Offer]:
+        """What the ranks of modules are worth, as far as each one's rule looks."""
+        found: dict[int, Offer] = {}
+        numbers = list(rules)
+        pieces = (partial(self._offer, number, rule) for number, rule in rules.items())
+        run_all(pieces, lambda index, offer: found.update({numbers[index]: offer}), threading.Event())
+        return {number: found[number] for number in numbers}
+
+    def _worth(self, number: int) -> float:
+        """What a square of a module counts: less, the larger the weight is that it changes."""
+        change = self.adapter.changes[number]
+        if self.weights is None:
+            raise NeedsBase(f"{change}: what its weight is like only the base can tell; pass --base")
+        norm = float(self.weights.of(change.module).float().norm())
+        return 1 / norm if norm else 0.0
 
     def _offer(self, number: int, rule: Rule) -> Offer:
         change = self.adapter.changes[number]
         delta = _effective(change, self.weights)
-        each = self._stored_as(change).itemsize
+        each, worth = self._stored_as(change).itemsize, self.worth[number]
         if delta.factors:
             core = Core(*delta.factors)
             cost = len(delta.factors[0]) + delta.factors[1].shape[1]
-            return Offer(core.sigma, True, cost * each, float(core.squares.sum()))
-        return offered(_dense(delta), rule, each)
+            return Offer(core.sigma * worth, True, cost * each, float(core.squares.sum()) * worth**2)
+        seen = replace(rule, value=rule.value / worth) if rule.method == "threshold" and worth else rule
+        offer = offered(_dense(delta), seen, each)
+        return replace(offer, sigma=offer.sigma * worth, total=offer.total * worth**2)
 
-    def _imagined(self, ranks: Mapping[int, int], kept: Mapping[str, Tensor]) -> Contents:
+    def imagined(self, ranks: Mapping[int, int]) -> Lowered:
         """What would be written at these ranks, with room in place of numbers."""
         done: Lowered = {}
         for number, asked in ranks.items():
@@ -134,7 +148,7 @@ class Lowering:
             nothing = torch.zeros(1, dtype=self._stored_as(change))
             rank = min(asked, shape[0], math.prod(shape[1:]))
             done[number] = Converted(str(change), change.delta.kind, rank, 0.0, 0.0), room_for(shape, rank, nothing)
-        return self.contents(done, kept)
+        return done
 
 
 def _refuse_bias(change: Change, weights: Weights | None) -> None:
@@ -161,7 +175,7 @@ def _effective(change: Change, weights: Weights | None) -> _Effective:
     if delta.additive:
         shape = tuple(weights.of(change.module).shape) if weights and delta.flattened else delta.shape
         factors = delta.factors()
-        if factors is not None and 2 * factors[0].shape[1] <= min(factors[0].shape[0], factors[1].shape[1]):
+        if factors is not None and factors[0].shape[1] <= min(factors[0].shape[0], factors[1].shape[1]):
             return _Effective(shape, factors, None)
         return _Effective(shape, None, delta.dense().flatten(1))
     if weights is None:
@@ -180,6 +194,7 @@ def _low_rank(change: Change, delta: _Effective, rule: Rule, storage: Storage) -
     rule = rule.of(delta.shape)
     with about(change):
         found = refactored(*delta.factors, rule, storage) if delta.factors else factored(_dense(delta), rule, storage)
+        found = found.padded(rule.padded(found.rank))
     error = found.error / found.norm if found.norm else 0.0
     figures = Converted(str(change), change.delta.kind, found.rank, found.norm, error)
     if "embedding_down" in change.delta.leaves():
