@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from loratool.adapter import Adapter, Change, load
     from loratool.checkpoint import Checkpoint
     from loratool.errors import LoratoolError
+    from loratool.ops.combine import CombineOptions, CombineReport, Part, combine
     from loratool.ops.convert import ConvertReport, convert
     from loratool.ops.extract import ExtractOptions, ExtractReport, extract
     from loratool.ops.inspect import AdapterReport, CheckpointReport, inspect
     from loratool.ops.low_rank import FrontierReport, LowRankReport, frontier, resize, to_lora
     from loratool.ops.merge import MergeReport, Options, Source, merge
+    from loratool.ops.strengths import Strength
     from loratool.ranks import Budget, Rule
 
 _HOMES: Final = {
@@ -27,6 +29,8 @@ _HOMES: Final = {
     "Change": "loratool.adapter",
     "Checkpoint": "loratool.checkpoint",
     "CheckpointReport": "loratool.ops.inspect",
+    "CombineOptions": "loratool.ops.combine",
+    "CombineReport": "loratool.ops.combine",
     "ConvertReport": "loratool.ops.convert",
     "ExtractOptions": "loratool.ops.extract",
     "ExtractReport": "loratool.ops.extract",
@@ -35,6 +39,9 @@ _HOMES: Final = {
     "MergeReport": "loratool.ops.merge",
     "Options": "loratool.ops.merge",
     "Source": "loratool.ops.merge",
+    "Part": "loratool.ops.combine",
+    "Strength": "loratool.ops.strengths",
+    "combine": "loratool.ops.combine",
     "convert": "loratool.ops.convert",
     "extract": "loratool.ops.extract",
     "inspect": "loratool.ops.inspect",
@@ -56,6 +63,8 @@ __all__ = [
     "Change",
     "Checkpoint",
     "CheckpointReport",
+    "CombineOptions",
+    "CombineReport",
     "ConvertReport",
     "ExtractOptions",
     "ExtractReport",
@@ -64,8 +73,11 @@ __all__ = [
     "LowRankReport",
     "MergeReport",
     "Options",
+    "Part",
     "Rule",
     "Source",
+    "Strength",
+    "combine",
     "convert",
     "extract",
     "frontier",

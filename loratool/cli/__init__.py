@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from loratool import __version__
+from loratool.cli.combine import combine_command
 from loratool.cli.convert import convert_command
 from loratool.cli.extract import extract_command
 from loratool.cli.formats import formats_command
@@ -60,6 +61,7 @@ def cli() -> None:
     """
 
 
+cli.add_command(combine_command)
 cli.add_command(convert_command)
 cli.add_command(extract_command)
 cli.add_command(formats_command)

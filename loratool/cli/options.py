@@ -143,6 +143,22 @@ def adapter_and_strength(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
 
 
+def adapter_and_parts(text: str) -> tuple[Path, float, tuple[float, ...], dict[str, float]]:
+    """`PATH[:STRENGTH[:PARTS]]`, with parts that are numbers, one for each block, or NAME=NUMBER; separated by commas."""
+    head, _, tail = text.rpartition(":")
+    if not head or Path(text).exists() or not {",", "="} & set(tail):
+        return *adapter_and_strength(text), (), {}
+    pairs = [part.partition("=") for part in tail.split(",")]
+    try:
+        if all(not equals for _, equals, _ in pairs):
+            return *adapter_and_strength(head), tuple(float(number) for number, _, _ in pairs), {}
+        return *adapter_and_strength(head), (), {name: float(number) for name, _, number in pairs}
+    except ValueError as error:
+        raise LoratoolError(
+            f"{text}: expected numbers separated by commas, or NAME=NUMBER, behind the last colon"
+        ) from error
+
+
 def component_strengths(pairs: tuple[str, ...]) -> dict[str, float]:
     """`te1=0.5` and the like to a map; raises `LoratoolError` for an unknown component or no number."""
     strengths = {}

@@ -59,6 +59,10 @@ class Delta(ABC):
         """What the product of its factors is multiplied by: alpha over rank; None where its file gives none."""
         return None
 
+    def made(self) -> Delta:
+        """Itself, computed where it only says so far how it is to be."""
+        return self
+
     @property
     def flattened(self) -> bool:
         """Whether its files flatten kernels, so that only the weight knows them: `shape` is then (out, in · kernel)."""

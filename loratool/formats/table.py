@@ -7,7 +7,7 @@ writes, and the name of a file whose keys all agree with it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -80,6 +80,10 @@ class Format:
         for pattern, replacement in self.rewrites:
             key = re.sub(pattern, replacement, key)
         return key
+
+    def spells(self, stem: str, keys: Collection[str]) -> bool:
+        """Whether all of a module's `keys` are what it would call them."""
+        return set(keys) <= {self.key(stem, leaf) for leaf in self.leaves}
 
     def holds(self, arch: str) -> bool:
         """Whether it is a format of the architecture of that name."""

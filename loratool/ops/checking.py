@@ -89,6 +89,9 @@ def difference(one: Delta, other: Delta) -> float:
         up, down = factors[0]
         if up.shape[1] + factors[1][0].shape[1] <= min(len(up), down.shape[1]):
             return _ratio(difference_norm(factors[0], factors[1]), float(singular_values(up, down).norm()))
+    if one.additive and other.additive:
+        dense = one.dense().double()
+        return _ratio(float((dense - other.dense().double().reshape(dense.shape)).norm()), float(dense.norm()))
     return _tried(one, other)
 
 

@@ -10,13 +10,13 @@ from typing import Final
 from loratool.adapter import Adapter
 from loratool.archs import ARCHS, Arch
 from loratool.deltas import ANY
-from loratool.detect import explaining, inputs_of, is_language_model, narrowed
+from loratool.detect import explaining, inputs_of, is_language_model, named_like, narrowed
 from loratool.errors import AmbiguousFile, LoratoolError, Unsupported, some
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.prefixes import UNET
-from loratool.formats.table import LLM, Format, format_named
+from loratool.formats.table import FORMATS, LLM, Format, format_named
 from loratool.layout import Layout, open_layout
-from loratool.names import ORIGINAL, Module
+from loratool.names import ORIGINAL, Link, Module
 from loratool.routes import Route, as_named, is_spelled, routes, ways_to
 
 OF_DIFFUSERS: Final = ("transformer.", "unet.", "prior.", CONTAINER)
@@ -33,19 +33,20 @@ class Wanted:
     base: Path | None = None
 
 
-def choose(adapter: Adapter, target: Format, wanted: Wanted) -> tuple[Arch, dict[Module, Route]]:
-    """The architecture, and where each module goes in `target`.
+def choose(adapters: Sequence[Adapter], target: Format, wanted: Wanted) -> tuple[Arch, dict[Module, Route]]:
+    """The architecture that `adapters` are for, all the same one, and where each module goes in `target`.
 
     Raises `AmbiguousFile` where several architectures explain the modules and have them go different ways, and
     `LoratoolError` where there is no way.
     """
-    modules = list(dict.fromkeys(change.module for change in adapter.changes))
-    found = _candidates(adapter, modules, target, wanted)
+    modules = list(dict.fromkeys(change.module for adapter in adapters for change in adapter.changes))
+    where = " and ".join(str(adapter.path) for adapter in adapters)
+    found = _candidates(adapters, modules, target, wanted)
     ways: list[tuple[Arch, dict[Module, Route]]] = []
     problems: list[LoratoolError] = []
     for candidate in found:
         try:
-            way = ways_to(modules, candidate, target)
+            way = _agreed(modules, candidate, target)
         except LoratoolError as error:
             problems.append(error)
             continue
@@ -55,38 +56,64 @@ def choose(adapter: Adapter, target: Format, wanted: Wanted) -> tuple[Arch, dict
         raise problems[0]
     if len(ways) > 1:
         titles = " or ".join(f"{candidate.title} (--arch {candidate.name})" for candidate, _ in ways)
-        raise AmbiguousFile(f"{adapter.path}: may be for {titles}, which {target.title} spells differently; choose one")
+        raise AmbiguousFile(f"{where}: may be for {titles}, which {target.title} spells differently; choose one")
     return ways[0]
 
 
-def _candidates(adapter: Adapter, modules: Sequence[Module], target: Format, wanted: Wanted) -> list[Arch]:
+def _agreed(modules: Sequence[Module], arch: Arch, target: Format) -> dict[Module, Route]:
+    """Where modules go, each under its own name where that is right, and where no two adapters have two for one module."""
+    ways, kept = routes(modules, arch, target), ways_to(modules, arch, target)
+    names: dict[tuple[str, tuple[tuple[str, Link | None], ...]], set[str]] = {}
+    for module, way in ways.items():
+        names.setdefault((way.prefix, way.targets), set()).add(module.stem)
+    return kept if all(len(stems) == 1 for stems in names.values()) else ways
+
+
+def own_format(adapter: Adapter) -> Format:
+    """The format that `adapter` is in; raises `LoratoolError` where its keys agree with none."""
+    modules = list(dict.fromkeys(change.module for change in adapter.changes))
+    if any(module.stem.startswith(CONTAINER) for module in modules):
+        return format_named("peft" if adapter.config else "peft-file")
+    if is_language_model(modules):
+        named = [as_named(modules, LLM, "a language model")]
+    else:
+        named = named_like(modules) or [as_named(modules, "unknown", "a model without a table")]
+    for row in FORMATS:
+        alike = all(row.spells(change.module.stem, change.keys) for change in adapter.changes)
+        if alike and any(is_spelled(modules, arch, row) for arch in named):
+            return row
+    raise Unsupported(f"{adapter.path}: is spelled as no one format is; choose with --to how the output is to be")
+
+
+def _candidates(adapters: Sequence[Adapter], modules: Sequence[Module], target: Format, wanted: Wanted) -> list[Arch]:
     if wanted.arch:
         found = [next(arch for arch in ARCHS if arch.name == wanted.arch)]
     elif is_language_model(modules):
         found = [as_named(modules, LLM, "a language model")]
     elif wanted.base:
-        found = _of_base(wanted.base, target)
+        found = _of_base(wanted.base, modules, target)
     else:
-        found = _explaining(adapter, modules, target)
+        found = _explaining(adapters, modules, target)
     if wanted.source is None:
         return found
     source = format_named(wanted.source)
     spelled = [arch for arch in found if is_spelled(modules, arch, source)]
     if not spelled:
         raise LoratoolError(
-            f"{adapter.path}: is not spelled as {source.title} spells it; `loratool inspect` shows how it is"
+            f"{adapters[0].path}: is not spelled as {source.title} spells it; `loratool inspect` shows how it is"
         )
     return spelled
 
 
-def _explaining(adapter: Adapter, modules: Sequence[Module], target: Format) -> list[Arch]:
+def _explaining(adapters: Sequence[Adapter], modules: Sequence[Module], target: Format) -> list[Arch]:
     """What explains the names: by shapes too, where any does."""
-    inputs = [(change.module, _width(change.delta.shape)) for change in adapter.changes]
+    inputs = [(change.module, _width(change.delta.shape)) for adapter in adapters for change in adapter.changes]
+    metadata = {key: value for adapter in reversed(adapters) for key, value in adapter.metadata.items()}
     named, fitting = explaining(inputs)
     if fitting:
-        return narrowed(fitting, inputs, adapter.metadata)[0]
+        return narrowed(fitting, inputs, metadata)[0]
     if named:
-        chosen = narrowed(named, inputs, adapter.metadata)[0]
+        chosen = narrowed(named, inputs, metadata)[0]
         return [replace(arch, title=f"{arch.title} by its names, not by its shapes") for arch in chosen]
     return [_without_table(modules, target)]
 
@@ -138,14 +165,17 @@ def archs_of(layout: Layout, modules: Sequence[Module], wanted: str | None) -> l
     return narrowed(fitting, inputs, {})[0] or named or [as_named(modules, "base", f"the model in {layout.root.name}")]
 
 
-def _of_base(path: Path, target: Format) -> list[Arch]:
+def _of_base(path: Path, modules: Sequence[Module], target: Format) -> list[Arch]:
     """The base's architecture; where none explains it, its own names, which only formats of its naming can use."""
     layout = open_layout(path.expanduser())
-    modules = [module for module, _ in inputs_of(layout)]
-    found = archs_of(layout, modules, None)
+    named = [module for module, _ in inputs_of(layout)]
+    found = archs_of(layout, named, None)
     if found[0] in ARCHS:
         return found
-    if (ORIGINAL in target.namings) == layout.is_folder and any(module.component == UNET for module in modules):
+    if found[0].name == LLM:
+        # Norms too are called what Hugging Face calls them.
+        return [as_named([*modules, *named], LLM, found[0].title)]
+    if (ORIGINAL in target.namings) == layout.is_folder and any(module.component == UNET for module in named):
         raise Unsupported(
             f"{path}: has no table here, and its names are {'diffusers' if layout.is_folder else 'the original'}'s, "
             f"which {target.title} does not use"
@@ -154,7 +184,10 @@ def _of_base(path: Path, target: Format) -> list[Arch]:
 
 
 def _without_table(modules: Sequence[Module], target: Format) -> Arch:
-    """An architecture of the file's own dotted names, for a format of the same naming."""
+    """An architecture of the file's own names, for its own format or, if they are dotted, one of the same naming."""
+    own = as_named(modules, "unknown", "a model without a table")
+    if is_spelled(modules, own, target):
+        return own
     expected = OF_ORIGINALS if ORIGINAL in target.namings else OF_DIFFUSERS
     strange = [module for module in modules if not module.stem.startswith(expected) or "." not in module.path]
     if strange:
@@ -162,4 +195,4 @@ def _without_table(modules: Sequence[Module], target: Format) -> Arch:
             f"no table explains {some(map(str, strange), 2)}, so what {target.title} calls them is unknown; "
             "--arch says for which model they are, --base gives a file that has their names"
         )
-    return as_named(modules, "unknown", "a model without a table")
+    return own

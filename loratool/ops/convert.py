@@ -68,7 +68,7 @@ def convert(
         adapter, converted = lower(adapter, rule, dtype, base=base)
     elif target.folder and (adapter.path / CONFIG_NAME).exists() and locate(adapter.path)[0].suffix == ".safetensors":
         return _copied(adapter, target, out, overwrite=overwrite)
-    found, ways = choose(adapter, target, Wanted(arch, source, Path(base) if base else None))
+    found, ways = choose([adapter], target, Wanted(arch, source, Path(base) if base else None))
     written = write_as(adapter, target, ways, out, inputs=[adapter.path], overwrite=overwrite)
     report = _report(adapter, target, out, written.nbytes)
     return replace(

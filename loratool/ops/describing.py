@@ -67,10 +67,8 @@ def _archs(found: Listing, verdict: Verdict) -> list[Arch]:
 
 def _agrees(found: Listing, row: Format, arch: Arch) -> bool:
     """Whether every key is what the format would call it."""
-    for group in found.groups:
-        for leaf, info in group.leaves.items():
-            if leaf not in row.leaves or row.key(group.module.stem, leaf) != info.name:
-                return False
+    if not all(row.spells(group.module.stem, [info.name for info in group.leaves.values()]) for group in found.groups):
+        return False
     return is_spelled([group.module for group in found.groups], arch, row)
 
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from loratool.adapter import Adapter, Change, Unsaid, load
+from loratool.adapter import Adapter, Unsaid, load
 from loratool.ops.budgets import Market
-from loratool.ops.lowering import Converted, Lowering
+from loratool.ops.lowering import Converted, Lowering, lowered_adapter
 from loratool.ops.saving import as_they_were, size_of, write
 from loratool.ops.weights import Weights
 from loratool.ranks import NUMERICAL, Budget, Offer, Rule
-from loratool.schema import WEIGHT
 
 KEPT: Final = frozenset({"lora", "embedding", "enlarge", "replace", "tokens"})
 """Kinds that a LoRA file holds as they are."""
@@ -174,12 +173,7 @@ def lower(
     became of each."""
     work = Lowering(adapter, dtype, KEPT, _weights(base))
     done = work.lowered(rule)
-    changes = [
-        Change(change.module, WEIGHT, done[number][1]) if number in done else change
-        for number, change in enumerate(adapter.changes)
-        if not change.optional
-    ]
-    return replace(adapter, changes=tuple(changes)), [figures for figures, _ in done.values()]
+    return lowered_adapter(work, done), [figures for figures, _ in done.values()]
 
 
 def error_of(converted: Sequence[Converted]) -> float:

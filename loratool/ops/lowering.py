@@ -151,6 +151,16 @@ class Lowering:
         return done
 
 
+def lowered_adapter(work: Lowering, done: Lowered) -> Adapter:
+    """The adapter with its lowered deltas in the place of what they were, but for those that nothing is left of."""
+    changes = [
+        Change(change.module, WEIGHT, done[number][1]) if number in done else change
+        for number, change in enumerate(work.adapter.changes)
+        if not change.optional and (number not in done or done[number][0].rank)
+    ]
+    return replace(work.adapter, changes=tuple(changes))
+
+
 def _refuse_bias(change: Change, weights: Weights | None) -> None:
     """PEFT's (IA)³ multiplies the bias of a layer that has one, which a LoRA cannot."""
     if weights is None:
@@ -169,7 +179,7 @@ class _Effective:
 
 
 def _effective(change: Change, weights: Weights | None) -> _Effective:
-    delta = change.delta
+    delta = change.delta.made()
     if change.apart:
         raise Unsupported(f"{change}: is a LoRA on stacked experts, which only PEFT's target_parameters can hold")
     if delta.additive:

@@ -96,6 +96,11 @@ def _config(adapter: Adapter, result: Spelled, configs: Mapping[str, Mapping[str
     """adapter_config.json: PEFT's LoRA, with what its tensors ask for."""
     if any(result.dora) and not all(result.dora):
         raise Unsupported("PEFT has DoRA for all modules of an adapter or for none; --to-lora makes LoRA of them")
+    biased = any(name.endswith(".lora_B.bias") for name in result.tensors)
+    if biased and any(name.endswith(".lora_embedding_A") for name in result.tensors):
+        raise Unsupported(
+            "PEFT has lora_bias for all modules of an adapter or for none, and cannot have it for an embedding"
+        )
     saved = {"modules_to_save": sorted(result.whole)} if result.whole else {}
     return {
         "bias": "none",
@@ -104,7 +109,7 @@ def _config(adapter: Adapter, result: Spelled, configs: Mapping[str, Mapping[str
         **(_of_experts(result) if result.experts else next(iter(configs.values()), {})),
         **saved,
         "use_dora": any(result.dora),
-        "lora_bias": any(name.endswith(".lora_B.bias") for name in result.tensors),
+        "lora_bias": biased,
         **({"bias": "all"} if any(name.endswith(".base_layer.bias") for name in result.tensors) else {}),
         "inference_mode": True,
     }

@@ -1,0 +1,100 @@
+"""`loratool combine`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratool.cli.convert import a_format, an_arch
+from loratool.cli.low_rank import print_converted
+from loratool.cli.options import (
+    adapter_and_parts,
+    json_option,
+    overwrite_option,
+    pickle_option,
+    quiet_option,
+    verbose_option,
+)
+from loratool.cli.ranks import rank_rules, rule_of
+from loratool.cli.render import histogram, print_facts, print_json, size, warn
+from loratool.header import DTYPE_OPTIONS
+
+if TYPE_CHECKING:
+    from loratool.ops.combine import CombineReport
+
+METHODS = ("sum", "ties", "dare", "dare-ties", "knots", "core")
+
+
+@click.command("combine", short_help="Make one adapter of several.")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:STRENGTH[:PARTS]]...")
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="What to write.")
+@partial(rank_rules, without=("auto",))
+@click.option("--method", type=click.Choice(METHODS), default="sum", show_default=True, help="How to merge.")
+@click.option("--density", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True, help="Share kept.")
+@click.option("--seed", default=0, show_default=True, help="Of what dare and dare-ties drop.")
+@click.option("--to", type=a_format, metavar="FORMAT", help="Format to write. Default: as the first ADAPTER.")
+@click.option("--arch", type=an_arch, metavar="NAME", help="Base architecture, where the names fit several.")
+@click.option("--base", type=click.Path(path_type=Path), help="The base, for kinds that depend on it.")
+@click.option("--dtype", type=click.Choice(list(DTYPE_OPTIONS)), help="Of factors. Default: one that holds them exactly.")
+@pickle_option
+@overwrite_option
+@json_option
+@quiet_option
+@verbose_option
+def combine_command(adapters: tuple[str, ...], out: Path, as_json: bool, quiet: bool, verbose: bool, **given: Any) -> None:
+    """Write to OUT one adapter that does what all ADAPTERS do together, each at its STRENGTH (default 1).
+
+    The weighted sum of their ΔW is exact: ranks add, and equal `down` factors are shared. With --rank, --max-error, --size
+    or another rule it is the best approximation of that sum. They may have different formats, ranks, kinds and dtypes; OUT
+    is like the first. Kinds that depend on the weight they change (DoRA, OFT …) need --base, but where one of them alone
+    changes a module at strength 1.
+
+    PARTS weigh components and blocks of one adapter: te1=0.5,OUT*=0, or the 12, 17, 20 or 26 block weights of Stable
+    Diffusion's users. --method merges as models are merged: ties, dare and dare-ties work on ΔW and need a rule for its
+    rank, knots and core on the small matrices between the adapters' common directions.
+
+    \b
+    Example:
+      loratool combine style.safetensors:0.7 character.safetensors:0.4 -o both.safetensors
+      loratool combine style.safetensors:0.7:te1=0 character.safetensors -o both.safetensors --rank 32
+      loratool combine adapter-a/ adapter-b/ adapter-c/ -o merged/ --method ties --density 0.3 --rank 16
+    """
+    from loratool.ops.combine import CombineOptions, Part, combine
+    from loratool.ops.strengths import Strength
+
+    rule = rule_of(given, needed=False)
+    parts = []
+    for path, value, vector, named in map(adapter_and_parts, adapters):
+        parts.append(Part(path, Strength(value, vector, named)))
+    report = combine(parts, out, rule, CombineOptions(**given))
+    for warning in report.warnings:
+        warn(warning)
+    if as_json:
+        print_json(report)
+    elif not quiet:
+        print_facts(f"combined {len(parts)} adapters into {report.out}", _facts(report))
+        if verbose and report.lowered:
+            print_converted(report.lowered)
+
+
+def _facts(report: CombineReport) -> Iterator[tuple[str, str]]:
+    for path, strength in report.adapters:
+        yield f"{strength:g} ×", path
+    yield "method", report.method
+    yield "format", report.format
+    yield "for", report.arch
+    yield "modules", f"{report.modules}, {report.common} changed by several of them"
+    if report.ranks:
+        yield "rank", histogram(dict(report.ranks))
+    if report.lowered:
+        worst = report.worst
+        at = f", {worst.error:.2%} at worst, in {worst.name}" if worst else ""
+        yield "error", f"{report.error:.2%} of ‖ΔW‖ in all{at}"
+    else:
+        yield "error", "none: the sum is exact" if report.method == "sum" else "none beside the method's own"
+    yield "dtype", histogram(dict(report.dtypes))
+    yield "size", size(report.nbytes)

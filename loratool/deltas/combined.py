@@ -1,0 +1,141 @@
+"""Several deltas on one weight as one, computed when it is asked for: their exact weighted sum, or what a method for merging
+models makes of them (`deltas.methods`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from loratool.deltas.base import Delta, Leaves, or_one, times
+from loratool.deltas.full import Full
+from loratool.deltas.lora import Embedding, LoRA
+
+Weights = Sequence[float]
+Merge = Callable[[Sequence[Delta], Weights], Delta]
+
+
+@dataclass(frozen=True, slots=True)
+class Combined(Delta):
+    """`merge` of additive `terms` of one shape and their `weights`."""
+
+    kind: ClassVar[str] = "combined"
+
+    terms: tuple[Delta, ...]
+    weights: tuple[float, ...]
+    merge: Merge
+
+    @classmethod
+    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
+        raise NotImplementedError("no file holds a combination: it is made of deltas")
+
+    def made(self) -> Delta:
+        return self.merge(self.terms, self.weights)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """The tensors of all terms, those of the first under their own names."""
+        first, *others = self.terms
+        more = {f"{leaf} of {n}": tensor for n, term in enumerate(others, 2) for leaf, tensor in term.leaves().items()}
+        return first.leaves() | more
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of a kernel, where some terms have it flattened."""
+        return max((term.shape for term in self.terms), key=len)
+
+    @property
+    def flattened(self) -> bool:
+        return all(term.flattened for term in self.terms)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        return self.made().factors()
+
+    def dense(self) -> Tensor:
+        return self.made().dense()
+
+    def scaled(self, by: float) -> Self:
+        return replace(self, weights=tuple(by * weight for weight in self.weights))
+
+    def split(self, sizes: Sequence[int]) -> list[Delta]:
+        return self.made().split(sizes)
+
+
+def summed(terms: Sequence[Delta], weights: Weights, *, fold: bool = False) -> Delta:
+    """Σ wᵢ ΔWᵢ, exactly: one term is scaled; LoRA become one whose ranks are theirs together, those with the same `down`
+    share it; kinds that have exact factors become a LoRA of these where that is smaller than the difference itself.
+
+    Scales go into `up`, in float32 where its own dtype would round them, unless all are the same and `fold` does not ask
+    for it.
+    """
+    ordered = sorted(zip(terms, weights, strict=True), key=lambda pair: -len(pair[0].shape))
+    scaled = [term if weight == 1 else term.scaled(weight) for term, weight in ordered]
+    if fold:
+        scaled = [term.folded() for term in scaled]
+    if len(scaled) == 1:
+        return scaled[0]
+    plain = [term if isinstance(term, LoRA) and term.mid is None else None for term in scaled]
+    if all(plain):
+        return concatenated([term for term in plain if term])
+    if all(isinstance(term, Embedding) for term in scaled):
+        turned = [LoRA(term.up.T, term.down.T, None, term.scale) for term in scaled if isinstance(term, Embedding)]
+        whole = concatenated(turned)
+        return Embedding(whole.up.T, whole.down.T, whole.scale)
+    return _of_kinds(scaled)
+
+
+def concatenated(terms: Sequence[LoRA]) -> LoRA:
+    """The sum of LoRA without Tucker cores, as one; the shape is that of the first."""
+    scale = terms[0].scale
+    if len({term.scale for term in terms}) > 1:
+        terms, scale = [term.folded() for term in terms], 1.0
+    inner, ones = terms[0].down.shape[1:], terms[0].up.shape[2:]
+    groups: list[list[LoRA]] = []
+    for term in terms:
+        shared = next((group for group in groups if _same(group[0].down, term.down)), None)
+        if shared:
+            shared.append(term)
+        else:
+            groups.append([term])
+    ups = [_added([term.up.reshape(*term.up.shape[:2], *ones) for term in group]) for group in groups]
+    down = torch.cat(_alike([group[0].down.reshape(-1, *inner) for group in groups]))
+    return LoRA(down, torch.cat(_alike(ups), dim=1), None, scale)
+
+
+def _of_kinds(terms: Sequence[Delta]) -> Delta:
+    """The sum of deltas of several kinds: a LoRA of their exact factors, or the difference, whichever is smaller."""
+    shape = terms[0].shape
+    factors = [term.factors() for term in terms] if len(shape) > 1 else [None]
+    pairs = [pair for pair in factors if pair]
+    cost = sum(up.numel() + down.numel() for up, down in pairs)
+    if len(pairs) == len(terms) and cost <= prod(shape):
+        ones = (1,) * len(shape[2:])
+        up, down = torch.cat([up for up, _ in pairs], dim=1), torch.cat([down for _, down in pairs])
+        return LoRA(down.reshape(-1, *shape[1:]), up.reshape(*up.shape, *ones))
+    leaf = next((term.leaf for term in terms if isinstance(term, Full)), "diff")
+    if all(isinstance(term, Full) for term in terms):
+        parts = [times(term.difference, or_one(term.scale)).reshape(shape) for term in terms if isinstance(term, Full)]
+        return Full(_added(parts), leaf)
+    return Full(_added([term.dense().reshape(shape) for term in terms]), leaf)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+
+def _alike(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors in a dtype that holds all their numbers."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _added(tensors: Sequence[Tensor]) -> Tensor:
+    """Their sum, in float64 and then float32; one alone is as it was."""
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.stack([tensor.double() for tensor in tensors]).sum(dim=0).float()

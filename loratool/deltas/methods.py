@@ -1,0 +1,146 @@
+"""Ways to merge several models' changes of one weight that are no sums: TIES, DARE, KnOTS and Core Space.
+
+Each sees every ΔW in some coordinates, makes most of them zero, and adds what is left, by elected signs or plainly:
+
+- TIES (Yadav et al. 2023, arXiv:2306.01708): the largest numbers of each; of each number, the mean of those that have
+  the sign of the weighted sum. As in PEFT (utils/merge_utils.py), numbers are weighted before their mean is taken, so that
+  one adapter alone keeps its strength; unlike there, the weights count in the election too.
+- DARE (Yu et al. 2024, arXiv:2311.03099): numbers left by chance, divided by how likely they were.
+- KnOTS (Stoica et al. 2024, arXiv:2410.19735): TIES on Σ Vᵢᵀ, where U Σ [V₁ᵀ … Vₙᵀ] is the SVD of [ΔW₁ … ΔWₙ].
+- Core Space (Panariello et al. 2025, arXiv:2509.17786): TIES on Uᵀ ΔWᵢ V, with the left singular vectors U of all `up` side
+  by side, and V the right ones of all `down`, one below the other.
+
+The last two never form a ΔW of a LoRA, and what they give is of no more rank than all terms together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from loratool.deltas.base import Delta
+from loratool.deltas.full import Full
+from loratool.deltas.lora import LoRA
+
+Back = Callable[[Tensor], Delta]
+"""From coordinates to a delta."""
+Sparsify = Callable[[Tensor, float, torch.Generator], Tensor]
+
+NOISE: Final = 1e-6
+"""Singular values below so much of the largest are of directions that are none."""
+
+
+def dense_space(terms: Sequence[Delta]) -> tuple[list[Tensor], Back]:
+    """ΔW itself."""
+    leaf = next((term.leaf for term in terms if isinstance(term, Full)), "diff")
+    shape = terms[0].shape
+    return [term.dense().reshape(shape) for term in terms], lambda merged: Full(merged, leaf)
+
+
+def knots_space(terms: Sequence[Delta]) -> tuple[list[Tensor], Back]:
+    """What each term has of the directions of all outputs: Σ Vᵢᵀ of the SVD of all ΔW side by side."""
+    pairs = [_factors(term) for term in terms]
+    basis, triangle = torch.linalg.qr(torch.cat([up for up, _ in pairs], dim=1).double())
+    parts = [
+        part @ down.double() for part, (_, down) in zip(torch.split(triangle, _ranks(pairs), dim=1), pairs, strict=True)
+    ]
+    directions = _leading(torch.cat(parts, dim=1))
+    coordinates = [(directions.T @ part).float() for part in parts]
+    return coordinates, _as_lora(terms[0].shape, up=(basis @ directions).float())
+
+
+def core_space(terms: Sequence[Delta]) -> tuple[list[Tensor], Back]:
+    """ΔW between the directions of all `up` and of all `down`: a matrix as small as the ranks together."""
+    pairs = [_factors(term) for term in terms]
+    left = _leading(torch.cat([up for up, _ in pairs], dim=1).double())
+    right = _leading(torch.cat([down for _, down in pairs]).double().T)
+    coordinates = [((left.T @ up.double()) @ (down.double() @ right)).float() for up, down in pairs]
+    lora = _as_lora(terms[0].shape, up=left.float())
+    return coordinates, lambda merged: lora(merged @ right.T.float())
+
+
+def trimmed(matrix: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """Without all but the share `density` of its numbers that are largest."""
+    count = int(density * matrix.numel())
+    kept = torch.zeros_like(matrix).flatten()
+    largest = matrix.abs().flatten().topk(count).indices
+    kept[largest] = matrix.flatten()[largest]
+    return kept.reshape(matrix.shape)
+
+
+def dropped(matrix: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """Each number with the chance `density`, and divided by it."""
+    return torch.where(torch.rand(matrix.shape, generator=generator) < density, matrix / density, 0.0)
+
+
+def elected(weighted: Tensor) -> Tensor:
+    """Of each number, the mean over the terms (dimension 0) that have the sign of the sum of all; zeros have none."""
+    sign = torch.where(weighted.sum(dim=0) >= 0, 1.0, -1.0)
+    agree = weighted.sign() == sign
+    return (weighted * agree).sum(dim=0) / agree.sum(dim=0).clamp_min(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One method: the coordinates it works in, how it makes them sparse, and whether signs are elected; `dense` results are
+    of full rank."""
+
+    space: Callable[[Sequence[Delta]], tuple[list[Tensor], Back]]
+    sparsify: Sparsify
+    elect: bool
+    dense: bool = False
+
+
+METHODS: Final[Mapping[str, Method]] = {
+    "ties": Method(dense_space, trimmed, elect=True, dense=True),
+    "dare": Method(dense_space, dropped, elect=False, dense=True),
+    "dare-ties": Method(dense_space, dropped, elect=True, dense=True),
+    "knots": Method(knots_space, trimmed, elect=True),
+    "core": Method(core_space, trimmed, elect=True),
+}
+
+
+def merged(terms: Sequence[Delta], weights: Sequence[float], *, method: str, density: float, seeds: Sequence[str]) -> Delta:
+    """What `method` makes of the terms, each of which has the chances that its seed, any text, gives it."""
+    row = METHODS[method]
+    # Vectors have no directions, and are merged as they are.
+    coordinates, back = (row.space if len(terms[0].shape) > 1 else dense_space)(terms)
+    chances = [_generator(seed) for seed in seeds]
+    sparse = [row.sparsify(matrix, density, chance) for matrix, chance in zip(coordinates, chances, strict=True)]
+    weighted = torch.stack([weight * matrix for weight, matrix in zip(weights, sparse, strict=True)])
+    return back(elected(weighted) if row.elect else weighted.sum(dim=0))
+
+
+def _generator(text: str) -> torch.Generator:
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _factors(term: Delta) -> tuple[Tensor, Tensor]:
+    """Exact factors, of full rank where the kind has none."""
+    factors = term.factors()
+    if factors:
+        return factors
+    dense = term.dense().flatten(1)
+    return (dense, torch.eye(dense.shape[1])) if len(dense) > dense.shape[1] else (torch.eye(len(dense)), dense)
+
+
+def _ranks(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
+    return [up.shape[1] for up, _ in pairs]
+
+
+def _leading(matrix: Tensor) -> Tensor:
+    """The left singular vectors of a float64 matrix that belong to more than noise."""
+    left, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)
+    found: Tensor = left[:, sigma > NOISE * sigma[:1]]
+    return found
+
+
+def _as_lora(shape: tuple[int, ...], up: Tensor) -> Back:
+    ones = (1,) * len(shape[2:])
+    return lambda merged: LoRA(merged.reshape(-1, *shape[1:]), up.reshape(*up.shape, *ones))

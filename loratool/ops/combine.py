@@ -1,0 +1,209 @@
+"""`combine`: Σ wᵢ ΔWᵢ of several adapters as one, exactly or at a lower rank, or what a method for merging models makes of
+them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from loratool import __version__
+from loratool.adapter import Adapter, load
+from loratool.deltas import LoRA
+from loratool.deltas.combined import Merge
+from loratool.deltas.methods import METHODS, merged
+from loratool.errors import LoratoolError
+from loratool.formats.table import format_named
+from loratool.header import DTYPE_OPTIONS
+from loratool.names import Module
+from loratool.ops.choosing import Wanted, choose, own_format
+from loratool.ops.combining import Combining, MergeAt, as_sum
+from loratool.ops.low_rank import error_of
+from loratool.ops.lowering import Converted
+from loratool.ops.packing import require_room, write_as
+from loratool.ops.saving import kohya_metadata
+from loratool.ops.strengths import Strength
+from loratool.ops.weights import Weights
+from loratool.ranks import Budget, Rule
+
+SUM: Final = "sum"
+HISTORY_KEY: Final = "loratool"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """An adapter and how strongly it counts."""
+
+    adapter: Adapter | str | Path
+    strength: Strength = field(default_factory=Strength)
+
+
+@dataclass(frozen=True, slots=True)
+class CombineOptions:
+    """How to combine: `to`, a format's name (None: that of the first adapter), `arch` where their names fit several, a
+    `method` of `deltas.methods` with its density and seed, the dtype of factors, and the base for kinds that are no sums."""
+
+    to: str | None = None
+    arch: str | None = None
+    method: str = SUM
+    density: float = 0.5
+    seed: int = 0
+    dtype: str | None = None
+    base: Path | None = None
+    allow_pickle: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CombineReport:
+    """What was combined: `common` is how many modules several adapters change, `ranks` those of the output's factors.
+
+    `lowered` are the modules that a rule, or a dtype, made an approximation of, and `error` what that leaves out of all of
+    them; without one the sum is exact.
+    """
+
+    out: str
+    format: str
+    arch: str
+    method: str
+    adapters: tuple[tuple[str, float], ...]
+    modules: int
+    common: int
+    ranks: Mapping[int, int]
+    dtypes: Mapping[str, int]
+    lowered: tuple[Converted, ...]
+    error: float
+    nbytes: int
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> Converted | None:
+        """The module with the largest error."""
+        return max(self.lowered, key=lambda module: module.error, default=None)
+
+
+def combine(
+    parts: Sequence[Part | str | Path],
+    out: str | Path,
+    rule: Rule | Budget | None = None,
+    options: CombineOptions | None = None,
+) -> CombineReport:
+    """Writes to `out` one adapter that does what `parts` do together, each at its strength, whatever their formats, ranks,
+    kinds and dtypes are: exactly, with ranks that add, or as well as the ranks that `rule` gives allow.
+
+    Raises `LoratoolError`, and writes nothing, where they are for different models, where a kind depends on its weight and
+    there is no base, and where the output's format has no place for a sum.
+    """
+    options, out = options or CombineOptions(), Path(out).expanduser()
+    given = [part if isinstance(part, Part) else Part(part) for part in parts]
+    adapters = [_loaded(part.adapter, options) for part in given]
+    if not adapters:
+        raise LoratoolError("there is nothing to combine: name at least one adapter")
+    target = format_named(options.to) if options.to else own_format(adapters[0])
+    require_room(target, out)
+    if options.method != SUM and METHODS[options.method].dense and rule is None:
+        raise LoratoolError(
+            f"--method {options.method} makes ΔW of full rank; say how much of it to keep: --rank, --max-error, --size …"
+        )
+    arch, ways = choose(adapters, target, Wanted(options.arch, None, options.base))
+    combining = Combining(target, arch, ways, _merge_at(options), _weights(options))
+    for number, (adapter, part) in enumerate(zip(adapters, given, strict=True)):
+        combining.add(number, adapter, part.strength)
+    dtype = DTYPE_OPTIONS[options.dtype] if options.dtype else None
+    asked = combining.adapter(adapters)
+
+    def described(adapter: Adapter) -> Adapter:
+        return replace(adapter, metadata=_metadata(adapters, given, adapter, options))
+
+    if rule is None:
+        combined, lowered = combining.exact(asked, dtype, described)
+    else:
+        combined, lowered = combining.approximated(asked, rule, dtype, described)
+    inputs = [adapter.path for adapter in adapters]
+    written = write_as(combined, target, combining.ways_of(combined), out, inputs=inputs, overwrite=options.overwrite)
+    return _report(combining, combined, given, options, lowered, out, written.nbytes)
+
+
+def _weights(options: CombineOptions) -> Weights | None:
+    return Weights(options.base.expanduser()) if options.base else None
+
+
+def _merge_at(options: CombineOptions) -> MergeAt:
+    if options.method == SUM:
+        return as_sum
+
+    def at(module: Module, owners: Sequence[int]) -> Merge:
+        seeds = [f"{options.seed}/{module}/{owner}" for owner in owners]
+        return partial(merged, method=options.method, density=options.density, seeds=seeds)
+
+    return at
+
+
+def _report(
+    combining: Combining,
+    combined: Adapter,
+    parts: Sequence[Part],
+    options: CombineOptions,
+    lowered: Sequence[Converted],
+    out: Path,
+    nbytes: int,
+) -> CombineReport:
+    leaves = [leaf for change in combined.changes for leaf in change.delta.leaves().values()]
+    alone = len(parts) > 1 and not combining.common
+    return CombineReport(
+        out=str(out),
+        format=combining.target.title,
+        arch=combining.arch.title,
+        method=options.method,
+        adapters=tuple((str(_path(part.adapter)), part.strength.value) for part in parts),
+        modules=len({change.module for change in combined.changes}),
+        common=combining.common,
+        ranks=Counter(change.delta.rank for change in combined.changes if isinstance(change.delta, LoRA)),
+        dtypes=Counter(str(leaf.dtype).removeprefix("torch.") for leaf in leaves),
+        lowered=tuple(lowered),
+        error=error_of(lowered),
+        nbytes=nbytes,
+        warnings=(*combining.warnings, *(["no module is changed by two of the adapters"] if alone else [])),
+    )
+
+
+def _path(adapter: Adapter | str | Path) -> Path:
+    return adapter.path if isinstance(adapter, Adapter) else Path(adapter)
+
+
+def _loaded(adapter: Adapter | str | Path, options: CombineOptions) -> Adapter:
+    return adapter if isinstance(adapter, Adapter) else load(adapter, allow_pickle=options.allow_pickle)
+
+
+def _metadata(
+    adapters: Sequence[Adapter], parts: Sequence[Part], combined: Adapter, options: CombineOptions
+) -> dict[str, str]:
+    """What all adapters say alike, made true of the output, and where it comes from."""
+    first, *others = (adapter.metadata for adapter in adapters)
+    common = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    for key in ("ss_network_module", "ss_network_dim", "ss_network_alpha"):
+        if key in first:
+            common[key] = first[key]
+    ranks = [change.delta.rank for change in combined.changes if isinstance(change.delta, LoRA)]
+    all_lora = all(change.delta.kind in ("lora", "full") for change in combined.changes)
+    metadata = dict(kohya_metadata(common, ranks)) if all_lora else common
+    document = {"version": __version__, "command": "combine", **dict(_history(adapters, parts, options))}
+    return metadata | {HISTORY_KEY: json.dumps(document)}
+
+
+def _history(adapters: Sequence[Adapter], parts: Sequence[Part], options: CombineOptions) -> Iterator[tuple[str, Any]]:
+    yield (
+        "adapters",
+        [
+            {"name": a.path.name[:100], "strength": part.strength.value}
+            for a, part in zip(adapters[:20], parts, strict=False)
+        ],
+    )
+    yield "method", options.method
+    if options.method != SUM:
+        yield "density", options.density
+        yield "seed", options.seed
