@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
+from math import frexp
 from typing import ClassVar, Self
 
 import torch
@@ -128,7 +129,10 @@ def times(tensor: Tensor, scale: float | None) -> Tensor:
     """`tensor` multiplied by `scale`, in its own dtype where that is exact, else in float32."""
     if scale in (None, 1.0):
         return tensor
-    product = (tensor.double() * scale).float()
+    product = tensor.double().mul_(scale).float()
+    if tensor.dtype == torch.float32 or abs(frexp(scale)[0]) != 0.5:
+        return product
+    # A power of two: exact, but for numbers that it takes out of range.
     narrow = product.to(tensor.dtype)
     return narrow if torch.equal(narrow.float(), product) else product
 

@@ -28,6 +28,7 @@ from loratool.ops.packing import require_room, write_as
 from loratool.ops.saving import kohya_metadata
 from loratool.ops.strengths import Strength
 from loratool.ops.weights import Weights
+from loratool.output import check_target
 from loratool.ranks import Budget, Rule
 
 SUM: Final = "sum"
@@ -100,32 +101,38 @@ def combine(
     """
     options, out = options or CombineOptions(), Path(out).expanduser()
     given = [part if isinstance(part, Part) else Part(part) for part in parts]
-    adapters = [_loaded(part.adapter, options) for part in given]
-    if not adapters:
+    if not given:
         raise LoratoolError("there is nothing to combine: name at least one adapter")
-    target = format_named(options.to) if options.to else own_format(adapters[0])
-    require_room(target, out)
     if options.method != SUM and METHODS[options.method].dense and rule is None:
         raise LoratoolError(
             f"--method {options.method} makes ΔW of full rank; say how much of it to keep: --rank, --max-error, --size …"
         )
-    arch, ways = choose(adapters, target, Wanted(options.arch, None, options.base))
-    combining = Combining(target, arch, ways, _merge_at(options), _weights(options))
-    for number, (adapter, part) in enumerate(zip(adapters, given, strict=True)):
-        combining.add(number, adapter, part.strength)
-    dtype = DTYPE_OPTIONS[options.dtype] if options.dtype else None
-    asked = combining.adapter(adapters)
+    combining, sources = _collected(given, out, options)
 
     def described(adapter: Adapter) -> Adapter:
-        return replace(adapter, metadata=_metadata(adapters, given, adapter, options))
+        return replace(adapter, metadata=_metadata(sources, given, adapter, options))
 
-    if rule is None:
-        combined, lowered = combining.exact(asked, dtype, described)
-    else:
-        combined, lowered = combining.approximated(asked, rule, dtype, described)
-    inputs = [adapter.path for adapter in adapters]
-    written = write_as(combined, target, combining.ways_of(combined), out, inputs=inputs, overwrite=options.overwrite)
+    dtype = DTYPE_OPTIONS[options.dtype] if options.dtype else None
+    combined, lowered = combining.made(sources, rule, dtype, described)
+    inputs = [source.path for source in sources]
+    written = write_as(
+        combined, combining.target, combining.ways_of(combined), out, inputs=inputs, overwrite=options.overwrite
+    )
     return _report(combining, combined, given, options, lowered, out, written.nbytes)
+
+
+def _collected(parts: Sequence[Part], out: Path, options: CombineOptions) -> tuple[Combining, list[Adapter]]:
+    """What all parts change, and the adapters without their changes, so that nothing holds these twice."""
+    adapters = [_loaded(part.adapter, options) for part in parts]
+    target = format_named(options.to) if options.to else own_format(adapters[0])
+    require_room(target, out)
+    inputs = [adapter.path for adapter in adapters]
+    check_target(out, folder=target.folder, overwrite=options.overwrite, inputs=inputs)
+    arch, ways = choose(adapters, target, Wanted(options.arch, None, options.base))
+    combining = Combining(target, arch, ways, _merge_at(options), _weights(options))
+    for number, (adapter, part) in enumerate(zip(adapters, parts, strict=True)):
+        combining.add(number, adapter, part.strength)
+    return combining, [replace(adapter, changes=()) for adapter in adapters]
 
 
 def _weights(options: CombineOptions) -> Weights | None:

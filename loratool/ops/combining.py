@@ -31,6 +31,8 @@ from loratool.routes import Route
 from loratool.schema import WEIGHT
 from loratool.workers import run_all
 
+Described = Callable[[Adapter], Adapter]
+"""Gives an adapter the output's metadata."""
 MergeAt = Callable[[Module, Sequence[int]], Merge]
 """How terms are merged at a module, that adapters of these numbers change."""
 
@@ -63,6 +65,7 @@ class Combining:
         self.target, self.arch, self.ways, self.weights = target, arch, ways, weights
         self.merge = merge
         self.terms: dict[Place, list[_Term]] = {}
+        self.common = 0
         # PEFT's bias shares the scale of its module's factors, which must then be 1 after a sum.
         self.biased = False
         self.warnings: list[str] = []
@@ -86,12 +89,16 @@ class Combining:
                 self.terms.setdefault(place, []).append(_Term(number, module, item.delta, weights[module]))
         self.warnings += adapter.notes
 
-    @property
-    def common(self) -> int:
-        """At how many places several adapters change something."""
-        return sum(len({term.owner for term in terms}) > 1 for terms in self.terms.values())
+    def made(
+        self, adapters: Sequence[Adapter], rule: Rule | Budget | None, dtype: str | None, described: Described
+    ) -> tuple[Adapter, tuple[Converted, ...]]:
+        """All of it as one adapter, exactly or as a rule says, and what became of each module that is approximated."""
+        self.common = sum(len({term.owner for term in terms}) > 1 for terms in self.terms.values())
+        asked = self._adapter(adapters)
+        self.terms.clear()
+        return self._exact(asked, dtype, described) if rule is None else self._approximated(asked, rule, dtype, described)
 
-    def adapter(self, adapters: Sequence[Adapter]) -> Adapter:
+    def _adapter(self, adapters: Sequence[Adapter]) -> Adapter:
         """All places as changes of one adapter, whose deltas are computed when they are asked for."""
         changes: list[Change] = []
         for (prefix, path, parameter), terms in self.terms.items():
@@ -155,9 +162,7 @@ class Combining:
             raise LoratoolError(f"{module}: has no {parameter} in {self.weights.layout.root}")
         return self.weights.at(places)
 
-    def exact(
-        self, combined: Adapter, dtype: str | None, described: Callable[[Adapter], Adapter]
-    ) -> tuple[Adapter, tuple[Converted, ...]]:
+    def _exact(self, combined: Adapter, dtype: str | None, described: Described) -> tuple[Adapter, tuple[Converted, ...]]:
         """Every combination computed, and rounded to another dtype only where one is asked for."""
         narrow = DTYPES[dtype] if dtype else None
         done: dict[int, tuple[Delta, Converted | None]] = {}
@@ -167,10 +172,10 @@ class Combining:
         rounded = (figures for number in range(len(changes)) if (figures := done[number][1]))
         return described(replace(combined, changes=tuple(changes))), tuple(rounded)
 
-    def approximated(
-        self, combined: Adapter, rule: Rule | Budget, dtype: str | None, described: Callable[[Adapter], Adapter]
+    def _approximated(
+        self, combined: Adapter, rule: Rule | Budget, dtype: str | None, described: Described
     ) -> tuple[Adapter, tuple[Converted, ...]]:
-        """Every combination at the rank that the rule gives; `described` gives an adapter the output's metadata."""
+        """Every combination at the rank that the rule gives."""
         work = Lowering(combined, dtype, KEPT - RESIZED, self.weights)
 
         def size(imagined: Lowered) -> int:
