@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loratool.checkpoint import Checkpoint
     from loratool.errors import LoratoolError
     from loratool.ops.combine import CombineOptions, CombineReport, Part, combine
+    from loratool.ops.compare import CompareOptions, compare, compare_to
     from loratool.ops.convert import ConvertReport, convert
     from loratool.ops.extract import ExtractOptions, ExtractReport, extract
     from loratool.ops.inspect import AdapterReport, CheckpointReport, inspect
@@ -31,6 +32,7 @@ _HOMES: Final = {
     "CheckpointReport": "loratool.ops.inspect",
     "CombineOptions": "loratool.ops.combine",
     "CombineReport": "loratool.ops.combine",
+    "CompareOptions": "loratool.ops.compare",
     "ConvertReport": "loratool.ops.convert",
     "ExtractOptions": "loratool.ops.extract",
     "ExtractReport": "loratool.ops.extract",
@@ -42,6 +44,8 @@ _HOMES: Final = {
     "Part": "loratool.ops.combine",
     "Strength": "loratool.ops.strengths",
     "combine": "loratool.ops.combine",
+    "compare": "loratool.ops.compare",
+    "compare_to": "loratool.ops.compare",
     "convert": "loratool.ops.convert",
     "extract": "loratool.ops.extract",
     "inspect": "loratool.ops.inspect",
@@ -65,6 +69,7 @@ __all__ = [
     "CheckpointReport",
     "CombineOptions",
     "CombineReport",
+    "CompareOptions",
     "ConvertReport",
     "ExtractOptions",
     "ExtractReport",
@@ -78,6 +83,8 @@ __all__ = [
     "Source",
     "Strength",
     "combine",
+    "compare",
+    "compare_to",
     "convert",
     "extract",
     "frontier",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -53,6 +54,77 @@ def difference_norm(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) ->
     if squared > CANCELLED * whole:
         return math.sqrt(squared)
     return float(singular_values(ups, downs).norm())
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """How two matrices are related: their norms, ⟨one, other⟩, ‖one − other‖, and the principal angles, in degrees and
+    smallest first, between their column spaces (`outputs`) and between their row spaces (`inputs`)."""
+
+    one: float
+    other: float
+    inner: float
+    difference: float
+    outputs: tuple[float, ...] = ()
+    inputs: tuple[float, ...] = ()
+
+
+def relation(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], *, angles: bool = True) -> Relation:
+    """The relation of two products, in float64, without multiplying them out: from the inner products of all columns of both
+    `up` and of all rows of both `down` (Björck and Golub 1973 for the `angles`, where they are asked for)."""
+    ups, downs = [pair[0].double() for pair in (one, other)], [pair[1].double().T for pair in (one, other)]
+    of_ups, of_downs = _Products(*ups), _Products(*downs)
+    norms = [math.sqrt(max(float((of_ups.own[i] * of_downs.own[i]).sum()), 0.0)) for i in (0, 1)]
+    inner = float((of_ups.across * of_downs.across).sum())
+    squared, whole = norms[0] ** 2 + norms[1] ** 2 - 2 * inner, norms[0] ** 2 + norms[1] ** 2
+    difference = math.sqrt(squared) if squared > CANCELLED * whole else difference_norm(one, other)
+    if not angles or not all(norms):
+        return Relation(norms[0], norms[1], inner, difference)
+    cosines = [of_ups.cosines(), of_downs.cosines()]
+    if any(found is None for found in cosines):
+        bases = [_bases(up, down.T) for up, down in zip(ups, downs, strict=True)]
+        cosines = [torch.linalg.svdvals(bases[0][side].T @ bases[1][side]) for side in (0, 1)]
+    outputs, inputs = (
+        tuple(torch.rad2deg(torch.arccos(found.clamp(-1, 1))).tolist()) for found in cosines if found is not None
+    )
+    return Relation(norms[0], norms[1], inner, difference, outputs, inputs)
+
+
+INDEPENDENT: Final = 1e-4
+"""Least ratio of the pivots of columns that count as independent enough to be made orthonormal by their inner products."""
+NOISE: Final = 1e-7
+"""Singular values below so much of the largest are of directions that a product in float32 does not have."""
+
+
+class _Products:
+    """Inner products of the columns of two matrices: each with itself in `own`, with the other's in `across`."""
+
+    def __init__(self, one: Tensor, other: Tensor) -> None:
+        self.own = one.T @ one, other.T @ other
+        self.across = one.T @ other
+
+    def cosines(self) -> Tensor | None:
+        """Those of the principal angles between the two spans, largest first; None where columns are hardly independent."""
+        roots = []
+        for gram in self.own:
+            root, info = torch.linalg.cholesky_ex(gram)
+            pivots = root.diagonal()
+            if int(info) or float(pivots.min()) < INDEPENDENT * float(pivots.max()):
+                return None
+            roots.append(root)
+        left = torch.linalg.solve_triangular(roots[0], self.across, upper=False)
+        both = torch.linalg.solve_triangular(roots[1], left.T, upper=False)
+        found: Tensor = torch.linalg.svdvals(both)
+        return found
+
+
+def _bases(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal bases of the column and of the row space of a product in float64, without what is noise."""
+    up_basis, up_core = torch.linalg.qr(up)
+    down_basis, down_core = torch.linalg.qr(down.T)
+    left, sigma, right = torch.linalg.svd(up_core @ down_core.T, full_matrices=False)
+    kept = sigma > NOISE * sigma[:1]
+    return up_basis @ left[:, kept], down_basis @ right[kept].T
 
 
 def effective_rank(sigma: Tensor) -> float:

@@ -159,6 +159,20 @@ def adapter_and_parts(text: str) -> tuple[Path, float, tuple[float, ...], dict[s
         ) from error
 
 
+def sum_of(text: str) -> tuple[Path, list[tuple[Path, float]]]:
+    """`BASE+ADAPTER[:STRENGTH]…`: a plus sign separates only where there is a file, or a folder, of that name before it."""
+    words, found = text.split("+"), list[tuple[Path, float]]()
+    while words:
+        counts = range(1, len(words) + 1)
+        count = next((n for n in counts if adapter_and_strength("+".join(words[:n]))[0].exists()), len(words))
+        found.append(adapter_and_strength("+".join(words[:count])))
+        words = words[count:]
+    (base, _), *adapters = found
+    if not adapters:
+        raise LoratoolError(f"--to {text}: expected BASE+ADAPTER:STRENGTH, of files or folders that exist")
+    return base, adapters
+
+
 def component_strengths(pairs: tuple[str, ...]) -> dict[str, float]:
     """`te1=0.5` and the like to a map; raises `LoratoolError` for an unknown component or no number."""
     strengths = {}

@@ -82,7 +82,7 @@ def _size(delta: Delta) -> float:
 
 def difference(one: Delta, other: Delta) -> float:
     """‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖, 0 where every tensor is the same; of kinds that depend on the weight, on a random one."""
-    if _same_bytes(one, other):
+    if same_bytes(one, other):
         return 0.0
     factors = one.factors(), other.factors()
     if one.additive and other.additive and factors[0] and factors[1]:
@@ -95,7 +95,8 @@ def difference(one: Delta, other: Delta) -> float:
     return _tried(one, other)
 
 
-def _same_bytes(one: Delta, other: Delta) -> bool:
+def same_bytes(one: Delta, other: Delta) -> bool:
+    """Whether two deltas hold the same numbers, and the same scale."""
     mine, theirs = one.leaves(), other.leaves()
     return (
         mine.keys() == theirs.keys() and one.scale == other.scale and all(_same(mine[leaf], theirs[leaf]) for leaf in mine)

@@ -60,6 +60,19 @@ def choose(adapters: Sequence[Adapter], target: Format, wanted: Wanted) -> tuple
     return ways[0]
 
 
+def choose_common(
+    adapters: Sequence[Adapter], target: Format, arch: str | None, base: Path | None
+) -> tuple[Arch, dict[Module, Route]]:
+    """`choose` by the adapters' own names or, where these do not settle it, by those of a base that is there for another
+    reason."""
+    try:
+        return choose(adapters, target, Wanted(arch))
+    except LoratoolError:
+        if base is None:
+            raise
+        return choose(adapters, target, Wanted(arch, None, base))
+
+
 def _agreed(modules: Sequence[Module], arch: Arch, target: Format) -> dict[Module, Route]:
     """Where modules go, each under its own name where that is right, and where no two adapters have two for one module."""
     ways, kept = routes(modules, arch, target), ways_to(modules, arch, target)

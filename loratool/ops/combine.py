@@ -20,7 +20,7 @@ from loratool.errors import LoratoolError
 from loratool.formats.table import format_named
 from loratool.header import DTYPE_OPTIONS
 from loratool.names import Module
-from loratool.ops.choosing import Wanted, choose, own_format
+from loratool.ops.choosing import choose_common, own_format
 from loratool.ops.combining import Combining, MergeAt, as_sum
 from loratool.ops.low_rank import error_of
 from loratool.ops.lowering import Converted
@@ -128,7 +128,7 @@ def _collected(parts: Sequence[Part], out: Path, options: CombineOptions) -> tup
     require_room(target, out)
     inputs = [adapter.path for adapter in adapters]
     check_target(out, folder=target.folder, overwrite=options.overwrite, inputs=inputs)
-    arch, ways = choose(adapters, target, Wanted(options.arch, None, options.base))
+    arch, ways = choose_common(adapters, target, options.arch, options.base)
     combining = Combining(target, arch, ways, _merge_at(options), _weights(options))
     for number, (adapter, part) in enumerate(zip(adapters, parts, strict=True)):
         combining.add(number, adapter, part.strength)

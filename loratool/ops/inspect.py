@@ -85,15 +85,24 @@ def inspect(path: str | Path, *, values: bool = False, base: str | Path | None =
     `base`, a checkpoint, makes the adapter's share of parameters one of that whole base. Raises `LoratoolError`.
     """
     path = Path(path)
-    if path.is_dir() and not is_adapter_folder(path):
-        return _checkpoint(open_layout(path))
-    if path.name.endswith(".index.json"):
-        return _checkpoint(open_layout(path))
-    found = read_listing(path)
-    if not found.groups:
+    found = _listing(path)
+    if found is None:
         return _checkpoint(open_layout(path))
     whole = sum(info.numel for _, info in open_layout(Path(base)).tensors.values()) if base else None
     return _adapter(found, whole, values=values)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether `path` is an adapter and no checkpoint, by its header or what is in the folder."""
+    return _listing(path) is not None
+
+
+def _listing(path: Path) -> Listing | None:
+    """What an adapter's header says; None for a checkpoint."""
+    if (path.is_dir() and not is_adapter_folder(path)) or path.name.endswith(".index.json"):
+        return None
+    found = read_listing(path)
+    return found if found.groups else None
 
 
 def _adapter(found: Listing, whole: int | None, *, values: bool) -> AdapterReport:

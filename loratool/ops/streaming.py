@@ -137,8 +137,18 @@ def run_job(job: Job, rounded: Rounding, scratch: Scratch, stopped: Event) -> Me
 
 def change_whole(tensor: TensorPlan, source: TensorFile, target: Writer, offset: int, rounded: Rounding) -> Measure:
     """Changes a tensor that cannot be cut: each term sees the base's own weight, and all their changes are added."""
-    stored = source.read(tensor.source)
-    base, result = widened(stored), widened(stored).clone()
+    result, base = changed_whole(tensor, widened(source.read(tensor.source)))
+    narrow = rounded(result, torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype]), tensor.name, 0)
+    if not bool(narrow.float().isfinite().all()):
+        raise NonFinite(_lost(tensor, result))
+    target.write(tensor_bytes(narrow.contiguous()), offset)
+    wanted, got = (result - base).flatten().double(), (widened(narrow) - base).flatten().double()
+    return Measure(float(got @ wanted), float(wanted @ wanted), got.numel(), int((got == 0).sum()))
+
+
+def changed_whole(tensor: TensorPlan, base: Tensor) -> tuple[Tensor, Tensor]:
+    """What the terms of a tensor make of its widened `base`, before it is rounded; and the base in the result's shape."""
+    result = base.clone()
     for term in sorted(tensor.terms, key=lambda term: term.delta.additive):
         if tensor.shape != base.shape:
             # Only the term that says so knows what the weight was; the others come after it, and see its shape.
@@ -146,12 +156,7 @@ def change_whole(tensor: TensorPlan, source: TensorFile, target: Writer, offset:
             base = _padded(base, tensor.shape)
         else:
             _apply(term, base, result)
-    narrow = rounded(result, torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype]), tensor.name, 0)
-    if not bool(narrow.float().isfinite().all()):
-        raise NonFinite(_lost(tensor, result))
-    target.write(tensor_bytes(narrow.contiguous()), offset)
-    wanted, got = (result - base).flatten().double(), (widened(narrow) - base).flatten().double()
-    return Measure(float(got @ wanted), float(wanted @ wanted), got.numel(), int((got == 0).sum()))
+    return result, base
 
 
 def _run_block(job: Job, rows: slice, rounded: Rounding, scratch: Scratch) -> Measure:

@@ -1,0 +1,1 @@
+"""What `compare` is made of: adapters, checkpoints, and merges against what they should be."""
