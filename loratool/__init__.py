@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loratool.ops.combine import CombineOptions, CombineReport, Part, combine
     from loratool.ops.compare import CompareOptions, compare, compare_to
     from loratool.ops.convert import ConvertReport, convert
+    from loratool.ops.edit import EditOptions, EditReport, edit
     from loratool.ops.extract import ExtractOptions, ExtractReport, extract
     from loratool.ops.inspect import AdapterReport, CheckpointReport, inspect
     from loratool.ops.low_rank import FrontierReport, LowRankReport, frontier, resize, to_lora
@@ -34,6 +35,8 @@ _HOMES: Final = {
     "CombineReport": "loratool.ops.combine",
     "CompareOptions": "loratool.ops.compare",
     "ConvertReport": "loratool.ops.convert",
+    "EditOptions": "loratool.ops.edit",
+    "EditReport": "loratool.ops.edit",
     "ExtractOptions": "loratool.ops.extract",
     "ExtractReport": "loratool.ops.extract",
     "Budget": "loratool.ranks",
@@ -47,6 +50,7 @@ _HOMES: Final = {
     "compare": "loratool.ops.compare",
     "compare_to": "loratool.ops.compare",
     "convert": "loratool.ops.convert",
+    "edit": "loratool.ops.edit",
     "extract": "loratool.ops.extract",
     "inspect": "loratool.ops.inspect",
     "load": "loratool.adapter",
@@ -71,6 +75,8 @@ __all__ = [
     "CombineReport",
     "CompareOptions",
     "ConvertReport",
+    "EditOptions",
+    "EditReport",
     "ExtractOptions",
     "ExtractReport",
     "FrontierReport",
@@ -86,6 +92,7 @@ __all__ = [
     "compare",
     "compare_to",
     "convert",
+    "edit",
     "extract",
     "frontier",
     "inspect",

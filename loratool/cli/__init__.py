@@ -14,6 +14,7 @@ from loratool import __version__
 from loratool.cli.combine import combine_command
 from loratool.cli.compare import compare_command
 from loratool.cli.convert import convert_command
+from loratool.cli.edit import edit_command
 from loratool.cli.extract import extract_command
 from loratool.cli.formats import formats_command
 from loratool.cli.inspect import inspect_command
@@ -65,6 +66,7 @@ def cli() -> None:
 cli.add_command(combine_command)
 cli.add_command(compare_command)
 cli.add_command(convert_command)
+cli.add_command(edit_command)
 cli.add_command(extract_command)
 cli.add_command(formats_command)
 cli.add_command(inspect_command)

@@ -119,7 +119,25 @@ class Steps(click.ParamType[tuple[int, ...]]):
         return tuple(sorted(set(map(int, numbers))))
 
 
+class Vector(click.ParamType[tuple[float, ...]]):
+    """Numbers with commas between them."""
+
+    name = "vector"
+
+    def convert(
+        self, value: str | tuple[float, ...], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """The numbers, in order."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(number) for number in value.split(","))
+        except ValueError:
+            return self.fail(f"{value!r} is not a list of numbers such as 1,0,0.5", param, ctx)
+
+
 share = Share()
+vector = Vector()
 steps = Steps()
 nbytes = Bytes()
 keep = Keep()
@@ -171,6 +189,18 @@ def sum_of(text: str) -> tuple[Path, list[tuple[Path, float]]]:
     if not adapters:
         raise LoratoolError(f"--to {text}: expected BASE+ADAPTER:STRENGTH, of files or folders that exist")
     return base, adapters
+
+
+def factors(option: str, pairs: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+    """`GLOB=NUMBER` each; the last equals sign counts. Raises `LoratoolError` where no number follows it."""
+    found = []
+    for pair in pairs:
+        glob, _, number = pair.rpartition("=")
+        try:
+            found.append((glob, float(number)))
+        except ValueError as error:
+            raise LoratoolError(f"{option} {pair}: expected GLOB=NUMBER") from error
+    return tuple(found)
 
 
 def component_strengths(pairs: tuple[str, ...]) -> dict[str, float]:

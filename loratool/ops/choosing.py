@@ -106,7 +106,7 @@ def _candidates(adapters: Sequence[Adapter], modules: Sequence[Module], target: 
     elif wanted.base:
         found = _of_base(wanted.base, modules, target)
     else:
-        found = _explaining(adapters, modules, target)
+        found = explained(adapters) or [_without_table(modules, target)]
     if wanted.source is None:
         return found
     source = format_named(wanted.source)
@@ -118,8 +118,8 @@ def _candidates(adapters: Sequence[Adapter], modules: Sequence[Module], target: 
     return spelled
 
 
-def _explaining(adapters: Sequence[Adapter], modules: Sequence[Module], target: Format) -> list[Arch]:
-    """What explains the names: by shapes too, where any does."""
+def explained(adapters: Sequence[Adapter]) -> list[Arch]:
+    """The architectures whose tables explain the names of all adapters: by shapes too, where any does."""
     inputs = [(change.module, _width(change.delta.shape)) for adapter in adapters for change in adapter.changes]
     metadata = {key: value for adapter in reversed(adapters) for key, value in adapter.metadata.items()}
     named, fitting = explaining(inputs)
@@ -128,7 +128,7 @@ def _explaining(adapters: Sequence[Adapter], modules: Sequence[Module], target: 
     if named:
         chosen = narrowed(named, inputs, metadata)[0]
         return [replace(arch, title=f"{arch.title} by its names, not by its shapes") for arch in chosen]
-    return [_without_table(modules, target)]
+    return []
 
 
 def _width(shape: tuple[int, ...]) -> int | None:

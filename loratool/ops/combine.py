@@ -25,6 +25,7 @@ from loratool.ops.combining import Combining, MergeAt, as_sum
 from loratool.ops.low_rank import error_of
 from loratool.ops.lowering import Converted
 from loratool.ops.packing import require_room, write_as
+from loratool.ops.rewriting import METADATA_KEY
 from loratool.ops.saving import kohya_metadata
 from loratool.ops.strengths import Strength
 from loratool.ops.weights import Weights
@@ -32,7 +33,6 @@ from loratool.output import check_target
 from loratool.ranks import Budget, Rule
 
 SUM: Final = "sum"
-HISTORY_KEY: Final = "loratool"
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ def _metadata(
     all_lora = all(change.delta.kind in ("lora", "full") for change in combined.changes)
     metadata = dict(kohya_metadata(common, ranks)) if all_lora else common
     document = {"version": __version__, "command": "combine", **dict(_history(adapters, parts, options))}
-    return metadata | {HISTORY_KEY: json.dumps(document)}
+    return metadata | {METADATA_KEY: json.dumps(document)}
 
 
 def _history(adapters: Sequence[Adapter], parts: Sequence[Part], options: CombineOptions) -> Iterator[tuple[str, Any]]:

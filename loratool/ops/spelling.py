@@ -123,15 +123,17 @@ def _alpha(item: Moved, delta: Delta, part: Part, adapter: Adapter) -> Tensor | 
 def lora_config(ranks: Mapping[str, int], scales: Mapping[str, float | None], usual: int | None = None) -> dict[str, object]:
     """r, lora_alpha and their patterns for modules of these ranks and scales; without a scale, alpha is the rank. `usual` is
     the rank of what no pattern can name."""
-    alphas = {path: _whole(rank * scale) if (scale := scales[path]) is not None else rank for path, rank in ranks.items()}
+    alphas = {
+        path: whole_number(rank * scale) if (scale := scales[path]) is not None else rank for path, rank in ranks.items()
+    }
     usual_rank = _commonest(ranks.values(), 1) if usual is None else usual
     usual_alpha = _commonest(alphas.values(), 1) if usual is None else usual
     return {
         "r": usual_rank,
         "lora_alpha": usual_alpha,
         "target_modules": sorted(map(_named, ranks)),
-        "rank_pattern": {_pattern(path): rank for path, rank in sorted(ranks.items()) if rank != usual_rank},
-        "alpha_pattern": {_pattern(path): alpha for path, alpha in sorted(alphas.items()) if alpha != usual_alpha},
+        "rank_pattern": {pattern_of(path): rank for path, rank in sorted(ranks.items()) if rank != usual_rank},
+        "alpha_pattern": {pattern_of(path): alpha for path, alpha in sorted(alphas.items()) if alpha != usual_alpha},
     }
 
 
@@ -140,12 +142,12 @@ def _named(path: str) -> str:
     return path.removeprefix("text_model.")
 
 
-def _pattern(path: str) -> str:
+def pattern_of(path: str) -> str:
     """The pattern of one module, from its beginning on where that is sure."""
     return f"^{path}" if _named(path) == path else _named(path)
 
 
-def _whole(alpha: float) -> float:
+def whole_number(alpha: float) -> float:
     """An alpha as an integer where it is one, but for the rounding of its division by the rank and back."""
     return round(alpha) if abs(alpha - round(alpha)) <= 1e-12 * abs(alpha) else alpha
 

@@ -18,6 +18,7 @@ from loratool.checkpoint import TensorFile
 from loratool.errors import LoratoolError
 from loratool.layout import Layout
 from loratool.ops.plan import Plan, TensorPlan
+from loratool.ops.rewriting import METADATA_KEY
 from loratool.ops.segments import Segment, matrix, segments_of
 from loratool.ops.streaming import by_blocks, changed_whole
 from loratool.ops.weights import Weights
@@ -95,7 +96,7 @@ def _by_chance(layout: Layout) -> bool:
     """Whether the checkpoint says of itself that its merge rounded stochastically."""
     for header in layout.files.values():
         try:
-            document = json.loads(header.metadata.get("loratool", "{}"))
+            document = json.loads(header.metadata.get(METADATA_KEY, "{}"))
         except ValueError:
             continue
         if isinstance(document, dict) and str(document.get("round", "")).startswith("stochastic"):
