@@ -192,6 +192,14 @@ def loratool(*words: str | Path) -> dict[str, float]:
     return {**json.loads(done.stdout), "whole": time.perf_counter() - started}
 
 
+def peak_of(*words: str | Path) -> int:
+    """Peak memory of a process of ours that runs a command."""
+    process = subprocess.Popen([sys.executable, "-m", "loratool", *map(str, words), "-q"])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_maxrss * 1024
+
+
 def import_bytes(module: str) -> int:
     """Peak memory of a process that imports `module` and does nothing else."""
     code = f"import {module}; print(int(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0]) * 1024)"

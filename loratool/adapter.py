@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Self
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from loratool.checkpoint import FLOATS, TensorFile
 from loratool.deltas import IA3, KINDS, Delta, DoRA, Enlarge, ExpertLoRA, InputOFT, LoRALib, TokenRows
 from loratool.detect import is_language_model
 from loratool.errors import InvalidAdapter, NonFinite, Unsupported, about, some
+from loratool.formats.leaves import CONTAINER
 from loratool.formats.peft import CONFIG_NAME, PeftConfig
 from loratool.formats.reading import Group, Listing, listing, locate, read_listing, require_adapter
 from loratool.header import TensorInfo, read_json
@@ -120,6 +122,36 @@ def _all_changes(found: Listing, file: TensorFile, alphas: Mapping[str, float | 
     done: dict[int, list[Change]] = {}
     run_all((partial(read, group) for group in found.groups), done.__setitem__, threading.Event())
     return [change for number in range(len(done)) for change in done[number]]
+
+
+class Stored:
+    """An adapter on the disk, whose changes are read module by module, each time they are asked for. Use it in a `with`."""
+
+    def __init__(self, path: Path) -> None:
+        self._found = read_listing(path)
+        require_adapter(self._found)
+        self._alphas = self._found.alphas()
+        self._groups = {_stem(self._found, group): group for group in self._found.groups}
+        self._file = TensorFile(self._found.header)
+
+    def __enter__(self) -> Self:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.__exit__(kind, error, trace)
+
+    def changes(self, stem: str) -> list[Change]:
+        """What it changes of the module with that stem; nothing where it does not have it."""
+        group = self._groups.get(stem)
+        return _changes(self._found, group, self._file, self._alphas, Unsaid()) if group else []
+
+
+def _stem(found: Listing, group: Group) -> str:
+    """The stem of what a group changes: of stacked experts that of the parameter, not of the module that holds it."""
+    config = found.config(group.module)
+    parameter = config.parameter_of(group.module.path) if config else None
+    return CONTAINER + parameter if parameter else group.module.stem
 
 
 def _assumed(found: Listing, changes: list[Change], unsaid: Unsaid) -> Iterator[str]:

@@ -3,61 +3,62 @@ have one, else on a weight of random numbers."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
+from functools import partial
 from math import prod
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from loratool.adapter import Adapter, Change
+from loratool.adapter import Adapter, Change, Stored
 from loratool.deltas import ANY, Delta
 from loratool.errors import InvalidAdapter, about
-from loratool.formats.leaves import CONTAINER
 from loratool.formats.table import Format
 from loratool.linalg import difference_norm, singular_values
 from loratool.names import Link, Module
 from loratool.ops.renaming import cut, exchanged, joined, turned
 from loratool.routes import Route
+from loratool.workers import run_all
 
 EXACT: Final = 1e-6
 """The relative difference that rounding an alpha, or a scale's product with a factor, to float32 may make."""
 LIKE: Final = 1000
 """How wide a dimension is taken that a delta leaves to the weight."""
 
-Key = tuple[str, str, bool]
-"""A module's stem, the parameter, and whether its value is replaced."""
 
-
-def compared(adapter: Adapter, again: Adapter, ways: Mapping[Module, Route], target: Format) -> float:
+def compared(adapter: Adapter, again: Stored, ways: Mapping[Module, Route], target: Format) -> float:
     """The largest relative difference of a module between `adapter` and `again`, which holds it in another format.
 
     Raises `InvalidAdapter` where it is more than rounding.
     """
-    found = {_key(_stem(change), change.parameter, change.delta): change.delta for change in again.changes}
-    worst = 0.0
-    for change in adapter.changes:
+
+    def one(change: Change) -> float:
         with about(change):
-            back = _brought_back(change, ways[change.module], target, found)
+            back = _brought_back(change, ways[change.module], target, again)
             error = difference(change.delta, back) if back else _size(change.delta)
             if not error <= EXACT:
                 raise InvalidAdapter(f"differs by {error:.2e} when it is read back from {target.title}: nothing is written")
-            worst = max(worst, error)
-    return worst
+            return error
+
+    errors: dict[int, float] = {}
+    run_all((partial(one, change) for change in adapter.changes), errors.__setitem__, threading.Event())
+    return max(errors.values(), default=0.0)
 
 
-def _stem(change: Change) -> str:
-    """The stem that names a change: of stacked experts not that of its tensors, which is the module's."""
-    return CONTAINER + change.module.path if change.delta.kind == "experts" else change.module.stem
+def found_in(again: Stored, stem: str, change: Change) -> Delta | None:
+    """What `again` has of a change at the module with that stem: of the same parameter, replaced where that replaces."""
+    replaces = change.delta.kind == "replace"
+    for other in again.changes(stem):
+        if other.parameter == change.parameter and (other.delta.kind == "replace") == replaces:
+            return other.delta
+    return None
 
 
-def _key(stem: str, parameter: str, delta: Delta) -> Key:
-    return stem, parameter, delta.kind == "replace"
-
-
-def _brought_back(change: Change, way: Route, target: Format, found: Mapping[Key, Delta]) -> Delta | None:
+def _brought_back(change: Change, way: Route, target: Format, again: Stored) -> Delta | None:
     """What the source's module is by what was written; None where nothing of it was."""
-    written = [found.get(_key(target.stem(way.prefix, path), change.parameter, change.delta)) for path, _ in way.targets]
+    written = [found_in(again, target.stem(way.prefix, path), change) for path, _ in way.targets]
     if way.renames:
         return exchanged(written[0]) if written[0] and way.swapped else written[0]
     pieces = [

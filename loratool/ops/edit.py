@@ -13,7 +13,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from loratool import __version__
-from loratool.adapter import Adapter, Change, load
+from loratool.adapter import Adapter, Change, Stored, load
 from loratool.archs import ARCHS, Arch
 from loratool.archs.blocks import LENGTHS, block_of
 from loratool.deltas import Delta
@@ -23,7 +23,7 @@ from loratool.errors import InvalidAdapter, LoratoolError, NeedsBase, Unsupporte
 from loratool.formats.leaves import CONTAINER, spelled
 from loratool.formats.table import LLM
 from loratool.names import Module
-from loratool.ops.checking import EXACT, difference
+from loratool.ops.checking import EXACT, difference, found_in
 from loratool.ops.choosing import explained
 from loratool.ops.comparing.adapters import norm_of
 from loratool.ops.packing import STALE
@@ -222,7 +222,8 @@ def _written(adapter: Adapter, factors: Mapping[Module, float], out: Path, optio
     contents = Contents(tensors, _metadata(adapter, kept, factors, options), config)
 
     def check(written: Path) -> None:
-        _compare(expected, load(written))
+        with Stored(written) as again:
+            _compare(expected, again)
 
     return write(contents, [adapter.path], out, overwrite=options.overwrite, check=check)
 
@@ -306,12 +307,11 @@ def _metadata(
     return metadata | {METADATA_KEY: json.dumps({"version": __version__, "command": "edit", **given})}
 
 
-def _compare(expected: Sequence[tuple[Change, Delta]], again: Adapter) -> None:
+def _compare(expected: Sequence[tuple[Change, Delta]], again: Stored) -> None:
     """Raises `InvalidAdapter` where what was written is not what it should be."""
-    found = {(change.module.stem, change.parameter, change.delta.kind): change.delta for change in again.changes}
     for change, delta in expected:
         with about(change):
-            back = found.get((change.module.stem, change.parameter, delta.kind))
+            back = found_in(again, change.module.stem, change)
             error = difference(delta, back) if back else math.inf
             if not error <= EXACT:
                 raise InvalidAdapter(f"differs by {error:.2e} when it is read back: nothing is written")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.adapter import Adapter, load
+from loratool.adapter import Adapter, Stored
 from loratool.errors import OutputError, Unsupported
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.peft import METADATA_KEY
@@ -53,7 +53,8 @@ def write_as(
     differences: list[float] = []
 
     def check(written: Path) -> None:
-        differences.append(compared(adapter, load(written), ways, target))
+        with Stored(written) as again:
+            differences.append(compared(adapter, again, ways, target))
 
     nbytes = write(contents, inputs, out, overwrite=overwrite, check=check)
     return Written(tuple(moved), max(differences), nbytes)
