@@ -47,6 +47,11 @@ class Change:
     keys: tuple[str, ...] = ()
     zero: bool = False
 
+    @property
+    def stem(self) -> str:
+        """The stem that names it: of stacked experts not that of its tensors, which is the module's that holds them."""
+        return CONTAINER + self.module.path if self.delta.kind == "experts" else self.module.stem
+
     def __str__(self) -> str:
         return str(self.module) if self.parameter == "weight" else f"{self.module} (bias)"
 

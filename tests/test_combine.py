@@ -13,13 +13,27 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from loratool import Budget, CombineOptions, LoratoolError, Part, Rule, Strength, combine, convert, merge
+from loratool import (
+    Budget,
+    CombineOptions,
+    EditOptions,
+    LoratoolError,
+    Part,
+    Rule,
+    Strength,
+    combine,
+    compare,
+    convert,
+    edit,
+    merge,
+)
 from loratool.archs.flux import FLUX1
 from loratool.deltas import LoRA
 from loratool.deltas.methods import core_space, elected, knots_space, merged, trimmed
 from loratool.errors import NeedsBase, ShapeMismatch
 from loratool.formats.table import format_named
 from loratool.header import read_header
+from loratool.ops.compare import AdapterComparison
 from tests.models import kohya, llm, lora, peft_adapter, save
 from tests.oracles.test_lycoris import ADDITIVE, train
 from tests.test_convert import made_for
@@ -265,6 +279,39 @@ def test_kinds_that_depend_on_the_weight_need_the_base(tmp_path: Path) -> None:
     for name, weight in model.state_dict().items():
         dora, plain, got = (one[name] for one in weights)
         torch.testing.assert_close(got, weight + 0.5 * (dora - weight) + plain - weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("parameters", [["gate_up_proj", "down_proj"], ["down_proj"]])
+def test_stacked_experts_are_summed_compared_and_edited(tmp_path: Path, parameters: list[str]) -> None:
+    import peft
+
+    model = llm("qwen3_moe")
+    both = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    named = [f"mlp.experts.{name}" for name in parameters]
+    peft_adapter(
+        copy.deepcopy(model), tmp_path / "a", 1, r=2, lora_alpha=6, target_modules=["q_proj"], target_parameters=both
+    )
+    peft_adapter(
+        copy.deepcopy(model), tmp_path / "b", 2, r=3, lora_alpha=2, target_modules=["q_proj"], target_parameters=named
+    )
+
+    combine([Part(tmp_path / "a", Strength(0.7)), Part(tmp_path / "b", Strength(-0.5))], tmp_path / "sum")
+    edit(tmp_path / "sum", tmp_path / "half", EditOptions(scale=(("*", 0.5),), drop=("*layers.1.*",)))
+
+    def weights(name: str) -> dict[str, torch.Tensor]:
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / name)
+        return dict(loaded.merge_and_unload().state_dict())
+
+    base, a, b, got, half = model.state_dict(), *map(weights, ("a", "b", "sum", "half"))
+    for key, weight in base.items():
+        change = 0.7 * (a[key] - weight) - 0.5 * (b[key] - weight)
+        torch.testing.assert_close(got[key], weight + change, rtol=1e-5, atol=2e-6)
+        factor = 0.0 if "layers.1." in key else 0.5
+        torch.testing.assert_close(half[key], weight + factor * change, rtol=1e-5, atol=2e-6)
+    report = compare([tmp_path / "a", tmp_path / "sum"])
+    assert isinstance(report, AdapterComparison)
+    assert report.relative > 0
+    assert compare([tmp_path / "sum", tmp_path / "sum"]).same
 
 
 def ties_of(deltas: list[torch.Tensor], weights: list[float], density: float) -> torch.Tensor:

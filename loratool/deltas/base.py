@@ -137,6 +137,12 @@ def times(tensor: Tensor, scale: float | None) -> Tensor:
     return narrow if torch.equal(narrow.float(), product) else product
 
 
+def promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors in the one dtype that holds all their numbers."""
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return [tensor.to(dtype) for tensor in tensors]
+
+
 def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
     """The matrix with `blocks` along its diagonal, in a dtype that holds all their numbers; blocks may have no columns."""
     dtype = reduce(torch.promote_types, (block.dtype for block in blocks))

@@ -11,7 +11,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, or_one, times
+from loratool.deltas.base import Delta, Leaves, or_one, promoted, times
+from loratool.deltas.experts import ExpertLoRA
 from loratool.deltas.full import Full
 from loratool.deltas.lora import Embedding, LoRA
 
@@ -80,6 +81,9 @@ def summed(terms: Sequence[Delta], weights: Weights, *, fold: bool = False) -> D
     plain = [term if isinstance(term, LoRA) and term.mid is None else None for term in scaled]
     if all(plain):
         return concatenated([term for term in plain if term])
+    experts = [term for term in scaled if isinstance(term, ExpertLoRA)]
+    if len(experts) == len(scaled):
+        return ExpertLoRA.together(experts)
     if all(isinstance(term, Embedding) for term in scaled):
         turned = [LoRA(term.up.T, term.down.T, None, term.scale) for term in scaled if isinstance(term, Embedding)]
         whole = concatenated(turned)
@@ -101,8 +105,8 @@ def concatenated(terms: Sequence[LoRA]) -> LoRA:
         else:
             groups.append([term])
     ups = [_added([term.up.reshape(*term.up.shape[:2], *ones) for term in group]) for group in groups]
-    down = torch.cat(_alike([group[0].down.reshape(-1, *inner) for group in groups]))
-    return LoRA(down, torch.cat(_alike(ups), dim=1), None, scale)
+    down = torch.cat(promoted([group[0].down.reshape(-1, *inner) for group in groups]))
+    return LoRA(down, torch.cat(promoted(ups), dim=1), None, scale)
 
 
 def _of_kinds(terms: Sequence[Delta]) -> Delta:
@@ -124,14 +128,6 @@ def _of_kinds(terms: Sequence[Delta]) -> Delta:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
-
-
-def _alike(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors in a dtype that holds all their numbers."""
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return [tensor.to(dtype) for tensor in tensors]
 
 
 def _added(tensors: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, or_one
+from loratool.deltas.base import Delta, Leaves, or_one, promoted, times
 from loratool.deltas.lora import LoRA
 from loratool.errors import InvalidAdapter, Unsupported
 
@@ -71,6 +71,19 @@ class ExpertLoRA(Delta):
 
     def scaled(self, by: float) -> Self:
         return replace(self, scale=by * or_one(self.scale))
+
+    def folded(self) -> ExpertLoRA:
+        return replace(self, up=times(self.up, self.scale), scale=None)
+
+    @classmethod
+    def together(cls, terms: Sequence[ExpertLoRA]) -> ExpertLoRA:
+        """The sum of several, whose ranks add, expert by expert."""
+        folded = [term.folded() for term in terms]
+        experts = folded[0].experts
+        downs = [term.down.reshape(experts, term.rank, -1) for term in folded]
+        ups = [term.up.reshape(-1, term.rank, experts) for term in folded]
+        down, up = torch.cat(promoted(downs), dim=1), torch.cat(promoted(ups), dim=1)
+        return cls(down.flatten(0, 1), up.flatten(1), down.shape[1], None)
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         raise Unsupported("stacked experts are cut one by one")

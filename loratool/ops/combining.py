@@ -14,10 +14,10 @@ from loratool.adapter import Adapter, Change
 from loratool.archs import Arch
 from loratool.archs.table import Spot
 from loratool.checkpoint import DTYPE_NAMES, DTYPES
-from loratool.deltas import Delta, Full, LoRA, Replace
+from loratool.deltas import Delta, ExpertLoRA, Full, LoRA, Replace
 from loratool.deltas.combined import Combined, Merge, summed
 from loratool.errors import LoratoolError, NeedsBase, NonFinite, ShapeMismatch, about, some
-from loratool.formats.table import Format
+from loratool.formats.table import CONFIG, Format
 from loratool.linalg import all_finite, bounds, difference_norm
 from loratool.names import DIFFUSERS, Module
 from loratool.ops.low_rank import KEPT, RESIZED
@@ -66,7 +66,7 @@ class Combining:
         self.merge = merge
         self.terms: dict[Place, list[_Term]] = {}
         self.common = 0
-        # PEFT's bias shares the scale of its module's factors, which must then be 1 after a sum.
+        # PEFT's bias shares the scale of its module's factors, and experts that of all, which must be 1 after a sum.
         self.biased = False
         self.warnings: list[str] = []
 
@@ -80,11 +80,14 @@ class Combining:
                 self.warnings.append(
                     f"{adapter.path}: {len(unnamed)} modules are in blocks that the vector has no number for: {shown}"
                 )
-            for item in renamed(adapter.changes, self.ways):
+            # PEFT alone can hold stacked experts, under the names that they have.
+            together = self.target.alpha == CONFIG
+            changes = [replace(change, apart=()) if together else change for change in adapter.changes]
+            for item in renamed(changes, self.ways):
                 module = item.sources[0].module
                 if item.sources[0].optional and not (self.weights and self.weights.targets.find(module, item.parameter)):
                     continue
-                self.biased |= "bias_up" in item.delta.leaves()
+                self.biased |= "bias_up" in item.delta.leaves() or item.delta.kind == "experts"
                 place = item.prefix, item.path, item.parameter
                 self.terms.setdefault(place, []).append(_Term(number, module, item.delta, weights[module]))
         self.warnings += adapter.notes
@@ -168,7 +171,7 @@ class Combining:
         done: dict[int, tuple[Delta, Converted | None]] = {}
         pieces = (partial(_stored, change, narrow) for change in combined.changes)
         run_all(pieces, done.__setitem__, threading.Event())
-        changes = [replace(change, delta=done[number][0]) for number, change in enumerate(combined.changes)]
+        changes = _of_one_rank([replace(change, delta=done[number][0]) for number, change in enumerate(combined.changes)])
         rounded = (figures for number in range(len(changes)) if (figures := done[number][1]))
         return described(replace(combined, changes=tuple(changes))), tuple(rounded)
 
@@ -196,6 +199,15 @@ class Combining:
             prefix = module.stem.removesuffix(self.target.stem("", module.path))
             ways[module] = Route(prefix, Spot(DIFFUSERS, module.path), DIFFUSERS, ((module.path, None),))
         return ways
+
+
+def _of_one_rank(changes: Sequence[Change]) -> list[Change]:
+    """Stacked experts padded to one rank, since no pattern of PEFT's config can name them."""
+    rank = max((change.delta.rank for change in changes if isinstance(change.delta, ExpertLoRA)), default=0)
+    return [
+        replace(change, delta=change.delta.padded(rank)) if isinstance(change.delta, ExpertLoRA) else change
+        for change in changes
+    ]
 
 
 def _flat(delta: Delta) -> tuple[int, ...]:

@@ -230,10 +230,29 @@ def _written(adapter: Adapter, factors: Mapping[Module, float], out: Path, optio
 
 def _targets(adapter: Adapter, kept: Sequence[Change], config: Mapping[str, Any]) -> dict[str, Any]:
     """What a PEFT config says of which modules there are, for those that are kept."""
-    targets = {_path(change.module) for change in kept if change.delta.kind != "replace"}
-    whole = {_path(change.module) for change in kept if change.delta.kind == "replace"} - targets
-    saved = {"modules_to_save": sorted(whole) or None} if config.get("modules_to_save") else {}
-    return {"target_modules": sorted(targets), **saved}
+    by_kind: dict[str, set[str]] = {"replace": set(), "experts": set(), "": set()}
+    for change in kept:
+        kind = change.delta.kind if change.delta.kind in by_kind else ""
+        by_kind[kind].add(change.stem.removeprefix(CONTAINER))
+    saved = {"modules_to_save": sorted(by_kind["replace"] - by_kind[""]) or None} if config.get("modules_to_save") else {}
+    if config.get("target_parameters"):
+        _require_whole_wrappers(adapter, by_kind["experts"])
+        saved["target_parameters"] = sorted(by_kind["experts"]) or None
+    return {"target_modules": sorted(by_kind[""]), **saved}
+
+
+def _require_whole_wrappers(adapter: Adapter, kept: set[str]) -> None:
+    """Raises `Unsupported` where some of a module's stacked parameters go and some stay: PEFT wraps them in each other, and
+    their names say how many there are."""
+    parts: dict[str, set[bool]] = {}
+    for change in adapter.changes:
+        if change.delta.kind == "experts":
+            parts.setdefault(change.module.path.rpartition(".")[0], set()).add(change.module.path in kept)
+    torn = [module for module, fates in parts.items() if len(fates) > 1]
+    if torn:
+        raise Unsupported(
+            f"{some(torn)}: PEFT wraps stacked parameters of one module in each other; drop all of them or none"
+        )
 
 
 def _scaled(change: Change, factor: float) -> Delta:
@@ -311,7 +330,7 @@ def _compare(expected: Sequence[tuple[Change, Delta]], again: Stored) -> None:
     """Raises `InvalidAdapter` where what was written is not what it should be."""
     for change, delta in expected:
         with about(change):
-            back = found_in(again, change.module.stem, change)
+            back = found_in(again, change.stem, change)
             error = difference(delta, back) if back else math.inf
             if not error <= EXACT:
                 raise InvalidAdapter(f"differs by {error:.2e} when it is read back: nothing is written")

@@ -180,7 +180,7 @@ class _Effective:
 
 def _effective(change: Change, weights: Weights | None) -> _Effective:
     delta = change.delta.made()
-    if change.apart:
+    if delta.kind == "experts":
         raise Unsupported(f"{change}: is a LoRA on stacked experts, which only PEFT's target_parameters can hold")
     if delta.additive:
         shape = tuple(weights.of(change.module).shape) if weights and delta.flattened else delta.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -74,6 +74,7 @@ def aligned(adapters: Sequence[Adapter], arch: str | None, base: Weights | None)
 
     Raises `LoratoolError` where they are for different models, or where there is no common form.
     """
+    adapters = [_apart(adapter) for adapter in adapters]
     problem: Exception | None = None
     for target in _formats(adapters):
         try:
@@ -86,6 +87,11 @@ def aligned(adapters: Sequence[Adapter], arch: str | None, base: Weights | None)
         return Aligned(target, found_arch.title, found)
     assert problem
     raise problem
+
+
+def _apart(adapter: Adapter) -> Adapter:
+    """The adapter with stacked experts one by one, as other formats, and some bases, have them."""
+    return replace(adapter, changes=tuple(part for change in adapter.changes for part in change.apart or (change,)))
 
 
 def _formats(adapters: Sequence[Adapter]) -> Iterator[Format]:
