@@ -56,7 +56,8 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="loratool")
 def cli() -> None:
-    """Inspect, merge, extract, convert and resize LoRA adapters and their relatives, in PEFT, kohya and diffusers formats.
+    """Inspect, merge, extract, convert, combine, resize, edit and compare LoRA adapters and their relatives, in the formats
+    of PEFT, kohya, diffusers and others.
 
     An adapter is a safetensors file or a PEFT folder; a base is a safetensors file, or a folder of Hugging Face or
     diffusers. Every command has an example on its own help page.

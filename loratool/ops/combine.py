@@ -54,7 +54,7 @@ class CombineOptions:
     density: float = 0.5
     seed: int = 0
     dtype: str | None = None
-    base: Path | None = None
+    base: str | Path | None = None
     allow_pickle: bool = False
     overwrite: bool = False
 
@@ -128,7 +128,7 @@ def _collected(parts: Sequence[Part], out: Path, options: CombineOptions) -> tup
     require_room(target, out)
     inputs = [adapter.path for adapter in adapters]
     check_target(out, folder=target.folder, overwrite=options.overwrite, inputs=inputs)
-    arch, ways = choose_common(adapters, target, options.arch, options.base)
+    arch, ways = choose_common(adapters, target, options.arch, Path(options.base).expanduser() if options.base else None)
     combining = Combining(target, arch, ways, _merge_at(options), _weights(options))
     for number, (adapter, part) in enumerate(zip(adapters, parts, strict=True)):
         combining.add(number, adapter, part.strength)
@@ -136,7 +136,7 @@ def _collected(parts: Sequence[Part], out: Path, options: CombineOptions) -> tup
 
 
 def _weights(options: CombineOptions) -> Weights | None:
-    return Weights(options.base.expanduser()) if options.base else None
+    return Weights(Path(options.base).expanduser()) if options.base else None
 
 
 def _merge_at(options: CombineOptions) -> MergeAt:

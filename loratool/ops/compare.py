@@ -30,7 +30,7 @@ class CompareOptions:
     that depend on the weight; the architecture where names fit several."""
 
     tolerance: float = TOLERANCE
-    base: Path | None = None
+    base: str | Path | None = None
     arch: str | None = None
     allow_pickle: bool = False
 
@@ -99,7 +99,7 @@ def compare(paths: Sequence[str | Path | Adapter], options: CompareOptions | Non
         one, other = (Weights(Path(path).expanduser()) for path in paths if not isinstance(path, Adapter))
         return compare_checkpoints(one, other, options.tolerance)
     adapters = [path if isinstance(path, Adapter) else load(path, allow_pickle=options.allow_pickle) for path in paths]
-    base = Weights(options.base.expanduser()) if options.base else None
+    base = Weights(Path(options.base).expanduser()) if options.base else None
     found = aligned(adapters, options.arch, base)
     warnings = tuple(note for adapter in adapters for note in adapter.notes)
     if len(adapters) > 2:
