@@ -14,7 +14,6 @@ from loratool.cli.options import (
     factors,
     json_option,
     overwrite_option,
-    pickle_option,
     quiet_option,
     vector,
     verbose_option,
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 @click.option("--blocks", type=vector, metavar="W,W,…", help="12, 17, 20 or 26 block weights of Stable Diffusion.")
 @click.option("--component", "components", multiple=True, metavar="NAME=W", help="Weigh unet, te1, te2, te3 or model.")
 @click.option("--arch", type=an_arch, metavar="NAME", help="Base architecture, where the names fit several.")
-@pickle_option
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Print each block's share of ‖ΔW‖², before and after, and write nothing.")
 @json_option

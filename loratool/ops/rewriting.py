@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
-from typing import Final
+from typing import Any, Final
 
 from loratool.checkpoint import TensorFile
 from loratool.header import TensorInfo, encode_header
@@ -23,6 +24,15 @@ PROVENANCE_BYTES: Final = 16384
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done so far and all there are to do."""
+
+
+def history_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a file's metadata says of how loratool made it; nothing where it says nothing that can be read."""
+    try:
+        document = json.loads(metadata.get(METADATA_KEY, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def rewritten_files(plan: Plan) -> dict[str, list[TensorPlan]]:

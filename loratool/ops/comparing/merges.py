@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from loratool.checkpoint import TensorFile
 from loratool.errors import LoratoolError
 from loratool.layout import Layout
 from loratool.ops.plan import Plan, TensorPlan
-from loratool.ops.rewriting import METADATA_KEY
+from loratool.ops.rewriting import history_of
 from loratool.ops.segments import Segment, matrix, segments_of
 from loratool.ops.streaming import by_blocks, changed_whole
 from loratool.ops.weights import Weights
@@ -94,14 +93,8 @@ def compare_merge(merged: Weights, plan: Plan, adapters: tuple[tuple[str, float]
 
 def _by_chance(layout: Layout) -> bool:
     """Whether the checkpoint says of itself that its merge rounded stochastically."""
-    for header in layout.files.values():
-        try:
-            document = json.loads(header.metadata.get(METADATA_KEY, "{}"))
-        except ValueError:
-            continue
-        if isinstance(document, dict) and str(document.get("round", "")).startswith("stochastic"):
-            return True
-    return False
+    histories = (history_of(header.metadata) for header in layout.files.values())
+    return any(str(history.get("round", "")).startswith("stochastic") for history in histories)
 
 
 def _compared(base: Layout, tensor: TensorPlan, merged: Layout, allowed: float) -> tuple[float, Off | None]:
