@@ -136,27 +136,37 @@ def effective_rank(sigma: Tensor) -> float:
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
+LARGE: Final = 1e15
+"""Numbers whose squares float32 adds up without leaving its range."""
+
+
 class Core:
     """The spectrum of `up @ down`, (m, r) and (r, n), `sigma` in float64, largest first, and its best factors at any rank.
 
     QR of downᵀ, in float32, and the eigenvectors of R (upᵀ up) Rᵀ, (r, r): those are the right singular vectors V, behind
     Q, and D Q V is up Rᵀ V, so that neither basis is formed and the factors are a projection of D however small a singular
-    value is. upᵀ up in float32, which is fast, leaves `sigma` exact to some 1e-4 of its largest, in float64 to 1e-8.
+    value is. Products and eigenvectors in float32, which are fast, leave `sigma` exact to some 1e-4 of its largest, those in
+    float64 to 1e-8.
     """
 
     def __init__(self, up: Tensor, down: Tensor, dtype: torch.dtype = torch.float64) -> None:
         self.up, self.down = up.float(), down.float()
         self._reflectors, self._tau = torch.geqrf(self.down.T)
-        wide = self.up.to(dtype)
-        triangle = self._reflectors[: len(self._tau)].triu().double()
-        values, vectors = torch.linalg.eigh(triangle @ (wide.T @ wide).double() @ triangle.T)
-        self.squares = values.flip(0).clamp_min(0)
+        wide, triangle = self.up.to(dtype), self._reflectors[: len(self._tau)].triu().to(dtype)
+        gram = wide.T @ wide
+        # Both of a size that leaves room for products of their products.
+        sizes = float(gram.diagonal().max()) or 1.0, float(triangle.abs().max()) or 1.0
+        gram, scaled = gram / sizes[0], triangle / sizes[1]
+        values, vectors = torch.linalg.eigh(scaled @ gram @ scaled.T)
+        self.squares = values.double().flip(0).clamp_min(0) * (sizes[0] * sizes[1] ** 2)
         self.sigma = self.squares.sqrt()
-        self._right, self._turned = vectors.flip(1), triangle.T
+        self._right, self._turned = vectors.double().flip(1), triangle.double().T
 
     @classmethod
     def enough(cls, up: Tensor, down: Tensor, rank_of: Callable[[Tensor], int]) -> Core:
         """From float32 products where they tell what the rank leaves out, that `rank_of` gives a spectrum."""
+        if max(map(abs, (*bounds(up), *bounds(down)))) > LARGE:
+            return cls(up, down)
         core = cls(up, down, torch.float32)
         left = float(core.squares[rank_of(core.sigma) :].sum())
         return core if left > TOLD * core.most else cls(up, down)

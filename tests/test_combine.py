@@ -464,6 +464,19 @@ def test_adapters_for_other_models_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "c.safetensors").exists()
 
 
+def test_adapters_for_two_architectures_are_refused(tmp_path: Path) -> None:
+    one = {"lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k": (8, 768)}
+    other = {"lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k": (8, 2048)}
+    paths = [save(tmp_path / f"{i}.safetensors", kohya(stems, 2, 1.0)) for i, stems in enumerate((one, other))]
+    mixed = save(tmp_path / "x.safetensors", kohya({"lora_unet_double_blocks_0_img_attn_qkv": (8, 6)}, 2, 1.0))
+    for pair in ([paths[0], mixed], [paths[1], mixed]):
+        with pytest.raises(LoratoolError, match="no one model has the modules of all"):
+            combine(pair, tmp_path / "sum.safetensors")
+        with pytest.raises(LoratoolError, match="no one model has the modules of all"):
+            compare(pair)
+    assert not (tmp_path / "sum.safetensors").exists()
+
+
 def test_metadata_is_what_all_say_and_where_it_comes_from(tmp_path: Path) -> None:
     common = {"ss_base_model_version": "sdxl_base", "ss_network_module": "networks.lora", "ss_network_dim": "3"}
     one = save(tmp_path / "a.safetensors", kohya({"lora_unet_a": (30, 20)}, 3, 1.0), **common, ss_tag="x")

@@ -106,7 +106,7 @@ def _candidates(adapters: Sequence[Adapter], modules: Sequence[Module], target: 
     elif wanted.base:
         found = _of_base(wanted.base, modules, target)
     else:
-        found = explained(adapters) or [_without_table(modules, target)]
+        found = explained(adapters) or [_without_table(adapters, modules, target)]
     if wanted.source is None:
         return found
     source = format_named(wanted.source)
@@ -196,8 +196,12 @@ def _of_base(path: Path, modules: Sequence[Module], target: Format) -> list[Arch
     return found
 
 
-def _without_table(modules: Sequence[Module], target: Format) -> Arch:
+def _without_table(adapters: Sequence[Adapter], modules: Sequence[Module], target: Format) -> Arch:
     """An architecture of the file's own names, for its own format or, if they are dotted, one of the same naming."""
+    alone = [(adapter.path, found[0].title) for adapter in adapters if (found := explained([adapter]))]
+    if alone and len(adapters) > 1:
+        shown = ", ".join(f"{path} is for {title}" for path, title in alone)
+        raise LoratoolError(f"no one model has the modules of all: {shown}; --arch names it where that is wrong")
     own = as_named(modules, "unknown", "a model without a table")
     if is_spelled(modules, own, target):
         return own

@@ -77,3 +77,13 @@ def test_bounds_tell_what_is_not_finite() -> None:
         for bad in (float("nan"), float("inf"), -float("inf")):
             if dtype != torch.float8_e4m3fn or bad != bad:
                 assert not all_finite(torch.tensor([1.0, bad, 2.0]).to(dtype))
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e9, 1e18])
+def test_factors_of_any_size_that_float32_holds(scale: float) -> None:
+    up, down = product(20, 16, 6, 1.0, False, 0)
+    core = Core.enough(up * scale, down, lambda _: 3)
+    sigma = torch.linalg.svdvals(up.double() @ down.double()) * scale
+    torch.testing.assert_close(core.sigma[:6], sigma[:6], rtol=1e-4, atol=0)
+    ups, downs = core.factors(3)
+    assert core.distance(ups, downs) == pytest.approx(float(sigma[3:].norm()), rel=2e-3)
