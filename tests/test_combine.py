@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from loratool import (
+    AdapterReport,
     Budget,
     CombineOptions,
     EditOptions,
@@ -25,6 +26,7 @@ from loratool import (
     compare,
     convert,
     edit,
+    inspect,
     merge,
 )
 from loratool.archs.flux import FLUX1
@@ -525,3 +527,11 @@ def test_combine_on_the_command_line(tmp_path: Path, run) -> None:
         assert failed.returncode == 1
         assert message in failed.stderr
     assert not (tmp_path / "d.safetensors").exists()
+
+
+def test_inspect_says_that_it_was_combined(tmp_path: Path) -> None:
+    paths = [save(tmp_path / f"{i}.safetensors", kohya({"lora_unet_a": (30, 20)}, 3, 1.0, seed=i)) for i in range(2)]
+    combine(paths, tmp_path / "c.safetensors")
+    report = inspect(tmp_path / "c.safetensors")
+    assert isinstance(report, AdapterReport)
+    assert report.trainer == "several: combined by loratool"

@@ -29,6 +29,7 @@ KNOWN: Final[Mapping[str, str]] = {
 
 TRAINERS: Final[tuple[tuple[str, str, str], ...]] = (
     ("loratool", '"command": "extract"', "nobody: extracted by loratool"),
+    ("loratool", '"command": "combine"', "several: combined by loratool"),
     ("ot_branch", "", "OneTrainer"),
     ("software", "ai-toolkit", "ai-toolkit"),
     ("ss_network_module", "lycoris", "kohya sd-scripts with LyCORIS"),

@@ -101,9 +101,7 @@ def own_format(adapter: Adapter) -> Format:
 def _candidates(adapters: Sequence[Adapter], modules: Sequence[Module], target: Format, wanted: Wanted) -> list[Arch]:
     if wanted.arch:
         found = [next(arch for arch in ARCHS if arch.name == wanted.arch)]
-    elif is_language_model(modules):
-        found = [as_named(modules, LLM, "a language model")]
-    elif wanted.base:
+    elif wanted.base and not is_language_model(modules):
         found = _of_base(wanted.base, modules, target)
     else:
         found = explained(adapters) or [_without_table(adapters, modules, target)]
@@ -119,7 +117,11 @@ def _candidates(adapters: Sequence[Adapter], modules: Sequence[Module], target: 
 
 
 def explained(adapters: Sequence[Adapter]) -> list[Arch]:
-    """The architectures whose tables explain the names of all adapters: by shapes too, where any does."""
+    """The architectures whose tables explain the names of all adapters: by shapes too, where any does; or a language model,
+    whose names are its own."""
+    modules = list(dict.fromkeys(change.module for adapter in adapters for change in adapter.changes))
+    if is_language_model(modules):
+        return [as_named(modules, LLM, "a language model")]
     inputs = [(change.module, _width(change.delta.shape)) for adapter in adapters for change in adapter.changes]
     metadata = {key: value for adapter in reversed(adapters) for key, value in adapter.metadata.items()}
     named, fitting = explaining(inputs)

@@ -12,9 +12,7 @@ from typing import Any
 from loratool.adapter import Adapter, load
 from loratool.archs import ARCHS, Arch
 from loratool.archs.blocks import LENGTHS, block_of
-from loratool.detect import is_language_model
 from loratool.errors import LoratoolError, some
-from loratool.formats.table import LLM
 from loratool.names import Module
 from loratool.ops.choosing import explained
 from loratool.ops.comparing.adapters import norm_of
@@ -121,8 +119,6 @@ def _blocks(adapter: Adapter, modules: Sequence[Module], options: EditOptions) -
     """The architecture, and each module's block in it."""
     if options.arch:
         found = [next(arch for arch in ARCHS if arch.name == options.arch)]
-    elif is_language_model(modules):
-        found = [as_named(modules, LLM, "a language model")]
     else:
         found = explained([adapter]) or [as_named(modules, "unknown", "a model without a table")]
     # Look-alikes that have a vector of this length have the same blocks.
