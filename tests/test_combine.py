@@ -17,6 +17,7 @@ from loratool import (
     AdapterReport,
     Budget,
     CombineOptions,
+    CompareOptions,
     EditOptions,
     LoratoolError,
     Part,
@@ -271,9 +272,13 @@ def test_kinds_that_depend_on_the_weight_need_the_base(tmp_path: Path) -> None:
         combine(parts, tmp_path / "sum", Rule("rank", 16))
     assert not (tmp_path / "sum").exists()
 
-    report = combine(parts, tmp_path / "sum", Rule("rank", 32), CombineOptions(base=tmp_path / "base"))
+    # PEFT has no place for a whole difference: without a rule, too, it becomes a LoRA of as much rank as there is.
+    options = CombineOptions(base=tmp_path / "base")
+    assert combine(parts, tmp_path / "exact", options=options).error < 1e-5
+    report = combine(parts, tmp_path / "sum", Rule("rank", 32), options)
 
     assert report.error < 1e-5
+    assert compare([tmp_path / "exact", tmp_path / "sum"], CompareOptions(tolerance=1e-5)).same
     weights = [
         peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / name).merge_and_unload().state_dict()
         for name in ("dora", "lora", "sum")

@@ -20,8 +20,9 @@ from loratool.errors import LoratoolError, NeedsBase, NonFinite, ShapeMismatch, 
 from loratool.formats.table import CONFIG, Format
 from loratool.linalg import all_finite, bounds, difference_norm
 from loratool.names import DIFFUSERS, Module
+from loratool.ops.factoring import Storage, factored
 from loratool.ops.low_rank import KEPT, RESIZED
-from loratool.ops.lowering import Converted, Lowered, Lowering, lowered_adapter
+from loratool.ops.lowering import Converted, Lowered, Lowering, as_lora, lowered_adapter
 from loratool.ops.packing import size_as
 from loratool.ops.renaming import renamed
 from loratool.ops.strengths import Strength
@@ -169,7 +170,7 @@ class Combining:
         """Every combination computed, and rounded to another dtype only where one is asked for."""
         narrow = DTYPES[dtype] if dtype else None
         done: dict[int, tuple[Delta, Converted | None]] = {}
-        pieces = (partial(_stored, change, narrow) for change in combined.changes)
+        pieces = (partial(_stored, change, narrow, self.target) for change in combined.changes)
         run_all(pieces, done.__setitem__, threading.Event())
         changes = _of_one_rank([replace(change, delta=done[number][0]) for number, change in enumerate(combined.changes)])
         rounded = (figures for number in range(len(changes)) if (figures := done[number][1]))
@@ -216,9 +217,15 @@ def _flat(delta: Delta) -> tuple[int, ...]:
     return (rows, prod(others)) if others else (rows,)
 
 
-def _stored(change: Change, dtype: torch.dtype | None) -> tuple[Delta, Converted | None]:
-    """A change's delta, computed, and in another dtype with what that costs."""
+def _stored(change: Change, dtype: torch.dtype | None, target: Format) -> tuple[Delta, Converted | None]:
+    """A change's delta, computed, and in another dtype with what that costs; a difference that the format has no place for
+    becomes the LoRA of all its singular values that are more than noise."""
     delta = change.delta.made()
+    if isinstance(delta, Full) and len(delta.shape) > 1 and delta.leaf not in target.leaves:
+        with about(change):
+            found = factored(delta.dense().flatten(1), Rule(), Storage(dtype or torch.float32))
+        error = found.error / found.norm if found.norm else 0.0
+        return as_lora(found, delta.shape), Converted(str(change), delta.kind, found.rank, found.norm, error)
     if dtype is None or not isinstance(delta, LoRA | Full):
         return delta, None
     with about(change):
