@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ from loratool.linalg import all_finite, bounds
 from loratool.names import Module
 from loratool.pickles import PICKLE_SUFFIXES, unpickled
 from loratool.schema import Part
-from loratool.workers import run_all
+from loratool.workers import results
 
 INTEGERS: Final = (".on_input", ".reshape_weight")
 """Leaves that hold whole numbers."""
@@ -124,9 +124,7 @@ def _all_changes(found: Listing, file: TensorFile, alphas: Mapping[str, float | 
         with about(f"{found.path}: {group.module}"):
             return _changes(found, group, file, alphas, unsaid)
 
-    done: dict[int, list[Change]] = {}
-    run_all((partial(read, group) for group in found.groups), done.__setitem__, threading.Event())
-    return [change for number in range(len(done)) for change in done[number]]
+    return list(chain.from_iterable(results(partial(read, group) for group in found.groups)))
 
 
 class Stored:

@@ -137,6 +137,11 @@ def times(tensor: Tensor, scale: float | None) -> Tensor:
     return narrow if torch.equal(narrow.float(), product) else product
 
 
+def identical(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers in the same dtype and shape."""
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+
 def promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors in the one dtype that holds all their numbers."""
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))

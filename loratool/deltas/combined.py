@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, or_one, promoted, times
+from loratool.deltas.base import Delta, Leaves, identical, or_one, promoted, times
 from loratool.deltas.experts import ExpertLoRA
 from loratool.deltas.full import Full
 from loratool.deltas.lora import Embedding, LoRA
@@ -99,7 +99,7 @@ def concatenated(terms: Sequence[LoRA]) -> LoRA:
     inner, ones = terms[0].down.shape[1:], terms[0].up.shape[2:]
     groups: list[list[LoRA]] = []
     for term in terms:
-        shared = next((group for group in groups if _same(group[0].down, term.down)), None)
+        shared = next((group for group in groups if identical(group[0].down, term.down)), None)
         if shared:
             shared.append(term)
         else:
@@ -124,10 +124,6 @@ def _of_kinds(terms: Sequence[Delta]) -> Delta:
         parts = [times(term.difference, or_one(term.scale)).reshape(shape) for term in terms if isinstance(term, Full)]
         return Full(_added(parts), leaf)
     return Full(_added([term.dense().reshape(shape) for term in terms]), leaf)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 
 def _added(tensors: Sequence[Tensor]) -> Tensor:

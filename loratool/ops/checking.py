@@ -3,24 +3,23 @@ have one, else on a weight of random numbers."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping
 from functools import partial
 from math import prod
 from typing import Final
 
 import torch
-from torch import Tensor
 
 from loratool.adapter import Adapter, Change, Stored
 from loratool.deltas import ANY, Delta
+from loratool.deltas.base import identical
 from loratool.errors import InvalidAdapter, about
 from loratool.formats.table import Format
 from loratool.linalg import difference_norm, singular_values
 from loratool.names import Link, Module
 from loratool.ops.renaming import cut, exchanged, joined, turned
 from loratool.routes import Route
-from loratool.workers import run_all
+from loratool.workers import results
 
 EXACT: Final = 1e-6
 """The relative difference that rounding an alpha, or a scale's product with a factor, to float32 may make."""
@@ -42,9 +41,7 @@ def compared(adapter: Adapter, again: Stored, ways: Mapping[Module, Route], targ
                 raise InvalidAdapter(f"differs by {error:.2e} when it is read back from {target.title}: nothing is written")
             return error
 
-    errors: dict[int, float] = {}
-    run_all((partial(one, change) for change in adapter.changes), errors.__setitem__, threading.Event())
-    return max(errors.values(), default=0.0)
+    return max(results(partial(one, change) for change in adapter.changes), default=0.0)
 
 
 def found_in(again: Stored, stem: str, change: Change) -> Delta | None:
@@ -100,12 +97,10 @@ def same_bytes(one: Delta, other: Delta) -> bool:
     """Whether two deltas hold the same numbers, and the same scale."""
     mine, theirs = one.leaves(), other.leaves()
     return (
-        mine.keys() == theirs.keys() and one.scale == other.scale and all(_same(mine[leaf], theirs[leaf]) for leaf in mine)
+        mine.keys() == theirs.keys()
+        and one.scale == other.scale
+        and all(identical(mine[leaf], theirs[leaf]) for leaf in mine)
     )
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 
 def _tried(one: Delta, other: Delta) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +29,7 @@ from loratool.ops.weights import Weights
 from loratool.ranks import Budget, Rule
 from loratool.routes import Route
 from loratool.schema import WEIGHT
-from loratool.workers import run_all
+from loratool.workers import results
 
 Described = Callable[[Adapter], Adapter]
 """Gives an adapter the output's metadata."""
@@ -169,12 +168,10 @@ class Combining:
     def _exact(self, combined: Adapter, dtype: str | None, described: Described) -> tuple[Adapter, tuple[Converted, ...]]:
         """Every combination computed, and rounded to another dtype only where one is asked for."""
         narrow = DTYPES[dtype] if dtype else None
-        done: dict[int, tuple[Delta, Converted | None]] = {}
-        pieces = (partial(_stored, change, narrow, self.target) for change in combined.changes)
-        run_all(pieces, done.__setitem__, threading.Event())
-        changes = _of_one_rank([replace(change, delta=done[number][0]) for number, change in enumerate(combined.changes)])
-        rounded = (figures for number in range(len(changes)) if (figures := done[number][1]))
-        return described(replace(combined, changes=tuple(changes))), tuple(rounded)
+        done = results(partial(_stored, change, narrow, self.target) for change in combined.changes)
+        changes = [replace(change, delta=delta) for change, (delta, _) in zip(combined.changes, done, strict=True)]
+        rounded = tuple(figures for _, figures in done if figures)
+        return described(replace(combined, changes=tuple(_of_one_rank(changes)))), rounded
 
     def _approximated(
         self, combined: Adapter, rule: Rule | Budget, dtype: str | None, described: Described

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +22,7 @@ from loratool.ops.saving import Contents, biases, like_source, named
 from loratool.ops.weights import Weights
 from loratool.ranks import Budget, Offer, Rule
 from loratool.schema import BIAS, WEIGHT
-from loratool.workers import run_all
+from loratool.workers import results
 
 NOTHING: Final = Rule("rank", 1, most=0)
 """Keeps nothing of a module."""
@@ -72,10 +71,7 @@ class Lowering:
             delta, figures = _low_rank(change, _effective(change, self.weights), mine, storage)
             return figures, delta
 
-        done: Lowered = {}
-        pieces = (partial(one, number) for number in self.numbers)
-        run_all(pieces, lambda index, result: done.update({self.numbers[index]: result}), threading.Event())
-        return {number: done[number] for number in self.numbers}
+        return dict(zip(self.numbers, results(partial(one, number) for number in self.numbers), strict=True))
 
     def within(self, budget: Budget, size: Callable[[Lowered], int]) -> Lowered:
         """Every delta to lower at the rank that its share of the budget buys; `size` is that of the output."""
@@ -112,11 +108,8 @@ class Lowering:
 
     def offers(self, rules: Mapping[int, Rule]) -> dict[int, Offer]:
         """What the ranks of modules are worth, as far as each one's rule looks."""
-        found: dict[int, Offer] = {}
-        numbers = list(rules)
-        pieces = (partial(self._offer, number, rule) for number, rule in rules.items())
-        run_all(pieces, lambda index, offer: found.update({numbers[index]: offer}), threading.Event())
-        return {number: found[number] for number in numbers}
+        offers = results(partial(self._offer, number, rule) for number, rule in rules.items())
+        return dict(zip(rules, offers, strict=True))
 
     def _worth(self, number: int) -> float:
         """What a square of a module counts: less, the larger the weight is that it changes."""

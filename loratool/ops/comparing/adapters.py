@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +23,7 @@ from loratool.ops.choosing import choose_common, own_format
 from loratool.ops.renaming import Moved, renamed
 from loratool.ops.weights import Weights
 from loratool.schema import WEIGHT
-from loratool.workers import run_all
+from loratool.workers import results
 
 Place = tuple[str, str, str, bool]
 """A component's prefix, a path, a parameter, and whether its value is replaced."""
@@ -138,10 +137,7 @@ def compared(found: Aligned, i: int = 0, j: int = 1) -> list[Compared]:
     """Every place that one of two of the adapters changes, in order."""
     one, other = found.changes[i], found.changes[j]
     places = list(dict.fromkeys([*one, *other]))
-    done: dict[int, Compared] = {}
-    pieces = (partial(_compared, found.name(place), one.get(place), other.get(place)) for place in places)
-    run_all(pieces, done.__setitem__, threading.Event())
-    return [done[number] for number in range(len(places))]
+    return results(partial(_compared, found.name(place), one.get(place), other.get(place)) for place in places)
 
 
 def _compared(name: str, one: Delta | None, other: Delta | None) -> Compared:
@@ -229,8 +225,7 @@ def norm_of(delta: Delta) -> float:
 
 def inner_products(aligned: Aligned) -> Tensor:
     """⟨ΔW_i, ΔW_j⟩ of all adapters, summed over all places: (n, n) in float64."""
-    changes, places = aligned.changes, aligned.places
-    done: dict[int, Tensor] = {}
+    changes = aligned.changes
 
     def one(place: Place) -> Tensor:
         deltas = [mine.get(place) for mine in changes]
@@ -245,8 +240,7 @@ def inner_products(aligned: Aligned) -> Tensor:
                     table[i, j] = table[j, i] = _inner(mine, theirs)
         return table
 
-    run_all((partial(one, place) for place in places), done.__setitem__, threading.Event())
-    return torch.stack([done[number] for number in range(len(places))]).sum(dim=0)
+    return torch.stack(results(partial(one, place) for place in aligned.places)).sum(dim=0)
 
 
 Held = tuple[Tensor, Tensor | None]

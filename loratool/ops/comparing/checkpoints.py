@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from loratool.ops.weights import Weights
 from loratool.targets import Place, module_of
-from loratool.workers import run_all
+from loratool.workers import results
 
 BLOCK: Final = 1 << 20
 """Numbers that are read of either at a time."""
@@ -75,11 +74,8 @@ def compare_checkpoints(one: Weights, other: Weights, tolerance: float) -> Check
             met.update(place.tensor for place in places)
         else:
             missing.append(name)
-    done: dict[int, tuple[TensorDifference, float]] = {}
-    pieces = (partial(_compared, one, other, name, places) for name, places in pairs)
-    run_all(pieces, done.__setitem__, threading.Event())
-    found = [done[number] for number in range(len(pairs))]
-    different = tuple(tensor for tensor, _ in found if tensor.changed or tensor.shapes[0] != tensor.shapes[1])
+    found = results(partial(_compared, one, other, name, places) for name, places in pairs)
+    different = tuple(tensor for tensor in found if tensor.changed or tensor.shapes[0] != tensor.shapes[1])
     only_other = tuple(name for name in other.layout.tensors if name not in met)
     within = all(tensor.relative <= tolerance for tensor in different)
     return CheckpointComparison(
@@ -89,8 +85,8 @@ def compare_checkpoints(one: Weights, other: Weights, tolerance: float) -> Check
         different,
         tuple(missing),
         only_other,
-        math.hypot(*(tensor.norm for tensor, _ in found)),
-        math.hypot(*(tensor.difference for tensor, _ in found)),
+        math.hypot(*(tensor.norm for tensor in found)),
+        math.hypot(*(tensor.difference for tensor in found)),
         tolerance,
         within and not missing and not only_other,
     )
@@ -107,13 +103,13 @@ class _Sums:
     steps: list[int] = field(default_factory=list)
 
 
-def _compared(one: Weights, other: Weights, name: str, places: tuple[Place, ...]) -> tuple[TensorDifference, float]:
+def _compared(one: Weights, other: Weights, name: str, places: tuple[Place, ...]) -> TensorDifference:
     mine = (one.targets.own[name],)
     info, theirs = one.layout.info(name), other.layout.info(places[0].tensor)
     shapes = one.shape(mine), other.shape(places)
     result = TensorDifference(name, places[0].tensor, shapes, (info.dtype, theirs.dtype), info.numel)
     if shapes[0] != shapes[1]:
-        return result, 0.0
+        return result
     sums = _Sums()
     for before, after in _blocks(one, mine, other, places):
         _add(sums, before, after)
@@ -122,7 +118,7 @@ def _compared(one: Weights, other: Weights, name: str, places: tuple[Place, ...]
     result.ulps = max(sums.steps) if sums.steps else None
     product = math.sqrt(sums.own * sums.theirs)
     result.cosine = max(-1.0, min(1.0, sums.inner / product)) if product else None
-    return result, math.sqrt(sums.theirs)
+    return result
 
 
 def _blocks(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from loratool.ops.rewriting import history_of
 from loratool.ops.segments import Segment, matrix, segments_of
 from loratool.ops.streaming import by_blocks, changed_whole
 from loratool.ops.weights import Weights
-from loratool.workers import run_all
+from loratool.workers import results
 
 BLOCK: Final = 1 << 19
 """Numbers that are computed at a time."""
@@ -67,10 +66,7 @@ def compare_merge(merged: Weights, plan: Plan, adapters: tuple[tuple[str, float]
     layout = merged.layout
     names = [name for name in plan.tensors if name in layout.tensors]
     allowed = 1.0 if _by_chance(layout) else 0.5
-    done: dict[int, tuple[float, Off | None]] = {}
-    pieces = (partial(_compared, plan.layout, plan.tensors[name], layout, allowed) for name in names)
-    run_all(pieces, done.__setitem__, threading.Event())
-    found = [done[number] for number in range(len(names))]
+    found = results(partial(_compared, plan.layout, plan.tensors[name], layout, allowed) for name in names)
     off = tuple(tensor for _, tensor in found if tensor)
     missing = tuple(name for name in plan.tensors if name not in layout.tensors)
     extra = tuple(name for name in layout.tensors if name not in plan.tensors)
