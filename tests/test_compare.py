@@ -11,7 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loratool import CompareOptions, LoratoolError, Options, Source, compare, compare_to, convert, merge
+from loratool import (
+    CombineOptions,
+    CompareOptions,
+    LoratoolError,
+    Options,
+    Rule,
+    Source,
+    combine,
+    compare,
+    compare_to,
+    convert,
+    merge,
+)
 from loratool.archs.flux import FLUX1
 from loratool.errors import NeedsBase, ShapeMismatch
 from loratool.formats.table import FORMATS, format_named
@@ -300,3 +312,14 @@ def test_exit_codes_and_sums_on_the_command_line(tmp_path: Path, run) -> None:
     assert failed.returncode == 1
     assert "expected BASE+ADAPTER" in failed.stderr
     assert run("compare", "m.safetensors", "x+y.safetensors").returncode == 1
+
+
+def test_another_models_base_is_an_error_and_no_traceback(tmp_path: Path) -> None:
+    llm("llama").save_pretrained(tmp_path / "base")
+    for seed, name in enumerate("ab"):
+        peft_adapter(llm("llama", hidden_size=64), tmp_path / name, seed, r=4, use_dora=True, target_modules=["q_proj"])
+    paths = [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(ShapeMismatch, match="is the base another model"):
+        compare(paths, CompareOptions(base=tmp_path / "base"))
+    with pytest.raises(ShapeMismatch, match="is the base another model"):
+        combine(paths, tmp_path / "sum", Rule("rank", 4), CombineOptions(base=tmp_path / "base"))

@@ -28,7 +28,6 @@ from loratool.ops.strengths import Strength
 from loratool.ops.weights import Weights
 from loratool.ranks import Budget, Rule
 from loratool.routes import Route
-from loratool.schema import WEIGHT
 from loratool.workers import results
 
 Described = Callable[[Adapter], Adapter]
@@ -146,24 +145,16 @@ class Combining:
         if merge is summed and self.biased:
             merge = partial(summed, fold=True)
         whole = Combined(tuple(deltas), tuple(term.weight for term in terms), merge)
-        if replaced is None:
+        if replaced is None or self.weights is None:
             return [whole]
-        value = self._weight(terms[0].module, parameter).float() + whole.dense().reshape(replaced.value.shape)
+        value = self.weights.of(terms[0].module, parameter).float() + whole.dense().reshape(replaced.value.shape)
         return [replace(replaced, value=value)]
 
     def _effective(self, term: _Term, parameter: str) -> Delta:
         """What a delta that is no sum adds to its weight."""
         if self.weights is None:
             raise NeedsBase(f"what a delta of kind {term.delta.kind} adds depends on its weight; pass --base")
-        weight = self._weight(term.module, parameter).float()
-        return Full(term.delta.apply(weight) - weight, "diff" if parameter == WEIGHT else "diff_b")
-
-    def _weight(self, module: Module, parameter: str) -> torch.Tensor:
-        assert self.weights
-        places = self.weights.targets.find(module, parameter)
-        if not places:
-            raise LoratoolError(f"{module}: has no {parameter} in {self.weights.layout.root}")
-        return self.weights.at(places)
+        return self.weights.effect(term.delta, term.module, parameter)
 
     def _exact(self, combined: Adapter, dtype: str | None, described: Described) -> tuple[Adapter, tuple[Converted, ...]]:
         """Every combination computed, and rounded to another dtype only where one is asked for."""

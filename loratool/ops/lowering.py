@@ -14,7 +14,7 @@ from torch import Tensor
 from loratool.adapter import Adapter, Change
 from loratool.checkpoint import DTYPES
 from loratool.deltas import Delta, Embedding, LoRA
-from loratool.errors import NeedsBase, ShapeMismatch, Unsupported, about
+from loratool.errors import NeedsBase, Unsupported, about
 from loratool.linalg import Core
 from loratool.ops.budgets import Market, within_error
 from loratool.ops.factoring import Factored, Storage, factored, offered, refactored
@@ -183,13 +183,9 @@ def _effective(change: Change, weights: Weights | None) -> _Effective:
         return _Effective(shape, None, delta.dense().flatten(1))
     if weights is None:
         raise NeedsBase(f"{change}: what a delta of kind {delta.kind} adds depends on its weight; pass --base")
-    weight = weights.of(change.module).float()
-    try:
-        return _Effective(tuple(weight.shape), None, (delta.apply(weight) - weight).flatten(1))
-    except RuntimeError as error:
-        raise ShapeMismatch(
-            f"{change}: does not fit its weight of {list(weight.shape)}: is the base another model?"
-        ) from error
+    with about(change):
+        added = weights.effect(delta, change.module)
+    return _Effective(added.shape, None, added.dense().flatten(1))
 
 
 def _low_rank(change: Change, delta: _Effective, rule: Rule, storage: Storage) -> tuple[Delta, Converted]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loratool.checkpoint import Checkpoint
-from loratool.errors import LoratoolError
+from loratool.deltas import Delta, Full
+from loratool.errors import LoratoolError, ShapeMismatch
 from loratool.names import Module
 from loratool.schema import WEIGHT
 from loratool.targets import Place, Targets
@@ -23,12 +24,21 @@ class Weights:
         self.layout = self.checkpoint.layout
         self.targets = Targets(self.layout)
 
-    def of(self, module: Module) -> Tensor:
-        """The module's weight, (out, in, *kernel); raises `LoratoolError` where there is none."""
-        places = self.targets.find(module, WEIGHT)
+    def of(self, module: Module, parameter: str = WEIGHT) -> Tensor:
+        """The module's weight, (out, in, *kernel), or its bias; raises `LoratoolError` where there is none."""
+        places = self.targets.find(module, parameter)
         if not places:
-            raise LoratoolError(f"{module}: has no weight in {self.layout.root}")
+            raise LoratoolError(f"{module}: has no {parameter} in {self.layout.root}")
         return self.at(places)
+
+    def effect(self, delta: Delta, module: Module, parameter: str = WEIGHT) -> Full:
+        """What a delta that depends on its weight adds to it, in float32; raises `LoratoolError` where it does not fit."""
+        weight = self.of(module, parameter).float()
+        try:
+            added = delta.apply(weight) - weight
+        except RuntimeError as error:
+            raise ShapeMismatch(f"does not fit its weight of {list(weight.shape)}: is the base another model?") from error
+        return Full(added, "diff" if parameter == WEIGHT else "diff_b")
 
     def at(self, places: Sequence[Place]) -> Tensor:
         """What lies at `places`, one below the other."""

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from loratool.adapter import Adapter
-from loratool.deltas import Delta, Full, LoRA
+from loratool.deltas import Delta, LoRA
 from loratool.deltas.base import or_one
 from loratool.deltas.combined import Combined, summed
 from loratool.errors import NeedsBase, ShapeMismatch, Unsupported, about
 from loratool.formats.table import Format, format_named
 from loratool.linalg import Relation, relation
-from loratool.names import Module
 from loratool.ops.checking import same_bytes
 from loratool.ops.choosing import choose_common, own_format
 from loratool.ops.renaming import Moved, renamed
@@ -116,21 +115,15 @@ def _placed(adapter: Adapter, items: Sequence[Moved], base: Weights | None) -> I
         if source.optional and not (base and base.targets.find(source.module, item.parameter)):
             continue
         with about(f"{adapter.path}: {source}"):
-            delta = item.delta if item.delta.additive or base is None else _effective(item, base)
+            delta = item.delta
+            if base and not delta.additive:
+                if len(item.sources) > 1:
+                    raise Unsupported("is one of several that make a stacked module, whose weight they do not have")
+                delta = base.effect(delta, source.module, item.parameter)
         replaces = delta.kind == "replace"
         found.setdefault((item.prefix, item.path, item.parameter, replaces), []).append(delta)
     for place, deltas in found.items():
         yield place, deltas[0] if len(deltas) == 1 else Combined(tuple(deltas), (1.0,) * len(deltas), summed)
-
-
-def _effective(item: Moved, base: Weights) -> Delta:
-    """What a change that is no sum comes to on its weight."""
-    module: Module = item.sources[0].module
-    places = base.targets.find(module, item.parameter)
-    if not places or len(item.sources) > 1:
-        raise Unsupported(f"has no weight in {base.layout.root} to be applied to")
-    weight = base.at(places).float()
-    return Full((item.delta.apply(weight) - weight), "diff" if item.parameter == "weight" else "diff_b")
 
 
 def compared(found: Aligned, i: int = 0, j: int = 1) -> list[Compared]:
