@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from loratool.ops.extract import ExtractOptions, ExtractReport, extract
     from loratool.ops.inspect import AdapterReport, CheckpointReport, inspect
     from loratool.ops.low_rank import FrontierReport, LowRankReport, frontier, resize, to_lora
-    from loratool.ops.merge import MergeReport, Options, Source, merge
+    from loratool.ops.merge import MergeReport, merge
+    from loratool.ops.merging import Options, Source
     from loratool.ops.strengths import Strength
+    from loratool.ops.swap import swap
+    from loratool.ops.unmerge import UnmergeReport, unmerge
     from loratool.ranks import Budget, Rule
 
 _HOMES: Final = {
@@ -42,8 +45,8 @@ _HOMES: Final = {
     "Budget": "loratool.ranks",
     "LoratoolError": "loratool.errors",
     "MergeReport": "loratool.ops.merge",
-    "Options": "loratool.ops.merge",
-    "Source": "loratool.ops.merge",
+    "Options": "loratool.ops.merging",
+    "Source": "loratool.ops.merging",
     "Part": "loratool.ops.combine",
     "Strength": "loratool.ops.strengths",
     "combine": "loratool.ops.combine",
@@ -61,6 +64,9 @@ _HOMES: Final = {
     "frontier": "loratool.ops.low_rank",
     "resize": "loratool.ops.low_rank",
     "to_lora": "loratool.ops.low_rank",
+    "UnmergeReport": "loratool.ops.unmerge",
+    "swap": "loratool.ops.swap",
+    "unmerge": "loratool.ops.unmerge",
 }
 """Where each public name lives; it is imported from there on first use."""
 
@@ -88,6 +94,7 @@ __all__ = [
     "Rule",
     "Source",
     "Strength",
+    "UnmergeReport",
     "combine",
     "compare",
     "compare_to",
@@ -99,7 +106,9 @@ __all__ = [
     "load",
     "merge",
     "resize",
+    "swap",
     "to_lora",
+    "unmerge",
 ]
 
 

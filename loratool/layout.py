@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.clones import finish
 from loratool.errors import InvalidConfig, InvalidFile, Unsupported, some
 from loratool.header import Header, TensorInfo, read_header, read_index, read_json
 
@@ -69,6 +70,7 @@ class Layout:
 def open_layout(path: Path) -> Layout:
     """Reads the headers of the checkpoint at `path`; raises `InvalidFile`, `InvalidConfig` or `Unsupported`."""
     if path.is_dir():
+        finish(path)
         return _folder(path)
     if path.name.endswith(INDEX_SUFFIX):
         return _folder(path.parent)

@@ -41,6 +41,11 @@ def check_target(target: Path, *, folder: bool, overwrite: bool, inputs: Iterabl
         raise OutputError(f"{target}: {getattr(error, 'strerror', None) or error}") from error
 
 
+def temporary_in(folder: Path) -> Path:
+    """A new name in `folder`, which a later run sweeps away if this one dies."""
+    return folder / f".loratool-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
 class Output:
     """A file or folder to be. Write below `temporary`; `commit` puts it in place, and leaving without it removes it.
 
@@ -52,11 +57,11 @@ class Output:
         self.folder = folder
         check_target(target, folder=folder, overwrite=overwrite, inputs=inputs)
         parent = target.parent
-        _sweep(parent)
+        sweep(parent)
         free = shutil.disk_usage(parent).free
         if free < nbytes:
             raise OutputError(f"{target}: needs {nbytes} bytes, the disk has {free} free")
-        self.temporary = parent / f".loratool-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        self.temporary = temporary_in(parent)
 
     def __enter__(self) -> Self:
         try:
@@ -67,7 +72,7 @@ class Output:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        _remove(self.temporary)
+        remove(self.temporary)
         if isinstance(error, OSError):
             raise OutputError(f"{self.target}: {error.strerror or error}") from error
 
@@ -81,9 +86,9 @@ class Output:
         """Syncs everything written and renames it to the target; an old output is there, whole, until then."""
         try:
             for path in (self.temporary, *self.temporary.rglob("*")):
-                _sync(path)
+                sync(path)
             self._rename()
-            _sync(self.target.parent)
+            sync(self.target.parent)
         except OSError as error:
             raise OutputError(f"{self.target}: {error.strerror}") from error
 
@@ -103,16 +108,18 @@ class Output:
         except OSError:
             os.rename(aside, self.target)
             raise
-        _remove(aside)
+        remove(aside)
 
 
 class Writer:
-    """One output file, preallocated, written at any offset from several threads."""
+    """One output file, written at any offset from several threads: a new one, of which `nbytes` are preallocated, or with
+    None one that is there."""
 
-    def __init__(self, path: Path, nbytes: int, mode: int = 0o666) -> None:
+    def __init__(self, path: Path, nbytes: int | None) -> None:
         self.path = path
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), mode)
-        _allocate(self.descriptor, nbytes)
+        new = 0 if nbytes is None else os.O_CREAT | os.O_EXCL
+        self.descriptor = os.open(path, os.O_RDWR | new | getattr(os, "O_CLOEXEC", 0), 0o666)
+        _allocate(self.descriptor, nbytes or 0)
 
     def __enter__(self) -> Self:
         return self
@@ -126,6 +133,14 @@ class Writer:
         while view:
             count = os.pwrite(self.descriptor, view, offset)
             view, offset = view[count:], offset + count
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fills `buffer` with what was written at `offset`."""
+        while buffer:
+            count = os.preadv(self.descriptor, [buffer], offset)
+            if count == 0:
+                raise OutputError(f"{self.path}: was truncated while it was written")
+            buffer, offset = buffer[count:], offset + count
 
     def start_writeback(self, offset: int, count: int) -> None:
         """Has the kernel begin to write this range to the disk, so that the sync at the end finds little left to do."""
@@ -201,12 +216,12 @@ def _holds_a_model(folder: Path) -> bool:
     return not names or any(name in ("config.json", "model_index.json") or name.endswith(".safetensors") for name in names)
 
 
-def _sweep(parent: Path) -> None:
+def sweep(parent: Path) -> None:
     """Removes what runs that were killed left behind; a living process's temporaries stay."""
     for entry in parent.iterdir():
         found = TEMPORARY.fullmatch(entry.name)
         if found and not _alive(int(found[1])):
-            _remove(entry)
+            remove(entry)
 
 
 def _alive(pid: int) -> bool:
@@ -219,14 +234,16 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Removes a file or folder, where it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has what was written to a file or folder on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

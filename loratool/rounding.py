@@ -46,6 +46,34 @@ _EXPONENTS: Final = {
 """An integer of the same width, and the bits of the exponent in it: alone they are the power of two below a number."""
 
 
+INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers of the width of a number, by its bytes."""
+
+
+def ordered(values: Tensor) -> Tensor:
+    """Numbers as integers of their width in the same order, neighbours one apart; −0 comes just before 0."""
+    return _turned(values.contiguous().view(INTEGERS[values.element_size()]))
+
+
+def in_order(integers: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers that `ordered` makes these integers of."""
+    return _turned(integers).view(dtype)
+
+
+def neighbours(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The next number of the same dtype below each, and the next above."""
+    found = ordered(values)
+    # The two zeros are one number.
+    below = found - 1 - (found == 0).to(found.dtype)
+    above = found + 1 + (found == -1).to(found.dtype)
+    return in_order(below, values.dtype), in_order(above, values.dtype)
+
+
+def _turned(bits: Tensor) -> Tensor:
+    """Sign and magnitude to two's complement, and back."""
+    return bits ^ ((bits >> (8 * bits.element_size() - 1)) & torch.iinfo(bits.dtype).max)
+
+
 def stochastic(values: Tensor, dtype: torch.dtype, name: str, seed: int, index: int) -> Tensor:
     """float32 `values` rounded to one of the two neighbours in `dtype`, with a chance in proportion to nearness.
 
@@ -61,7 +89,8 @@ def stochastic(values: Tensor, dtype: torch.dtype, name: str, seed: int, index: 
     away = (missing > 0) == ~torch.signbit(rounded.float())
     other = (bits + away * 2 - 1).to(bits.dtype).view(dtype)
     chance = missing / (other.float() - back)
-    take = (missing != 0) & (_draws(name, seed, index, values.numel()).reshape(values.shape) < chance)
+    draws = _draws(name, seed, index, values.numel()).to(values.device)
+    take = (missing != 0) & (draws.reshape(values.shape) < chance)
     return torch.where(take, other, rounded)
 
 

@@ -1,4 +1,4 @@
-"""What computes: work in pieces on a few threads, ended at once by the first error; the device; the memory it takes."""
+"""Work in pieces on a few threads, ended at once by the first error; and the memory that a process takes."""
 
 from __future__ import annotations
 
@@ -14,26 +14,11 @@ from typing import Final, TypeVar
 
 import torch
 
-from loratool.errors import LoratoolError
+from loratool.devices import exact_products
 
 MOST: Final = 8
 
 T = TypeVar("T")
-
-
-def device_named(name: str) -> torch.device:
-    """The device to compute on: CUDA's first for "auto", else the CPU; raises `LoratoolError` for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not (kind == "cuda" and number.isdecimal())):
-        raise LoratoolError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
-    count = torch.cuda.device_count()
-    if kind == "cuda" and int(number or 0) >= count:
-        raise LoratoolError(
-            f"--device {name}: this torch, {torch.__version__}, sees {count} CUDA devices; --device cpu does without"
-        )
-    return torch.device(name)
 
 
 def peak_bytes() -> int:
@@ -62,7 +47,7 @@ def run_all(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = threads or min(MOST, cores)
     before, running, numbered = torch.get_num_threads(), dict[Future[T], int](), enumerate(pieces)
-    with ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, 1)) as pool:
+    with exact_products(), ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, 1)) as pool:
         try:
             while True:
                 for index, piece in numbered:

@@ -90,7 +90,7 @@ def test_quiet_prints_nothing(run) -> None:
         (["merge", LLAMA, LORA, "-o", "no/where/out"], 1, "does not exist"),
         (["merge", LLAMA, LORA, "-o", "x" * 300], 1, "File name too long"),
         (["merge", LLAMA, f"{LORA}:nan", "-o", "out"], 1, "not a finite number"),
-        (["merge", LLAMA, LORA], 2, "Missing option"),
+        (["merge", LLAMA, LORA], 2, "give either -o OUT, or --in-place"),
         (["merge", LLAMA, LORA, "-o", "out", "--dtype", "int8"], 2, "Invalid value"),
         (["inspect", "missing.safetensors"], 1, "missing.safetensors"),
         (["nonsense"], 2, "No such command"),

@@ -21,6 +21,8 @@ from loratool.cli.inspect import inspect_command
 from loratool.cli.low_rank import resize_command
 from loratool.cli.merge import merge_command
 from loratool.cli.render import message
+from loratool.cli.swap import swap_command
+from loratool.cli.unmerge import unmerge_command
 from loratool.errors import LoratoolError
 
 
@@ -73,6 +75,8 @@ cli.add_command(formats_command)
 cli.add_command(inspect_command)
 cli.add_command(merge_command)
 cli.add_command(resize_command)
+cli.add_command(swap_command)
+cli.add_command(unmerge_command)
 
 
 def main() -> NoReturn:

@@ -66,7 +66,7 @@ def compare_command(
     if source:
         if len(paths) != 1:
             raise click.UsageError("--to compares one checkpoint with what it is made of")
-        from loratool.ops.merge import Source
+        from loratool.ops.merging import Source
 
         model, adapters = sum_of(source)
         report = compare_to(paths[0], model, [Source(path, strength) for path, strength in adapters], options)

@@ -12,6 +12,7 @@ import click
 
 from loratool.cli.convert import a_format, an_arch
 from loratool.cli.options import (
+    device_option,
     exclude_option,
     include_option,
     json_option,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 @click.option("--clamp-quantile", "clamp", type=share, metavar="SHARE", help="Cut factors as kohya does; only adds error.")
 @include_option
 @exclude_option
-@click.option("--device", default="auto", show_default=True, metavar="cpu|cuda[:N]", help="Where to compute.")
+@device_option
 @click.option("--resume", is_flag=True, help="Keep what is done in OUT.partial, and go on from there after an interruption.")
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Print the plan, from the headers, and write nothing.")

@@ -12,7 +12,9 @@ from loratool.cli.options import (
     adapter_and_strength,
     alpha_option,
     component_strengths,
+    device_option,
     exclude_option,
+    in_place_option,
     include_option,
     json_option,
     overwrite_option,
@@ -20,6 +22,7 @@ from loratool.cli.options import (
     quiet_option,
     slots_option,
     verbose_option,
+    where_to,
 )
 from loratool.cli.render import print_facts, print_json, print_table, progress_bar, size, warn
 from loratool.header import DTYPE_OPTIONS
@@ -31,7 +34,14 @@ if TYPE_CHECKING:
 @click.command("merge", short_help="Merge adapters into a base checkpoint.")
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:STRENGTH]...")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="File or folder to write.")
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="File or folder to write.")
+@in_place_option
+@click.option(
+    "--undo",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write what `loratool unmerge` restores BASE from, to the bit.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(list(DTYPE_OPTIONS)),
@@ -52,6 +62,7 @@ if TYPE_CHECKING:
 @alpha_option
 @slots_option
 @pickle_option
+@device_option
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @json_option
@@ -60,7 +71,8 @@ if TYPE_CHECKING:
 def merge_command(
     base: Path,
     adapters: tuple[str, ...],
-    out: Path,
+    out: Path | None,
+    in_place: bool,
     components: tuple[str, ...],
     rounding: str,
     alpha: float | None,
@@ -78,10 +90,11 @@ def merge_command(
     \b
     Example:
       loratool merge sdxl.safetensors style.safetensors:0.8 detail.safetensors:-0.3 -o merged.safetensors
-      loratool merge Llama-3-8B/ my-adapter/ -o merged/
+      loratool merge Llama-3-8B/ my-adapter/ -o merged/ --undo back.safetensors
     """
     from loratool.adapter import Unsaid
-    from loratool.ops.merge import Options, Source, merge
+    from loratool.ops.merge import merge
+    from loratool.ops.merging import Options, Source
 
     options = Options(
         unsaid=Unsaid(alpha, slots or ()),
@@ -91,18 +104,19 @@ def merge_command(
     )
     sources = [Source(path, strength) for path, strength in map(adapter_and_strength, adapters)]
     with progress_bar("merging", quiet=quiet) as progress:
-        report = merge(base, sources, out, options, progress)
+        report = merge(base, sources, where_to(out, in_place=in_place), options, progress)
     for warning in report.warnings:
         warn(warning)
     if as_json:
         print_json(report)
     elif not quiet:
-        _print(report, verbose=verbose)
+        count = "1 adapter" if len(report.adapters) == 1 else f"{len(report.adapters)} adapters"
+        print_merge(f"{'would merge' if report.dry_run else 'merged'} {count} into {report.out}", report, verbose=verbose)
 
 
-def _print(report: MergeReport, *, verbose: bool) -> None:
-    adapters = "1 adapter" if len(report.adapters) == 1 else f"{len(report.adapters)} adapters"
-    print_facts(f"{'would merge' if report.dry_run else 'merged'} {adapters} into {report.out}", _facts(report))
+def print_merge(title: str, report: MergeReport, *, verbose: bool) -> None:
+    """What a merge did, below a title, and with `verbose` the tensors that it changed."""
+    print_facts(title, _facts(report))
     if verbose or report.dry_run:
         print_table(["tensor"], [[name] for name in report.changed])
 
@@ -118,4 +132,6 @@ def _facts(report: MergeReport) -> Iterator[tuple[str, str]]:
         sampled = "" if report.sampled > 0.999 else f" (measured on {report.sampled:.0%} of them)"
         yield "strength", f"{report.realised_strength:.4f} of what was asked is in the stored weights"
         yield "rounding", f"left {report.unchanged:.1%} of the touched weights unchanged{sampled}"
+    if report.undo_bytes is not None:
+        yield "undo file", f"{size(report.undo_bytes)}, the adapters included"
     yield "size", f"{size(report.nbytes)} in {report.seconds:.1f} s, peak memory {size(report.peak_bytes)}"

@@ -23,6 +23,12 @@ pickle_option = click.option(
 include_option = click.option(
     "--include", multiple=True, metavar="GLOB", help="Only modules whose name or path matches. Repeatable."
 )
+device_option = click.option(
+    "--device", default="auto", show_default=True, metavar="NAME", help="Where to compute: auto, cpu, cuda, cuda:N or mps."
+)
+in_place_option = click.option(
+    "--in-place", is_flag=True, help="Change the checkpoint itself, by clones that replace its files once they are complete."
+)
 exclude_option = click.option(
     "--exclude", multiple=True, metavar="GLOB", help="No modules whose name or path matches. Repeatable."
 )
@@ -148,6 +154,13 @@ alpha_option = click.option("--alpha", type=float, help="For files that do not s
 slots_option = click.option(
     "--slots", type=slots, metavar="1,0,1", help="Slots of a fused q, k, v that a loralib file trained."
 )
+
+
+def where_to(out: Path | None, *, in_place: bool) -> Path | None:
+    """The output's path, None for the input's own; raises `click.UsageError` unless one of both is asked for."""
+    if (out is None) != in_place:
+        raise click.UsageError("give either -o OUT, or --in-place")
+    return out
 
 
 def adapter_and_strength(text: str) -> tuple[Path, float]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import reduce
 from math import frexp
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from loratool.devices import sent
 from loratool.errors import Unsupported
 
 Leaves = Mapping[str, Tensor]
@@ -137,6 +139,24 @@ def times(tensor: Tensor, scale: float | None) -> Tensor:
     return narrow if torch.equal(narrow.float(), product) else product
 
 
+def moved(delta: Delta, device: torch.device) -> Delta:
+    """The same delta with its tensors on `device`: itself where they are."""
+    found = {
+        field.name: _moved(value, device)
+        for field in fields(delta)  # type: ignore[arg-type]
+        if isinstance(value := getattr(delta, field.name), Tensor | Delta | tuple)
+    }
+    return replace(delta, **found) if found else delta  # type: ignore[type-var]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Delta):
+        return moved(value, device)
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    return sent(value, device) if isinstance(value, Tensor) else value
+
+
 def identical(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors hold the same numbers in the same dtype and shape."""
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
@@ -151,7 +171,7 @@ def promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
 def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
     """The matrix with `blocks` along its diagonal, in a dtype that holds all their numbers; blocks may have no columns."""
     dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
-    whole = torch.zeros(sum(map(len, blocks)), sum(block.shape[1] for block in blocks), dtype=dtype)
+    whole = torch.zeros(sum(map(len, blocks)), sum(block.shape[1] for block in blocks), dtype=dtype, device=blocks[0].device)
     row = column = 0
     for block in blocks:
         whole[row : row + len(block), column : column + block.shape[1]] = block

@@ -62,8 +62,8 @@ class LoKr(Delta):
         if left is None and right is None:
             return None
         one, two = self._first(), self._second().flatten(1).contiguous()
-        a, b = left or (one, torch.eye(one.shape[1]))
-        c, d = right or (torch.eye(two.shape[0]), two)
+        a, b = left or (one, torch.eye(one.shape[1], device=one.device))
+        c, d = right or (torch.eye(two.shape[0], device=two.device), two)
         return self._times(torch.kron(a, c)), torch.kron(b, d)
 
     def scaled(self, by: float) -> Self:

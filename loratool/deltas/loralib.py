@@ -115,7 +115,7 @@ class LoRALib(Delta):
         rows, rank = shape[0] // len(self.slots), self.b.shape[1]
         if (rows * self.groups, self.a.shape[1]) != (self.b.shape[0], shape[1]):
             raise ShapeMismatch(f"{self.groups} slots of {self.b.shape[0]} rows in all do not fit a weight of {list(shape)}")
-        arranged = torch.zeros(tuple(shape))
+        arranged = torch.zeros(tuple(shape), device=self.a.device)
         trained = (slot for slot, enabled in enumerate(self.slots) if enabled)
         for group, slot in enumerate(trained):
             up, down = self.b[group * rows : (group + 1) * rows], self.a[group * rank : (group + 1) * rank]

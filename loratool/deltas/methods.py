@@ -127,7 +127,8 @@ def _factors(term: Delta) -> tuple[Tensor, Tensor]:
     if factors:
         return factors
     dense = term.dense().flatten(1)
-    return (dense, torch.eye(dense.shape[1])) if len(dense) > dense.shape[1] else (torch.eye(len(dense)), dense)
+    one = torch.eye(min(dense.shape), device=dense.device)
+    return (dense, one) if len(dense) > dense.shape[1] else (one, dense)
 
 
 def _ranks(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:

@@ -77,7 +77,7 @@ class OFT(Delta):
         norm = torch.linalg.vector_norm(skew) + 1e-8
         if 0 < bound < norm:
             skew = skew * (bound / norm)
-        one = torch.eye(skew.shape[-1], dtype=dtype)
+        one = torch.eye(skew.shape[-1], dtype=dtype, device=skew.device)
         rotations: Tensor = (one + skew) @ torch.linalg.inv(one - skew)
         return rotations
 
@@ -132,11 +132,11 @@ class InputOFT(Delta):
 
     def _rotations(self, dtype: torch.dtype) -> Tensor:
         width = self._width()
-        skew = torch.zeros(self.vectors.shape[0], width, width, dtype=dtype)
-        rows, columns = torch.triu_indices(width, width, 1)
+        skew = self.vectors.new_zeros(self.vectors.shape[0], width, width, dtype=dtype)
+        rows, columns = torch.triu_indices(width, width, 1, device=skew.device)
         skew[:, rows, columns] = self.vectors.to(dtype)
         skew = skew - skew.transpose(-1, -2)
-        one = torch.eye(width, dtype=dtype)
+        one = torch.eye(width, dtype=dtype, device=skew.device)
         if not self.terms:
             # PEFT's exact transform turns the other way from its series; each file is merged as it was trained.
             exact: Tensor = (one - skew) @ torch.linalg.inv(one + skew)
@@ -180,7 +180,7 @@ class InputBOFT(Delta):
         base = widened(weight)
         turned = base.flatten(1)
         skew = (self.blocks.to(base.dtype) - self.blocks.to(base.dtype).transpose(-1, -2)) / 2
-        one = torch.eye(skew.shape[-1], dtype=base.dtype)
+        one = torch.eye(skew.shape[-1], dtype=base.dtype, device=skew.device)
         rotations = (one - skew) @ torch.linalg.inv(one + skew)
         for stage, blocks in enumerate(rotations):
             order = self._order(stage)
@@ -200,7 +200,7 @@ class InputBOFT(Delta):
     def _order(self, stage: int) -> Tensor:
         """Within groups of 2^stage blocks: the even half-blocks, then the odd ones."""
         half = self.blocks.shape[-1] // 2
-        pieces = torch.arange(self.shape[1]).reshape(-1, 2 ** (stage + 1), half)
+        pieces = torch.arange(self.shape[1], device=self.blocks.device).reshape(-1, 2 ** (stage + 1), half)
         return torch.cat([pieces[:, ::2], pieces[:, 1::2]], dim=1).flatten()
 
 

@@ -15,7 +15,7 @@ from loratool.ops.comparing.adapters import Aligned, Compared, aligned, compared
 from loratool.ops.comparing.checkpoints import CheckpointComparison, compare_checkpoints
 from loratool.ops.comparing.merges import MergeComparison, compare_merge
 from loratool.ops.inspect import is_adapter
-from loratool.ops.merge import Source
+from loratool.ops.merging import Source
 from loratool.ops.plan import Choice, make_plan
 from loratool.ops.weights import Weights
 from loratool.pickles import PICKLE_SUFFIXES

@@ -13,6 +13,7 @@ from typing import Final
 from loratool import __version__
 from loratool.archs import ARCHS, Arch
 from loratool.checkpoint import DTYPES
+from loratool.devices import devices_named
 from loratool.errors import LoratoolError, OutputError, ShapeMismatch, some
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.prefixes import VAE
@@ -36,7 +37,7 @@ from loratool.output import check_target
 from loratool.ranks import Budget, Rule
 from loratool.routes import as_named
 from loratool.schema import WEIGHT
-from loratool.workers import device_named, peak_bytes
+from loratool.workers import peak_bytes
 
 DIFFERENCES: Final = ("diff", "diff_b", "w_norm", "b_norm")
 """Leaves that not everybody reads."""
@@ -192,7 +193,7 @@ def _job(
     items = tuple(_item(base, pair, target, matrices, reasons) for pair in pairs)
     _require_alike(items, weights)
     dtype = DTYPES[DTYPE_OPTIONS[options.dtype]] if options.dtype else None
-    work = Extraction(base, tuned, device_named(options.device), dtype, options.split, options.clamp)
+    work = Extraction(base, tuned, devices_named(options.device)[0], dtype, options.split, options.clamp)
     return Job(work, items, rule, arch, target, ways, progress)
 
 

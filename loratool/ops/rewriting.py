@@ -8,13 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from loratool.checkpoint import TensorFile
+from loratool.devices import CPU, Lanes
 from loratool.header import TensorInfo, encode_header
 from loratool.ops.plan import Plan, TensorPlan
-from loratool.ops.streaming import Measure, Rounding, Scratch, by_blocks, change_whole, jobs_of, run_job
-from loratool.output import Output, Writer
+from loratool.ops.streaming import Job, Measure, Rounding, Scratch, change_whole, jobs_of, run_job
+from loratool.output import Writer
 from loratool.workers import run_all
 
 METADATA_KEY: Final = "loratool"
@@ -22,8 +26,13 @@ COPY_TASK_BYTES: Final = 256 << 20
 PROVENANCE_BYTES: Final = 16384
 """Room that a header keeps for the provenance, which is only known at the end."""
 
+KNOWN_TO_MPS: Final = frozenset({"F32", "F16", "BF16"})
+"""Dtypes of weights that Apple's GPUs compute with."""
+
 Progress = Callable[[int, int], None]
 """Called with the bytes done so far and all there are to do."""
+Follow = Callable[[Job], Callable[[], None]]
+"""Given each job in order, before any is done: what to do, on the thread that did it, once it is."""
 
 
 def history_of(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -48,10 +57,25 @@ def rewritten_files(plan: Plan) -> dict[str, list[TensorPlan]]:
 
 
 class OutputFile:
-    """One safetensors file on its way out: the header first, with room for what is only known at the end."""
+    """One safetensors file on its way out, at `path`: the header first, with room for what is only known at the end.
 
-    def __init__(self, plan: Plan, file: str, tensors: list[TensorPlan], output: Output, stack: ExitStack) -> None:
+    A `clone` of the source keeps its layout, and only what changes is written.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        file: str,
+        tensors: list[TensorPlan],
+        path: Path,
+        stack: ExitStack,
+        *,
+        clone: bool = False,
+        follow: Follow | None = None,
+    ) -> None:
         header = plan.layout.files[file]
+        self.clone = clone
+        self.follow = follow
         self.infos: dict[str, TensorInfo] = {}
         position = 0
         for tensor in tensors:
@@ -59,10 +83,17 @@ class OutputFile:
             self.infos[tensor.key] = info
             position += tensor.nbytes
         self.metadata = header.metadata
-        self.length = len(encode_header(self.infos, self.metadata)) + PROVENANCE_BYTES
+        room = len(encode_header(self.infos, self.metadata)) + PROVENANCE_BYTES
+        self.length = header.data_start if clone else room
         self.tensors = tensors
         self.source = stack.enter_context(TensorFile(header))
-        self.writer = stack.enter_context(Writer(output.path(file), self.length + position))
+        self.writer = stack.enter_context(Writer(path, None if clone else self.length + position))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are written of its tensors."""
+        written = {tensor.key for tensor in self.tensors if tensor.touched or not self.clone}
+        return sum(self.infos[key].nbytes for key in written)
 
     def offset(self, tensor: TensorPlan) -> int:
         return self.length + self.infos[tensor.key].start
@@ -71,7 +102,7 @@ class OutputFile:
         """Everything there is to do for this file, each piece returning the bytes it wrote."""
         for untouched, run in groupby(self.tensors, key=lambda tensor: not tensor.touched):
             if untouched:
-                yield from self._copies(list(run))
+                yield from () if self.clone else self._copies(list(run))
                 continue
             for tensor in run:
                 yield from self._computations(tensor)
@@ -94,37 +125,53 @@ class OutputFile:
         return copy
 
     def _computations(self, tensor: TensorPlan) -> Iterator[Callable[[Worker], tuple[int, Measure]]]:
-        if not by_blocks(tensor):
-            yield lambda worker: (
-                tensor.nbytes,
-                change_whole(tensor, self.source, self.writer, self.offset(tensor), worker.rounding),
-            )
-            return
         for job in jobs_of(tensor, self.source, self.writer, self.offset(tensor)):
-            yield lambda worker, job=job: (job.nbytes, run_job(job, worker.rounding, worker.scratch, worker.stopped))  # type: ignore[misc]
+            yield partial(_computed, job, self.follow(job) if self.follow else None)
 
-    def finish(self, provenance: str) -> None:
-        """Writes the header, now that everything in it is known."""
+    def finish(self, provenance: str) -> bool:
+        """Writes the header, now that everything in it is known; False where a clone's has no room for it, and stays."""
         raw = encode_header(self.infos, {**self.metadata, METADATA_KEY: provenance}, self.length)
-        if len(raw) != self.length:
+        fits = len(raw) == self.length
+        if not fits and not self.clone:
             raise AssertionError(f"the provenance is longer than {PROVENANCE_BYTES} bytes")
-        self.writer.write(raw, 0)
+        if fits:
+            self.writer.write(raw, 0)
+        return fits
 
 
 class Worker(threading.local):
     """What each worker thread has for itself, and what stops all of them."""
 
-    def __init__(self, rounding: Rounding, stopped: threading.Event) -> None:
+    def __init__(self, rounding: Rounding, lanes: Lanes, stopped: threading.Event) -> None:
         self.rounding = rounding
+        self.lanes = lanes
         self.stopped = stopped
-        self.scratch = Scratch()
+        self._scratch: dict[torch.device, Scratch] = {}
+
+    def compute(self, jobs: Sequence[Job], device: torch.device) -> list[Measure]:
+        """Runs jobs on a device."""
+        if device.type == "mps" and any({job.tensor.source.dtype, job.tensor.dtype} - KNOWN_TO_MPS for job in jobs):
+            device = CPU
+        staged = self.lanes.staged and device == self.lanes.device
+        scratch = self._scratch.setdefault(device, Scratch(device, staged))
+        return [
+            run_job(job, self.rounding, scratch, self.stopped) if job.by_blocks else change_whole(job, self.rounding, device)
+            for job in jobs
+        ]
 
 
-def run(files: Sequence[OutputFile], rounding: Rounding, progress: Progress | None) -> Measure:
+def _computed(job: Job, after: Callable[[], None] | None, worker: Worker) -> tuple[int, Measure]:
+    (measure,) = worker.lanes.each(job.tensor.name, [job], worker.compute)
+    if after and not worker.stopped.is_set():
+        after()
+    return job.nbytes, measure
+
+
+def run(files: Sequence[OutputFile], rounding: Rounding, lanes: Lanes, progress: Progress | None) -> Measure:
     """Runs all work on a few threads and adds up what was measured, in order."""
-    total, done = sum(info.nbytes for file in files for info in file.infos.values()), 0
+    total, done = sum(file.nbytes for file in files), 0
     measures: dict[int, Measure] = {}
-    worker = Worker(rounding, threading.Event())
+    worker = Worker(rounding, lanes, threading.Event())
 
     def finished(index: int, result: tuple[int, Measure]) -> None:
         nonlocal done

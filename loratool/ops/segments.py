@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 
 import torch
 from torch import Tensor
 
+from loratool.devices import sent
 from loratool.ops.plan import TensorPlan
 from loratool.ops.terms import Term
 
@@ -29,6 +30,11 @@ class Segment:
         up = None if self.up is None else self.up[rows]
         return Segment(first, last, up, self.down, tuple(difference[rows] for difference in self.whole))
 
+    def on(self, device: torch.device) -> Segment:
+        """The same on a device."""
+        up, down = (None if factor is None else sent(factor, device) for factor in (self.up, self.down))
+        return replace(self, up=up, down=down, whole=tuple(sent(difference, device) for difference in self.whole))
+
     def change(self, first: int, last: int, out: Tensor) -> Tensor:
         """ΔW of rows `first` to `last` in float32."""
         rows = slice(first - self.start, last - self.start)
@@ -41,9 +47,12 @@ class Segment:
         return out
 
 
-def segments_of(tensor: TensorPlan, rows: int, columns: int) -> tuple[Segment, ...]:
-    """Cuts the rows where terms begin and end, and stacks the factors of those that share a piece: one product each."""
-    pieces = [_as_stored(term, rows, columns) for term in tensor.terms]
+def segments_of(tensor: TensorPlan, rows: int, columns: int, *, factored: bool = False) -> tuple[Segment, ...]:
+    """Cuts the rows where terms begin and end, and stacks the factors of those that share a piece: one product each.
+
+    With `factored`, factors stay what they are, however many.
+    """
+    pieces = [_as_stored(term, rows, columns, factored=factored) for term in tensor.terms]
     edges = sorted({edge for piece in pieces for edge in (piece.start, piece.stop)})
     segments = []
     for first, last in pairwise(edges):
@@ -60,11 +69,11 @@ def _stacked(pieces: list[Segment], first: int, last: int) -> Segment:
     return Segment(first, last, up, down, tuple(whole for piece in pieces for whole in piece.whole))
 
 
-def _as_stored(term: Term, rows: int, columns: int) -> Segment:
+def _as_stored(term: Term, rows: int, columns: int, *, factored: bool) -> Segment:
     """One term, its strength inside, in the rows and columns that the weight is stored in."""
     start, stop = (0, rows) if term.transposed else (term.start, term.stop)
     factors = term.delta.factors()
-    if factors is None or 4 * factors[0].shape[1] > min(rows, columns) > 64:
+    if factors is None or (4 * factors[0].shape[1] > min(rows, columns) > 64 and not factored):
         # Without factors, or with so many of them (LoHa's ranks multiply) that the product is dearer than its result.
         dense = term.delta.dense().mul_(term.strength)
         flat = dense.reshape(dense.shape[0], -1) if dense.ndim > 1 else dense.reshape(-1, columns)

@@ -7,7 +7,7 @@ in their order, so that a result depends neither on threads nor on time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from threading import Event
 from typing import Final
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from loratool import rounding
 from loratool.checkpoint import DTYPES, TensorFile, tensor_bytes
-from loratool.deltas.base import widened
+from loratool.deltas.base import moved, widened
+from loratool.devices import CPU, sent
 from loratool.errors import NonFinite
 from loratool.ops.plan import TensorPlan
 from loratool.ops.segments import Segment, matrix, segments_of
@@ -28,7 +29,7 @@ from loratool.output import Writer
 BLOCK_BYTES: Final = 1 << 20
 """Stored bytes computed at a time: few enough to stay in cache, enough to make little of the cost of a call."""
 TASK_BYTES: Final = 32 << 20
-"""Stored bytes one worker takes at a time."""
+"""Stored bytes one worker takes at a time, and a GPU computes at a time."""
 SAMPLE_EVERY: Final = 16
 """One block in so many is measured for the report,"""
 ALWAYS_SAMPLED_BYTES: Final = 16 << 20
@@ -67,17 +68,36 @@ class Rounding:
 
 @dataclass(slots=True)
 class Scratch:
-    """One worker's buffers, grown to the largest block it has met."""
+    """One worker's buffers on `device`, and those of the host that numbers travel through where it is `staged`; grown to the
+    largest block it has met."""
 
+    device: torch.device = CPU
+    staged: bool = False
     flat: dict[str, Tensor] = field(default_factory=dict)
 
-    def take(self, use: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-        """A tensor of `shape` whose contents are left over from the last use."""
-        count = prod(shape)
-        held = self.flat.get(use)
+    def take(self, use: str, dtype: torch.dtype, shape: Sequence[int], *, host: bool = False) -> Tensor:
+        """A tensor of `shape` on the device, or the host, whose contents are left over from the last use."""
+        count, key = prod(shape), f"{use} on the host" if host else use
+        held = self.flat.get(key)
         if held is None or held.dtype != dtype or held.numel() < count:
-            held = self.flat[use] = torch.empty(count, dtype=dtype)
+            device, pinned = (CPU, self.device.type == "cuda") if host else (self.device, False)
+            held = self.flat[key] = torch.empty(count, dtype=dtype, device=device, pin_memory=pinned)
         return held[:count].view(*shape)
+
+    def sent(self, use: str, values: Tensor) -> Tensor:
+        """Host numbers on the device: the same tensor where nothing has to travel."""
+        if not self.staged:
+            return values
+        return self.take(use, values.dtype, values.shape).copy_(values, non_blocking=True)
+
+    def fetched(self, use: str, values: Tensor) -> Tensor:
+        """The device's numbers on the host, once they have arrived."""
+        if not self.staged:
+            return values
+        here = self.take(use, values.dtype, values.shape, host=True).copy_(values, non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return here
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +111,7 @@ class Job:
     segments: tuple[Segment, ...]
     start: int
     stop: int
+    by_blocks: bool = True
 
     @property
     def row_bytes(self) -> int:
@@ -102,8 +123,11 @@ class Job:
 
 
 def jobs_of(tensor: TensorPlan, source: TensorFile, target: Writer, offset: int) -> Iterator[Job]:
-    """The work on one tensor that is computed by blocks, in pieces of about `TASK_BYTES`."""
+    """The work on one tensor: in pieces of about `TASK_BYTES` where it is computed by blocks, else all of it at once."""
     rows, columns = matrix(tensor.shape)
+    if not by_blocks(tensor):
+        yield Job(tensor, source, target, offset, (), 0, rows, by_blocks=False)
+        return
     segments = segments_of(tensor, rows, columns)
     step = max(1, TASK_BYTES // max(tensor.nbytes // max(rows, 1), 1))
     # A whole number of blocks, so that blocks do not depend on how work is shared out.
@@ -125,23 +149,30 @@ def by_blocks(tensor: TensorPlan) -> bool:
 def run_job(job: Job, rounded: Rounding, scratch: Scratch, stopped: Event) -> Measure:
     """Computes and writes a job's blocks; raises `NonFinite` where a result is no number the output can hold."""
     measure = Measure()
-    block = _block_rows(job.tensor)
+    # A GPU takes all rows at once, and measures all of them: to it that is nothing.
+    block = job.stop - job.start if scratch.staged else _block_rows(job.tensor)
+    segments = tuple(segment.on(scratch.device) for segment in job.segments)
     for first in range(job.start, job.stop, block):
         if stopped.is_set():
             break
-        measured = _run_block(job, slice(first, min(first + block, job.stop)), rounded, scratch)
+        measured = _run_block(job, segments, slice(first, min(first + block, job.stop)), rounded, scratch)
         measure.add(measured)
     job.target.start_writeback(job.offset + job.start * job.row_bytes, job.nbytes)
     return measure
 
 
-def change_whole(tensor: TensorPlan, source: TensorFile, target: Writer, offset: int, rounded: Rounding) -> Measure:
+def change_whole(job: Job, rounded: Rounding, device: torch.device = CPU) -> Measure:
     """Changes a tensor that cannot be cut: each term sees the base's own weight, and all their changes are added."""
-    result, base = changed_whole(tensor, widened(source.read(tensor.source)))
-    narrow = rounded(result, torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype]), tensor.name, 0)
+    tensor = job.tensor
+    stored = job.source.read(tensor.source)
+    if stored.dtype == torch.float64:
+        device = CPU  # not every device has it, and few weights are stored so
+    on_device = replace(tensor, terms=tuple(replace(term, delta=moved(term.delta, device)) for term in tensor.terms))
+    result, base = changed_whole(on_device, widened(sent(stored, device)))
+    narrow = rounded(result, torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=device), tensor.name, 0)
     if not bool(narrow.float().isfinite().all()):
         raise NonFinite(_lost(tensor, result))
-    target.write(tensor_bytes(narrow.contiguous()), offset)
+    job.target.write(tensor_bytes(narrow.contiguous().cpu()), job.offset)
     wanted, got = (result - base).flatten().double(), (widened(narrow) - base).flatten().double()
     return Measure(float(got @ wanted), float(wanted @ wanted), got.numel(), int((got == 0).sum()))
 
@@ -159,19 +190,20 @@ def changed_whole(tensor: TensorPlan, base: Tensor) -> tuple[Tensor, Tensor]:
     return result, base
 
 
-def _run_block(job: Job, rows: slice, rounded: Rounding, scratch: Scratch) -> Measure:
+def _run_block(job: Job, segments: tuple[Segment, ...], rows: slice, rounded: Rounding, scratch: Scratch) -> Measure:
     tensor, columns = job.tensor, matrix(job.tensor.shape)[1]
     shape, index = (rows.stop - rows.start, columns), rows.start * columns
     source_dtype, dtype = DTYPES[tensor.source.dtype], DTYPES[tensor.dtype]
-    raw = scratch.take("raw", source_dtype, shape)
+    raw = scratch.take("raw", source_dtype, shape, host=scratch.staged)
     job.source.read_into(tensor_bytes(raw), tensor.source.start + index * source_dtype.itemsize)
-    wide = scratch.take("wide", torch.float32, shape).copy_(raw)
-    sampled = bool(tensor.terms) and _is_sampled(tensor, rows.start)
-    change = _add_segments(job.segments, rows, wide, scratch, keep=sampled)
+    before = scratch.sent("raw", raw)
+    wide = scratch.take("wide", torch.float32, shape).copy_(before)
+    sampled = bool(tensor.terms) and (scratch.staged or _is_sampled(tensor, rows.start))
+    change = _add_segments(segments, rows, wide, scratch, keep=sampled)
     narrow = rounded(wide, scratch.take("narrow", dtype, shape), tensor.name, index)
     _check_range(tensor, wide, dtype)
-    job.target.write(tensor_bytes(narrow), job.offset + index * dtype.itemsize)
-    return _measured(raw, change, narrow, scratch) if sampled else Measure()
+    job.target.write(tensor_bytes(scratch.fetched("narrow", narrow)), job.offset + index * dtype.itemsize)
+    return _measured(before, change, narrow, scratch) if sampled else Measure()
 
 
 def _add_segments(segments: tuple[Segment, ...], rows: slice, wide: Tensor, scratch: Scratch, *, keep: bool) -> Tensor:
@@ -193,18 +225,23 @@ def _add_segments(segments: tuple[Segment, ...], rows: slice, wide: Tensor, scra
 
 def _measured(before: Tensor, change: Tensor, narrow: Tensor, scratch: Scratch) -> Measure:
     stored = scratch.take("stored", torch.float32, narrow.shape).copy_(narrow)
-    got = stored.sub_(before).flatten().numpy()
-    wanted = change.flatten().numpy()
-    kept = got.size - int(np.count_nonzero(got))
-    return Measure(float(np.dot(got, wanted)), float(np.dot(wanted, wanted)), got.size, kept)
+    got, wanted = stored.sub_(before).flatten(), change.flatten()
+    # numpy's is the faster one on a CPU.
+    moved = np.count_nonzero(got.numpy()) if got.device == CPU else torch.count_nonzero(got)
+    return Measure(_dot(got, wanted), _dot(wanted, wanted), got.numel(), got.numel() - int(moved))
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    if one.device != CPU:
+        return float(torch.dot(one, other))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.dot(one.numpy(), other.numpy()))
 
 
 def _check_range(tensor: TensorPlan, wide: Tensor, dtype: torch.dtype) -> None:
     """Whether every result fits the output's dtype. One dot product shows it nearly always: no square exceeds the sum."""
-    values = wide.flatten().numpy()
-    limit = rounding.largest(dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = float(np.dot(values, values))
+    values, limit = wide.flatten(), rounding.largest(dtype)
+    total = _dot(values, values)
     if total < limit * limit and total < float("inf"):
         return
     if bool((wide.abs() <= limit).all()):

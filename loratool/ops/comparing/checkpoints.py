@@ -11,6 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from loratool import rounding
 from loratool.ops.weights import Weights
 from loratool.targets import Place, module_of
 from loratool.workers import results
@@ -152,11 +153,8 @@ def _add(sums: _Sums, before: Tensor, after: Tensor) -> None:
         sums.steps.append(int((_ordered(before) - _ordered(after)).abs().max()))
 
 
-_INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(_INTEGERS[tensor.element_size()])
+    return tensor.contiguous().flatten().view(rounding.INTEGERS[tensor.element_size()])
 
 
 def _ordered(tensor: Tensor) -> Tensor:

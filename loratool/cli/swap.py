@@ -1,0 +1,71 @@
+"""`loratool swap`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loratool.cli.merge import print_merge
+from loratool.cli.options import (
+    adapter_and_strength,
+    device_option,
+    in_place_option,
+    json_option,
+    overwrite_option,
+    pickle_option,
+    quiet_option,
+    verbose_option,
+    where_to,
+)
+from loratool.cli.render import print_json, progress_bar, warn
+
+
+@click.command("swap", short_help="Take one adapter out of a merged checkpoint and put another in.")
+@click.argument("merged", type=click.Path(path_type=Path))
+@click.option("--out", "outgoing", multiple=True, required=True, metavar="ADAPTER[:STRENGTH]", help="Repeatable.")
+@click.option("--in", "incoming", multiple=True, required=True, metavar="ADAPTER[:STRENGTH]", help="Repeatable.")
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="File or folder to write.")
+@in_place_option
+@pickle_option
+@device_option
+@overwrite_option
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@json_option
+@quiet_option
+@verbose_option
+def swap_command(
+    merged: Path,
+    outgoing: tuple[str, ...],
+    incoming: tuple[str, ...],
+    out: Path | None,
+    in_place: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **chosen: object,
+) -> None:
+    """Take the adapters --out, at the strengths at which they were merged, out of MERGED, and put --in in their place.
+
+    Both in one pass and with one rounding, so that the result is what merging --in into the original base makes, to a
+    rounding. With --in-place only the tensors that change are written.
+
+    \b
+    Example:
+      loratool swap merged.safetensors --out style.safetensors:0.8 --in detail.safetensors -o other.safetensors
+      loratool swap merged/ --out task-a/ --in task-b/ --in-place
+    """
+    from loratool.ops.merging import Options, Source
+    from loratool.ops.swap import swap
+
+    old, new = ([Source(*adapter_and_strength(text)) for text in texts] for texts in (outgoing, incoming))
+    target = where_to(out, in_place=in_place)
+    with progress_bar("swapping", quiet=quiet) as progress:
+        report = swap(merged, old, new, target, Options(**chosen), progress)  # type: ignore[arg-type]
+    for warning in report.warnings:
+        warn(warning)
+    if as_json:
+        print_json(report)
+    elif not quiet:
+        done = "would swap" if report.dry_run else "swapped"
+        print_merge(f"{done} {len(old)} for {len(new)} in {report.out}", report, verbose=verbose)

@@ -1,0 +1,83 @@
+"""`loratool unmerge`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loratool.cli.options import (
+    adapter_and_strength,
+    device_option,
+    json_option,
+    overwrite_option,
+    pickle_option,
+    quiet_option,
+)
+from loratool.cli.render import print_facts, print_json, progress_bar, size, warn
+
+if TYPE_CHECKING:
+    from loratool.ops.unmerge import UnmergeReport
+
+HASHES = 8
+"""Files whose hashes are shown."""
+
+
+@click.command("unmerge", short_help="Undo a merge: to the bit with its undo file, by subtraction without.")
+@click.argument("merged", type=click.Path(path_type=Path))
+@click.argument("adapters", nargs=-1, metavar="[ADAPTER[:STRENGTH]]...")
+@click.option("--undo", type=click.Path(path_type=Path), metavar="FILE", help="What `merge --undo` wrote.")
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="File or folder to write.")
+@pickle_option
+@device_option
+@overwrite_option
+@json_option
+@quiet_option
+def unmerge_command(
+    merged: Path,
+    adapters: tuple[str, ...],
+    undo: Path | None,
+    out: Path,
+    as_json: bool,
+    quiet: bool,
+    **chosen: object,
+) -> None:
+    """Write to OUT what MERGED was before a merge.
+
+    With --undo that is the base to the bit, checked by its hashes; the file holds the adapters. Without it, name each
+    ADAPTER with the STRENGTH at which it was merged: it is subtracted, and some numbers may be off by a rounding, which
+    are counted.
+
+    \b
+    Example:
+      loratool unmerge merged/ --undo back.safetensors -o base/
+      loratool unmerge merged.safetensors style.safetensors:0.8 -o base.safetensors
+    """
+    from loratool.ops.merging import Options, Source
+    from loratool.ops.unmerge import unmerge
+
+    if bool(adapters) == bool(undo):
+        raise click.UsageError("give either --undo FILE, or the adapters to subtract")
+    sources = [Source(*adapter_and_strength(text)) for text in adapters]
+    with progress_bar("unmerging", quiet=quiet) as progress:
+        report = unmerge(merged, out, sources, undo=undo, options=Options(**chosen), progress=progress)  # type: ignore[arg-type]
+    for warning in report.warnings:
+        warn(warning)
+    if as_json:
+        print_json(report)
+    elif not quiet:
+        count = "1 adapter" if len(report.adapters) == 1 else f"{len(report.adapters)} adapters"
+        print_facts(f"took {count} out of {merged} to {report.out}", _facts(report))
+
+
+def _facts(report: UnmergeReport) -> Iterator[tuple[str, str]]:
+    yield "tensors", f"{report.changed} changed, of {report.numbers:,} numbers"
+    if report.exact:
+        yield "base", "restored to the bit: every file has the hash that it had"
+        yield from (("SHA-256", f"{digest}  {file}".rstrip()) for file, digest in list(report.sha256.items())[:HASHES])
+    else:
+        share = report.doubtful / report.numbers if report.numbers else 0.0
+        yield "base", f"subtracted: {report.doubtful:,} numbers ({share:.1%}) can be off by a rounding, all others are exact"
+    yield "size", f"{size(report.nbytes)} in {report.seconds:.1f} s, peak memory {size(report.peak_bytes)}"

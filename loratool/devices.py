@@ -1,0 +1,126 @@
+"""Where numbers are computed: on the CPU, or on GPUs that several threads each keep busy.
+
+A GPU waits for nothing where it is fed from several threads, each with a stream and page-locked memory of its own: while
+one reads from the disk, another's numbers travel, a third's are computed and a fourth writes. Nothing here depends on CUDA:
+on the CPU the same code runs, and whatever it would send is there already.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import count
+from typing import Final, TypeVar
+
+import torch
+from torch import Tensor
+
+from loratool.errors import LoratoolError
+
+CPU: Final = torch.device("cpu")
+AT_ONCE: Final = 1 << 30
+"""Bytes of matrices of one shape that a GPU is given at a time: a CPU, which gains nothing by it, takes one by one."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def devices_named(name: str) -> tuple[torch.device, ...]:
+    """The devices to compute on: "auto" is all of CUDA's, else the CPU, "cuda" all of CUDA's, "cuda:1" one of them.
+
+    Raises `LoratoolError` for one that is not there.
+    """
+    cuda = tuple(torch.device("cuda", number) for number in range(torch.cuda.device_count()))
+    mps = (torch.device("mps"),) if torch.backends.mps.is_available() else ()
+    if name == "auto":
+        return cuda or (CPU,)
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and not (kind == "cuda" and number.isdecimal())):
+        raise LoratoolError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    there = {"cpu": (CPU,), "cuda": cuda, "mps": mps}[kind]
+    chosen = there[int(number) : int(number) + 1] if number else there
+    if not chosen:
+        seen = f"{len(cuda)} CUDA devices and {'an' if mps else 'no'} MPS device"
+        raise LoratoolError(f"--device {name}: this torch, {torch.__version__}, sees {seen}; --device cpu does without")
+    return chosen
+
+
+class Lanes(threading.local):
+    """Each thread's way to a device: which one, by turns, the stream it works on, and what to do when memory runs out.
+
+    `staged` says whether numbers have to travel; a test may say so of the CPU, to run the very code that a GPU would.
+    """
+
+    def __init__(self, devices: Sequence[torch.device], turns: Iterator[int], moved: list[str], *, staged: bool) -> None:
+        self.devices = devices
+        self.staged = staged
+        self.moved = moved
+        self.device = devices[next(turns) % len(devices)]
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    @property
+    def pinned(self) -> bool:
+        """Whether host memory is to be page-locked, so that it travels while something else is computed."""
+        return self.device.type == "cuda"
+
+    def each(
+        self, what: str, items: Sequence[Item], compute: Callable[[Sequence[Item], torch.device], list[Result]]
+    ) -> list[Result]:
+        """`compute` of all items on this thread's device; of half of them at a time where its memory does not hold them all,
+        and on the CPU where not even one finds room, which `notes` tells of."""
+        try:
+            with self._stream():
+                return compute(items, self.device)
+        except torch.OutOfMemoryError:
+            if self.device == CPU and not self.staged:
+                raise
+        # What the attempt held is gone once its exception is.
+        if self.pinned:
+            torch.cuda.empty_cache()
+        if len(items) > 1:
+            half = len(items) // 2
+            return self.each(what, items[:half], compute) + self.each(what, items[half:], compute)
+        self.moved.append(what)
+        return compute(items, CPU)
+
+    def notes(self) -> Iterator[str]:
+        """What a report should say of memory that ran out."""
+        if self.moved:
+            count, first = len(self.moved), self.moved[0]
+            yield f"{self.title} ran out of memory: {count} pieces of work were done on the CPU, the first is {first}"
+
+    @property
+    def title(self) -> str:
+        """The devices in words."""
+        return ", ".join(map(str, self.devices))
+
+    def _stream(self) -> torch.cuda.StreamContext | nullcontext[None]:
+        return torch.cuda.stream(self.stream) if self.stream else nullcontext()
+
+
+def lanes(name: str = "cpu", *, staged: bool = False) -> Lanes:
+    """The lanes to the devices called `name`; raises `LoratoolError` where there are none."""
+    devices = devices_named(name)
+    return Lanes(devices, count(), [], staged=staged or devices[0] != CPU)
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Float32 products in float32: whoever calls us may have allowed TF32, whose ten bits would be our error."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`: itself where it is there already."""
+    return tensor.to(device, non_blocking=tensor.is_pinned()) if tensor.device != device else tensor
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """`tensor` in float64, on its device where that has any: Apple's GPUs do not, and the CPU takes it over."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

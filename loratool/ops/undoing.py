@@ -1,0 +1,256 @@
+"""The undo file of a merge: what leads back from the merged checkpoint to its base, to the bit, without the base.
+
+A safetensors file that holds the adapters as they were read, the headers of the base's files, and for each piece of each
+changed tensor how far the base was from what taking the adapters away again gives: mostly nothing, since that is rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from math import ceil
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from loratool import __version__
+from loratool.adapter import Adapter, Unsaid
+from loratool.checkpoint import DTYPES, TensorFile, tensor_bytes
+from loratool.errors import InvalidFile, Unsupported, some
+from loratool.formats.reading import locate
+from loratool.header import Header, TensorInfo, encode_header, open_regular, read_header
+from loratool.ops import streaming
+from loratool.ops.adding import Added
+from loratool.ops.plan import Choice, Plan, TensorPlan
+from loratool.ops.rewriting import METADATA_KEY
+from loratool.ops.segments import matrix
+from loratool.ops.streaming import Job
+from loratool.output import Output, Writer
+from loratool.pickles import PICKLE_SUFFIXES
+from loratool.residuals import packed
+from loratool.strict import strict_json
+from loratool.workers import results
+
+ENTRY_BYTES: Final = 160
+"""Room in a header for what it says of one tensor, beside its name."""
+HASH_BYTES: Final = 8 << 20
+"""Bytes of a file that are hashed at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """An adapter of a merge, and all that its terms depend on."""
+
+    adapter: Adapter
+    choice: Choice
+    unsaid: Unsaid
+
+
+class UndoFile:
+    """An undo file on its way out: `follow` each job of the merge, then `finish`. Use it in a `with`."""
+
+    def __init__(self, path: Path, plan: Plan, merged: Sequence[Merged], dtype: str | None, *, overwrite: bool) -> None:
+        self.plan, self.merged, self.dtype = plan, merged, dtype
+        for each in merged:
+            if locate(each.adapter.path)[0].suffix in PICKLE_SUFFIXES:
+                raise Unsupported(f"{each.adapter.path}: is a pickle, which an undo file does not hold; convert it first")
+        inputs = [plan.layout.root, *(each.adapter.path for each in merged)]
+        self._output = Output(path, folder=False, overwrite=overwrite, nbytes=0, inputs=inputs)
+        self._stack = ExitStack()
+        self._infos: dict[str, TensorInfo] = {}
+        self._lock, self._numbers, self._next = threading.Lock(), count(), 0
+        self._waiting: dict[int, tuple[str, bytes]] = {}
+        self._added: Added | None = None
+        pieces = [tensor for tensor in plan.tensors.values() if tensor.touched]
+        self._room = sum(len(tensor.name.encode()) + ENTRY_BYTES for tensor in pieces for _ in range(_most(tensor)))
+        self._room += 4096 + sum(len(json.dumps(self._of(each))) + 4 * ENTRY_BYTES for each in merged)
+        self._room += sum(len(file.encode()) * 2 + 4 * ENTRY_BYTES for file in plan.layout.files)
+        self._end = self._room
+
+    def __enter__(self) -> UndoFile:
+        output = self._stack.enter_context(self._output)
+        self._writer = self._stack.enter_context(Writer(output.path(""), 0))
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._stack.__exit__(*raised)
+
+    def follow(self, job: Job) -> Callable[[], None]:
+        """What is to be done once a job is: to keep what leads back from what it wrote."""
+        if job.tensor.name not in self.plan.layout.tensors:
+            return lambda: None
+        if self._added is None or self._added.tensor is not job.tensor:
+            self._added = Added(job.tensor)
+        return partial(self._keep, next(self._numbers), job, self._added)
+
+    def finish(self, files: Sequence[str]) -> int:
+        """Writes all the rest, `files` being those that the merge rewrote, and returns the size. The file is complete then,
+        and takes its place with `commit`."""
+        layout = self.plan.layout
+        digests = results(partial(sha256, layout.root / file if file else layout.root) for file in files)
+        of = dict(zip(files, digests, strict=True))
+        for file in files:
+            header = layout.files[file]
+            with TensorFile(header) as source:
+                self._copy(f"header/{file}", source.descriptor, header.data_start)
+        kept = [name for name in (*layout.indexes, "config.json") if layout.is_folder and (layout.root / name).is_file()]
+        for name in kept:
+            self._append(f"file/{name}", (layout.root / name).read_bytes())
+        for number, each in enumerate(self.merged):
+            for path in filter(None, locate(each.adapter.path)):
+                self._copy_file(f"adapter/{number}/{path.name}", path)
+        document = {
+            "version": __version__,
+            "command": "undo",
+            "dtype": self.dtype,
+            "files": {file: {"sha256": of[file], "size": layout.files[file].size} for file in files},
+            "adapters": [self._of(each) for each in self.merged],
+        }
+        raw = encode_header(self._infos, {METADATA_KEY: json.dumps(document)}, self._room)
+        if len(raw) != self._room:
+            raise AssertionError(f"the undo file's header takes {len(raw)} bytes, {self._room} were kept for it")
+        self._writer.write(raw, 0)
+        return self._end
+
+    def commit(self) -> None:
+        """Puts the file in its place."""
+        self._output.commit()
+
+    def _keep(self, number: int, job: Job, added: Added) -> None:
+        base, merged = _rows(job)
+        raw = packed(base.flatten(), added.taken_from(merged, job.start))
+        with self._lock:
+            # In the order of the jobs, whichever is done first: equal runs write equal bytes.
+            self._waiting[number] = f"rows/{job.tensor.name}/{job.start}", raw
+            while self._next in self._waiting:
+                self._append(*self._waiting.pop(self._next))
+                self._next += 1
+
+    def _append(self, name: str, raw: bytes) -> None:
+        self._writer.write(raw, self._end)
+        self._enter(name, len(raw))
+
+    def _copy(self, name: str, descriptor: int, nbytes: int) -> None:
+        self._writer.copy(descriptor, 0, nbytes, self._end)
+        self._enter(name, nbytes)
+
+    def _copy_file(self, name: str, path: Path) -> None:
+        descriptor = open_regular(path)
+        try:
+            self._copy(name, descriptor, os.fstat(descriptor).st_size)
+        finally:
+            os.close(descriptor)
+
+    def _enter(self, name: str, nbytes: int) -> None:
+        self._infos[name] = TensorInfo(name, "U8", (nbytes,), self._end, self._end + nbytes)
+        self._end += nbytes
+
+    def _of(self, each: Merged) -> dict[str, Any]:
+        choice, (_, config) = each.choice, locate(each.adapter.path)
+        return {
+            "name": each.adapter.path.name,
+            "strength": choice.strength,
+            "include": list(choice.include),
+            "exclude": list(choice.exclude),
+            "components": dict(choice.components),
+            "alpha": each.unsaid.alpha,
+            "slots": list(each.unsaid.slots),
+            "folder": config is not None or each.adapter.path.is_dir(),
+        }
+
+
+def _most(tensor: TensorPlan) -> int:
+    """As many jobs as a tensor is ever cut into."""
+    return 1 + ceil(tensor.nbytes / streaming.TASK_BYTES)
+
+
+def _rows(job: Job) -> tuple[Tensor, Tensor]:
+    """The rows of a job in the base, and as they were written."""
+    tensor, columns = job.tensor, matrix(job.tensor.shape)[1]
+    merged = torch.empty(job.stop - job.start, columns, dtype=DTYPES[tensor.dtype])
+    job.target.read_into(tensor_bytes(merged), job.offset + job.start * job.row_bytes)
+    if not job.by_blocks:
+        return job.source.read(tensor.source), merged.reshape(tensor.shape)
+    base = torch.empty(merged.shape, dtype=DTYPES[tensor.source.dtype])
+    job.source.read_into(tensor_bytes(base), tensor.source.start + job.start * columns * base.element_size())
+    return base, merged
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as model hubs show it."""
+    with open(path, "rb", buffering=0) as file:
+        digest, buffer = hashlib.sha256(), bytearray(HASH_BYTES)
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An adapter in an undo file: what it was called, how it was merged, and whether it was a folder."""
+
+    name: str
+    choice: Choice
+    unsaid: Unsaid
+    folder: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Undo:
+    """An undo file as it was read: the dtype of the merge, the files of the base that it led away from, with their sizes and
+    hashes, and the adapters."""
+
+    header: Header
+    dtype: str | None
+    files: Mapping[str, tuple[int, str]]
+    adapters: tuple[Held, ...]
+
+    def starts(self, tensor: str) -> list[int]:
+        """The first row of each piece of a tensor that is kept, in order."""
+        return sorted(int(row) for row in self.names(f"rows/{tensor}/") if row.isdecimal())
+
+    def names(self, prefix: str) -> dict[str, TensorInfo]:
+        """What is kept below a prefix, by the rest of its name."""
+        return {name.removeprefix(prefix): info for name, info in self.header.tensors.items() if name.startswith(prefix)}
+
+
+def read_undo(path: Path) -> Undo:
+    """Reads what an undo file says of itself; raises `InvalidFile`."""
+    header = read_header(path)
+    try:
+        document = strict_json(header.metadata.get(METADATA_KEY, "{}").encode())
+        if document.get("command") != "undo":
+            raise InvalidFile(f"{path}: is not an undo file; merge --undo writes one")
+        files = {name: (int(facts["size"]), str(facts["sha256"])) for name, facts in document["files"].items()}
+        adapters = tuple(_adapter(each) for each in document["adapters"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InvalidFile(f"{path}: is not an undo file that this version reads: {error}") from error
+    undo = Undo(header, document.get("dtype"), files, adapters)
+    if any(info.dtype != "U8" or len(info.shape) != 1 for info in header.tensors.values()):
+        raise InvalidFile(f"{path}: is not an undo file that this version reads")
+    whole = set(files) == {""}
+    unsafe = [name for name in (*files, *undo.names("file/")) if not (_inside(name) or (whole and not name))]
+    if unsafe:
+        raise InvalidFile(f"{path}: would write {some(map(repr, unsafe))}, which does not lie in the output")
+    return undo
+
+
+def _inside(name: str) -> bool:
+    """Whether a name leads to somewhere below the folder that it is put behind."""
+    return bool(name) and not {"", ".", ".."} & set(name.split("/")) and "\\" not in name and "\0" not in name
+
+
+def _adapter(said: Mapping[str, Any]) -> Held:
+    components = {str(name): float(factor) for name, factor in said["components"].items()}
+    choice = Choice(float(said["strength"]), tuple(map(str, said["include"])), tuple(map(str, said["exclude"])), components)
+    alpha = None if said["alpha"] is None else float(said["alpha"])
+    return Held(str(said["name"]), choice, Unsaid(alpha, tuple(map(bool, said["slots"]))), bool(said["folder"]))
