@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loratool.ops.combine import CombineOptions, CombineReport, Part, combine
     from loratool.ops.compare import CompareOptions, compare, compare_to
     from loratool.ops.convert import ConvertReport, convert
+    from loratool.ops.delta import DeltaOptions, DeltaReport, delta, iter_deltas
     from loratool.ops.edit import EditOptions, EditReport, edit
     from loratool.ops.extract import ExtractOptions, ExtractReport, extract
     from loratool.ops.inspect import AdapterReport, CheckpointReport, inspect
@@ -38,6 +39,8 @@ _HOMES: Final = {
     "CombineReport": "loratool.ops.combine",
     "CompareOptions": "loratool.ops.compare",
     "ConvertReport": "loratool.ops.convert",
+    "DeltaOptions": "loratool.ops.delta",
+    "DeltaReport": "loratool.ops.delta",
     "EditOptions": "loratool.ops.edit",
     "EditReport": "loratool.ops.edit",
     "ExtractOptions": "loratool.ops.extract",
@@ -53,9 +56,11 @@ _HOMES: Final = {
     "compare": "loratool.ops.compare",
     "compare_to": "loratool.ops.compare",
     "convert": "loratool.ops.convert",
+    "delta": "loratool.ops.delta",
     "edit": "loratool.ops.edit",
     "extract": "loratool.ops.extract",
     "inspect": "loratool.ops.inspect",
+    "iter_deltas": "loratool.ops.delta",
     "load": "loratool.adapter",
     "merge": "loratool.ops.merge",
     "LowRankReport": "loratool.ops.low_rank",
@@ -81,6 +86,8 @@ __all__ = [
     "CombineReport",
     "CompareOptions",
     "ConvertReport",
+    "DeltaOptions",
+    "DeltaReport",
     "EditOptions",
     "EditReport",
     "ExtractOptions",
@@ -99,10 +106,12 @@ __all__ = [
     "compare",
     "compare_to",
     "convert",
+    "delta",
     "edit",
     "extract",
     "frontier",
     "inspect",
+    "iter_deltas",
     "load",
     "merge",
     "resize",

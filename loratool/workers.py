@@ -32,6 +32,11 @@ def peak_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
+def cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_all(
     pieces: Iterable[Callable[[], T]],
     done: Callable[[int, T], None],
@@ -44,8 +49,7 @@ def run_all(
     Each thread computes with one core: pieces are too small to share, and sums must not depend on how many cores there are.
     `stopped` is set when an error or an interruption ends it, for pieces that look.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = threads or min(MOST, cores)
+    count = threads or min(MOST, cores())
     before, running, numbered = torch.get_num_threads(), dict[Future[T], int](), enumerate(pieces)
     with exact_products(), ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, 1)) as pool:
         try:

@@ -14,7 +14,9 @@ from loratool import __version__
 from loratool.cli.combine import combine_command
 from loratool.cli.compare import compare_command
 from loratool.cli.convert import convert_command
+from loratool.cli.delta import delta_command
 from loratool.cli.edit import edit_command
+from loratool.cli.env import env_command
 from loratool.cli.extract import extract_command
 from loratool.cli.formats import formats_command
 from loratool.cli.inspect import inspect_command
@@ -58,8 +60,8 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="loratool")
 def cli() -> None:
-    """Inspect, merge, extract, convert, combine, resize, edit and compare LoRA adapters and their relatives, in the formats
-    of PEFT, kohya, diffusers and others.
+    """Inspect, merge, unmerge, extract, convert, combine, resize, edit and compare LoRA adapters and their relatives, in the
+    formats of PEFT, kohya, diffusers and others.
 
     An adapter is a safetensors file or a PEFT folder; a base is a safetensors file, or a folder of Hugging Face or
     diffusers. Every command has an example on its own help page.
@@ -69,7 +71,9 @@ def cli() -> None:
 cli.add_command(combine_command)
 cli.add_command(compare_command)
 cli.add_command(convert_command)
+cli.add_command(delta_command)
 cli.add_command(edit_command)
+cli.add_command(env_command)
 cli.add_command(extract_command)
 cli.add_command(formats_command)
 cli.add_command(inspect_command)

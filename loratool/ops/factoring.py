@@ -66,7 +66,7 @@ def factored(dense: Tensor, rule: Rule, storage: Storage, *, noise: float = 0.0)
     Raises `NonFinite` where they overflow the dtype, and `LoratoolError` where rounding to it alone is more than the rule's
     largest error.
     """
-    matrix, exponent = _in_range(dense)
+    matrix, exponent = in_range(dense)
     if rule.precise:
         matrix = matrix.double()
     # Half of the exponent to either side: it is even, so that both are exact.
@@ -119,7 +119,7 @@ def _until_met(rule: Rule, storage: Storage, full: int, attempt: Callable[[Rule]
 
 def offered(dense: Tensor, rule: Rule, itemsize: int) -> Offer:
     """The leading singular values of `dense`, as many as `rule` wants, at what factors of `itemsize` bytes each cost."""
-    matrix, exponent = _in_range(dense)
+    matrix, exponent = in_range(dense)
     back = math.ldexp(1.0, exponent)
     limit = replace(rule, value=rule.value / back) if rule.method == "threshold" else rule
     found = leading(matrix, limit, rank=rule.expected)
@@ -159,7 +159,7 @@ def distance(dense: Tensor, up: Tensor, down: Tensor) -> float:
     return math.sqrt(total)
 
 
-def _in_range(dense: Tensor) -> tuple[Tensor, int]:
+def in_range(dense: Tensor) -> tuple[Tensor, int]:
     """`dense` divided by a power of two, an even one, where its squares would leave the range of its dtype."""
     low, high = torch.aminmax(dense)
     exponent = math.frexp(max(-float(low), float(high)))[1]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,9 +26,10 @@ from loratool.adapter import Adapter, Unsaid
 from loratool.checkpoint import DTYPES, TensorFile, tensor_bytes
 from loratool.errors import InvalidFile, Unsupported, some
 from loratool.formats.reading import locate
-from loratool.header import Header, TensorInfo, encode_header, open_regular, read_header
+from loratool.header import Header, TensorInfo, open_regular, read_header
 from loratool.ops import streaming
 from loratool.ops.adding import Added
+from loratool.ops.appending import ENTRY_BYTES, Appending, Entry
 from loratool.ops.plan import Choice, Plan, TensorPlan
 from loratool.ops.rewriting import METADATA_KEY
 from loratool.ops.segments import matrix
@@ -40,8 +40,6 @@ from loratool.residuals import packed
 from loratool.strict import strict_json
 from loratool.workers import results
 
-ENTRY_BYTES: Final = 160
-"""Room in a header for what it says of one tensor, beside its name."""
 HASH_BYTES: Final = 8 << 20
 """Bytes of a file that are hashed at a time."""
 
@@ -66,19 +64,16 @@ class UndoFile:
         inputs = [plan.layout.root, *(each.adapter.path for each in merged)]
         self._output = Output(path, folder=False, overwrite=overwrite, nbytes=0, inputs=inputs)
         self._stack = ExitStack()
-        self._infos: dict[str, TensorInfo] = {}
-        self._lock, self._numbers, self._next = threading.Lock(), count(), 0
-        self._waiting: dict[int, tuple[str, bytes]] = {}
+        self._numbers = count()
         self._added: Added | None = None
         pieces = [tensor for tensor in plan.tensors.values() if tensor.touched]
         self._room = sum(len(tensor.name.encode()) + ENTRY_BYTES for tensor in pieces for _ in range(_most(tensor)))
         self._room += 4096 + sum(len(json.dumps(self._of(each))) + 4 * ENTRY_BYTES for each in merged)
         self._room += sum(len(file.encode()) * 2 + 4 * ENTRY_BYTES for file in plan.layout.files)
-        self._end = self._room
 
     def __enter__(self) -> UndoFile:
         output = self._stack.enter_context(self._output)
-        self._writer = self._stack.enter_context(Writer(output.path(""), 0))
+        self._file = Appending(self._stack.enter_context(Writer(output.path(""), 0)), self._room)
         return self
 
     def __exit__(self, *raised: Any) -> None:
@@ -101,10 +96,10 @@ class UndoFile:
         for file in files:
             header = layout.files[file]
             with TensorFile(header) as source:
-                self._copy(f"header/{file}", source.descriptor, header.data_start)
+                self._file.copy(f"header/{file}", source.descriptor, header.data_start)
         kept = [name for name in (*layout.indexes, "config.json") if layout.is_folder and (layout.root / name).is_file()]
         for name in kept:
-            self._append(f"file/{name}", (layout.root / name).read_bytes())
+            self._file.append(_bytes(f"file/{name}", (layout.root / name).read_bytes()))
         for number, each in enumerate(self.merged):
             for path in filter(None, locate(each.adapter.path)):
                 self._copy_file(f"adapter/{number}/{path.name}", path)
@@ -115,11 +110,7 @@ class UndoFile:
             "files": {file: {"sha256": of[file], "size": layout.files[file].size} for file in files},
             "adapters": [self._of(each) for each in self.merged],
         }
-        raw = encode_header(self._infos, {METADATA_KEY: json.dumps(document)}, self._room)
-        if len(raw) != self._room:
-            raise AssertionError(f"the undo file's header takes {len(raw)} bytes, {self._room} were kept for it")
-        self._writer.write(raw, 0)
-        return self._end
+        return self._file.finish({METADATA_KEY: json.dumps(document)})
 
     def commit(self) -> None:
         """Puts the file in its place."""
@@ -128,31 +119,14 @@ class UndoFile:
     def _keep(self, number: int, job: Job, added: Added) -> None:
         base, merged = _rows(job)
         raw = packed(base.flatten(), added.taken_from(merged, job.start))
-        with self._lock:
-            # In the order of the jobs, whichever is done first: equal runs write equal bytes.
-            self._waiting[number] = f"rows/{job.tensor.name}/{job.start}", raw
-            while self._next in self._waiting:
-                self._append(*self._waiting.pop(self._next))
-                self._next += 1
-
-    def _append(self, name: str, raw: bytes) -> None:
-        self._writer.write(raw, self._end)
-        self._enter(name, len(raw))
-
-    def _copy(self, name: str, descriptor: int, nbytes: int) -> None:
-        self._writer.copy(descriptor, 0, nbytes, self._end)
-        self._enter(name, nbytes)
+        self._file.in_turn(number, [_bytes(f"rows/{job.tensor.name}/{job.start}", raw)])
 
     def _copy_file(self, name: str, path: Path) -> None:
         descriptor = open_regular(path)
         try:
-            self._copy(name, descriptor, os.fstat(descriptor).st_size)
+            self._file.copy(name, descriptor, os.fstat(descriptor).st_size)
         finally:
             os.close(descriptor)
-
-    def _enter(self, name: str, nbytes: int) -> None:
-        self._infos[name] = TensorInfo(name, "U8", (nbytes,), self._end, self._end + nbytes)
-        self._end += nbytes
 
     def _of(self, each: Merged) -> dict[str, Any]:
         choice, (_, config) = each.choice, locate(each.adapter.path)
@@ -166,6 +140,10 @@ class UndoFile:
             "slots": list(each.unsaid.slots),
             "folder": config is not None or each.adapter.path.is_dir(),
         }
+
+
+def _bytes(name: str, raw: bytes) -> Entry:
+    return Entry(name, "U8", (len(raw),), raw)
 
 
 def _most(tensor: TensorPlan) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loratool.checkpoint import Checkpoint
 from loratool.deltas import Delta, Full
+from loratool.devices import CPU, sent
 from loratool.errors import LoratoolError, ShapeMismatch
 from loratool.names import Module
 from loratool.schema import WEIGHT
@@ -31,9 +32,10 @@ class Weights:
             raise LoratoolError(f"{module}: has no {parameter} in {self.layout.root}")
         return self.at(places)
 
-    def effect(self, delta: Delta, module: Module, parameter: str = WEIGHT) -> Full:
-        """What a delta that depends on its weight adds to it, in float32; raises `LoratoolError` where it does not fit."""
-        weight = self.of(module, parameter).float()
+    def effect(self, delta: Delta, module: Module, parameter: str = WEIGHT, device: torch.device = CPU) -> Full:
+        """What a delta that depends on its weight, and lies on `device`, adds to it, in float32; raises `LoratoolError`
+        where it does not fit."""
+        weight = sent(self.of(module, parameter), device).float()
         try:
             added = delta.apply(weight) - weight
         except RuntimeError as error:

@@ -1,0 +1,127 @@
+"""`loratool delta`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loratool.cli.convert import a_format, an_arch
+from loratool.cli.options import (
+    device_option,
+    exclude_option,
+    include_option,
+    json_option,
+    overwrite_option,
+    pickle_option,
+    quiet_option,
+)
+from loratool.cli.render import print_facts, print_json, print_table, progress_bar, size, warn
+from loratool.header import DTYPE_OPTIONS
+
+if TYPE_CHECKING:
+    from loratool.ops.delta import DeltaReport
+    from loratool.ops.differing.measuring import Measured
+
+SHOWN = 20
+LEADING = 8
+"""Singular values of a module that are shown."""
+
+
+@click.command("delta", short_help="Measure or write out ΔW: of an adapter, or between two checkpoints.")
+@click.argument("path", type=click.Path(path_type=Path), metavar="ADAPTER|BASE")
+@click.argument("tuned", type=click.Path(path_type=Path), metavar="[TUNED]", required=False)
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Write ΔW whole to this file.")
+@click.option("--base", type=click.Path(path_type=Path), help="Base of ADAPTER: for ‖ΔW‖/‖W₀‖, and kinds that depend on it.")
+@click.option("--to", type=a_format, metavar="FORMAT", help="Names to write. Default: ADAPTER's, else kohya's.")
+@click.option("--arch", type=an_arch, metavar="NAME", help="Architecture, where the names fit several.")
+@click.option("--dtype", type=click.Choice(list(DTYPE_OPTIONS)), help="Of what is written. Default: float32.")
+@click.option("--top", default=SHOWN, show_default=True, type=click.IntRange(0), help="Modules to show; 0 shows all.")
+@click.option("--by", type=click.Choice(["norm", "relative"]), default="norm", show_default=True, help="Order of modules.")
+@click.option("--spectrum", is_flag=True, help="All singular values, of large matrices too.")
+@include_option
+@exclude_option
+@pickle_option
+@device_option
+@overwrite_option
+@json_option
+@quiet_option
+def delta_command(
+    path: Path,
+    tuned: Path | None,
+    out: Path | None,
+    top: int,
+    by: str,
+    as_json: bool,
+    quiet: bool,
+    **chosen: object,
+) -> None:
+    """Show how large ΔW is, module by module: what ADAPTER adds, or TUNED − BASE. With -o, write it whole.
+
+    σ₁ is the largest singular value, the stable rank ‖ΔW‖²/σ₁², the effective rank the exponential of the entropy of all
+    singular values; without --spectrum it is left out for large matrices that have no factors.
+
+    \b
+    Example:
+      loratool delta style.safetensors
+      loratool delta style.safetensors -o full.safetensors --dtype bfloat16
+      loratool delta Llama-3-8B/ my-finetune/ --by relative --top 10
+    """
+    from loratool.ops.delta import DeltaOptions, delta
+
+    with progress_bar("measuring", quiet=quiet) as progress:
+        report = delta(path, tuned, out, DeltaOptions(**chosen), progress)  # type: ignore[arg-type]
+    for warning in report.warnings:
+        warn(warning)
+    if as_json:
+        print_json(report)
+    elif not quiet:
+        print_facts(f"ΔW of {report.what}", _facts(report))
+        _print_modules(report, top, by)
+
+
+def _facts(report: DeltaReport) -> Iterator[tuple[str, str]]:
+    unchanged = f", {report.unchanged} unchanged" if report.unchanged else ""
+    yield "parameters", f"{len(report.modules)} changed{unchanged}"
+    relative = f", {report.relative:.3%} of the weights it changes" if report.relative is not None else ""
+    yield "‖ΔW‖", f"{report.norm:.6g}{relative}"
+    if report.out:
+        yield "written", f"{report.out} with {report.format}, {size(report.nbytes)}"
+        yield "error", f"{report.error:.2e} by rounding to its dtype" if report.error else "none: float32"
+    if report.left_out:
+        yield "left out", f"{len(report.left_out)} that {report.format} has no place for, the first is {report.left_out[0]}"
+    yield "time", f"{report.seconds:.1f} s on {report.device}, peak memory {size(report.peak_bytes)}"
+
+
+def _print_modules(report: DeltaReport, top: int, by: str) -> None:
+    key = {"norm": lambda module: -module.norm, "relative": lambda module: -(module.relative or 0.0)}[by]
+    ordered = sorted(report.modules, key=key)
+    shown = ordered[:top] if top else ordered
+    known = any(module.relative is not None for module in report.modules)
+    rows = [_row(module, known=known) for module in shown]
+    columns = ["parameter", "‖ΔW‖", *(["/ ‖W₀‖"] if known else []), "share", "σ₁", "stable", "effective"]
+    print_table(columns, rows, numbers=columns[1:])
+    if len(shown) < len(ordered):
+        print_facts(f"{len(ordered) - len(shown)} more; --top 0 shows all", ())
+    if any(module.spectrum for module in shown):
+        print_table(["parameter", "singular values"], [[module.name, _spectrum(module)] for module in shown])
+
+
+def _row(module: Measured, *, known: bool) -> list[str]:
+    return [
+        module.name,
+        f"{module.norm:.4g}",
+        *(["" if module.relative is None else f"{module.relative:.2%}"] if known else []),
+        f"{module.share:.2%}",
+        f"{module.sigma:.4g}",
+        f"{module.stable_rank:.3g}",
+        "" if module.effective_rank is None else f"{module.effective_rank:.3g}",
+    ]
+
+
+def _spectrum(module: Measured) -> str:
+    leading = " ".join(f"{value:.3g}" for value in module.spectrum[:LEADING])
+    more = len(module.spectrum) - LEADING
+    return f"{leading} … {module.spectrum[-1]:.2g} ({more} more)" if more > 0 else leading
