@@ -7,6 +7,7 @@ dtype; the basis, all sums and the small eigenproblem are in float64, which is w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -20,6 +21,8 @@ FIRST_WIDTH: Final = 32
 """Columns of the first block where nobody says how many will be needed."""
 TOLERANCE: Final = 2e-4
 """How far above the least error the range may end, relative to it, by what its blocks brought one after the other."""
+SETTLED: Final = 1e-4
+"""The share of a largest singular value that one more block may still add to it."""
 EXACT_BELOW: Final = 96
 """Smaller side of a matrix up to which all of its spectrum is found at once."""
 CHUNK: Final = 1 << 22
@@ -78,6 +81,21 @@ def leading(
     if whole or size <= EXACT_BELOW or 4 * width > size:
         return _exact(matrix, wanted, total, noise)
     return _grown(matrix, wanted, width, total, noise, seed) or _exact(matrix, wanted, total, noise)
+
+
+def largest(matrix: Tensor, *, seed: int = 0) -> float:
+    """σ₁ alone: the range grows until a block adds no more than `SETTLED` of it, which of a flat spectrum is a little less
+    than all of it. Half of a matrix is never reached but by small ones, whose spectrum is found whole."""
+    if len(matrix) > matrix.shape[1]:
+        matrix = matrix.T
+    span, last = _Range(matrix, seed), 0.0
+    while span.width + LEAST_WIDTH <= len(matrix) // 2:
+        span.grow(LEAST_WIDTH)
+        sigma = math.sqrt(float(span.ritz()[0][0]))
+        if sigma - last <= SETTLED * sigma:
+            return sigma
+        last = sigma
+    return math.sqrt(max(float(torch.linalg.eigvalsh(_gram(matrix))[-1]), 0.0))
 
 
 def _exact(matrix: Tensor, wanted: Wanted, total: float, noise: float) -> Leading:

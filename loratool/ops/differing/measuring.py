@@ -9,15 +9,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loratool.krylov import Spectrum, Wanted, leading, squares
+from loratool.krylov import largest, leading, squares
 from loratool.linalg import Core, effective_rank
 from loratool.ops.differing.sources import Effect
 from loratool.ops.factoring import in_range
 
 SMALL: Final = 512
 """Smaller side of a matrix up to which its whole spectrum is found, whether it is asked for or not."""
-SETTLED: Final = 1e-3
-"""The share of a singular value that one more block may still add to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +75,8 @@ def _of_matrix(matrix: Tensor, *, whole: bool) -> tuple[Tensor, float, bool]:
         return torch.zeros(1, dtype=torch.float64), 0.0, True
     scaled, exponent = in_range(matrix)
     back = math.ldexp(1.0, exponent)
-    found = leading(scaled, _settled(), rank=1, whole=whole or min(matrix.shape) <= SMALL).spectrum
-    # A range has more directions than were asked for; only the first of them is settled.
-    sigma = found.sigma if found.complete else found.sigma[:1]
-    return sigma.cpu() * back, math.sqrt(found.total) * back, found.complete
-
-
-def _settled() -> Wanted:
-    """Wants one triple, and more of the range until another block hardly changes its singular value: what is left of the
-    matrix, which ends the search elsewhere, says little of it where the spectrum is flat."""
-    last = 0.0
-
-    def wanted(spectrum: Spectrum) -> int | None:
-        nonlocal last
-        before, last = last, float(spectrum.sigma[0])
-        return 1 if spectrum.complete or last - before <= SETTLED * last else None
-
-    return wanted
+    if not (whole or min(matrix.shape) <= SMALL):
+        sigma = torch.tensor([largest(scaled)], dtype=torch.float64)
+        return sigma * back, math.sqrt(squares(scaled)) * back, False
+    found = leading(scaled, lambda spectrum: 0, whole=True).spectrum
+    return found.sigma.cpu() * back, math.sqrt(found.total) * back, True
