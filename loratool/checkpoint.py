@@ -55,11 +55,11 @@ class TensorFile:
         finally:
             os.close(self.descriptor)
 
-    def read(self, info: TensorInfo) -> Tensor:
-        """The tensor, in memory of its own and in the dtype it is stored in."""
+    def read(self, info: TensorInfo, *, pinned: bool = False) -> Tensor:
+        """The tensor, in memory of its own and in the dtype it is stored in; `pinned`, in memory that a GPU copies from."""
         if info.dtype not in DTYPES:
             raise Unsupported(f"{self.header.path}: {info.name} has dtype {info.dtype}, which torch cannot compute with")
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        raw = torch.empty(info.nbytes, dtype=torch.uint8, pin_memory=pinned)
         self.read_into(tensor_bytes(raw), info.start)
         return raw.view(DTYPES[info.dtype]).reshape(info.shape)
 
@@ -77,15 +77,19 @@ class TensorFile:
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """A checkpoint's tensors by name, each read when asked for: a file, a sharded folder or a diffusers folder."""
+    """A checkpoint's tensors by name, each read when asked for: a file, a sharded folder or a diffusers folder.
 
-    def __init__(self, path: str | Path) -> None:
+    With `pinned`, into memory that a GPU copies from while it computes.
+    """
+
+    def __init__(self, path: str | Path, *, pinned: bool = False) -> None:
         self.layout: Layout = open_layout(Path(path))
+        self.pinned = pinned
 
     def __getitem__(self, name: str) -> Tensor:
         file, info = self.layout.tensors[name]
         with TensorFile(self.layout.files[file]) as opened:
-            return opened.read(info)
+            return opened.read(info, pinned=self.pinned)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.tensors)
@@ -103,7 +107,7 @@ class Checkpoint(Mapping[str, Tensor]):
             info, shape=(stop - start, *info.shape[1:]), start=info.start + start * step, stop=info.start + stop * step
         )
         with TensorFile(self.layout.files[file]) as opened:
-            return opened.read(part)
+            return opened.read(part, pinned=self.pinned)
 
     def info(self, name: str) -> TensorInfo:
         """Dtype, shape and place of a tensor, without reading it."""

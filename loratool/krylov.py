@@ -8,12 +8,14 @@ dtype; the basis, all sums and the small eigenproblem are in float64, which is w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
+
+from loratool.devices import wide
 
 OVERSAMPLING: Final = 8
 LEAST_WIDTH: Final = 16
@@ -23,6 +25,8 @@ TOLERANCE: Final = 2e-4
 """How far above the least error the range may end, relative to it, by what its blocks brought one after the other."""
 SETTLED: Final = 1e-4
 """The share of a largest singular value that one more block may still add to it."""
+INDEPENDENT: Final = 1e-6
+"""Least ratio of the pivots of columns whose inner products tell them apart."""
 EXACT_BELOW: Final = 96
 """Smaller side of a matrix up to which all of its spectrum is found at once."""
 CHUNK: Final = 1 << 22
@@ -62,7 +66,7 @@ class Leading:
 def squares(matrix: Tensor) -> float:
     """‖D‖²: each row's norm in its own dtype, which is fast along the memory, their sum in float64."""
     along = 1 if matrix.stride(1) == 1 else 0
-    return float(torch.linalg.vector_norm(matrix, dim=along).double().square().sum())
+    return float(wide(torch.linalg.vector_norm(matrix, dim=along)).square().sum())
 
 
 def leading(
@@ -73,14 +77,34 @@ def leading(
     `rank` is how many are expected, None where nobody knows; with `whole` the rule is given the complete spectrum. Finite
     numbers whose squares neither over- nor underflow. The same for the same `seed`.
     """
-    if matrix.shape[0] > matrix.shape[1]:
-        found = leading(matrix.T, wanted, rank=rank, noise=noise, whole=whole, seed=seed)
-        return Leading(found.down.T, found.up.T, found.spectrum, found.left)
-    total, size = squares(matrix), len(matrix)
+    (found,) = leading_each([matrix], [wanted], rank=rank, noises=[noise], whole=whole, seed=seed)
+    return found
+
+
+def leading_each(
+    matrices: Sequence[Tensor],
+    wanted: Sequence[Wanted],
+    *,
+    rank: int | None = None,
+    noises: Sequence[float],
+    whole: bool = False,
+    seed: int = 0,
+) -> list[Leading]:
+    """`leading` of several matrices of one shape, dtype and device, each with its own rule and noise: the same as one by
+    one, in products of all of them at once, which is what a GPU is fast at."""
+    if matrices[0].shape[0] > matrices[0].shape[1]:
+        turned = [matrix.T for matrix in matrices]
+        found = leading_each(turned, wanted, rank=rank, noises=noises, whole=whole, seed=seed)
+        return [Leading(each.down.T, each.up.T, each.spectrum, each.left) for each in found]
     width = FIRST_WIDTH if rank is None else max(LEAST_WIDTH, -(-(rank + OVERSAMPLING) // 8) * 8)
-    if whole or size <= EXACT_BELOW or 4 * width > size:
-        return _exact(matrix, wanted, total, noise)
-    return _grown(matrix, wanted, width, total, noise, seed) or _exact(matrix, wanted, total, noise)
+    asked = [_Asked(rule, squares(matrix), noise) for rule, matrix, noise in zip(wanted, matrices, noises, strict=True)]
+    size = len(matrices[0])
+    grown = not (whole or size <= EXACT_BELOW or 4 * width > size)
+    found_by: dict[int, Leading] = _grown(matrices, asked, width, seed) if grown else {}
+    return [
+        found_by[number] if number in found_by else _exact(matrix, mine)
+        for number, (matrix, mine) in enumerate(zip(matrices, asked, strict=True))
+    ]
 
 
 def largest(matrix: Tensor, *, seed: int = 0) -> float:
@@ -88,60 +112,95 @@ def largest(matrix: Tensor, *, seed: int = 0) -> float:
     than all of it. Half of a matrix is never reached but by small ones, whose spectrum is found whole."""
     if len(matrix) > matrix.shape[1]:
         matrix = matrix.T
-    span, last = _Range(matrix, seed), 0.0
+    span, last = _Range(matrix[None], seed), 0.0
     while span.width + LEAST_WIDTH <= len(matrix) // 2:
         span.grow(LEAST_WIDTH)
-        sigma = math.sqrt(float(span.ritz()[0][0]))
+        sigma = math.sqrt(float(span.ritz()[0][0, 0]))
         if sigma - last <= SETTLED * sigma:
             return sigma
         last = sigma
     return math.sqrt(max(float(torch.linalg.eigvalsh(_gram(matrix))[-1]), 0.0))
 
 
-def _exact(matrix: Tensor, wanted: Wanted, total: float, noise: float) -> Leading:
+@dataclass(slots=True)
+class _Asked:
+    """What is wanted of one matrix, ‖D‖², and how far it is: the rank, what that captures, and what the last two blocks
+    brought."""
+
+    wanted: Wanted
+    total: float
+    noise: float
+    rank: int | None = None
+    captured: float = 0.0
+    gain: float = 0.0
+
+
+def _exact(matrix: Tensor, asked: _Asked) -> Leading:
     """By the eigenvectors of D · Dᵀ in float64, which is exact enough for any float32 matrix and cheaper than its SVD."""
     values, vectors = torch.linalg.eigh(_gram(matrix))
     squared, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    spectrum = Spectrum(squared.sqrt(), total, True, noise)
-    rank = min(wanted(spectrum) or 0, len(squared))
+    spectrum = Spectrum(squared.sqrt(), asked.total, True, asked.noise)
+    rank = min(asked.wanted(spectrum) or 0, len(squared))
     basis = vectors[:, :rank]
-    return _balanced(basis, matrix.T @ basis.to(matrix.dtype), spectrum, squared[rank:].sum())
+    return _balanced(basis, matrix.T @ basis.to(matrix), spectrum, squared[rank:].sum())
 
 
 def _gram(matrix: Tensor) -> Tensor:
     """D · Dᵀ in float64, some columns at a time."""
-    gram = matrix.new_zeros(len(matrix), len(matrix), dtype=torch.float64)
+    gram = wide(matrix[:1, :1]).new_zeros(len(matrix), len(matrix))
     for columns in torch.split(matrix, max(1, CHUNK // len(matrix)), dim=1):
-        wide = columns.double()
-        gram.addmm_(wide, wide.T)
+        part = wide(columns)
+        gram.addmm_(part, part.T)
     return gram
 
 
-def _grown(matrix: Tensor, wanted: Wanted, width: int, total: float, noise: float, seed: int) -> Leading | None:
-    """By a range that grows until the rule is content and the last block brought next to nothing; None where it would
+def _grown(matrices: Sequence[Tensor], asked: Sequence[_Asked], width: int, seed: int) -> dict[int, Leading]:
+    """By ranges that grow until their rule is content and the last block brought next to nothing; without those that would
     become half of the matrix, and all of it is the shorter way."""
-    span = _Range(matrix, seed)
-    rank: int | None = None
-    captured = gain = 0.0
-    while span.width + width <= len(matrix) // 2:
-        span.grow(width)
-        squared, turn = span.ritz()
-        # Without a remainder there is nothing more to find.
-        exhausted = total - float(squared.sum()) <= span.floor * total
-        spectrum = Spectrum(squared.sqrt(), total, exhausted, noise)
-        before, rank = rank, wanted(spectrum)
-        if rank is None and exhausted:
-            rank = len(squared)
-        if rank is None:
-            width *= 2
+    found: dict[int, Leading] = {}
+    stacked = matrices[0][None] if len(matrices) == 1 else torch.stack(list(matrices))
+    # Ranges whose rules ask for blocks of the same width grow together.
+    growing = [(_Range(stacked, seed), list(range(len(matrices))), width)]
+    while growing:
+        span, numbers, width = growing.pop()
+        if span.width + width > len(matrices[0]) // 2:
             continue
-        rank = min(rank, len(squared))
-        now = float(squared[:rank].sum())
-        last, gain = (gain, now - captured) if rank == before else (0.0, 0.0)
-        captured = now
-        if exhausted or (rank == before and _to_come(gain, last) <= max(2 * TOLERANCE * (total - now), span.floor * total)):
-            basis, image = span.basis @ turn[:, :rank], span.image @ turn[:, :rank].to(matrix.dtype)
-            return _balanced(basis, image, spectrum, total - squared[:rank].sum())
+        span.grow(width)
+        squared, turns = span.ritz()
+        unsettled: dict[int, list[int]] = {}
+        for place, number in enumerate(numbers):
+            settled = _settled(asked[number], squared[place], span.floor)
+            if settled is None:
+                unsettled.setdefault(2 * width if asked[number].rank is None else width, []).append(place)
+                continue
+            rank, spectrum = settled
+            turn = turns[place][:, :rank]
+            basis, image = span.basis[place] @ turn, span.image[place] @ turn.to(span.image)
+            left = asked[number].total - squared[place][:rank].sum()
+            found[number] = _balanced(basis, image, spectrum, left)
+        growing += [(span.only(places), [numbers[place] for place in places], size) for size, places in unsettled.items()]
+    return found
+
+
+def _settled(asked: _Asked, squared: Tensor, floor: float) -> tuple[int, Spectrum] | None:
+    """The rank and the spectrum of a range whose singular values have these squares, if it need not grow; None where it
+    must, with what the last block brought."""
+    total = asked.total
+    # Without a remainder there is nothing more to find.
+    exhausted = total - float(squared.sum()) <= floor * total
+    spectrum = Spectrum(squared.sqrt(), total, exhausted, asked.noise)
+    before, rank = asked.rank, asked.wanted(spectrum)
+    if rank is None and exhausted:
+        rank = len(squared)
+    if rank is None:
+        return None
+    asked.rank = rank = min(rank, len(squared))
+    now = float(squared[:rank].sum())
+    last, asked.gain = (asked.gain, now - asked.captured) if rank == before else (0.0, 0.0)
+    asked.captured = now
+    enough = max(2 * TOLERANCE * (total - now), floor * total)
+    if exhausted or (rank == before and _to_come(asked.gain, last) <= enough):
+        return rank, spectrum
     return None
 
 
@@ -155,41 +214,72 @@ def _balanced(basis: Tensor, image: Tensor, spectrum: Spectrum, left: Tensor) ->
     """The projection basis · imageᵀ with the root of each singular value on either side; zeros stay zero."""
     root = spectrum.sigma[: basis.shape[1]].sqrt()
     over = torch.where(root > 0, 1 / root, 0.0)
-    return Leading(basis * root, (image.double() * over).T, spectrum, float(left.clamp_min(0).sqrt()))
+    return Leading(basis * root, (wide(image) * over).T, spectrum, float(left.clamp_min(0).sqrt()))
 
 
 class _Range:
-    """An orthonormal `basis` (m, k) that holds more and more of a matrix's leading left singular vectors, and its `image`,
-    Dᵀ · basis."""
+    """For each of some matrices (b, m, n) an orthonormal `basis` (b, m, k) that holds more and more of its leading left
+    singular vectors, and its `image`, Dᵀ · basis."""
 
     def __init__(self, matrix: Tensor, seed: int) -> None:
         self.matrix = matrix
         self.generator = torch.Generator().manual_seed(seed)
-        self.basis = matrix.new_zeros(len(matrix), 0, dtype=torch.float64)
-        self.image = matrix.new_zeros(matrix.shape[1], 0)
-        self.gram = matrix.new_zeros(0, 0, dtype=torch.float64)
+        count, rows, columns = matrix.shape
+        self.basis = wide(matrix[:, :1, :1]).new_zeros(count, rows, 0)
+        self.image = matrix.new_zeros(count, columns, 0)
+        self.gram = self.basis.new_zeros(count, 0, 0)
         self.last = self.image
         # Rounding in the products moves sums of squares by about so much.
         self.floor = torch.finfo(matrix.dtype).eps / 32
 
     @property
     def width(self) -> int:
-        return self.basis.shape[1]
+        return self.basis.shape[2]
+
+    def only(self, places: Sequence[int]) -> _Range:
+        """The ranges at these places; the very same object for all of them."""
+        if len(places) == len(self.matrix):
+            return self
+        part = _Range(self.matrix[places], 0)
+        part.generator.set_state(self.generator.get_state())
+        part.basis, part.image, part.gram, part.last = (
+            each[places] for each in (self.basis, self.image, self.gram, self.last)
+        )
+        return part
 
     def grow(self, width: int) -> None:
         """Adds D · Dᵀ of the last block, and chance where `width` asks for more columns than that has."""
-        fresh = torch.randn(self.matrix.shape[1], width - self.last.shape[1], generator=self.generator)
-        trial = torch.cat([torch.linalg.qr(self.last).Q, fresh.to(self.matrix)], dim=1)
-        block = (self.matrix @ trial).double()
+        count, _, columns = self.matrix.shape
+        fresh = torch.randn(columns, width - self.last.shape[2], generator=self.generator).to(self.matrix)
+        trial = torch.cat([orthonormal(wide(self.last)).to(self.matrix), fresh.expand(count, -1, -1)], dim=2)
+        block = wide(self.matrix @ trial)
         for _ in range(2):
-            block = torch.linalg.qr(block - self.basis @ (self.basis.T @ block)).Q
-        self.last = self.matrix.T @ block.to(self.matrix.dtype)
-        mine, others = self.last.double(), self.image.double()
-        across = others.T @ mine
-        self.gram = torch.cat([torch.cat([self.gram, across], 1), torch.cat([across.T, mine.T @ mine], 1)])
-        self.basis, self.image = torch.cat([self.basis, block], 1), torch.cat([self.image, self.last], 1)
+            block = orthonormal(block - self.basis @ (self.basis.mT @ block))
+        self.last = self.matrix.mT @ block.to(self.matrix)
+        mine, others = wide(self.last), wide(self.image)
+        across = others.mT @ mine
+        self.gram = torch.cat([torch.cat([self.gram, across], 2), torch.cat([across.mT, mine.mT @ mine], 2)], 1)
+        self.basis, self.image = torch.cat([self.basis, block], 2), torch.cat([self.image, self.last], 2)
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """The squares of the singular values of basisᵀ · D, largest first, and the rotation of the basis to them."""
         values, vectors = torch.linalg.eigh(self.gram)
-        return values.flip(0).clamp_min(0), vectors.flip(1)
+        return values.flip(1).clamp_min(0), vectors.flip(2)
+
+
+def orthonormal(blocks: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of each block (b, m, k) in float64, or nearly one where they are nearly dependent,
+    so that doing it twice is enough.
+
+    By the Cholesky factor of their inner products (Yamamoto et al. 2015, CholeskyQR2), a matrix product and a small solve
+    for all blocks at once, which a GPU is fast at; by Householder's QR where the columns of one are too dependent for that.
+    """
+    if not blocks.shape[2]:
+        return blocks
+    root, info = torch.linalg.cholesky_ex(blocks.mT @ blocks)
+    pivots = root.diagonal(dim1=1, dim2=2)
+    if bool((info == 0).all()) and bool((pivots.amin(1) > INDEPENDENT * pivots.amax(1)).all()):
+        solved: Tensor = torch.linalg.solve_triangular(root.mT, blocks, upper=True, left=False)
+        return solved
+    householder: Tensor = torch.linalg.qr(blocks).Q
+    return householder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from loratool import Budget, Checkpoint, ExtractOptions, LoratoolError, Rule, Source, extract, inspect, load, merge
 from loratool.archs import ARCHS, Arch
+from loratool.devices import lanes
 from loratool.errors import NonFinite, OutputError, ShapeMismatch, UnmatchedModules, Unsupported
 from tests.models import Tensors, clip, kohya, llm, peft_adapter, save, sdxl_checkpoint
 from tests.oracles.test_peft import meta_names
@@ -257,20 +259,23 @@ def test_equal_runs_write_equal_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loratool.ops.extraction.outcomes import Extraction
+    from loratool.ops.extraction.outcomes import Extraction, Task
 
     base, tuned = pair(tmp_path, tuned_tensors())
     out, partial, options = tmp_path / "out.safetensors", tmp_path / "out.safetensors.partial", replace(COMFY, resume=True)
-    whole, calls = Extraction.outcome, list[str]()
+    whole, calls = Extraction.outcomes, list[str]()
 
-    def interrupted(work: Extraction, pair: object, form: str, rule: Rule) -> object:
+    def called(work: Extraction, tasks: list[Task], device: torch.device) -> object:
+        calls.extend(str(task.pair) for task in tasks)
+        return whole(work, tasks, device)
+
+    def interrupted(work: Extraction, tasks: list[Task], device: torch.device) -> object:
         if len(calls) == 4:
             raise KeyboardInterrupt
-        calls.append(str(pair))
-        return whole(work, pair, form, rule)  # type: ignore[arg-type]
+        return called(work, tasks, device)
 
     monkeypatch.setattr("loratool.workers.MOST", 1)
-    monkeypatch.setattr(Extraction, "outcome", interrupted)
+    monkeypatch.setattr(Extraction, "outcomes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract(base, tuned, out, Rule("rank", 3), options)
     assert partial.is_dir()
@@ -278,7 +283,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
 
     first = set(calls)
     calls.clear()
-    monkeypatch.setattr(Extraction, "outcome", lambda *given: calls.append(str(given[1])) or whole(*given))
+    monkeypatch.setattr(Extraction, "outcomes", called)
     report = extract(base, tuned, out, Rule("rank", 3), options)
 
     assert len(first) == 4
@@ -299,7 +304,9 @@ def test_outcomes_are_kept_exactly(tmp_path: Path, kind: str, rule: Rule | Budge
     monkeypatch.setattr(Journal, "discard", lambda journal: None)
     extract(base, tuned, tmp_path / "out", rule, ExtractOptions(resume=True))
     (tmp_path / "out").rename(tmp_path / "first")
-    monkeypatch.setattr("loratool.ops.extraction.outcomes.Extraction.outcome", lambda *given: None)
+    monkeypatch.setattr(
+        "loratool.ops.extraction.outcomes.Extraction.outcomes", lambda work, tasks, device: [None] * len(tasks)
+    )
     extract(base, tuned, tmp_path / "out", rule, ExtractOptions(resume=True))
 
     for folder in ("first", "out"):
@@ -431,6 +438,34 @@ def test_a_choice_of_nothing_is_an_error(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path, tuned_tensors())
     with pytest.raises(LoratoolError, match="--include and --exclude leave no parameter"):
         extract(base, tuned, tmp_path / "o", Rule("rank", 2), replace(COMFY, include=("nothing",)))
+
+
+@pytest.mark.parametrize("rule", [Rule("rank", 4), Rule("max_error", 0.4), Rule("energy", 0.9), Budget(error=0.4)])
+def test_batches_make_no_difference(tmp_path: Path, rule: Rule | Budget, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of one shape are computed together where numbers travel to a device; and one by one again, or on the CPU, where
+    its memory does not hold them."""
+    from loratool.ops.extraction.outcomes import Extraction, Task
+
+    base, tuned = model_pair(tmp_path, "llama", hidden_size=128, intermediate_size=256)
+    alone = extract(base, tuned, tmp_path / "alone", rule, ExtractOptions(device="cpu"))
+    monkeypatch.setattr("loratool.ops.extract.lanes", partial(lanes, staged=True))
+    together = extract(base, tuned, tmp_path / "together", rule, ExtractOptions(device="cpu"))
+    whole, sizes = Extraction.outcomes, list[int]()
+
+    def short_of_memory(work: Extraction, tasks: list[Task], device: torch.device) -> object:
+        sizes.append(len(tasks))
+        if len(tasks) > 1:
+            raise torch.OutOfMemoryError
+        return whole(work, tasks, device)
+
+    monkeypatch.setattr(Extraction, "outcomes", short_of_memory)
+    halved = extract(base, tuned, tmp_path / "halved", rule, ExtractOptions(device="cpu"))
+    assert max(sizes) > 1
+    for report in (together, halved):
+        for one, other in zip(alone.modules, report.modules, strict=True):
+            assert (one.name, one.rank) == (other.name, other.rank)
+            assert one.error == pytest.approx(other.error, rel=1e-4, abs=1e-7)
+        assert alone.error == pytest.approx(report.error, rel=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

@@ -88,7 +88,8 @@ def delta(
     checkpoints are not of one model, or a number is not finite.
     """
     started, options = time.monotonic(), options or DeltaOptions()
-    source, on = _source(path, tuned, options), lanes(options.device)
+    on = lanes(options.device)
+    source = _source(path, tuned, options, on)
     with ExitStack() as stack:
         work = _Work(source, on, options)
         if out is not None:
@@ -111,7 +112,8 @@ def iter_deltas(
     """The name and ΔW, in float32 and of the weight's shape, of each parameter that an adapter changes, or that differs
     between two checkpoints: computed one by one, on the device that the options name. Raises `LoratoolError`."""
     options = options or DeltaOptions()
-    source, on = _source(path, tuned, options), lanes(options.device)
+    on = lanes(options.device)
+    source = _source(path, tuned, options, on)
     for number in range(source.count):
         for dense in on.each(source.name(number), [number], partial(_dense, source)):
             if dense is not None:
@@ -123,17 +125,17 @@ def _dense(source: Source, numbers: Sequence[int], device: torch.device) -> list
     return [effect.dense().cpu() if effect else None for effect in effects]
 
 
-def _source(path: str | Path, tuned: str | Path | None, options: DeltaOptions) -> Source:
+def _source(path: str | Path, tuned: str | Path | None, options: DeltaOptions, on: Lanes) -> Source:
     first = Path(path).expanduser()
     takes = Choice(include=options.include, exclude=options.exclude).takes
     adapter = first.suffix in PICKLE_SUFFIXES or is_adapter(first)
     if tuned is not None:
         if adapter:
             raise LoratoolError(f"{path}: is an adapter; its ΔW is taken by itself, or with --base of its model")
-        return OfCheckpoints(first, Path(tuned).expanduser(), takes)
+        return OfCheckpoints(first, Path(tuned).expanduser(), takes, pinned=on.pinned)
     if not adapter:
         raise LoratoolError(f"{path}: is no adapter; name the tuned checkpoint too, to have the difference of both")
-    weights = Weights(Path(options.base).expanduser()) if options.base else None
+    weights = Weights(Path(options.base).expanduser(), pinned=on.pinned) if options.base else None
     source = OfAdapter(load(first, allow_pickle=options.allow_pickle), takes, weights)
     if not source.count:
         raise LoratoolError(f"{path}: nothing is left: --include and --exclude leave no module")

@@ -13,7 +13,7 @@ from typing import Final
 from loratool import __version__
 from loratool.archs import ARCHS, Arch
 from loratool.checkpoint import DTYPES
-from loratool.devices import devices_named
+from loratool.devices import Lanes, lanes
 from loratool.errors import LoratoolError, OutputError, ShapeMismatch, some
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.prefixes import VAE
@@ -123,11 +123,12 @@ def extract(
     changed, or the output cannot be written.
     """
     started, options, out = time.monotonic(), options or ExtractOptions(), Path(out).expanduser()
-    weights = (Weights(Path(base).expanduser()), Weights(Path(tuned).expanduser()))
+    on = lanes(options.device)
+    weights = (Weights(Path(base).expanduser(), pinned=on.pinned), Weights(Path(tuned).expanduser(), pinned=on.pinned))
     for each in weights:
         require_weights(each.layout, QUANTISED)
     pairing = paired(*weights, Choice(include=options.include, exclude=options.exclude).takes)
-    job = _job(weights, pairing.pairs, out, rule, options, progress)
+    job = _job(weights, pairing.pairs, out, rule, options, on, progress)
     if options.dry_run:
         return _foreseen(job, pairing, out)
     journal = Journal(out, _said(job, options)) if options.resume else None
@@ -173,6 +174,7 @@ def _job(
     out: Path,
     rule: Rule | Budget,
     options: ExtractOptions,
+    on: Lanes,
     progress: Progress | None,
 ) -> Job:
     """What is to be done, with everything checked that can be before a tensor is read."""
@@ -193,7 +195,7 @@ def _job(
     items = tuple(_item(base, pair, target, matrices, reasons) for pair in pairs)
     _require_alike(items, weights)
     dtype = DTYPES[DTYPE_OPTIONS[options.dtype]] if options.dtype else None
-    work = Extraction(base, tuned, devices_named(options.device)[0], dtype, options.split, options.clamp)
+    work = Extraction(base, tuned, on, dtype, options.split, options.clamp)
     return Job(work, items, rule, arch, target, ways, progress)
 
 
@@ -251,9 +253,9 @@ def _report(
         nbytes=0,
         seconds=0.0,
         peak_bytes=0,
-        device=str(job.work.device),
+        device=job.work.lanes.title,
         dry_run=False,
-        warnings=(*pairing.notes, *_read_by_few(held)),
+        warnings=(*pairing.notes, *_read_by_few(held), *job.work.lanes.notes()),
     )
 
 

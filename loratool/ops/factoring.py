@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Literal
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from loratool.checkpoint import DTYPE_NAMES
+from loratool.devices import wide
 from loratool.errors import LoratoolError, NonFinite
-from loratool.krylov import Spectrum, leading, squares
+from loratool.krylov import Leading, Spectrum, leading, leading_each, squares
 from loratool.linalg import Core, all_finite, effective_rank
 from loratool.ranks import NUMERICAL, Offer, Rule
 
@@ -66,21 +67,66 @@ def factored(dense: Tensor, rule: Rule, storage: Storage, *, noise: float = 0.0)
     Raises `NonFinite` where they overflow the dtype, and `LoratoolError` where rounding to it alone is more than the rule's
     largest error.
     """
-    matrix, exponent = in_range(dense)
-    if rule.precise:
-        matrix = matrix.double()
-    # Half of the exponent to either side: it is even, so that both are exact.
-    norm, half = math.sqrt(squares(matrix)), math.ldexp(1.0, exponent // 2)
-    back = half**2
+    (found,) = factored_each([dense], [rule], [storage], [noise])
+    if isinstance(found, LoratoolError):
+        raise found
+    return found
 
-    def attempt(rule: Rule) -> Factored:
-        found = leading(matrix, rule, rank=rule.expected, noise=noise / back, whole=rule.whole)
-        up, down = stored(found.up * half, found.down * half, storage)
-        error = distance(matrix, up.double() / half, down.double() / half)
+
+def factored_each(
+    denses: Sequence[Tensor], rules: Sequence[Rule], storages: Sequence[Storage], noises: Sequence[float]
+) -> list[Factored | LoratoolError]:
+    """`factored` of several matrices of one shape, each by its own rule, all expecting the same rank: found together,
+    stored one by one. What it would raise of one stands in its place."""
+    works = [
+        _Factoring(dense, rule, storage, noise)
+        for dense, rule, storage, noise in zip(denses, rules, storages, noises, strict=True)
+    ]
+    found = leading_each(
+        [work.matrix for work in works],
+        rules,
+        rank=rules[0].expected,
+        noises=[work.noise for work in works],
+        whole=rules[0].whole,
+    )
+    done: list[Factored | LoratoolError] = []
+    for work, first in zip(works, found, strict=True):
+        try:
+            done.append(work.met(first))
+        except LoratoolError as error:
+            done.append(error)
+    return done
+
+
+class _Factoring:
+    """One matrix on its way to factors, in a range where its squares are numbers."""
+
+    def __init__(self, dense: Tensor, rule: Rule, storage: Storage, noise: float) -> None:
+        matrix, exponent = in_range(dense)
+        self.matrix = matrix.double() if rule.precise else matrix
+        self.rule, self.storage = rule, storage
+        # Half of the exponent to either side: it is even, so that both are exact.
+        self.half = math.ldexp(1.0, exponent // 2)
+        self.back = self.half**2
+        self.noise = noise / self.back
+        self.norm = math.sqrt(squares(self.matrix))
+
+    def met(self, first: Leading) -> Factored:
+        """The factors that the rule asks for, `first` being what it found without rounding."""
+
+        def attempt(rule: Rule) -> Factored:
+            if rule is self.rule:
+                return self._stored(first)
+            return self._stored(leading(self.matrix, rule, rank=rule.expected, noise=self.noise, whole=rule.whole))
+
+        return _until_met(self.rule, self.storage, min(self.matrix.shape), attempt)
+
+    def _stored(self, found: Leading) -> Factored:
+        half, back = self.half, self.back
+        up, down = stored(found.up * half, found.down * half, self.storage)
+        error = distance(self.matrix, wide(up) / half, wide(down) / half)
         kept = effective_rank(found.spectrum.sigma[: up.shape[1]])
-        return Factored(up.cpu(), down.cpu(), norm * back, error * back, found.left * back, kept)
-
-    return _until_met(rule, storage, min(dense.shape), attempt)
+        return Factored(up.cpu(), down.cpu(), self.norm * back, error * back, found.left * back, kept)
 
 
 def refactored(up: Tensor, down: Tensor, rule: Rule, storage: Storage) -> Factored:
@@ -119,10 +165,23 @@ def _until_met(rule: Rule, storage: Storage, full: int, attempt: Callable[[Rule]
 
 def offered(dense: Tensor, rule: Rule, itemsize: int) -> Offer:
     """The leading singular values of `dense`, as many as `rule` wants, at what factors of `itemsize` bytes each cost."""
-    matrix, exponent = in_range(dense)
-    back = math.ldexp(1.0, exponent)
-    limit = replace(rule, value=rule.value / back) if rule.method == "threshold" else rule
-    found = leading(matrix, limit, rank=rule.expected)
+    (offer,) = offered_each([dense], [rule], [itemsize])
+    return offer
+
+
+def offered_each(denses: Sequence[Tensor], rules: Sequence[Rule], itemsizes: Sequence[int]) -> list[Offer]:
+    """`offered` of several matrices of one shape, each with its own rule, of which all expect the same rank."""
+    ranged = [in_range(dense) for dense in denses]
+    backs = [math.ldexp(1.0, exponent) for _, exponent in ranged]
+    limits = [
+        replace(rule, value=rule.value / back) if rule.method == "threshold" else rule
+        for rule, back in zip(rules, backs, strict=True)
+    ]
+    found = leading_each([matrix for matrix, _ in ranged], limits, rank=rules[0].expected, noises=[0.0] * len(ranged))
+    return [_offer(*each) for each in zip(found, rules, backs, denses, itemsizes, strict=True)]
+
+
+def _offer(found: Leading, rule: Rule, back: float, matrix: Tensor, itemsize: int) -> Offer:
     known = found.spectrum.sigma[: found.up.shape[1]].cpu()
     # What arithmetic leaves is worth nothing.
     sigma = known[known > NUMERICAL * known[:1]]

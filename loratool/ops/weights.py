@@ -20,8 +20,8 @@ from loratool.targets import Place, Targets
 class Weights:
     """The checkpoint at `path`, with the places of its modules."""
 
-    def __init__(self, path: Path) -> None:
-        self.checkpoint = Checkpoint(path)
+    def __init__(self, path: Path, *, pinned: bool = False) -> None:
+        self.checkpoint = Checkpoint(path, pinned=pinned)
         self.layout = self.checkpoint.layout
         self.targets = Targets(self.layout)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool import krylov
-from loratool.krylov import Spectrum, leading
+from loratool.krylov import Spectrum, largest, leading, leading_each, orthonormal
 from loratool.ops.factoring import Storage, factored
 from loratool.ranks import Rule
 
@@ -158,3 +158,51 @@ def test_a_rule_asks_for_more_until_it_knows_enough() -> None:
     assert Rule("sv_ratio", 100)(known) is None
     assert Rule("sv_ratio", 1.5)(known) == 1
     assert Rule("rank", 3)(known) is None
+
+
+@given(seed=st.integers(0, 1000), count=st.integers(1, 5), rank=st.sampled_from([None, 3]), turned=st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_several_at_once_are_what_each_is_alone(seed: int, count: int, rank: int | None, turned: bool) -> None:
+    """Some of low rank, some of full, whose rules ask for different numbers of triples."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (420, 300) if turned else (300, 420)
+    matrices = [
+        torch.randn(shape[0], 4 + 3 * i, generator=generator) @ torch.randn(4 + 3 * i, shape[1], generator=generator)
+        + 0.01 * i * torch.randn(shape, generator=generator)
+        for i in range(count)
+    ]
+    rules = [Rule("rank", 3) if rank else Rule("energy", 0.5 + 0.08 * i) for i in range(count)]
+
+    together = leading_each(matrices, rules, rank=rank, noises=[0.0] * count, seed=seed)
+
+    for matrix, rule, found in zip(matrices, rules, together, strict=True):
+        alone = leading(matrix, rule, rank=rank, seed=seed)
+        assert found.up.shape == alone.up.shape
+        torch.testing.assert_close(found.up @ found.down, alone.up @ alone.down, rtol=1e-3, atol=1e-3)
+        assert found.left == pytest.approx(alone.left, rel=1e-4, abs=1e-4 * float(matrix.norm()))
+
+
+@given(seed=st.integers(0, 1000), columns=st.integers(0, 12), spread=st.floats(0, 14), count=st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_twice_orthonormal_is_orthonormal(seed: int, columns: int, spread: float, count: int) -> None:
+    """However dependent the columns are, up to what float64 tells apart."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randn(count, 40, columns, generator=generator, dtype=torch.float64)
+    falling = 10 ** -(spread * torch.arange(columns) / max(columns - 1, 1))
+    mixed = (blocks * falling) @ torch.linalg.qr(torch.randn(columns, columns, generator=generator, dtype=torch.float64)).Q
+
+    found = orthonormal(orthonormal(mixed))
+
+    one = torch.eye(columns, dtype=torch.float64).expand(count, -1, -1)
+    torch.testing.assert_close(found.mT @ found, one, rtol=0, atol=1e-12)
+    projected = found @ (found.mT @ mixed)
+    torch.testing.assert_close(projected, mixed, rtol=0, atol=1e-9)
+
+
+@given(seed=st.integers(0, 1000), decay=st.floats(0, 2), rows=st.integers(100, 400), columns=st.integers(100, 400))
+@settings(max_examples=15, deadline=None)
+def test_the_largest_singular_value_is_found(seed: int, decay: float, rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.linalg.qr(torch.randn(n, 60, generator=generator)).Q for n in (rows, columns))
+    matrix = left * torch.arange(1, 61) ** -decay @ right.T
+    assert largest(matrix) == pytest.approx(1.0, rel=2e-3)

@@ -116,8 +116,8 @@ class OfAdapter(Source):
 class OfCheckpoints(Source):
     """W' − W₀, for every parameter that both have."""
 
-    def __init__(self, base: Path, tuned: Path, takes: Takes) -> None:
-        self.base, self.tuned = Weights(base), Weights(tuned)
+    def __init__(self, base: Path, tuned: Path, takes: Takes, *, pinned: bool) -> None:
+        self.base, self.tuned = Weights(base, pinned=pinned), Weights(tuned, pinned=pinned)
         for weights in (self.base, self.tuned):
             require_weights(weights.layout, QUANTISED)
         pairing = paired(self.base, self.tuned, takes)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loratool import rounding
 from loratool.deltas.base import widened
+from loratool.devices import CPU, sent, wide
 from loratool.errors import NonFinite
 from loratool.krylov import squares
 from loratool.ops.extraction.pairing import Pair
@@ -19,6 +20,8 @@ from loratool.ops.weights import Weights
 
 BLOCK: Final = 1 << 18
 """Elements that are read and subtracted at a time: few enough to stay in cache."""
+BLOCK_THERE: Final = 1 << 24
+"""Elements that travel to a device at a time."""
 UNIFORM: Final = math.sqrt(12)
 """A number rounded to multiples of s is off by s / √12 on average: the standard deviation of the uniform distribution."""
 
@@ -42,8 +45,9 @@ def difference(base: Weights, tuned: Weights, pair: Pair, device: torch.device) 
 
     Raises `NonFinite` where either holds NaN or Inf. Rows that only one of them has are a difference to zero.
     """
-    changed, rounded = _Rows(pair, _dtype(base, tuned, pair)), _Rounding()
-    for start, before, after in _blocks(base, tuned, pair):
+    changed, rounded = _Rows(pair, _dtype(base, tuned, pair), device), _Rounding()
+    for start, before, after in _blocks(base, tuned, pair, BLOCK if device == CPU else BLOCK_THERE):
+        before, after = sent(before, device), sent(after, device)  # noqa: PLW2901
         if before.dtype == after.dtype and torch.equal(before, after):
             continue
         rows = changed.rows(start, max(len(before), len(after)))
@@ -52,7 +56,7 @@ def difference(base: Weights, tuned: Weights, pair: Pair, device: torch.device) 
         rounded.add(after if _step(after) >= _step(before) else before)
     if changed.dense is None or not changed.dense.numel():
         return None
-    dense = changed.dense.to(device).reshape(changed.shape if pair.shape else ())
+    dense = changed.dense.reshape(changed.shape if pair.shape else ())
     low, high = map(float, torch.aminmax(dense))
     if not (math.isfinite(low) and math.isfinite(high)):
         raise NonFinite(_lost(base, tuned, pair))
@@ -68,15 +72,15 @@ def difference(base: Weights, tuned: Weights, pair: Pair, device: torch.device) 
 class _Rows:
     """A difference that takes no memory until something differs."""
 
-    def __init__(self, pair: Pair, dtype: torch.dtype) -> None:
+    def __init__(self, pair: Pair, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = (max(pair.shape[0], pair.tuned_shape[0]), *pair.shape[1:]) if pair.shape else (1,)
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.dense: Tensor | None = None
 
     def rows(self, start: int, count: int) -> Tensor:
         """Some of its rows, zero when they are first asked for."""
         if self.dense is None:
-            self.dense = torch.zeros(self.shape, dtype=self.dtype)
+            self.dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         return self.dense[start : start + count]
 
 
@@ -85,12 +89,13 @@ class _Rounding:
 
     def __init__(self) -> None:
         self.largest_row = 0.0
-        self.columns = torch.zeros(1, dtype=torch.float64)
+        self.columns: Tensor | None = None
 
     def add(self, stored: Tensor) -> None:
         """Adds the steps of `stored` in the dtype that it is in."""
         squared = _matrix(rounding.steps(stored)).square_()
-        self.columns = self.columns + squared.sum(0).double()
+        columns = wide(squared.sum(0))
+        self.columns = columns if self.columns is None else self.columns + columns
         self.largest_row = max(self.largest_row, float(squared.sum(1).max()))
 
     def sizes(self, shape: tuple[int, ...], norm: float) -> tuple[float, float]:
@@ -100,21 +105,22 @@ class _Rounding:
         of the edge (Tracy and Widom). Where the change is so small that most of it was rounded away, its root mean square is
         less than that of rounding, and the noise is no more than that.
         """
-        noise = math.sqrt(float(self.columns.sum())) / UNIFORM
+        columns = torch.zeros(1) if self.columns is None else self.columns
+        noise = math.sqrt(float(columns.sum())) / UNIFORM
         each, rms = (value / math.sqrt(math.prod(shape)) for value in (noise, norm))
         fluctuation = 2 * each * (shape[0] ** -0.5 + shape[1] ** -0.5) ** (1 / 3)
-        edge = (math.sqrt(self.largest_row) + math.sqrt(float(self.columns.max()))) / UNIFORM + fluctuation
+        edge = (math.sqrt(self.largest_row) + math.sqrt(float(columns.max()))) / UNIFORM + fluctuation
         return noise, edge * min(1.0, rms / each if each else 1.0)
 
 
-def _blocks(base: Weights, tuned: Weights, pair: Pair) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _blocks(base: Weights, tuned: Weights, pair: Pair, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The rows of both, a few at a time, from the first on; what is not stored row by row comes at once, and a single number
     as a row of one."""
     if not pair.shape:
         yield 0, base.at(pair.base).reshape(1), tuned.at(pair.tuned).reshape(1)
         return
     count = max(pair.shape[0], pair.tuned_shape[0])
-    step = max(1, BLOCK // max(math.prod(pair.shape[1:]), 1))
+    step = max(1, size // max(math.prod(pair.shape[1:]), 1))
     if not (base.by_rows(pair.base) and tuned.by_rows(pair.tuned)):
         step = count
     for start in range(0, count, step):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Final, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from loratool import __version__
 from loratool.adapter import Adapter, Change
 from loratool.archs import Arch
 from loratool.deltas import Delta, Full, Replace
+from loratool.devices import AT_ONCE
 from loratool.errors import Unsupported
 from loratool.formats.table import Format
 from loratool.names import Module
@@ -23,7 +25,7 @@ from loratool.ops.budgets import Market, within_error
 from loratool.ops.extraction.assembling import Item, assembled
 from loratool.ops.extraction.carrying import BESIDE_LORA, EXPERTS, LORA, REPLACED
 from loratool.ops.extraction.journal import Journal
-from loratool.ops.extraction.outcomes import Extracted, Extraction, Outcome
+from loratool.ops.extraction.outcomes import Extracted, Extraction, Outcome, Task
 from loratool.ops.lowering import room_for
 from loratool.ops.packing import size_as
 from loratool.ops.rewriting import METADATA_KEY, Progress
@@ -114,38 +116,75 @@ class Job:
         return self._outcomes({number: Rule("rank", ranks[number]) if number in ranks else None for number in market.offers})
 
     def _outcomes(self, rules: Mapping[int, Rule | None]) -> dict[int, Outcome]:
-        def one(number: int) -> Outcome | None:
-            item, rule = self.items[number], rules[number]
-            key = f"{number}-{rule.method if rule else 'none'}-{rule.value if rule else 0:g}"
-            kept = self.journal.get(key) if self.journal else None
-            outcome = kept or self.work.outcome(item.pair, item.form if rule else None, rule or Rule())
-            if self.journal and outcome and not kept:
-                self.journal.put(key, outcome)
-            return outcome
+        kept = {number: self._kept(number, rule) for number, rule in rules.items()}
+        rest = {number: rule for number, rule in rules.items() if kept[number] is None}
 
-        return self._each(rules, one)
+        def done(number: int, outcome: Outcome) -> None:
+            if self.journal:
+                self.journal.put(_key(number, rules[number]), outcome)
+
+        found = self._each(rest, self.work.outcomes, done)
+        return dict(sorted({**{number: each for number, each in kept.items() if each}, **found}.items()))
+
+    def _kept(self, number: int, rule: Rule | None) -> Outcome | None:
+        """What an interrupted run left of an item."""
+        return self.journal.get(_key(number, rule)) if self.journal else None
 
     def _offers(self, rules: Mapping[int, Rule]) -> dict[int, Offer]:
-        return self._each(rules, lambda number: self.work.offer(self.items[number].pair, rules[number]))
+        return self._each(rules, self.work.offers)
 
-    def _each(self, numbers: Iterable[int], one: Callable[[int], T | None]) -> dict[int, T]:
-        """`one` of each number, the largest first, a few at a time; those that come to something, in order."""
-        sizes = {number: self.work.nbytes(self.items[number].pair) for number in numbers}
-        ordered = sorted(sizes, key=lambda number: -sizes[number])
+    def _each(
+        self,
+        rules: Mapping[int, Rule | None],
+        compute: Callable[[Sequence[Task], torch.device], list[T | None]],
+        done: Callable[[int, T], None] = lambda number, result: None,
+    ) -> dict[int, T]:
+        """What `compute` makes of each item, the largest first, those of one shape together where the device gains by it; in
+        order, without those that come to nothing."""
         found: dict[int, T] = {}
-        total, done = sum(sizes.values()), 0
+        sizes = {number: self.work.nbytes(self.items[number].pair) for number in rules}
+        batches = self._batches(rules)
+        total, passed = sum(sizes.values()), 0
 
-        def finished(index: int, result: T | None) -> None:
-            nonlocal done
-            done += sizes[ordered[index]]
-            if result is not None:
-                found[ordered[index]] = result
+        def piece(numbers: Sequence[int]) -> list[T | None]:
+            tasks = [Task(self.items[number].pair, self.items[number].form, rules[number]) for number in numbers]
+            results = self.work.lanes.each(str(tasks[0].pair), tasks, compute)
+            for number, result in zip(numbers, results, strict=True):
+                if result is not None:
+                    done(number, result)
+            return results
+
+        def finished(index: int, results: list[T | None]) -> None:
+            nonlocal passed
+            passed += sum(sizes[number] for number in batches[index])
+            for number, result in zip(batches[index], results, strict=True):
+                if result is not None:
+                    found[number] = result
             if self.progress:
-                self.progress(done, total)
+                self.progress(passed, total)
 
-        threads = None if self.work.device.type == "cpu" else 1
-        run_all((partial(one, number) for number in ordered), finished, threading.Event(), threads=threads)
+        run_all((partial(piece, numbers) for numbers in batches), finished, threading.Event())
         return {number: found[number] for number in sorted(found)}
+
+    def _batches(self, rules: Mapping[int, Rule | None]) -> list[list[int]]:
+        """Numbers of items, the largest first: one by one, or on a device that numbers travel to as many of one shape and
+        rule as it is given at once."""
+
+        def size(number: int) -> int:
+            return self.work.nbytes(self.items[number].pair)
+
+        def alike(number: int) -> tuple[object, ...]:
+            rule = rules[number]
+            return size(number), self.items[number].pair.shape, self.items[number].form, rule and rule.expected
+
+        ordered = sorted(rules, key=lambda number: (-size(number), str(alike(number))))
+        batches: list[list[int]] = []
+        for _, group in groupby(ordered, key=alike):
+            numbers = list(group)
+            each = 4 * max(math.prod(self.items[numbers[0]].pair.shape), 1)
+            count = max(1, AT_ONCE // each) if self.work.lanes.staged else 1
+            batches += [numbers[start : start + count] for start in range(0, len(numbers), count)]
+        return batches
 
     def _provenance(self, outcomes: Mapping[int, Outcome], lost: Mapping[int, str]) -> str:
         """A short account, without times or paths, so that equal runs write equal bytes, and with numbers of equal width, so
@@ -165,6 +204,11 @@ class Job:
             "left_out": {str(self.items[number].pair): f"{outcomes[number].figures.norm:.4e}" for number in lost},
         }
         return json.dumps(document)
+
+
+def _key(number: int, rule: Rule | None) -> str:
+    """What an outcome is called in the journal."""
+    return f"{number}-{rule.method if rule else 'none'}-{rule.value if rule else 0:g}"
 
 
 def _left(outcomes: Mapping[int, Outcome]) -> float:

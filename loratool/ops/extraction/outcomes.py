@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -13,12 +14,13 @@ from torch import Tensor
 from loratool.checkpoint import DTYPE_NAMES, DTYPES
 from loratool.deltas import Delta, ExpertLoRA, Full, Replace
 from loratool.deltas.base import widened
-from loratool.errors import NonFinite, about
+from loratool.devices import Lanes
+from loratool.errors import LoratoolError, NonFinite, about
 from loratool.krylov import squares
 from loratool.ops.extraction.carrying import BESIDE_LORA, EXPERTS, LORA, REPLACED
 from loratool.ops.extraction.differences import Difference, difference
 from loratool.ops.extraction.pairing import Pair
-from loratool.ops.factoring import Factored, Split, Storage, factored, offered
+from loratool.ops.factoring import Factored, Split, Storage, factored, factored_each, offered_each
 from loratool.ops.lowering import as_lora
 from loratool.ops.weights import Weights
 from loratool.ranks import Offer, Rule
@@ -54,12 +56,22 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Task:
+    """A pair, the form in which its change is to be held, and the rule; without a rule it is only measured."""
+
+    pair: Pair
+    form: str | None
+    rule: Rule | None
+
+
+@dataclass(frozen=True, slots=True)
 class Extraction:
-    """Two checkpoints, and how the deltas between them are computed and stored; without a `dtype`, each as its weight is."""
+    """Two checkpoints, and where and how the deltas between them are computed and stored; without a `dtype`, each as its
+    weight is."""
 
     base: Weights
     tuned: Weights
-    device: torch.device
+    lanes: Lanes
     dtype: torch.dtype | None = None
     split: Split = "even"
     clamp: float | None = None
@@ -70,25 +82,42 @@ class Extraction:
         dtypes = [weights.layout.info(places[0].tensor).dtype for weights, places, _ in sides]
         return sum(math.prod(shape) * DTYPES[dtype].itemsize for (*_, shape), dtype in zip(sides, dtypes, strict=True))
 
-    def outcome(self, pair: Pair, form: str | None, rule: Rule) -> Outcome | None:
-        """What `pair` changed, in the given form (None: it is only measured); None where it changed nothing.
+    def outcomes(self, tasks: Sequence[Task], device: torch.device) -> list[Outcome | None]:
+        """What pairs of one shape changed, each in the form of its task (None: it is only measured), computed together; None
+        for what changed nothing. The rules of all expect the same rank.
 
         Raises `LoratoolError` naming the parameter.
         """
         started = time.monotonic()
-        change = difference(self.base, self.tuned, pair, self.device)
-        if change is None:
-            return None
-        with about(pair):
-            made = self._held(change, pair, form, rule)
-        return replace(made, figures=replace(made.figures, seconds=time.monotonic() - started))
+        changes = [difference(self.base, self.tuned, task.pair, device) for task in tasks]
+        matrices = [
+            (task, change) for task, change in zip(tasks, changes, strict=True) if change and task.form == LORA and task.rule
+        ]
+        together = iter(self._factored(matrices))
+        found: list[Outcome | None] = []
+        for task, change in zip(tasks, changes, strict=True):
+            if change is None:
+                found.append(None)
+                continue
+            with about(task.pair):
+                found.append(self._held(change, task, next(together) if task.form == LORA and task.rule else None))
+        seconds = (time.monotonic() - started) / len(tasks)
+        return [each and replace(each, figures=replace(each.figures, seconds=seconds)) for each in found]
 
-    def offer(self, pair: Pair, rule: Rule) -> Offer | None:
-        """The leading singular values of a change, as many as `rule` wants; None where there is no change."""
-        change = difference(self.base, self.tuned, pair, self.device)
-        if change is None:
-            return None
-        return offered(change.dense.flatten(1), rule, self.stored_as(pair).itemsize)
+    def offers(self, tasks: Sequence[Task], device: torch.device) -> list[Offer | None]:
+        """The leading singular values of changes of one shape, as many as the rules want; None where there is no change."""
+        changes = [difference(self.base, self.tuned, task.pair, device) for task in tasks]
+        wanted = [(task, change) for task, change in zip(tasks, changes, strict=True) if change]
+        if not wanted:
+            return [None for _ in tasks]
+        found = iter(
+            offered_each(
+                [change.dense.flatten(1) for _, change in wanted],
+                [task.rule or Rule() for task, _ in wanted],
+                [self.stored_as(task.pair).itemsize for task, _ in wanted],
+            )
+        )
+        return [next(found) if change else None for change in changes]
 
     def stored_as(self, pair: Pair) -> torch.dtype:
         """The dtype of what is stored of `pair`: where nobody says, that of the tuned weight if it is a narrow one."""
@@ -99,13 +128,27 @@ class Extraction:
             return dtype
         return torch.bfloat16 if dtype.itemsize == 1 else torch.float32
 
-    def _held(self, change: Difference, pair: Pair, form: str | None, rule: Rule) -> Outcome:
-        storage = Storage(self.stored_as(pair), self.split, self.clamp)
-        if form == LORA:
-            found = factored(change.dense.flatten(1), rule.of(pair.shape), storage, noise=change.edge)
+    def _storage(self, pair: Pair) -> Storage:
+        return Storage(self.stored_as(pair), self.split, self.clamp)
+
+    def _factored(self, matrices: Sequence[tuple[Task, Difference]]) -> list[Factored | LoratoolError]:
+        if not matrices:
+            return []
+        return factored_each(
+            [change.dense.flatten(1) for _, change in matrices],
+            [(task.rule or Rule()).of(task.pair.shape) for task, _ in matrices],
+            [self._storage(task.pair) for task, _ in matrices],
+            [change.edge for _, change in matrices],
+        )
+
+    def _held(self, change: Difference, task: Task, found: Factored | LoratoolError | None) -> Outcome:
+        pair, form, storage = task.pair, task.form if task.rule else None, self._storage(task.pair)
+        if isinstance(found, LoratoolError):
+            raise found
+        if found:
             return _of_factors(change, pair, [found], as_lora(found, pair.shape) if found.rank else None)
         if form == EXPERTS:
-            each = [factored(expert, rule, storage, noise=change.edge) for expert in change.dense]
+            each = [factored(expert, task.rule or Rule(), storage, noise=change.edge) for expert in change.dense]
             return _of_factors(change, pair, each, _stacked(each) if any(part.rank for part in each) else None)
         if form in REPLACED:
             return Outcome(Replace(self.tuned.at(pair.tuned), form), _figures(change, pair, form, 0.0))
