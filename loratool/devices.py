@@ -84,6 +84,11 @@ class Lanes(threading.local):
         self.moved.append(what)
         return compute(items, CPU)
 
+    def one(self, what: str, compute: Callable[[torch.device], Result]) -> Result:
+        """`compute` on this thread's device, or on the CPU where that has no room for it."""
+        (found,) = self.each(what, [None], lambda _, device: [compute(device)])
+        return found
+
     def notes(self) -> Iterator[str]:
         """What a report should say of memory that ran out."""
         if self.moved:
@@ -99,9 +104,12 @@ class Lanes(threading.local):
         return torch.cuda.stream(self.stream) if self.stream else nullcontext()
 
 
-def lanes(name: str = "cpu", *, staged: bool = False) -> Lanes:
-    """The lanes to the devices called `name`; raises `LoratoolError` where there are none."""
+def lanes(name: str = "cpu", *, doubles: bool = False, staged: bool = False) -> Lanes:
+    """The lanes to the devices called `name`, for work that needs `doubles` only to those that have them; raises
+    `LoratoolError` where there are none."""
     devices = devices_named(name)
+    if doubles and devices[0].type == "mps":
+        devices = (CPU,)
     return Lanes(devices, count(), [], staged=staged or devices[0] != CPU)
 
 

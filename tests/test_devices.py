@@ -9,11 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from loratool import LoratoolError, Options, Source, merge
+from loratool import (
+    Budget,
+    CombineOptions,
+    CompareOptions,
+    DeltaOptions,
+    ExtractOptions,
+    LoratoolError,
+    Options,
+    Rule,
+    Source,
+    combine,
+    compare,
+    delta,
+    extract,
+    merge,
+    resize,
+    to_lora,
+    unmerge,
+)
 from loratool.deltas import Delta
 from loratool.deltas.base import moved
 from loratool.devices import CPU, Lanes, devices_named, exact_products, lanes
 from loratool.ops import streaming
+from loratool.ops.compare import AdapterComparison
 from tests.laws.test_deltas import MAKERS, Make
 from tests.models import kohya, save
 from tests.test_merge import STEMS, base_tensors
@@ -153,3 +172,43 @@ def test_a_gpu_agrees_to_rounding(tmp_path: Path, dtype: torch.dtype) -> None:
         if tensor.is_floating_point():
             slack = steps(tensor).double() + 2.0**-20 * tensor.double().abs()
             assert bool(((tensor.double() - other[name].double()).abs() <= slack).all())
+
+
+def factor_verbs(folder: Path, out: Path, device: str) -> dict[str, float]:
+    """Every verb that computes on factors or differences, on a device, and the figures that they come to."""
+    base, adapters = files(folder, torch.bfloat16)
+    paths = [source.adapter for source in adapters[:2]]
+    out.mkdir()
+    merge(base, adapters[:1], out / "tuned.safetensors", Options(device=device))
+    resized = resize(paths[0], out / "resized.safetensors", Rule("rank", 2), device=device)
+    lora = to_lora(paths[1], out / "lora.safetensors", Rule("rank", 2), device=device)
+    combined = combine(paths, out / "both.safetensors", Rule("rank", 4), CombineOptions(arch=None, device=device))
+    apart = compare([paths[0], out / "resized.safetensors"], CompareOptions(device=device))
+    whole = delta(base, out / "tuned.safetensors", out / "delta.safetensors", DeltaOptions(device=device, spectrum=True))
+    extracted = extract(
+        base, out / "tuned.safetensors", out / "x.safetensors", Rule("rank", 2), ExtractOptions(to="comfyui", device=device)
+    )
+    taken = unmerge(out / "tuned.safetensors", out / "back.safetensors", adapters[:1], options=Options(device=device))
+    assert isinstance(apart, AdapterComparison)
+    return {
+        "resize": resized.error,
+        "to_lora": lora.error,
+        "combine": combined.error,
+        "compare": apart.difference,
+        "delta": whole.norm,
+        "delta, effective": sum(module.effective_rank or 0.0 for module in whole.modules),
+        "extract": extracted.error,
+        "unmerge": float(taken.numbers),
+        "budget": resize(paths[0], out / "budget.safetensors", Budget(error=0.4), device=device).error,
+    }
+
+
+def test_every_verb_takes_a_device(tmp_path: Path) -> None:
+    assert factor_verbs(tmp_path, tmp_path / "cpu", "cpu") == factor_verbs(tmp_path, tmp_path / "auto", "cpu")
+
+
+@needs_cuda
+def test_every_verb_comes_to_the_same_on_a_gpu(tmp_path: Path) -> None:
+    assert factor_verbs(tmp_path, tmp_path / "gpu", "cuda") == pytest.approx(
+        factor_verbs(tmp_path, tmp_path / "cpu", "cpu"), rel=1e-4
+    )

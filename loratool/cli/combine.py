@@ -13,6 +13,7 @@ from loratool.cli.convert import a_format, an_arch
 from loratool.cli.low_rank import print_converted
 from loratool.cli.options import (
     adapter_and_parts,
+    factors_device_option,
     json_option,
     overwrite_option,
     pickle_option,
@@ -41,6 +42,7 @@ METHODS = ("sum", "ties", "dare", "dare-ties", "knots", "core")
 @click.option("--base", type=click.Path(path_type=Path), help="The base, for kinds that depend on it.")
 @click.option("--dtype", type=click.Choice(list(DTYPE_OPTIONS)), help="Of factors. Default: one that holds them exactly.")
 @pickle_option
+@factors_device_option
 @overwrite_option
 @json_option
 @quiet_option

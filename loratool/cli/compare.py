@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli.convert import an_arch
-from loratool.cli.options import json_option, pickle_option, quiet_option, sum_of, verbose_option
+from loratool.cli.options import factors_device_option, json_option, pickle_option, quiet_option, sum_of, verbose_option
 from loratool.cli.render import print_facts, print_json, print_table, warn
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ SHOWN = 20
 @click.option("--base", type=click.Path(path_type=Path), help="The base, for kinds that depend on it.")
 @click.option("--arch", type=an_arch, metavar="NAME", help="Base architecture, where the names fit several.")
 @pickle_option
+@factors_device_option
 @json_option
 @quiet_option
 @verbose_option
@@ -43,6 +44,7 @@ def compare_command(
     base: Path | None,
     arch: str | None,
     allow_pickle: bool,
+    device: str,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -61,7 +63,7 @@ def compare_command(
     """
     from loratool.ops.compare import CompareOptions, compare, compare_to
 
-    options = CompareOptions(tolerance, base, arch, allow_pickle)
+    options = CompareOptions(tolerance, base, arch, device, allow_pickle)
     report: Comparison | MergeComparison
     if source:
         if len(paths) != 1:

@@ -13,6 +13,7 @@ import click
 from loratool.cli.options import (
     KEEPING,
     alpha_option,
+    factors_device_option,
     json_option,
     overwrite_option,
     quiet_option,
@@ -41,6 +42,7 @@ def rank_options(
         click.option("--dtype", type=click.Choice(list(DTYPE_OPTIONS)), help="Of new factors. Default: as the adapter's."),
         alpha_option,
         slots_option,
+        factors_device_option,
         overwrite_option,
         json_option,
         quiet_option,
@@ -116,6 +118,7 @@ def _print_frontier(
     slots: tuple[bool, ...] | None,
     as_json: bool,
     dtype: str | None,
+    device: str,
     quiet: bool,
     **others: Any,
 ) -> None:
@@ -126,7 +129,7 @@ def _print_frontier(
     if given:
         raise click.UsageError(f"--frontier shows every rank and writes nothing; {', '.join(given)} does not go with it")
     named = DTYPE_OPTIONS[dtype] if dtype else None
-    report = frontier(adapter, dtype=named, base=base, unsaid=Unsaid(alpha, slots or ()))
+    report = frontier(adapter, dtype=named, base=base, unsaid=Unsaid(alpha, slots or ()), device=device)
     for warning in report.warnings:
         warn(warning)
     if as_json:
@@ -153,6 +156,7 @@ def run_low_rank(
     quiet: bool,
     verbose: bool,
     dtype: str | None,
+    device: str,
 ) -> None:
     """Calls `run`, the library's `to_lora` or `resize`, and prints its report."""
     from loratool.adapter import Unsaid
@@ -164,6 +168,7 @@ def run_low_rank(
         dtype=DTYPE_OPTIONS[dtype] if dtype else None,
         base=base,
         unsaid=Unsaid(alpha, slots or ()),
+        device=device,
         overwrite=overwrite,
     )
     for warning in report.warnings:

@@ -26,6 +26,10 @@ include_option = click.option(
 device_option = click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="Where to compute: auto, cpu, cuda, cuda:N or mps."
 )
+factors_device_option = click.option(
+    "--device", default="cpu", show_default=True, metavar="NAME", help="Where to compute: auto, cpu, cuda, cuda:N or mps."
+)
+"""Of verbs on factors, which are small: a GPU seldom gains by them."""
 in_place_option = click.option(
     "--in-place", is_flag=True, help="Change the checkpoint itself, by clones that replace its files once they are complete."
 )

@@ -16,6 +16,7 @@ from loratool.adapter import Adapter, load
 from loratool.deltas import LoRA
 from loratool.deltas.combined import Merge
 from loratool.deltas.methods import METHODS, merged
+from loratool.devices import lanes
 from loratool.errors import LoratoolError
 from loratool.formats.table import format_named
 from loratool.header import DTYPE_OPTIONS
@@ -56,6 +57,7 @@ class CombineOptions:
     dtype: str | None = None
     base: str | Path | None = None
     allow_pickle: bool = False
+    device: str = "cpu"
     overwrite: bool = False
 
 
@@ -129,7 +131,8 @@ def _collected(parts: Sequence[Part], out: Path, options: CombineOptions) -> tup
     inputs = [adapter.path for adapter in adapters]
     check_target(out, folder=target.folder, overwrite=options.overwrite, inputs=inputs)
     arch, ways = choose_common(adapters, target, options.arch, Path(options.base).expanduser() if options.base else None)
-    combining = Combining(target, arch, ways, _merge_at(options), _weights(options))
+    on = lanes(options.device, doubles=True)
+    combining = Combining(target, arch, ways, _merge_at(options), _weights(options), on)
     for number, (adapter, part) in enumerate(zip(adapters, parts, strict=True)):
         combining.add(number, adapter, part.strength)
     return combining, [replace(adapter, changes=()) for adapter in adapters]
@@ -160,7 +163,7 @@ def _report(
     nbytes: int,
 ) -> CombineReport:
     leaves = [leaf for change in combined.changes for leaf in change.delta.leaves().values()]
-    alone = len(parts) > 1 and not combining.common
+    alone = ["no module is changed by two of the adapters"] if len(parts) > 1 and not combining.common else []
     return CombineReport(
         out=str(out),
         format=combining.target.title,
@@ -174,7 +177,11 @@ def _report(
         lowered=tuple(lowered),
         error=error_of(lowered),
         nbytes=nbytes,
-        warnings=(*combining.warnings, *(["no module is changed by two of the adapters"] if alone else [])),
+        warnings=(
+            *combining.warnings,
+            *combining.lanes.notes(),
+            *(["no module is changed by two of the adapters"] if alone else []),
+        ),
     )
 
 

@@ -15,6 +15,7 @@ from loratool.archs.table import Spot
 from loratool.checkpoint import DTYPE_NAMES, DTYPES
 from loratool.deltas import Delta, ExpertLoRA, Full, LoRA, Replace
 from loratool.deltas.combined import Combined, Merge, summed
+from loratool.devices import Lanes
 from loratool.errors import LoratoolError, NeedsBase, NonFinite, ShapeMismatch, about, some
 from loratool.formats.table import CONFIG, Format
 from loratool.linalg import all_finite, bounds, difference_norm
@@ -59,10 +60,16 @@ class Combining:
     """Everything that adapters change, by the place that it has in the output."""
 
     def __init__(
-        self, target: Format, arch: Arch, ways: Mapping[Module, Route], merge: MergeAt, weights: Weights | None
+        self,
+        target: Format,
+        arch: Arch,
+        ways: Mapping[Module, Route],
+        merge: MergeAt,
+        weights: Weights | None,
+        on: Lanes,
     ) -> None:
         self.target, self.arch, self.ways, self.weights = target, arch, ways, weights
-        self.merge = merge
+        self.merge, self.lanes = merge, on
         self.terms: dict[Place, list[_Term]] = {}
         self.common = 0
         # PEFT's bias shares the scale of its module's factors, and experts that of all, which must be 1 after a sum.
@@ -168,7 +175,7 @@ class Combining:
         self, combined: Adapter, rule: Rule | Budget, dtype: str | None, described: Described
     ) -> tuple[Adapter, tuple[Converted, ...]]:
         """Every combination at the rank that the rule gives."""
-        work = Lowering(combined, dtype, KEPT - RESIZED, self.weights)
+        work = Lowering(combined, dtype, KEPT - RESIZED, self.weights, on=self.lanes)
 
         def size(imagined: Lowered) -> int:
             adapter = described(lowered_adapter(work, imagined))

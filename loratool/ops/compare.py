@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from loratool.adapter import Adapter, load
+from loratool.devices import Lanes, lanes
 from loratool.errors import LoratoolError
 from loratool.layout import open_layout, require_weights
 from loratool.ops.comparing.adapters import Aligned, Compared, aligned, compared, inner_products
@@ -27,11 +28,12 @@ TOLERANCE: Final = 1e-6
 @dataclass(frozen=True, slots=True)
 class CompareOptions:
     """How to compare: the largest relative difference of a module, or a tensor, that counts as the same; a base for kinds
-    that depend on the weight; the architecture where names fit several."""
+    that depend on the weight; the architecture where names fit several; where to compute."""
 
     tolerance: float = TOLERANCE
     base: str | Path | None = None
     arch: str | None = None
+    device: str = "cpu"
     allow_pickle: bool = False
 
 
@@ -87,6 +89,7 @@ def compare(paths: Sequence[str | Path | Adapter], options: CompareOptions | Non
     Raises `LoratoolError` where they are not of one sort, or for different models.
     """
     options = options or CompareOptions()
+    on = lanes(options.device, doubles=True)
     if len(paths) < 2:
         raise LoratoolError("name two or more adapters, or two checkpoints")
     sorts = {isinstance(path, Adapter) or _is_adapter(Path(path).expanduser()) for path in paths}
@@ -97,14 +100,13 @@ def compare(paths: Sequence[str | Path | Adapter], options: CompareOptions | Non
         if len(paths) > 2:
             raise LoratoolError("checkpoints are compared two at a time")
         one, other = (Weights(Path(path).expanduser()) for path in paths if not isinstance(path, Adapter))
-        return compare_checkpoints(one, other, options.tolerance)
+        return compare_checkpoints(one, other, options.tolerance, on)
     adapters = [path if isinstance(path, Adapter) else load(path, allow_pickle=options.allow_pickle) for path in paths]
     base = Weights(Path(options.base).expanduser()) if options.base else None
     found = aligned(adapters, options.arch, base)
-    warnings = tuple(note for adapter in adapters for note in adapter.notes)
     if len(adapters) > 2:
-        return _matrix(adapters, found, options.tolerance, warnings)
-    return _pair(adapters, found, options.tolerance, warnings)
+        return _matrix(adapters, found, options.tolerance, on)
+    return _pair(adapters, found, options.tolerance, on)
 
 
 def _is_adapter(path: Path) -> bool:
@@ -126,12 +128,12 @@ def compare_to(
     choices = [Choice(source.strength) for source in given]
     plan = make_plan(layout, list(zip(loaded, choices, strict=True)))
     names = tuple((str(adapter.path), source.strength) for adapter, source in zip(loaded, given, strict=True))
-    return compare_merge(Weights(Path(merged).expanduser()), plan, names)
+    return compare_merge(Weights(Path(merged).expanduser()), plan, names, lanes(options.device, doubles=True))
 
 
-def _pair(adapters: Sequence[Adapter], found: Aligned, tolerance: float, warnings: tuple[str, ...]) -> AdapterComparison:
+def _pair(adapters: Sequence[Adapter], found: Aligned, tolerance: float, on: Lanes) -> AdapterComparison:
     names = [str(adapter.path) for adapter in adapters]
-    modules = compared(found)
+    modules = compared(found, on)
     norms = _norm(modules, "one"), _norm(modules, "other")
     difference = math.hypot(*(module.difference for module in modules))
     largest = max((norm for norm in norms if norm), default=0.0)
@@ -150,7 +152,7 @@ def _pair(adapters: Sequence[Adapter], found: Aligned, tolerance: float, warning
         overlap=(_overlap([m.outputs for m in modules]), _overlap([m.inputs for m in modules])),
         tolerance=tolerance,
         same=all(module.relative <= tolerance for module in modules),
-        warnings=warnings,
+        warnings=_notes(adapters, on),
     )
 
 
@@ -164,8 +166,8 @@ def _overlap(angles: Sequence[Sequence[float]]) -> float | None:
     return math.fsum(cosines) / len(cosines) if cosines else None
 
 
-def _matrix(adapters: Sequence[Adapter], found: Aligned, tolerance: float, warnings: tuple[str, ...]) -> MatrixComparison:
-    table = inner_products(found)
+def _matrix(adapters: Sequence[Adapter], found: Aligned, tolerance: float, on: Lanes) -> MatrixComparison:
+    table = inner_products(found, on)
     norms = table.diagonal().clamp_min(0).sqrt()
     size = range(len(adapters))
 
@@ -174,7 +176,7 @@ def _matrix(adapters: Sequence[Adapter], found: Aligned, tolerance: float, warni
         squared, whole = float(table[i, i] + table[j, j] - 2 * table[i, j]), float(table[i, i] + table[j, j])
         if i == j or squared > TOLERANCE * whole:
             return math.sqrt(max(squared, 0.0))
-        return math.hypot(*(module.difference for module in compared(found, i, j)))
+        return math.hypot(*(module.difference for module in compared(found, on, i, j)))
 
     differences = tuple(tuple(apart(i, j) for j in size) for i in size)
     products = norms.outer(norms)
@@ -183,4 +185,10 @@ def _matrix(adapters: Sequence[Adapter], found: Aligned, tolerance: float, warni
     gaps = ((differences[i][j], max(float(norms[i]), float(norms[j]))) for i in size for j in size)
     largest = max((gap / norm for gap, norm in gaps if gap), default=0.0)
     paths = tuple(str(adapter.path) for adapter in adapters)
-    return MatrixComparison(paths, tuple(norms.tolist()), differences, cosines, tolerance, largest <= tolerance, warnings)
+    return MatrixComparison(
+        paths, tuple(norms.tolist()), differences, cosines, tolerance, largest <= tolerance, _notes(adapters, on)
+    )
+
+
+def _notes(adapters: Sequence[Adapter], on: Lanes) -> tuple[str, ...]:
+    return (*(note for adapter in adapters for note in adapter.notes), *on.notes())

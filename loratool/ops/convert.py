@@ -52,6 +52,7 @@ def convert(
     source: str | None = None,
     unsaid: Unsaid | None = None,
     allow_pickle: bool = False,
+    device: str = "cpu",
     overwrite: bool = False,
 ) -> ConvertReport:
     """Writes the adapter at `path` to `out` in the format called `to`, with the same ΔW, and compares what it wrote.
@@ -65,7 +66,7 @@ def convert(
     require_room(target, out)
     converted: list[Converted] = []
     if rule is not None:
-        adapter, converted = lower(adapter, rule, dtype, base=base)
+        adapter, converted = lower(adapter, rule, dtype, base=base, device=device)
     elif target.folder and (adapter.path / CONFIG_NAME).exists() and locate(adapter.path)[0].suffix == ".safetensors":
         return _copied(adapter, target, out, overwrite=overwrite)
     found, ways = choose([adapter], target, Wanted(arch, source, Path(base) if base else None))

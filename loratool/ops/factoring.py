@@ -142,7 +142,7 @@ def refactored(up: Tensor, down: Tensor, rule: Rule, storage: Storage) -> Factor
         rank = rank_of(rule, sigma)
         ups, downs = stored(*core.factors(rank), storage)
         error = core.distance(ups, downs)
-        return Factored(ups, downs, norm, error, float(sigma[rank:].norm()), effective_rank(sigma[:rank]))
+        return Factored(ups.cpu(), downs.cpu(), norm, error, float(sigma[rank:].norm()), effective_rank(sigma[:rank]))
 
     return _until_met(rule, storage, len(sigma), attempt)
 

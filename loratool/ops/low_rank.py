@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from loratool.adapter import Adapter, Unsaid, load
+from loratool.devices import lanes
 from loratool.ops.budgets import Market
 from loratool.ops.lowering import Converted, Lowering, lowered_adapter
 from loratool.ops.saving import as_they_were, size_of, write
@@ -50,6 +51,7 @@ def to_lora(
     dtype: str | None = None,
     base: str | Path | None = None,
     unsaid: Unsaid | None = None,
+    device: str = "cpu",
     overwrite: bool = False,
 ) -> LowRankReport:
     """Writes the adapter at `path` to `out` with every delta on a matrix or a kernel as a LoRA.
@@ -57,8 +59,8 @@ def to_lora(
     What is a LoRA already keeps its bytes. Kinds that depend on the weight (DoRA, OFT, (IA)³ …) need `base`. Errors are
     those of the factors as stored. Raises `LoratoolError`.
     """
-    adapter = load(path, unsaid=unsaid)
-    return _written(Lowering(adapter, dtype, KEPT, _weights(base)), rule or Rule(), Path(out), overwrite=overwrite)
+    work = Lowering(load(path, unsaid=unsaid), dtype, KEPT, _weights(base), on=lanes(device, doubles=True))
+    return _written(work, rule or Rule(), Path(out), overwrite=overwrite)
 
 
 def resize(
@@ -70,6 +72,7 @@ def resize(
     base: str | Path | None = None,
     weigh: bool = False,
     unsaid: Unsaid | None = None,
+    device: str = "cpu",
     overwrite: bool = False,
 ) -> LowRankReport:
     """Writes the adapter at `path` to `out` with every LoRA, and every other kind as a LoRA, of the rank that `rule` gives.
@@ -78,7 +81,8 @@ def resize(
     A budget is shared over all modules; one that no rank of is worth its bytes is dropped, and has rank 0 in the report.
     With `weigh`, a budget's errors count relative to the weights in `base` that they are errors of.
     """
-    work = Lowering(load(path, unsaid=unsaid), dtype, KEPT - RESIZED, _weights(base), weigh=weigh)
+    on = lanes(device, doubles=True)
+    work = Lowering(load(path, unsaid=unsaid), dtype, KEPT - RESIZED, _weights(base), on=on, weigh=weigh)
     report = _written(work, rule, Path(out), overwrite=overwrite)
     if not weigh:
         return report
@@ -102,7 +106,8 @@ def _written(work: Lowering, rule: Rule | Budget, out: Path, *, overwrite: bool)
         done = work.within(rule, lambda imagined: size_of(work.contents(imagined, kept)))
     nbytes = write(work.contents(done, kept), [adapter.path], out.expanduser(), overwrite=overwrite)
     figures = tuple(figures for figures, _ in done.values())
-    return LowRankReport(str(out), figures, len(work.kept), error_of(figures), nbytes, adapter.notes)
+    notes = (*adapter.notes, *work.lanes.notes())
+    return LowRankReport(str(out), figures, len(work.kept), error_of(figures), nbytes, notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +133,17 @@ class FrontierReport:
 
 
 def frontier(
-    path: str | Path, *, dtype: str | None = None, base: str | Path | None = None, unsaid: Unsaid | None = None
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    base: str | Path | None = None,
+    unsaid: Unsaid | None = None,
+    device: str = "cpu",
 ) -> FrontierReport:
     """Size against error against rank of the adapter at `path`, for ranks from 1 to the largest that any module has. All of
     it is in the spectra; nothing is written. Raises `LoratoolError`."""
     adapter = load(path, unsaid=unsaid)
-    work = Lowering(adapter, dtype, KEPT - RESIZED, _weights(base))
+    work = Lowering(adapter, dtype, KEPT - RESIZED, _weights(base), on=lanes(device, doubles=True))
     kept = as_they_were(adapter, work.kept)
     spectra = work.offers(dict.fromkeys(work.numbers, Rule()))
     market = Market(work.numbers, lambda rules: {number: spectra[number] for number in rules}, Budget(nbytes=1))
@@ -167,11 +177,11 @@ def _left(offer: Offer, rank: int) -> float:
 
 
 def lower(
-    adapter: Adapter, rule: Rule, dtype: str | None = None, *, base: str | Path | None = None
+    adapter: Adapter, rule: Rule, dtype: str | None = None, *, base: str | Path | None = None, device: str = "cpu"
 ) -> tuple[Adapter, list[Converted]]:
     """The adapter with every delta on a matrix or a kernel that a LoRA file cannot hold as a LoRA of scale 1, and what
     became of each."""
-    work = Lowering(adapter, dtype, KEPT, _weights(base))
+    work = Lowering(adapter, dtype, KEPT, _weights(base), on=lanes(device, doubles=True))
     done = work.lowered(rule)
     return lowered_adapter(work, done), [figures for figures, _ in done.values()]
 

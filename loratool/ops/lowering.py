@@ -14,6 +14,7 @@ from torch import Tensor
 from loratool.adapter import Adapter, Change
 from loratool.checkpoint import DTYPES
 from loratool.deltas import Delta, Embedding, LoRA
+from loratool.devices import Lanes, sent
 from loratool.errors import NeedsBase, Unsupported, about
 from loratool.linalg import Core
 from loratool.ops.budgets import Market, within_error
@@ -47,9 +48,16 @@ class Lowering:
     """An adapter whose deltas become LoRA: those to lower, by number, and those that are `kept`."""
 
     def __init__(
-        self, adapter: Adapter, dtype: str | None, keep: frozenset[str], weights: Weights | None, *, weigh: bool = False
+        self,
+        adapter: Adapter,
+        dtype: str | None,
+        keep: frozenset[str],
+        weights: Weights | None,
+        *,
+        on: Lanes,
+        weigh: bool = False,
     ) -> None:
-        self.adapter, self.dtype, self.weights = adapter, dtype, weights
+        self.adapter, self.dtype, self.weights, self.lanes = adapter, dtype, weights, on
         self.numbers: list[int] = []
         self.kept: list[Change] = []
         for number, change in enumerate(adapter.changes):
@@ -68,8 +76,12 @@ class Lowering:
             change = self.adapter.changes[number]
             mine = rule if isinstance(rule, Rule) else rule[number]
             storage = Storage(self._stored_as(change))
-            delta, figures = _low_rank(change, _effective(change, self.weights), mine, storage)
-            return figures, delta
+
+            def compute(device: torch.device) -> tuple[Converted, Delta]:
+                delta, figures = _low_rank(change, _effective(change, self.weights).on(device), mine, storage)
+                return figures, delta
+
+            return self.lanes.one(str(change), compute)
 
         return dict(zip(self.numbers, results(partial(one, number) for number in self.numbers), strict=True))
 
@@ -121,12 +133,16 @@ class Lowering:
 
     def _offer(self, number: int, rule: Rule) -> Offer:
         change = self.adapter.changes[number]
-        delta = _effective(change, self.weights)
+        return self.lanes.one(str(change), partial(self._offered, number, rule))
+
+    def _offered(self, number: int, rule: Rule, device: torch.device) -> Offer:
+        change = self.adapter.changes[number]
+        delta = _effective(change, self.weights).on(device)
         each, worth = self._stored_as(change).itemsize, self.worth[number]
         if delta.factors:
             core = Core(*delta.factors)
             cost = len(delta.factors[0]) + delta.factors[1].shape[1]
-            return Offer(core.sigma * worth, True, cost * each, float(core.squares.sum()) * worth**2)
+            return Offer(core.sigma.cpu() * worth, True, cost * each, float(core.squares.sum()) * worth**2)
         seen = replace(rule, value=rule.value / worth) if rule.method == "threshold" and worth else rule
         offer = offered(_dense(delta), seen, each)
         return replace(offer, sigma=offer.sigma * worth, total=offer.total * worth**2)
@@ -169,6 +185,11 @@ class _Effective:
     shape: tuple[int, ...]
     factors: tuple[Tensor, Tensor] | None
     dense: Tensor | None
+
+    def on(self, device: torch.device) -> _Effective:
+        """The same on a device."""
+        factors = self.factors and (sent(self.factors[0], device), sent(self.factors[1], device))
+        return replace(self, factors=factors, dense=None if self.dense is None else sent(self.dense, device))
 
 
 def _effective(change: Change, weights: Weights | None) -> _Effective:

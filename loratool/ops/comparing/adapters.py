@@ -12,8 +12,9 @@ from torch import Tensor
 
 from loratool.adapter import Adapter
 from loratool.deltas import Delta, LoRA
-from loratool.deltas.base import or_one
+from loratool.deltas.base import moved, or_one
 from loratool.deltas.combined import Combined, summed
+from loratool.devices import CPU, Lanes
 from loratool.errors import NeedsBase, ShapeMismatch, Unsupported, about
 from loratool.formats.table import Format, format_named
 from loratool.linalg import Relation, relation
@@ -126,11 +127,20 @@ def _placed(adapter: Adapter, items: Sequence[Moved], base: Weights | None) -> I
         yield place, deltas[0] if len(deltas) == 1 else Combined(tuple(deltas), (1.0,) * len(deltas), summed)
 
 
-def compared(found: Aligned, i: int = 0, j: int = 1) -> list[Compared]:
+def compared(found: Aligned, on: Lanes, i: int = 0, j: int = 1) -> list[Compared]:
     """Every place that one of two of the adapters changes, in order."""
     one, other = found.changes[i], found.changes[j]
-    places = list(dict.fromkeys([*one, *other]))
-    return results(partial(_compared, found.name(place), one.get(place), other.get(place)) for place in places)
+
+    def at(place: Place) -> Compared:
+        name, mine, theirs = found.name(place), one.get(place), other.get(place)
+        return on.one(name, lambda device: _compared(name, _there(mine, device), _there(theirs, device)))
+
+    return results(partial(at, place) for place in dict.fromkeys([*one, *other]))
+
+
+def _there(delta: Delta | None, device: torch.device) -> Delta | None:
+    """A delta, computed, on a device."""
+    return moved(delta.made(), device) if delta and device != CPU else delta
 
 
 def _compared(name: str, one: Delta | None, other: Delta | None) -> Compared:
@@ -216,12 +226,12 @@ def norm_of(delta: Delta) -> float:
     return found.one
 
 
-def inner_products(aligned: Aligned) -> Tensor:
+def inner_products(aligned: Aligned, on: Lanes) -> Tensor:
     """⟨ΔW_i, ΔW_j⟩ of all adapters, summed over all places: (n, n) in float64."""
     changes = aligned.changes
 
-    def one(place: Place) -> Tensor:
-        deltas = [mine.get(place) for mine in changes]
+    def one(place: Place, device: torch.device) -> Tensor:
+        deltas = [_there(mine.get(place), device) for mine in changes]
         if not all(delta is None or delta.additive for delta in deltas):
             raise NeedsBase(f"{aligned.name(place)}: is of a kind that depends on the weight; pass --base")
         require_alike([delta for delta in deltas if delta])
@@ -233,7 +243,8 @@ def inner_products(aligned: Aligned) -> Tensor:
                     table[i, j] = table[j, i] = _inner(mine, theirs)
         return table
 
-    return torch.stack(results(partial(one, place) for place in aligned.places)).sum(dim=0)
+    tables = results(partial(on.one, aligned.name(place), partial(one, place)) for place in aligned.places)
+    return torch.stack(tables).sum(dim=0)
 
 
 Held = tuple[Tensor, Tensor | None]

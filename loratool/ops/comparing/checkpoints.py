@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loratool import rounding
+from loratool.devices import Lanes, sent
 from loratool.ops.weights import Weights
 from loratool.targets import Place, module_of
 from loratool.workers import results
@@ -62,7 +63,7 @@ class CheckpointComparison:
     what: str = "checkpoints"
 
 
-def compare_checkpoints(one: Weights, other: Weights, tolerance: float) -> CheckpointComparison:
+def compare_checkpoints(one: Weights, other: Weights, tolerance: float, on: Lanes) -> CheckpointComparison:
     """Compares all tensors, under the very same names or those of two namings; `same` where nothing is missing and no
     tensor differs by more than `tolerance` of its norm."""
     pairs, missing = [], []
@@ -75,7 +76,7 @@ def compare_checkpoints(one: Weights, other: Weights, tolerance: float) -> Check
             met.update(place.tensor for place in places)
         else:
             missing.append(name)
-    found = results(partial(_compared, one, other, name, places) for name, places in pairs)
+    found = results(partial(on.one, name, partial(_compared, one, other, name, places)) for name, places in pairs)
     different = tuple(tensor for tensor in found if tensor.changed or tensor.shapes[0] != tensor.shapes[1])
     only_other = tuple(name for name in other.layout.tensors if name not in met)
     within = all(tensor.relative <= tolerance for tensor in different)
@@ -104,7 +105,7 @@ class _Sums:
     steps: list[int] = field(default_factory=list)
 
 
-def _compared(one: Weights, other: Weights, name: str, places: tuple[Place, ...]) -> TensorDifference:
+def _compared(one: Weights, other: Weights, name: str, places: tuple[Place, ...], device: torch.device) -> TensorDifference:
     mine = (one.targets.own[name],)
     info, theirs = one.layout.info(name), other.layout.info(places[0].tensor)
     shapes = one.shape(mine), other.shape(places)
@@ -113,7 +114,7 @@ def _compared(one: Weights, other: Weights, name: str, places: tuple[Place, ...]
         return result
     sums = _Sums()
     for before, after in _blocks(one, mine, other, places):
-        _add(sums, before, after)
+        _add(sums, sent(before, device), sent(after, device))
     result.changed, result.largest = sums.changed, sums.largest
     result.norm, result.difference = math.sqrt(sums.own), math.sqrt(sums.difference)
     result.ulps = max(sums.steps) if sums.steps else None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loratool import rounding
 from loratool.checkpoint import TensorFile
+from loratool.devices import Lanes, sent
 from loratool.errors import LoratoolError
 from loratool.layout import Layout
 from loratool.ops.plan import Plan, TensorPlan
@@ -61,12 +62,14 @@ class MergeComparison:
     what: str = "merge"
 
 
-def compare_merge(merged: Weights, plan: Plan, adapters: tuple[tuple[str, float], ...]) -> MergeComparison:
+def compare_merge(merged: Weights, plan: Plan, adapters: tuple[tuple[str, float], ...], on: Lanes) -> MergeComparison:
     """Compares every tensor of `merged` with the plan of the merge that should have made it."""
     layout = merged.layout
     names = [name for name in plan.tensors if name in layout.tensors]
     allowed = 1.0 if _by_chance(layout) else 0.5
-    found = results(partial(_compared, plan.layout, plan.tensors[name], layout, allowed) for name in names)
+    found = results(
+        partial(on.one, name, partial(_compared, plan.layout, plan.tensors[name], layout, allowed)) for name in names
+    )
     off = tuple(tensor for _, tensor in found if tensor)
     missing = tuple(name for name in plan.tensors if name not in layout.tensors)
     extra = tuple(name for name in layout.tensors if name not in plan.tensors)
@@ -93,7 +96,9 @@ def _by_chance(layout: Layout) -> bool:
     return any(str(history.get("round", "")).startswith("stochastic") for history in histories)
 
 
-def _compared(base: Layout, tensor: TensorPlan, merged: Layout, allowed: float) -> tuple[float, Off | None]:
+def _compared(
+    base: Layout, tensor: TensorPlan, merged: Layout, allowed: float, device: torch.device
+) -> tuple[float, Off | None]:
     """The worst distance of one tensor, and what is off in it."""
     file, info = merged.tensors[tensor.name]
     if info.shape != tensor.shape:
@@ -101,8 +106,8 @@ def _compared(base: Layout, tensor: TensorPlan, merged: Layout, allowed: float) 
     count, worst = 0, (0.0, 0, 0.0, 0.0)
     with TensorFile(base.files[tensor.file]) as source, TensorFile(merged.files[file]) as target:
         stored = target.read(info).reshape(matrix(info.shape)) if info.shape else target.read(info).reshape(1, 1)
-        for start, expected, slack in _expected(tensor, source):
-            rows = stored[start : start + len(expected)]
+        for start, expected, slack in _expected(tensor, source, device):
+            rows = sent(stored[start : start + len(expected)], device)
             beyond = _steps_beyond(rows, expected, slack)
             count += int((beyond > allowed).sum())
             largest = int(beyond.argmax()) if beyond.numel() else 0
@@ -131,19 +136,19 @@ def _steps_beyond(found: Tensor, expected: Tensor, slack: Tensor) -> Tensor:
     return torch.where(torch.isfinite(wide), gap, math.inf).masked_fill(same, 0.0)
 
 
-def _expected(tensor: TensorPlan, source: TensorFile) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _expected(tensor: TensorPlan, source: TensorFile, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Rows of what a tensor should hold, in float64, from the first on, and by how much float32 may have missed them."""
     rows, columns = matrix(tensor.shape)
     if tensor.terms and not by_blocks(tensor):
         stored = source.read(tensor.source)
-        whole = changed_whole(tensor, stored.double())[0].reshape(rows, columns)
+        whole = sent(changed_whole(tensor, stored.double())[0].reshape(rows, columns), device)
         yield 0, whole, ARITHMETIC * (whole.abs() + whole.abs().mean())
         return
-    segments = segments_of(tensor, rows, columns)
+    segments = [segment.on(device) for segment in segments_of(tensor, rows, columns)]
     base = source.read(tensor.source).reshape(rows, columns)
     step = max(1, BLOCK // max(columns, 1))
     for start in range(0, rows, step):
-        part = base[start : start + step].double()
+        part = sent(base[start : start + step], device).double()
         slack = part.abs() if tensor.terms else torch.zeros_like(part)
         for segment in segments:
             _add(segment, start, part, slack)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loratool import __version__
 from loratool.adapter import Adapter, Change
-from loratool.archs import Arch
+from loratool.archs import ARCHS, Arch
 from loratool.checkpoint import DTYPE_NAMES, tensor_bytes
 from loratool.deltas import Full
 from loratool.errors import LoratoolError, NonFinite, Unsupported, about
@@ -88,7 +88,7 @@ def naming_of(source: Source, to: str | None, arch: str | None) -> Naming:
     assert isinstance(source, OfCheckpoints)
     found = archs_of(source.base.layout, modules, arch)
     target = target or format_named(USUAL)
-    if not target.holds(found[0].name) and to is None:
+    if to is None and (found[0] not in ARCHS or not target.holds(found[0].name)):
         return Naming(None, found[0].title)
     chosen, ways, reasons = placed(modules, found, target)
     # Names of bare parameters are read by nobody, but for Wan's modulation; and OpenCLIP's projection lies on its side.
