@@ -1,6 +1,6 @@
 """Files of a checkpoint that are changed in place: their clones are, and take their places together or not at all.
 
-A clone shares its blocks with the original where the file system can (btrfs, XFS, APFS), so that only what is written to it
+A clone shares its blocks with the original where the file system can (btrfs, XFS), so that only what is written to it
 takes room and time; elsewhere it is a copy. What is complete is renamed to `READY` inside the checkpoint's folder, and from
 then on belongs there: whoever finds it, after a crash, moves it in. No torch.
 """

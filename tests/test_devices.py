@@ -35,6 +35,7 @@ from loratool.ops import streaming
 from loratool.ops.compare import AdapterComparison
 from tests.laws.test_deltas import MAKERS, Make
 from tests.models import kohya, save
+from tests.test_extract import pair, tuned_tensors
 from tests.test_merge import STEMS, base_tensors
 from tests.test_unmerge import dora, other_kinds
 
@@ -48,7 +49,8 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def files(folder: Path, dtype: torch.dtype) -> tuple[Path, list[Source]]:
-    base = base_tensors(dtype) | {"big.weight": torch.randn(700, 300).to(dtype)}
+    generator = torch.Generator().manual_seed(1)
+    base = base_tensors(dtype) | {"big.weight": torch.randn(700, 300, generator=generator).to(dtype)}
     stems = STEMS | {"lora_unet_big": (700, 300)}
     adapters = [kohya(stems, 3, 2.0), other_kinds(), dora()]
     paths = [save(folder / f"{number}.safetensors", adapter) for number, adapter in enumerate(adapters)]
@@ -178,16 +180,15 @@ def factor_verbs(folder: Path, out: Path, device: str) -> dict[str, float]:
     """Every verb that computes on factors or differences, on a device, and the figures that they come to."""
     base, adapters = files(folder, torch.bfloat16)
     paths = [source.adapter for source in adapters[:2]]
-    out.mkdir()
+    (out / "pair").mkdir(parents=True)
+    models = pair(out / "pair", tuned_tensors())
     merge(base, adapters[:1], out / "tuned.safetensors", Options(device=device))
     resized = resize(paths[0], out / "resized.safetensors", Rule("rank", 2), device=device)
     lora = to_lora(paths[1], out / "lora.safetensors", Rule("rank", 2), device=device)
     combined = combine(paths, out / "both.safetensors", Rule("rank", 4), CombineOptions(arch=None, device=device))
     apart = compare([paths[0], out / "resized.safetensors"], CompareOptions(device=device))
     whole = delta(base, out / "tuned.safetensors", out / "delta.safetensors", DeltaOptions(device=device, spectrum=True))
-    extracted = extract(
-        base, out / "tuned.safetensors", out / "x.safetensors", Rule("rank", 2), ExtractOptions(to="comfyui", device=device)
-    )
+    extracted = extract(*models, out / "x.safetensors", Rule("rank", 2), ExtractOptions(to="comfyui", device=device))
     taken = unmerge(out / "tuned.safetensors", out / "back.safetensors", adapters[:1], options=Options(device=device))
     assert isinstance(apart, AdapterComparison)
     return {

@@ -92,7 +92,7 @@ def _facts(report: DeltaReport) -> Iterator[tuple[str, str]]:
         yield "error", f"{report.error:.2e} by rounding to its dtype" if report.error else "none: float32"
     if report.left_out:
         yield "left out", f"{len(report.left_out)} that {report.format} has no place for, the first is {report.left_out[0]}"
-    yield "time", f"{report.seconds:.1f} s on {report.device}, peak memory {size(report.peak_bytes)}"
+    yield "computed", f"on {report.device} in {report.seconds:.1f} s, peak memory {size(report.peak_bytes)}"
 
 
 def _print_modules(report: DeltaReport, top: int, by: str) -> None:

@@ -44,15 +44,18 @@ class Added:
         parts = [(part.double() - change).to(dtype) for part, change in self._blocks(merged, start)]
         return torch.cat(parts).flatten() if parts else merged.flatten().to(dtype)
 
-    def doubtful(self, merged: Tensor, start: int) -> int:
+    def doubtful(self, merged: Tensor, start: int, *, by_chance: bool = False) -> int:
         """Of a plan that takes away what was added: how many numbers in the rows `merged`, from `start` on, more than one
-        number of their dtype may have led to, so that rounding may not find the right one again."""
+        number of their dtype may have led to, so that rounding may not find the right one again; `by_chance` says that they
+        were rounded to either neighbour."""
         count = 0
         for part, change in self._blocks(merged, start):
-            # All that rounds to a number lies between the middles to its neighbours.
+            # All that rounds to a number lies between the middles to its neighbours, or between these themselves.
+            reach = 1.0 if by_chance else 0.5
             stored, (below, above) = part.double(), (each.double() for each in neighbours(part))
             slack = PRODUCT * change.abs() + (SUM * stored.abs() if part.element_size() < 4 else 0.0)
-            lowest, highest = (below + stored) / 2 + change - slack, (above + stored) / 2 + change + slack
+            lowest = stored + reach * (below - stored) + change - slack
+            highest = stored + reach * (above - stored) + change + slack
             under, over = (each.double() for each in neighbours((stored + change).to(part.dtype)))
             count += int(((under >= lowest) | (over <= highest)).sum())
         return count

@@ -16,6 +16,7 @@ import torch
 from loratool.checkpoint import TensorFile
 from loratool.devices import CPU, Lanes
 from loratool.header import TensorInfo, encode_header
+from loratool.layout import Layout
 from loratool.ops.plan import Plan, TensorPlan
 from loratool.ops.streaming import Job, Measure, Rounding, Scratch, change_whole, jobs_of, run_job
 from loratool.output import Writer
@@ -42,6 +43,12 @@ def history_of(metadata: Mapping[str, str]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
+
+
+def rounded_by_chance(layout: Layout) -> bool:
+    """Whether a checkpoint says of itself that its merge rounded stochastically."""
+    histories = (history_of(header.metadata) for header in layout.files.values())
+    return any(str(history.get("round", "")).startswith("stochastic") for history in histories)
 
 
 def rewritten_files(plan: Plan) -> dict[str, list[TensorPlan]]:

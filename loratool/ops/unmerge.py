@@ -17,7 +17,7 @@ from loratool.ops.adding import Added, rows_of
 from loratool.ops.merging import Options, Source, Work, loaded
 from loratool.ops.plan import Plan, make_plan
 from loratool.ops.restoring import restored
-from loratool.ops.rewriting import Progress, history_of
+from loratool.ops.rewriting import Progress, history_of, rounded_by_chance
 from loratool.ops.streaming import Job
 from loratool.workers import peak_bytes
 
@@ -77,7 +77,7 @@ def _subtracted(
     for each in given:
         require_sums(each.adapter)
     plan = make_plan(layout, [(each.adapter, each.choice) for each in given], allow_unmatched=options.allow_unmatched)
-    doubt = _Doubt()
+    doubt = _Doubt(by_chance=rounded_by_chance(layout))
     work = Work(plan, given, options, lanes(options.device), "unmerge", doubt.follow)
     _, notes, _ = work.write(out, progress)
     pairs = tuple((str(each.adapter.path), -each.choice.strength) for each in given)
@@ -140,8 +140,8 @@ def said_otherwise(layout: Layout, adapters: Sequence[tuple[str, float]]) -> Ite
 class _Doubt:
     """Counts the numbers that subtraction may not have found again."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, *, by_chance: bool) -> None:
+        self.count, self.by_chance = 0, by_chance
         self._added: Added | None = None
         self._lock = threading.Lock()
 
@@ -151,6 +151,6 @@ class _Doubt:
         return partial(self._look, job, self._added)
 
     def _look(self, job: Job, added: Added) -> None:
-        found = added.doubtful(rows_of(job, job.tensor.source), job.start)
+        found = added.doubtful(rows_of(job, job.tensor.source), job.start, by_chance=self.by_chance)
         with self._lock:
             self.count += found

@@ -17,7 +17,7 @@ from loratool.devices import Lanes, sent
 from loratool.errors import LoratoolError
 from loratool.layout import Layout
 from loratool.ops.plan import Plan, TensorPlan
-from loratool.ops.rewriting import history_of
+from loratool.ops.rewriting import rounded_by_chance
 from loratool.ops.segments import Segment, matrix, segments_of
 from loratool.ops.streaming import by_blocks, changed_whole
 from loratool.ops.weights import Weights
@@ -66,7 +66,7 @@ def compare_merge(merged: Weights, plan: Plan, adapters: tuple[tuple[str, float]
     """Compares every tensor of `merged` with the plan of the merge that should have made it."""
     layout = merged.layout
     names = [name for name in plan.tensors if name in layout.tensors]
-    allowed = 1.0 if _by_chance(layout) else 0.5
+    allowed = 1.0 if rounded_by_chance(layout) else 0.5
     found = results(
         partial(on.one, name, partial(_compared, plan.layout, plan.tensors[name], layout, allowed)) for name in names
     )
@@ -88,12 +88,6 @@ def compare_merge(merged: Weights, plan: Plan, adapters: tuple[tuple[str, float]
         same=not (off or missing or extra),
         warnings=plan.warnings,
     )
-
-
-def _by_chance(layout: Layout) -> bool:
-    """Whether the checkpoint says of itself that its merge rounded stochastically."""
-    histories = (history_of(header.metadata) for header in layout.files.values())
-    return any(str(history.get("round", "")).startswith("stochastic") for history in histories)
 
 
 def _compared(
