@@ -16,6 +16,24 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
+def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `loratool` in this process, which is quicker, in an empty folder."""
+    from click.testing import CliRunner
+
+    from loratool.cli import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def loratool(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        done = CliRunner().invoke(cli, [*map(str, words)])
+        if done.exception and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
+
+    return loratool
+
+
+@pytest.fixture
 def run(tmp_path: Path) -> Run:
     """Runs `loratool` as its users do, in a process of its own, in an empty folder."""
 

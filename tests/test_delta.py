@@ -219,28 +219,28 @@ def test_errors_say_what_to_do_and_leave_nothing(tmp_path: Path) -> None:
     assert not [each for each in tmp_path.iterdir() if each.name == out.name or each.name.startswith(".")]
 
 
-def test_the_command_line_ranks_by_size_and_by_share(tmp_path: Path, run) -> None:
+def test_the_command_line_ranks_by_size_and_by_share(tmp_path: Path, invoke) -> None:
     base = {"big.weight": 100 * torch.ones(8, 8), "small.weight": torch.ones(8, 8), "same.weight": torch.ones(4, 4)}
     save(tmp_path / "base.safetensors", base)
     tuned = base | {"big.weight": base["big.weight"] + 2, "small.weight": base["small.weight"] + 1}
     save(tmp_path / "tuned.safetensors", tuned)
-    done = run("delta", "base.safetensors", "tuned.safetensors")
+    done = invoke("delta", "base.safetensors", "tuned.safetensors")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.index("big") < done.stdout.index("small")
     assert "2 changed, 1 unchanged" in done.stdout
-    lines = run("delta", "base.safetensors", "tuned.safetensors", "--by", "relative", "--top", "1").stdout
+    lines = invoke("delta", "base.safetensors", "tuned.safetensors", "--by", "relative", "--top", "1").stdout
     assert "small" in lines
     assert "big" not in lines
     assert "1 more; --top 0 shows all" in lines
-    report = json.loads(run("delta", "base.safetensors", "tuned.safetensors", "--json", "--spectrum").stdout)
+    report = json.loads(invoke("delta", "base.safetensors", "tuned.safetensors", "--json", "--spectrum").stdout)
     assert report["modules"][0]["spectrum"][0] == pytest.approx(16.0)
 
 
-def test_env_tells_versions_and_devices(run) -> None:
-    shown = run("env").stdout
+def test_env_tells_versions_and_devices(invoke) -> None:
+    shown = invoke("env").stdout
     assert torch.__version__ in shown
     assert "cpu" in shown
-    found = json.loads(run("env", "--json").stdout)
+    found = json.loads(invoke("env", "--json").stdout)
     assert found["versions"]["loratool"]
     assert found["memory"] >= 0
     assert found["devices"][0]["name"] == "cpu"

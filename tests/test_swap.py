@@ -7,8 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -126,50 +129,80 @@ def test_in_place_writes_what_changes_and_nothing_else(tmp_path: Path, monkeypat
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-KILL = """
-import os, sys, loratool
-from loratool.ops import rewriting
-left, name = int(sys.argv[1]), sys.argv[2]
-def deadly(function):
-    def call(*words, **named):
-        global left
-        left -= 1
-        if left < 0:
-            os._exit(9)
-        return function(*words, **named)
-    return call
-for name in ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir", "pwrite"):
-    setattr(os, name, deadly(getattr(os, name)))
-loratool.swap(sys.argv[2], [sys.argv[3]], [sys.argv[4]], None)
-os._exit(0)
-"""
+class Crash(BaseException):
+    """What nothing catches, as nothing catches a power cut."""
 
 
-def test_a_crash_at_any_step_leaves_either_state(tmp_path: Path) -> None:
+def crashing(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Lets nothing reach the disk any more after so many changes of it, cleaning up included."""
+    left = after
+
+    def deadly(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*words: Any, **named: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Crash
+            return function(*words, **named)
+
+        return call
+
+    for name in ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir", "pwrite", "copy_file_range", "chmod"):
+        monkeypatch.setattr(os, name, deadly(getattr(os, name)))
+
+
+def test_a_crash_at_any_step_leaves_either_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = checkpoint(tmp_path)
     states = {"old": values(files.model), "new": values(files.wanted)}
     pristine = contents(files.model)
-    seen, step = [], 0
-    while True:
-        victim = tmp_path / "victim"
-        shutil.rmtree(victim, ignore_errors=True)
+    seen = []
+    for step in count():
+        victim = tmp_path / f"victim-{step}"
         shutil.copytree(files.model, victim)
-        command = [sys.executable, "-c", KILL, str(step), str(victim), str(files.a), str(files.b)]
-        code = subprocess.run(command, check=False, timeout=120).returncode
+        with monkeypatch.context() as patched:
+            crashing(patched, step)
+            try:
+                swap(victim, [files.a], [files.b], None)
+                done = True
+            except Crash:
+                done = False
         found = values(victim)
         seen.append(next(name for name, state in states.items() if same(state, found)))
-        if code == 0:
-            break
-        # Whatever it was, it can be done, and leaves nothing behind.
-        if seen[-1] == "old":
-            swap(victim, [files.a], [files.b], None)
-            assert same(values(victim), states["new"])
+        # Whatever it was, it can be done, and leaves nothing behind once the process is gone.
+        with monkeypatch.context() as patched:
+            patched.setattr("loratool.output._alive", lambda pid: False)
+            if seen[-1] == "old":
+                swap(victim, [files.a], [files.b], None)
+            else:
+                swap(victim, [files.b], [files.b], None)
         assert contents(victim).keys() == pristine.keys()
-        # Most steps are alike: the first ones, and then every seventh, but all from the first rename on.
-        step += 1 if step < 3 or seen[-1] == "new" else 4
-    assert "old" in seen
-    assert seen[-1] == "new"
+        assert seen[-1] == "new" or same(values(victim), states["new"])
+        if done:
+            break
     assert seen == sorted(seen, reverse=True)
+    assert seen.count("old") > 20
+    assert seen.count("new") > 3
+
+
+KILL = """
+import os, sys, loratool
+from loratool import clones
+clones.sync = lambda path: os.kill(os.getpid(), 9)
+loratool.swap(*([each] if i else each for i, each in enumerate(sys.argv[1:])), None)
+"""
+
+
+def test_what_a_killed_run_left_is_swept_by_the_next(tmp_path: Path) -> None:
+    files = checkpoint(tmp_path)
+    before = contents(files.model)
+    command = [sys.executable, "-c", KILL, str(files.model), str(files.a), str(files.b)]
+    assert subprocess.run(command, check=False, timeout=120).returncode == -9
+    left = contents(files.model)
+    assert left.keys() > before.keys()
+    assert all(left[name] == before[name] for name in before)
+    swap(files.model, [files.a], [files.b], None)
+    assert same(values(files.model), values(files.wanted))
+    assert contents(files.model).keys() == before.keys()
 
 
 def test_an_interrupted_change_is_finished_by_whoever_opens_it(tmp_path: Path) -> None:
@@ -219,18 +252,18 @@ def test_what_cannot_be_done_in_place_is_refused_with_the_way_out(tmp_path: Path
     assert contents(tmp_path) == before
 
 
-def test_the_command_line_swaps_and_changes_in_place(tmp_path: Path, run) -> None:
+def test_the_command_line_swaps_and_changes_in_place(tmp_path: Path, invoke) -> None:
     files = checkpoint(tmp_path)
-    done = run("swap", "model", "--out", "a", "--in", "b", "-o", "swapped")
+    done = invoke("swap", "model", "--out", "a", "--in", "b", "-o", "swapped")
     assert (done.returncode, done.stderr) == (0, "")
     assert "swapped 1 for 1 in swapped" in done.stdout
     assert contents(tmp_path / "swapped") == contents(files.wanted)
-    assert run("swap", "model", "--out", "a", "--in", "b").returncode == 2
-    assert run("swap", "model", "--out", "a", "--in", "b", "-o", "x", "--in-place").returncode == 2
-    assert run("swap", "model", "--out", "a", "--in", "b", "--in-place", "-q").returncode == 0
+    assert invoke("swap", "model", "--out", "a", "--in", "b").returncode == 2
+    assert invoke("swap", "model", "--out", "a", "--in", "b", "-o", "x", "--in-place").returncode == 2
+    assert invoke("swap", "model", "--out", "a", "--in", "b", "--in-place", "-q").returncode == 0
     assert same(values(files.model), values(files.wanted))
-    wrong = run("swap", "model", "--out", "a:0.5", "--in", "b", "-o", "y")
+    wrong = invoke("swap", "model", "--out", "a:0.5", "--in", "b", "-o", "y")
     assert "warning: model says that a:-1.0, b:1.0 was merged into it, not a:0.5" in wrong.stderr
-    assert run("merge", "model", "a", "--in-place", "--undo", "u").returncode == 0
-    assert run("unmerge", "model", "--undo", "u", "-o", "back").returncode == 0
+    assert invoke("merge", "model", "a", "--in-place", "--undo", "u").returncode == 0
+    assert invoke("unmerge", "model", "--undo", "u", "-o", "back").returncode == 0
     assert same(values(tmp_path / "back"), values(files.wanted))

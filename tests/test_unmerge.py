@@ -343,18 +343,18 @@ def test_a_checkpoint_that_says_otherwise_is_a_warning(tmp_path: Path) -> None:
     assert "says that one.safetensors:0.8 was merged into it, not one.safetensors:0.7" in wrong.warnings[0]
 
 
-def test_the_command_line_restores_and_subtracts(tmp_path: Path, run) -> None:
+def test_the_command_line_restores_and_subtracts(tmp_path: Path, invoke) -> None:
     files = undone(tmp_path)
-    done = run("unmerge", files.m1, "--undo", files.undo, "-o", "b.safetensors")
+    done = invoke("unmerge", files.m1, "--undo", files.undo, "-o", "b.safetensors")
     assert (done.returncode, done.stderr) == (0, "")
     assert "restored to the bit" in done.stdout
     assert (tmp_path / "b.safetensors").read_bytes() == files.base.read_bytes()
-    done = run("unmerge", files.m1, f"{files.one}:0.8", "-o", "s.safetensors")
+    done = invoke("unmerge", files.m1, f"{files.one}:0.8", "-o", "s.safetensors")
     assert "can be off by a rounding" in done.stdout
-    report = json.loads(run("unmerge", files.m1, f"{files.one}:0.8", "-o", "s2.safetensors", "--json").stdout)
+    report = json.loads(invoke("unmerge", files.m1, f"{files.one}:0.8", "-o", "s2.safetensors", "--json").stdout)
     assert report["exact"] is False
-    assert run("unmerge", files.m1, "-o", "x").returncode == 2
-    assert run("unmerge", files.m1, files.one, "--undo", files.undo, "-o", "x").returncode == 2
+    assert invoke("unmerge", files.m1, "-o", "x").returncode == 2
+    assert invoke("unmerge", files.m1, files.one, "--undo", files.undo, "-o", "x").returncode == 2
 
 
 def test_the_base_is_the_same_whatever_sums_in_float32_come_to(tmp_path: Path) -> None:
