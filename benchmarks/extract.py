@@ -3,6 +3,7 @@
 - `pair`: rank 16 of a 0.5B pair, whole processes, starting Python and importing torch included, against
   `mergekit-extract-lora --max-rank 16` of the same folders (`--mergekit` is the program, in whichever environment) and
   against reading both models. Our errors are compared with the best there are, by float64 singular values of two layers.
+- `range`: products with a matrix, of which the range finder consists, against a product of two matrices.
 - `svd`: the leading 16 triples of 4096² matrices against `torch.linalg.svd` of the same, on as many threads.
 - `memory`: peak memory beyond the imports for pairs of several sizes.
 """
@@ -17,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import common
+from benchmarks import common, floors
 from loratool import Checkpoint, Rule
-from loratool.krylov import leading
+from loratool.devices import devices_named
+from loratool.krylov import leading, leading_each
 
 RANK = 16
 
@@ -28,10 +30,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="where to put some 5 GB; default: a temporary folder")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--mergekit", type=Path, help="mergekit-extract-lora, to run beside ours")
     parser.add_argument("--only", choices=list(PARTS), help="one part of it")
     arguments = parser.parse_args()
-    print(common.machine())
+    print(floors.described(devices_named(arguments.device)[0]))
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="loratool-bench-") as name:
         for part in [arguments.only] if arguments.only else PARTS:
             PARTS[part](Path(name, part), arguments)
@@ -48,7 +51,9 @@ def pair_part(folder: Path, arguments: argparse.Namespace) -> None:
     reports: list[dict] = []
 
     def ours() -> float:
-        reports.append(common.loratool("extract", base, tuned, "-o", folder / "out", "--rank", str(RANK)))
+        reports.append(
+            common.loratool("extract", base, tuned, "-o", folder / "out", "--rank", str(RANK), "--device", arguments.device)
+        )
         return reports[-1]["whole"]
 
     def theirs() -> float:
@@ -123,7 +128,31 @@ def memory_part(folder: Path, arguments: argparse.Namespace) -> None:
         print(f"memory: 2 × {size / 1e9:.2f} GB, largest layer 17.4 MB: peak {peak / 1e6:.0f} MB beyond imports")
 
 
-PARTS = {"pair": pair_part, "svd": svd_part, "memory": memory_part}
+def range_part(folder: Path, arguments: argparse.Namespace) -> None:
+    """The range finder on 4096² matrices of a flat spectrum against a product of two of them, in operations a second."""
+    device = devices_named(arguments.device)[0]
+    count = 8 if device.type != "cpu" else 1
+    matrices = [torch.randn(floors.SIDE, floors.SIDE, device=device) for _ in range(count)]
+    products = 0
+    product = torch.Tensor.__matmul__
+
+    def counted(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        nonlocal products
+        if floors.SIDE * floors.SIDE in (one[..., :, :].shape[-1] * one.shape[-2],):
+            products += 2 * one.numel() * other.shape[-1]
+        return product(one, other)
+
+    rules = [Rule("rank", RANK)] * count
+    torch.Tensor.__matmul__ = counted  # type: ignore[method-assign]
+    leading_each(matrices, rules, rank=RANK, noises=[0.0] * count)
+    torch.Tensor.__matmul__ = product  # type: ignore[method-assign]
+    seconds = floors.best(lambda: leading_each(matrices, rules, rank=RANK, noises=[0.0] * count), device)
+    rate, square, skinny = products / seconds, floors.matmul(device), floors.matmul(device, 24)
+    print(f"range: {count} × 4096², rank {RANK}: {seconds:.3f} s, {rate / 1e12:.3f} TFLOP/s in products with D: ", end="")
+    print(f"{rate / square:.0%} of a product of squares, {rate / skinny:.0%} of one with 24 columns")
+
+
+PARTS = {"pair": pair_part, "svd": svd_part, "range": range_part, "memory": memory_part}
 
 
 if __name__ == "__main__":

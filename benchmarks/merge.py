@@ -1,4 +1,4 @@
-"""Merging against copying the base and against PEFT: `python -m benchmarks.merge [--folder DIR] [--rounds N]`.
+"""Merging against copying the base and against PEFT: `python -m benchmarks.merge [--folder DIR] [--rounds N] [--device NAME]`.
 
 Floors: `cp -r` of the base, as it is and until the copy is on the disk. Our own time is that of the work, from the
 opening of the base to the synced output; starting Python and importing torch is shown apart.
@@ -14,7 +14,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import common
+from benchmarks import common, floors
+from loratool.devices import devices_named
+
+DEVICE = "cpu"
+"""Where ours computes; `--device` says so."""
 
 PEFT = """
 import sys, time, torch
@@ -31,9 +35,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="where to put some 15 GB; default: a temporary folder")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", choices=["llama", "peft", "memory", "sdxl"], help="one part of it")
     arguments = parser.parse_args()
-    print(common.machine())
+    global DEVICE
+    DEVICE = arguments.device
+    print(floors.described(devices_named(DEVICE)[0]))
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="loratool-bench-") as name:
         for part in [arguments.only] if arguments.only else ["llama", "peft", "memory", "sdxl"]:
             PARTS[part](Path(name, part), arguments.rounds)
@@ -68,7 +75,7 @@ def compare_with_copy(title: str, base: Path, adapter: Path, out: Path, rounds: 
     starts: list[float] = []
 
     def merge() -> float:
-        report = common.loratool("merge", base, adapter, "-o", out)
+        report = common.loratool("merge", base, adapter, "-o", out, "--device", DEVICE)
         starts.append(report["whole"] - report["seconds"])
         return report["seconds"]
 
