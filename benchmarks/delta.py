@@ -1,7 +1,7 @@
 """Measuring and writing ΔW: `python -m benchmarks.delta [--folder DIR] [--device NAME] [--rounds N]`.
 
-- `pair`: W' − W₀ of a bf16 pair, its figures alone and with the file of it, against reading both models, and that and writing
-  as many bytes as the file has.
+- `pair`: W' − W₀ of a bf16 pair, its figures alone and with the file of it, against reading both models, and that and
+  writing as many bytes as the file has.
 - `adapter`: an SDXL-shaped kohya LoRA of rank 128, its figures, against reading it; and the file of its ΔW in fp16, against
   multiplying out the factors and writing as many bytes.
 

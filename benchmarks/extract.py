@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import common, floors
-from loratool import Checkpoint, Rule
+from loratool import Checkpoint, Rule, krylov
 from loratool.devices import devices_named
-from loratool.krylov import leading, leading_each
+from loratool.krylov import leading
 
 RANK = 16
 
@@ -129,27 +129,17 @@ def memory_part(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def range_part(folder: Path, arguments: argparse.Namespace) -> None:
-    """The range finder on 4096² matrices of a flat spectrum against a product of two of them, in operations a second."""
+    """One step of the range finder on 4096² matrices, two products with each, against plain products of the same device."""
     device = devices_named(arguments.device)[0]
-    count = 8 if device.type != "cpu" else 1
-    matrices = [torch.randn(floors.SIDE, floors.SIDE, device=device) for _ in range(count)]
-    products = 0
-    product = torch.Tensor.__matmul__
-
-    def counted(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        nonlocal products
-        if floors.SIDE * floors.SIDE in (one[..., :, :].shape[-1] * one.shape[-2],):
-            products += 2 * one.numel() * other.shape[-1]
-        return product(one, other)
-
-    rules = [Rule("rank", RANK)] * count
-    torch.Tensor.__matmul__ = counted  # type: ignore[method-assign]
-    leading_each(matrices, rules, rank=RANK, noises=[0.0] * count)
-    torch.Tensor.__matmul__ = product  # type: ignore[method-assign]
-    seconds = floors.best(lambda: leading_each(matrices, rules, rank=RANK, noises=[0.0] * count), device)
-    rate, square, skinny = products / seconds, floors.matmul(device), floors.matmul(device, 24)
-    print(f"range: {count} × 4096², rank {RANK}: {seconds:.3f} s, {rate / 1e12:.3f} TFLOP/s in products with D: ", end="")
-    print(f"{rate / square:.0%} of a product of squares, {rate / skinny:.0%} of one with 24 columns")
+    count, columns = (8 if device.type != "cpu" else 1), 24
+    matrices = torch.randn(count, floors.SIDE, floors.SIDE, device=device)
+    seconds = floors.best(lambda: krylov._Range(matrices, 0).grow(columns), device)
+    rate = count * 2 * 2 * floors.SIDE**2 * columns / seconds
+    square, skinny = floors.matmul(device), floors.matmul(device, columns)
+    print(
+        f"range: {count} × 4096², {columns} columns: {seconds:.4f} s, {rate / 1e12:.3f} TFLOP/s in products with D: ", end=""
+    )
+    print(f"{rate / square:.0%} of a product of squares, {rate / skinny:.0%} of one with {columns} columns")
 
 
 PARTS = {"pair": pair_part, "svd": svd_part, "range": range_part, "memory": memory_part}

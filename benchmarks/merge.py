@@ -1,4 +1,4 @@
-"""Merging against copying the base and against PEFT: `python -m benchmarks.merge [--folder DIR] [--rounds N] [--device NAME]`.
+"""Merging against copying the base and against PEFT: `python -m benchmarks.merge [--folder DIR] [--device NAME]`.
 
 Floors: `cp -r` of the base, as it is and until the copy is on the disk. Our own time is that of the work, from the
 opening of the base to the synced output; starting Python and importing torch is shown apart.
@@ -16,9 +16,6 @@ from pathlib import Path
 
 from benchmarks import common, floors
 from loratool.devices import devices_named
-
-DEVICE = "cpu"
-"""Where ours computes; `--device` says so."""
 
 PEFT = """
 import sys, time, torch
@@ -38,44 +35,42 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", choices=["llama", "peft", "memory", "sdxl"], help="one part of it")
     arguments = parser.parse_args()
-    global DEVICE
-    DEVICE = arguments.device
-    print(floors.described(devices_named(DEVICE)[0]))
+    print(floors.described(devices_named(arguments.device)[0]))
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="loratool-bench-") as name:
         for part in [arguments.only] if arguments.only else ["llama", "peft", "memory", "sdxl"]:
-            PARTS[part](Path(name, part), arguments.rounds)
+            PARTS[part](Path(name, part), arguments)
 
 
-def llama_part(folder: Path, rounds: int) -> None:
+def llama_part(folder: Path, arguments: argparse.Namespace) -> None:
     base = common.llama(folder / "base", layers=22)
     adapter = common.peft_adapter(folder / "adapter", base)
-    compare_with_copy("Llama-shaped 1.1B bf16, PEFT r=16 on all linear layers", base, adapter, folder / "out", rounds)
+    compare_with_copy("Llama-shaped 1.1B bf16, PEFT r=16 on all linear layers", base, adapter, folder / "out", arguments)
 
 
-def peft_part(folder: Path, rounds: int) -> None:
+def peft_part(folder: Path, arguments: argparse.Namespace) -> None:
     base = common.llama(folder / "base", layers=22)
     compare_with_peft(base, common.peft_adapter(folder / "adapter", base), folder / "out")
 
 
-def memory_part(folder: Path, rounds: int) -> None:
+def memory_part(folder: Path, arguments: argparse.Namespace) -> None:
     bases = [common.llama(folder / str(layers), layers=layers) for layers in (6, 22)]
     memory([(base, common.peft_adapter(folder / f"{base.name}-adapter", base)) for base in bases], folder / "out")
 
 
-def sdxl_part(folder: Path, rounds: int) -> None:
+def sdxl_part(folder: Path, arguments: argparse.Namespace) -> None:
     folder.mkdir(parents=True)
     for rank in (32, 128):
         unet, lora = common.sdxl(folder / "sdxl.safetensors", folder / "lora.safetensors", rank)
         title = f"SDXL-shaped fp16 U-Net, kohya r={rank} with convolutions"
-        compare_with_copy(title, unet, lora, folder / "out.safetensors", rounds)
+        compare_with_copy(title, unet, lora, folder / "out.safetensors", arguments)
 
 
-def compare_with_copy(title: str, base: Path, adapter: Path, out: Path, rounds: int) -> None:
+def compare_with_copy(title: str, base: Path, adapter: Path, out: Path, arguments: argparse.Namespace) -> None:
     """Prints our time as a ratio to `cp -r`."""
     starts: list[float] = []
 
     def merge() -> float:
-        report = common.loratool("merge", base, adapter, "-o", out, "--device", DEVICE)
+        report = common.loratool("merge", base, adapter, "-o", out, "--device", arguments.device)
         starts.append(report["whole"] - report["seconds"])
         return report["seconds"]
 
@@ -85,7 +80,7 @@ def compare_with_copy(title: str, base: Path, adapter: Path, out: Path, rounds: 
             "cp + sync": lambda: common.copy(base, out, sync=True),
             "merge": merge,
         },
-        rounds,
+        arguments.rounds,
         lambda: common.clear(out),
     )
     common.clear(out)

@@ -1,8 +1,8 @@
-"""Merging with an undo file, taking it back, swapping: `python -m benchmarks.undo [--folder DIR] [--device NAME] [--rounds N]`.
+"""Merging with an undo file, taking it back, swapping: `python -m benchmarks.undo [--folder DIR] [--device NAME]`.
 
-A Llama-shaped bf16 model and PEFT adapters of rank 16 on all linear layers, at a strength that changes the weights by about a
-hundredth of their size. All times are those of the whole call, synced, without Python's start and imports, against `cp -r` of
-the model and a sync.
+A Llama-shaped bf16 model and PEFT adapters of rank 16 on all linear layers, at a strength that changes the weights by about
+a hundredth of their size. All times are those of the whole call, synced, without Python's start and imports, against `cp -r`
+of the model and a sync.
 """
 
 from __future__ import annotations

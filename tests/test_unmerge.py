@@ -79,7 +79,7 @@ def test_what_was_never_packed_is_an_error(raw: bytes, count: int) -> None:
 
 def test_what_is_unpacked_is_never_more_than_was_asked_for() -> None:
     bomb = packed(torch.zeros(1 << 24, dtype=torch.bfloat16), torch.zeros(1 << 24, dtype=torch.bfloat16))
-    assert len(bomb) < 1000
+    assert len(bomb) < 2000
     with pytest.raises(InvalidFile, match="damaged"):
         unpacked(bomb, torch.zeros(4, dtype=torch.bfloat16))
 
