@@ -58,6 +58,17 @@ def some(names: Iterable[str], shown: int = 5) -> str:
 
 
 @contextmanager
+def of_file(path: object) -> Iterator[None]:
+    """Puts the name of a file before the message of an error that does not have it yet."""
+    try:
+        yield
+    except LoratoolError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
+
+
+@contextmanager
 def about(what: object) -> Iterator[None]:
     """Puts `what` an error is about before its message."""
     try:

@@ -136,7 +136,8 @@ def parse_header(raw: bytes, size: int) -> tuple[dict[str, TensorInfo], dict[str
         raise InvalidFile(f"header {error}") from error
     if not isinstance(entries, dict) or raw[:1] != b"{":
         raise InvalidFile("header is not a JSON object")
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InvalidFile("__metadata__ is not a map from strings to strings")
     begin = 8 + len(raw)

@@ -50,7 +50,7 @@ def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for name, what in facts:
-        grid.add_row(Text(f"  {name}", style="dim"), Text(what))
+        grid.add_row(Text(f"  {safe(name)}", style="dim"), Text(message(what)))
     _show(Text(safe(title), style="bold"), grid)
 
 

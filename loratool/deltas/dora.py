@@ -14,8 +14,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, cut, stack, widened
-from loratool.errors import NeedsBase, Unsupported
+from loratool.deltas.base import ANY, Delta, Leaves, cut, stack, widened
+from loratool.errors import InvalidAdapter, NeedsBase, Unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,14 @@ class DoRA(Delta):
     def around(cls, inner: Delta, leaf: str, magnitude: Tensor) -> Self:
         """Settles which dimension the magnitude is of by its shape: PEFT's are of rows, but of an embedding's columns;
         LyCORIS stores (out, 1, …) or, in old files and by OneTrainer's default, (1, in, …)."""
+        on_input = magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] != 1
         if leaf == "magnitude":
-            return cls(inner, magnitude, leaf, on_input=inner.kind == "embedding")
-        of_columns = magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] != 1
-        return cls(inner, magnitude, leaf, on_input=of_columns)
+            on_input = inner.kind == "embedding"
+        expected = inner.shape[1 if on_input else 0]
+        if magnitude.numel() != expected and expected != ANY and not (on_input and inner.flattened):
+            of = "inputs" if on_input else "outputs"
+            raise InvalidAdapter(f"has a magnitude of {list(magnitude.shape)} for {expected} {of}")
+        return cls(inner, magnitude, leaf, on_input=on_input)
 
     def leaves(self) -> dict[str, Tensor]:
         return {**self.inner.leaves(), self.leaf: self.magnitude}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from loratool.errors import InvalidAdapter, InvalidFile, LoratoolError, Unsupported
+from loratool.errors import InvalidAdapter, InvalidConfig, InvalidFile, LoratoolError, Unsupported, some
 from loratool.formats.leaves import CONTAINER, SHARED, spelled
 from loratool.formats.peft import CONFIG_NAME, PeftConfig, from_metadata
 from loratool.formats.prefixes import ADAPTER_PREFIXES, adapter_component
@@ -21,6 +21,8 @@ WEIGHTS: Final = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors
 PICKLES: Final = ("adapter_model.bin",)
 WIDE: Final = ("down", "hada_w1_b", "diff", "b2")
 """Leaves whose second dimension is the input's."""
+MARKS: Final = {"LOHA": "hada_", "LOKR": "lokr_", "IA3": "ia3_", "VERA": "vera_"}
+"""How the leaves of PEFT's tuners begin, where they are no one else's."""
 PASSENGERS: Final = ("bundle_emb.", "_aux.")
 """Tensors that travel with an adapter and change no weight: bundled textual inversions, and notes of slider tools."""
 
@@ -182,6 +184,11 @@ def _configs(header: Header, config: Path | None, groups: tuple[Group, ...]) -> 
     dora = any({"magnitude", "dora_scale"} & group.leaves.keys() for group in groups)
     if parsed.dora and not dora:
         raise LoratoolError(f"{config}: use_dora is true, but no tensor holds a magnitude")
+    marks = {kind for group in groups for leaf in group.leaves for kind, mark in MARKS.items() if leaf.startswith(mark)}
+    if marks and parsed.kind not in marks and parsed.kind in {*MARKS, "LORA"}:
+        raise InvalidConfig(f"{config}: peft_type is {parsed.kind}, but the tensors are those of {some(sorted(marks))}")
+    if groups and not marks and parsed.kind in MARKS and any("down" in group.leaves for group in groups):
+        raise InvalidConfig(f"{config}: peft_type is {parsed.kind}, but the tensors are those of LORA")
     return {"": parsed}
 
 

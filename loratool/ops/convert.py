@@ -7,6 +7,7 @@ from pathlib import Path
 
 from loratool.adapter import Adapter, Unsaid, load
 from loratool.checkpoint import TensorFile
+from loratool.errors import of_file
 from loratool.formats.peft import CONFIG_NAME
 from loratool.formats.reading import locate
 from loratool.formats.table import Format, format_named
@@ -61,27 +62,28 @@ def convert(
     `base` is a checkpoint that has the modules' names. With a `rule`, what is no LoRA becomes one first. Raises
     `LoratoolError`, and writes nothing, where a delta has no exact form or no place there.
     """
-    adapter, target = load(path, allow_pickle=allow_pickle, unsaid=unsaid), format_named(to)
-    out = Path(out).expanduser()
-    require_room(target, out)
-    converted: list[Converted] = []
-    if rule is not None:
-        adapter, converted = lower(adapter, rule, dtype, base=base, device=device)
-    elif target.folder and (adapter.path / CONFIG_NAME).exists() and locate(adapter.path)[0].suffix == ".safetensors":
-        return _copied(adapter, target, out, overwrite=overwrite)
-    found, ways = choose([adapter], target, Wanted(arch, source, Path(base) if base else None))
-    written = write_as(adapter, target, ways, out, inputs=[adapter.path], overwrite=overwrite)
-    report = _report(adapter, target, out, written.nbytes)
-    return replace(
-        report,
-        arch=found.title,
-        after=len({(item.prefix, item.path) for item in written.moved}),
-        cut=sum(len(way.read.parts) > 1 and not way.renames for way in ways.values()),
-        stacked=sum(len(item.sources) > 1 for item in written.moved),
-        difference=written.difference,
-        lowered=tuple(converted),
-        error=error_of(converted),
-    )
+    with of_file(path):
+        adapter, target = load(path, allow_pickle=allow_pickle, unsaid=unsaid), format_named(to)
+        out = Path(out).expanduser()
+        require_room(target, out)
+        converted: list[Converted] = []
+        if rule is not None:
+            adapter, converted = lower(adapter, rule, dtype, base=base, device=device)
+        elif target.folder and (adapter.path / CONFIG_NAME).exists() and locate(adapter.path)[0].suffix == ".safetensors":
+            return _copied(adapter, target, out, overwrite=overwrite)
+        found, ways = choose([adapter], target, Wanted(arch, source, Path(base) if base else None))
+        written = write_as(adapter, target, ways, out, inputs=[adapter.path], overwrite=overwrite)
+        report = _report(adapter, target, out, written.nbytes)
+        return replace(
+            report,
+            arch=found.title,
+            after=len({(item.prefix, item.path) for item in written.moved}),
+            cut=sum(len(way.read.parts) > 1 and not way.renames for way in ways.values()),
+            stacked=sum(len(item.sources) > 1 for item in written.moved),
+            difference=written.difference,
+            lowered=tuple(converted),
+            error=error_of(converted),
+        )
 
 
 def _report(adapter: Adapter, target: Format, out: Path, nbytes: int) -> ConvertReport:

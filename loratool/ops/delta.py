@@ -17,7 +17,7 @@ from torch import Tensor
 from loratool.adapter import load
 from loratool.checkpoint import DTYPES
 from loratool.devices import Lanes, lanes
-from loratool.errors import LoratoolError
+from loratool.errors import LoratoolError, of_file
 from loratool.header import DTYPE_OPTIONS
 from loratool.ops.appending import Appending
 from loratool.ops.differing.measuring import Measured, measured
@@ -94,7 +94,8 @@ def delta(
         work = _Work(source, on, options)
         if out is not None:
             work.open(Path(out).expanduser(), _inputs(path, tuned, options), stack)
-        work.run(progress)
+        with of_file(tuned or path):
+            work.run(progress)
         nbytes = work.finish()
     report = work.report(f"{tuned} − {path}" if tuned else str(path))
     return replace(

@@ -12,7 +12,7 @@ from typing import Any
 from loratool.adapter import Adapter, load
 from loratool.archs import ARCHS, Arch
 from loratool.archs.blocks import LENGTHS, block_of
-from loratool.errors import LoratoolError, some
+from loratool.errors import LoratoolError, of_file, some
 from loratool.names import Module
 from loratool.ops.choosing import explained
 from loratool.ops.comparing.adapters import norm_of
@@ -99,7 +99,8 @@ def edit(path: str | Path, out: str | Path | None, options: EditOptions | None =
     if options.dry_run or out is None:
         return replace(report, dry_run=True)
     target = Path(out).expanduser()
-    nbytes = write_edited(adapter, factors, target, _asked(options), overwrite=options.overwrite)
+    with of_file(adapter.path):
+        nbytes = write_edited(adapter, factors, target, _asked(options), overwrite=options.overwrite)
     return replace(report, out=str(target), nbytes=nbytes)
 
 

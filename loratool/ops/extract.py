@@ -14,7 +14,7 @@ from loratool import __version__
 from loratool.archs import ARCHS, Arch
 from loratool.checkpoint import DTYPES
 from loratool.devices import Lanes, lanes
-from loratool.errors import LoratoolError, OutputError, ShapeMismatch, some
+from loratool.errors import LoratoolError, OutputError, ShapeMismatch, of_file, some
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.prefixes import VAE
 from loratool.formats.table import Format, format_named
@@ -134,7 +134,8 @@ def extract(
     journal = Journal(out, _said(job, options)) if options.resume else None
     job = replace(job, journal=journal)
     try:
-        report = _extracted(job, pairing, out, options)
+        with of_file(weights[1].layout.root):
+            report = _extracted(job, pairing, out, options)
     except LoratoolError as error:
         # What is wrong with the input will be so the next time; a disk may have room again.
         if journal and not isinstance(error, OutputError):

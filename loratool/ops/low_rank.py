@@ -10,6 +10,7 @@ from typing import Final
 
 from loratool.adapter import Adapter, Unsaid, load
 from loratool.devices import lanes
+from loratool.errors import of_file
 from loratool.ops.budgets import Market
 from loratool.ops.lowering import Converted, Lowering, lowered_adapter
 from loratool.ops.saving import as_they_were, size_of, write
@@ -100,10 +101,11 @@ def _weights(base: str | Path | None) -> Weights | None:
 def _written(work: Lowering, rule: Rule | Budget, out: Path, *, overwrite: bool) -> LowRankReport:
     adapter = work.adapter
     kept = as_they_were(adapter, work.kept)
-    if isinstance(rule, Rule):
-        done = work.lowered(rule)
-    else:
-        done = work.within(rule, lambda imagined: size_of(work.contents(imagined, kept)))
+    with of_file(adapter.path):
+        if isinstance(rule, Rule):
+            done = work.lowered(rule)
+        else:
+            done = work.within(rule, lambda imagined: size_of(work.contents(imagined, kept)))
     nbytes = write(work.contents(done, kept), [adapter.path], out.expanduser(), overwrite=overwrite)
     figures = tuple(figures for figures, _ in done.values())
     notes = (*adapter.notes, *work.lanes.notes())

@@ -15,7 +15,7 @@ from loratool.adapter import Adapter, Change
 from loratool.checkpoint import DTYPES
 from loratool.deltas import Delta, Embedding, LoRA
 from loratool.devices import Lanes, sent
-from loratool.errors import NeedsBase, Unsupported, about
+from loratool.errors import NeedsBase, Unsupported, about, of_file
 from loratool.linalg import Core
 from loratool.ops.budgets import Market, within_error
 from loratool.ops.factoring import Factored, Storage, factored, offered, refactored
@@ -62,7 +62,8 @@ class Lowering:
         self.kept: list[Change] = []
         for number, change in enumerate(adapter.changes):
             if change.optional:
-                _refuse_bias(change, weights)
+                with of_file(adapter.path):
+                    _refuse_bias(change, weights)
             elif change.delta.kind in keep or change.parameter == BIAS or len(change.delta.shape) < 2:
                 self.kept.append(change)
             else:

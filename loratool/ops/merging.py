@@ -14,7 +14,7 @@ from loratool import __version__
 from loratool.adapter import Adapter, Unsaid, load
 from loratool.clones import Clones
 from loratool.devices import Lanes
-from loratool.errors import OutputError
+from loratool.errors import OutputError, of_file
 from loratool.header import DTYPE_OPTIONS, read_json
 from loratool.ops.plan import Choice, Plan, check_strength
 from loratool.ops.rewriting import Follow, OutputFile, Progress, rewritten_files, run
@@ -95,7 +95,9 @@ class Work:
                     OutputFile(plan, file, tensors, output.path(file), opened, clone=clone, follow=follow)
                     for file, tensors in rewritten.items()
                 ]
-                measure = run(files, Rounding(options.stochastic, options.seed), self.lanes, progress)
+                adapters = ", ".join(str(each.adapter.path) for each in self.merged)
+                with of_file(f"{adapters} into {plan.layout.root}"):
+                    measure = run(files, Rounding(options.stochastic, options.seed), self.lanes, progress)
                 provenance = _provenance(self.command, self.merged, options, measure)
                 silent = [file for file in files if not file.finish(provenance)]
             nbytes = None

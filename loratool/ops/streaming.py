@@ -255,7 +255,7 @@ def _lost(tensor: TensorPlan, result: Tensor) -> str:
     beyond = int((finite & (result.abs() > rounding.largest(DTYPES[tensor.dtype]))).sum())
     bad = int((~finite).sum())
     if bad:
-        return f"{tensor.name}: {bad} values of the result are NaN or Inf; the base itself holds them"
+        return f"{tensor.name}: {bad} values of the result are NaN or Inf, which the base holds or a ΔW comes to"
     return f"{tensor.name}: {beyond} values of the result overflow {tensor.dtype}; choose --dtype float32 or bfloat16"
 
 
