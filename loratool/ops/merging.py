@@ -104,7 +104,12 @@ class Work:
             if undo:
                 nbytes = undo.finish(list(rewritten))
                 undo.commit()
-            output.commit()
+            try:
+                output.commit()
+            except BaseException:
+                if undo and output.temporary.exists():
+                    undo.withdraw()
+                raise
         root, no_room = plan.layout.root, "its header has no room to say what was merged into it; nothing else is missing"
         notes = [f"{root}: {no_room}"] if silent else []
         return measure, (*notes, *self.lanes.notes()), nbytes

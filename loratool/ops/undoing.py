@@ -116,6 +116,10 @@ class UndoFile:
         """Puts the file in its place."""
         self._output.commit()
 
+    def withdraw(self) -> None:
+        """Takes it away again, where the merge that it is of did not come to be."""
+        self._output.target.unlink(missing_ok=True)
+
     def _keep(self, number: int, job: Job, added: Added) -> None:
         base, merged = _rows(job)
         raw = packed(base.flatten(), added.taken_from(merged, job.start))
