@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from loratool.errors import OutputError
+from loratool.locks import Lock
 from loratool.output import copy_file, remove, sweep, sync, temporary_in
 
 READY: Final = ".loratool-ready"
@@ -41,23 +42,23 @@ class Clones:
             _check_plain(root / file if file else root)
         sweep(where)
         self.temporary = temporary_in(where)
+        self._lock = Lock(root)
 
     def __enter__(self) -> Self:
         try:
+            self._lock.take()
             if self.folder:
                 self.temporary.mkdir()
             for file in self.files:
                 self._clone(file)
-        except OSError as error:
-            remove(self.temporary)
-            raise OutputError(f"{self.root}: {error.strerror or error}") from error
-        except BaseException:
-            remove(self.temporary)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         remove(self.temporary)
+        self._lock.release()
         if isinstance(error, OSError):
             raise OutputError(f"{self.root}: {error.strerror or error}") from error
 

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Final, Self, cast
 
 from loratool.errors import OutputError
+from loratool.locks import Lock, sweep_locks
 
 TEMPORARY: Final = re.compile(r"\.loratool-(\d+)-[0-9a-f]{8}\.tmp")
 COPY_BYTES: Final = 64 << 20
@@ -62,17 +63,21 @@ class Output:
         if free < nbytes:
             raise OutputError(f"{target}: needs {nbytes} bytes, the disk has {free} free")
         self.temporary = temporary_in(parent)
+        self._lock = Lock(target)
 
     def __enter__(self) -> Self:
         try:
+            self._lock.take()
             if self.folder:
                 self.temporary.mkdir()
         except OSError as error:
+            self._lock.release()
             raise OutputError(f"{self.target}: {error.strerror}") from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         remove(self.temporary)
+        self._lock.release()
         if isinstance(error, OSError):
             raise OutputError(f"{self.target}: {error.strerror or error}") from error
 
@@ -218,6 +223,7 @@ def _holds_a_model(folder: Path) -> bool:
 
 def sweep(parent: Path) -> None:
     """Removes what runs that were killed left behind; a living process's temporaries stay."""
+    sweep_locks(parent)
     for entry in parent.iterdir():
         found = TEMPORARY.fullmatch(entry.name)
         if found and not _alive(int(found[1])):

@@ -35,7 +35,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _integer(text: str) -> int:
+def _integer(text: str) -> int | float:
+    if text == "-0":
+        return -0.0  # no natural number to the reference parser either
     if len(text) > 20:
         raise InvalidConfig(f"has an integer of {len(text)} digits")
     return int(text)

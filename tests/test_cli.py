@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -151,26 +148,6 @@ def test_names_from_files_cannot_control_the_terminal(tmp_path: Path, run) -> No
     assert "\x1b" not in done.stderr
     assert "\u202e" not in done.stderr
     assert "\\x1b[31mred" in done.stderr
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_tidy_up(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    weights = {f"w{i}.weight": torch.zeros(1024, 2048) for i in range(60)}
-    save(tmp_path / "base.safetensors", weights)
-    save(tmp_path / "a.safetensors", kohya({f"lora_unet_w{i}": (1024, 2048) for i in range(60)}, 64, 1.0))
-    command = [sys.executable, "-m", "loratool", "merge", "base.safetensors", "a.safetensors", "-o", "out.safetensors"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(tmp_path.glob(".loratool-*")):
-        time.sleep(0.002)
-
-    process.send_signal(number)
-    _, said = process.communicate(timeout=30)
-
-    if process.returncode == 0:
-        pytest.skip("the merge was done before the signal came")
-    assert process.returncode == code
-    assert said == ""
-    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "base.safetensors"]
 
 
 def test_text_from_outside_is_made_safe_and_short() -> None:

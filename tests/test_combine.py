@@ -513,11 +513,11 @@ def test_a_dtype_costs_what_is_printed(tmp_path: Path) -> None:
     assert set(report.dtypes) == {"float16"}
 
 
-def test_combine_on_the_command_line(tmp_path: Path, run) -> None:
+def test_combine_on_the_command_line(tmp_path: Path, invoke) -> None:
     save(tmp_path / "a:b.safetensors", kohya({"lora_unet_a": (30, 20)}, 3, 1.0))
     save(tmp_path / "b.safetensors", kohya({"lora_unet_a": (30, 20)}, 2, 1.0))
 
-    done = run("combine", "a:b.safetensors", "b.safetensors:-0.5:unet=2", "-o", "c.safetensors", "--json")
+    done = invoke("combine", "a:b.safetensors", "b.safetensors:-0.5:unet=2", "-o", "c.safetensors", "--json")
 
     report = json.loads(done.stdout)
     assert report["adapters"] == [["a:b.safetensors", 1.0], ["b.safetensors", -0.5]]
@@ -528,7 +528,7 @@ def test_combine_on_the_command_line(tmp_path: Path, run) -> None:
         (["b.safetensors:1:te1=2"], "te1: no module"),
         (["b.safetensors:nan"], "not a finite number"),
     ):
-        failed = run("combine", *words, "-o", "d.safetensors")
+        failed = invoke("combine", *words, "-o", "d.safetensors")
         assert failed.returncode == 1
         assert message in failed.stderr
     assert not (tmp_path / "d.safetensors").exists()

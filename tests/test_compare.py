@@ -289,29 +289,29 @@ def test_sorts_are_not_mixed(tmp_path: Path) -> None:
         compare([one])
 
 
-def test_exit_codes_and_sums_on_the_command_line(tmp_path: Path, run) -> None:
+def test_exit_codes_and_sums_on_the_command_line(tmp_path: Path, invoke) -> None:
     paths = pair(tmp_path)
     base = {name.removeprefix("lora_unet_"): shape for name, shape in SHAPES.items()}
     save(tmp_path / "x+y.safetensors", {f"{name}.weight": torch.randn(shape) for name, shape in base.items()})
-    run("merge", "x+y.safetensors", "0.safetensors:0.5", "1.safetensors", "-o", "m.safetensors")
+    invoke("merge", "x+y.safetensors", "0.safetensors:0.5", "1.safetensors", "-o", "m.safetensors")
 
-    same = run("compare", paths[0], paths[0])
+    same = invoke("compare", paths[0], paths[0])
     assert same.returncode == 0
     assert "every number is the same" in same.stdout
-    assert run("compare", *paths).returncode == 1
-    assert run("compare", *paths, "--tol", "2").returncode == 0
-    assert run("compare", *paths, paths[0], "-q").stdout == ""
-    report = json.loads(run("compare", *paths, "--json").stdout)
+    assert invoke("compare", *paths).returncode == 1
+    assert invoke("compare", *paths, "--tol", "2").returncode == 0
+    assert invoke("compare", *paths, paths[0], "-q").stdout == ""
+    report = json.loads(invoke("compare", *paths, "--json").stdout)
     assert report["same"] is False
     assert len(report["modules"]) == 3
-    good = run("compare", "m.safetensors", "--to", "x+y.safetensors+0.safetensors:0.5+1.safetensors")
+    good = invoke("compare", "m.safetensors", "--to", "x+y.safetensors+0.safetensors:0.5+1.safetensors")
     assert good.returncode == 0
     assert "within half a step" in good.stdout
-    assert run("compare", "m.safetensors", "--to", "x+y.safetensors+0.safetensors:0.5").returncode == 1
-    failed = run("compare", "m.safetensors", "--to", "x+y.safetensors")
+    assert invoke("compare", "m.safetensors", "--to", "x+y.safetensors+0.safetensors:0.5").returncode == 1
+    failed = invoke("compare", "m.safetensors", "--to", "x+y.safetensors")
     assert failed.returncode == 1
     assert "expected BASE+ADAPTER" in failed.stderr
-    assert run("compare", "m.safetensors", "x+y.safetensors").returncode == 1
+    assert invoke("compare", "m.safetensors", "x+y.safetensors").returncode == 1
 
 
 def test_another_models_base_is_an_error_and_no_traceback(tmp_path: Path) -> None:

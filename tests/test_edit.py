@@ -260,12 +260,12 @@ def test_what_cannot_be_meant_is_an_error(tmp_path: Path, options: EditOptions, 
     assert not (tmp_path / "b.safetensors").exists()
 
 
-def test_edit_on_the_command_line(tmp_path: Path, run) -> None:
+def test_edit_on_the_command_line(tmp_path: Path, invoke) -> None:
     path = adapter(tmp_path)
-    shown = run("edit", path, "--dry-run", "--blocks", "1,0,1,1,1,1,1,1,1,1,1,0.5")
+    shown = invoke("edit", path, "--dry-run", "--blocks", "1,0,1,1,1,1,1,1,1,1,1,0.5")
     assert shown.returncode == 0
     assert re.search(r"IN04 +1 +[\d.]+% +0 +0\.00%", shown.stdout)
-    done = run("edit", path, "-o", "b.safetensors", "--scale", "OUT*=0.5", "--component", "te1=0", "--json")
+    done = invoke("edit", path, "-o", "b.safetensors", "--scale", "OUT*=0.5", "--component", "te1=0", "--json")
     report = json.loads(done.stdout)
     assert [module["factor"] for module in report["modules"]] == [0.0, 1.0, 0.5]
     for words, code, message in (
@@ -275,7 +275,7 @@ def test_edit_on_the_command_line(tmp_path: Path, run) -> None:
         (["-o", "c.safetensors", "--blocks", "1,x"], 2, "list of numbers"),
         (["-o", "b.safetensors", "--drop", "BASE"], 1, "--overwrite"),
     ):
-        failed = run("edit", path, *words)
+        failed = invoke("edit", path, *words)
         assert failed.returncode == code
         assert message in failed.stderr
     assert not (tmp_path / "c.safetensors").exists()

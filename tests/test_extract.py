@@ -673,14 +673,14 @@ def test_every_architecture_is_extracted_into_every_naming_and_merges_back(tmp_p
         torch.testing.assert_close(merged[name], tensor, rtol=1e-4, atol=1e-4)
 
 
-def test_the_command_prints_what_it_did(tmp_path: Path, run) -> None:
+def test_the_command_prints_what_it_did(tmp_path: Path, invoke) -> None:
     base, tuned = pair(tmp_path, tuned_tensors())
 
-    done = run("extract", base, tuned, "-o", "out.safetensors", "--rank", 3, "--to", "comfyui", "-v")
+    done = invoke("extract", base, tuned, "-o", "out.safetensors", "--rank", 3, "--to", "comfyui", "-v")
     assert done.returncode == 0, done.stderr
     assert "8 held" in done.stdout
 
-    done = run("extract", base, tuned, "-o", "out.safetensors", "--rank", 3, "--to", "comfyui", "--overwrite", "--json")
+    done = invoke("extract", base, tuned, "-o", "out.safetensors", "--rank", 3, "--to", "comfyui", "--overwrite", "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert {"name", "rank", "norm", "error", "least", "effective_rank", "snr", "seconds"} <= document["modules"][0].keys()
@@ -694,7 +694,7 @@ def test_the_command_prints_what_it_did(tmp_path: Path, run) -> None:
     "words", ["--rank 3 --auto", "", "--keep sv_ratio", "--keep size=3", "--size five", "--size 5MB --conv-rank 2",
               "--max-error 120%"],
 )  # fmt: skip
-def test_wrong_usage_exits_with_2(tmp_path: Path, run, words: str) -> None:
+def test_wrong_usage_exits_with_2(tmp_path: Path, invoke, words: str) -> None:
     base, tuned = pair(tmp_path, tuned_tensors())
-    done = run("extract", base, tuned, "-o", "out.safetensors", *words.split())
+    done = invoke("extract", base, tuned, "-o", "out.safetensors", *words.split())
     assert done.returncode == 2, done.stdout + done.stderr

@@ -293,10 +293,10 @@ def test_a_total_error_is_met_by_what_is_stored(tmp_path: Path, case: str, error
     assert report.error <= error
 
 
-def test_kohyas_names_for_the_rules(tmp_path: Path, run) -> None:
+def test_kohyas_names_for_the_rules(tmp_path: Path, invoke) -> None:
     save(tmp_path / "a.safetensors", kohya({"lora_unet_a": (60, 50)}, 12, 6.0))
-    ours = run("resize", "a.safetensors", "-o", "b.safetensors", "--keep", "sv_fro=0.8", "--max-rank", 5, "--json")
-    theirs = run(
+    ours = invoke("resize", "a.safetensors", "-o", "b.safetensors", "--keep", "sv_fro=0.8", "--max-rank", 5, "--json")
+    theirs = invoke(
         "resize",
         "a.safetensors",
         "-o",
@@ -312,7 +312,7 @@ def test_kohyas_names_for_the_rules(tmp_path: Path, run) -> None:
     assert json.loads(ours.stdout)["modules"] == json.loads(theirs.stdout)["modules"]
     assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
     for words in (["--dynamic-method", "sv_fro"], ["--auto"], [], ["--rank", "3", "--energy", "90%"]):
-        assert run("resize", "a.safetensors", "-o", "d.safetensors", *words).returncode == 2
+        assert invoke("resize", "a.safetensors", "-o", "d.safetensors", *words).returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -413,11 +413,11 @@ def test_the_frontier_says_what_resizing_does(tmp_path: Path) -> None:
     assert found.choices[-1].error < 1e-6
 
 
-def test_resize_on_the_command_line(tmp_path: Path, run) -> None:
+def test_resize_on_the_command_line(tmp_path: Path, invoke) -> None:
     save(tmp_path / "a.safetensors", kohya({"lora_unet_a": (30, 20)}, 8, 2.0))
     path, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
 
-    shown = run("resize", path, "--frontier")
+    shown = invoke("resize", path, "--frontier")
     assert shown.returncode == 0
     assert "worst module" in shown.stdout
     for words, message in (
@@ -427,9 +427,9 @@ def test_resize_on_the_command_line(tmp_path: Path, run) -> None:
         (["-o", out, "--rank", "2", "--weigh", "base"], "--weigh base goes with"),
         (["-o", out, "--rank", "2", "--round-ranks", "8,x"], "list of ranks"),
     ):
-        failed = run("resize", path, *words)
+        failed = invoke("resize", path, *words)
         assert failed.returncode == 2
         assert message in failed.stderr
     assert not out.exists()
-    run("resize", path, "-o", out, "--rank", "3", "--round-ranks", "16,4")
+    invoke("resize", path, "-o", out, "--rank", "3", "--round-ranks", "16,4")
     assert len(load_file(out)["lora_unet_a.lora_down.weight"]) == 4

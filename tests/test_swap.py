@@ -171,6 +171,7 @@ def test_a_crash_at_any_step_leaves_either_state(tmp_path: Path, monkeypatch: py
         # Whatever it was, it can be done, and leaves nothing behind once the process is gone.
         with monkeypatch.context() as patched:
             patched.setattr("loratool.output._alive", lambda pid: False)
+            patched.setattr("loratool.locks._locked", lambda descriptor: True)
             if seen[-1] == "old":
                 swap(victim, [files.a], [files.b], None)
             else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import sys
 from types import FrameType
@@ -22,10 +24,15 @@ from loratool.cli.formats import formats_command
 from loratool.cli.inspect import inspect_command
 from loratool.cli.low_rank import resize_command
 from loratool.cli.merge import merge_command
-from loratool.cli.render import message
+from loratool.cli.render import message, print_json, size
 from loratool.cli.swap import swap_command
 from loratool.cli.unmerge import unmerge_command
 from loratool.errors import LoratoolError
+
+AS_JSON = "loratool.json"
+"""Whether a command was asked for JSON, in its context's notes."""
+NO_MEMORY = ("can't allocate memory", "failed to map segment", "can't start new thread", "Cannot allocate memory")
+"""How torch, the linker and Python say that there is none."""
 
 
 class Failure(click.ClickException):
@@ -33,18 +40,29 @@ class Failure(click.ClickException):
 
     exit_code = 1
 
+    def __init__(self, text: str, *, as_json: bool = False) -> None:
+        super().__init__(text)
+        self.as_json = as_json
+
     def show(self, file: Any = None) -> None:
+        if self.as_json:
+            print_json({"error": message(self.message)})
         click.echo(f"error: {message(self.message)}", err=True)
 
 
 class Commands(click.Group):
     """A group whose commands end as every one of ours must: explained errors, quiet signals, whole lines."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[AS_JSON] = "--json" in args
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
+        as_json = ctx.meta[AS_JSON]
         try:
             return super().invoke(ctx)
         except LoratoolError as error:
-            raise Failure(str(error)) from error
+            raise Failure(str(error), as_json=as_json) from error
         except KeyboardInterrupt:
             ctx.exit(130)
         except BrokenPipeError:
@@ -54,7 +72,11 @@ class Commands(click.Group):
         except OSError as error:
             _forget_output()
             where = f"{error.filename}: " if error.filename else ""
-            raise Failure(f"{where}{error.strerror or error}") from error
+            raise Failure(f"{where}{error.strerror or error}", as_json=as_json) from error
+        except (MemoryError, RuntimeError, ImportError) as error:
+            if (needed := short_of_memory(error)) is None:
+                raise
+            raise Failure(needed, as_json=as_json) from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -83,9 +105,21 @@ cli.add_command(swap_command)
 cli.add_command(unmerge_command)
 
 
+def short_of_memory(error: BaseException) -> str | None:
+    """What to say of an error that memory ran out, None for any other."""
+    text = str(error)
+    if not isinstance(error, MemoryError) and not any(mark in text for mark in NO_MEMORY):
+        return None
+    asked = re.search(r"tried to allocate (\d+) bytes", text)
+    needed = f": {size(int(asked[1]))} were needed at once" if asked else ""
+    return f"out of memory{needed}; give the process more (ulimit -v, the container's limit), or close other programs"
+
+
 def main() -> NoReturn:
-    """The entry point: SIGTERM unwinds like an exception, so that outputs are tidied up, and exits with 143."""
-    signal.signal(signal.SIGTERM, _terminated)
+    """The entry point: SIGTERM and SIGHUP unwind like exceptions, so that outputs are tidied up; they exit with 143, 129."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _terminated)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -94,7 +128,8 @@ def main() -> NoReturn:
 
 def _forget_output() -> None:
     """What Python still holds for standard output goes nowhere, so that nothing fails when it is flushed at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError):  # it is no file where somebody else runs us
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:

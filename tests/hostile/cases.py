@@ -167,6 +167,8 @@ def container() -> Iterator[Case]:
         [1, 65],
     ):
         yield of_bytes(f"offsets {offsets}", BAD, lambda offsets=offsets: changed(data_offsets=offsets))  # type: ignore[misc]
+    minus = whole.replace('"data_offsets": [0,', '"data_offsets": [-0,', 1)
+    yield of_bytes("an offset of minus zero", BAD, raw_header(minus, data))
     missing = {**document, names[0]: {"dtype": "F32", "shape": [2, 8]}}
     yield of_bytes("no offsets", BAD, raw_header(json.dumps(missing), data))
     yield of_bytes("entry that is no object", BAD, raw_header(json.dumps({**document, "x": 1}), data))

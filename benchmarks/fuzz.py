@@ -1,0 +1,168 @@
+"""Fuzzing the header check against the reference: `python -m benchmarks.fuzz [--count N] [--seed N]`.
+
+Sound safetensors files are mutated (bytes, digits, tokens of their JSON, offsets, dtypes, shapes, the length, the end), and
+each goes to our `parse_header`, as `read_header` would call it, and to safetensors' own. Counted are exceptions that are not
+ours, files that we accept and the reference refuses, and the longest and the largest. What we alone refuse is counted by our
+message: it should be duplicates, limits, and blanks before the header.
+
+Mutants that reach a new answer of our parser, which is a new message or a new number of tensors, join the seeds, so that the
+search goes where it has not been.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import struct
+import time
+import tracemalloc
+from collections import Counter
+
+from safetensors import SafetensorError, deserialize
+
+from benchmarks import common
+from loratool.errors import LoratoolError
+from loratool.header import BASE_HEADER_BYTES, parse_header
+
+TOKENS = (
+    b"{", b"}", b"[", b"]", b",", b":", b'"', b"null", b"true", b"-", b"0", b"9" * 19, b"9" * 25, b"1e3", b"1.5", b"NaN",
+    b"\\u0061", b"\\ud800", b"\xff", b"\x00", b" ", b"\n", b'"dtype"', b'"F32"', b'"F4"', b'"BF16"', b'"I64"', b'"shape"',
+    b"[0]", b"[]", b'"data_offsets"', b'"__metadata__"', b'{"a":"b"}', b"18446744073709551615", b"9223372036854775808",
+    b"4294967296",
+)  # fmt: skip
+DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F64": 8}
+
+
+def sound(chance: random.Random) -> bytes:
+    """A file that both accept."""
+    document: dict[str, object] = {}
+    if chance.random() < 0.5:
+        document["__metadata__"] = {chance.choice("abc"): chance.choice(("", "x", "é", '"'))}
+    data = 0
+    for number in range(chance.randrange(5)):
+        dtype = chance.choice(list(DTYPES))
+        shape = [chance.randrange(4) for _ in range(chance.randrange(4))]
+        size = DTYPES[dtype]
+        for side in shape:
+            size *= side
+        name = chance.choice((f"t{number}", f"é{number}", f'q"{number}', f"a.b.{number}"))
+        document[name] = {"dtype": dtype, "shape": shape, "data_offsets": [data, data + size]}
+        data += size
+    header = json.dumps(document, ensure_ascii=chance.random() < 0.5).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(data)
+
+
+def _byte(header: bytearray, where: int, chance: random.Random) -> None:
+    if header:
+        header[where % len(header)] = chance.randrange(256)
+
+
+def _token(header: bytearray, where: int, chance: random.Random) -> None:
+    header[where:where] = chance.choice(TOKENS)
+
+
+def _less(header: bytearray, where: int, chance: random.Random) -> None:
+    del header[where : where + chance.randrange(1, 12)]
+
+
+def _twice(header: bytearray, where: int, chance: random.Random) -> None:
+    header[where:where] = header[where : where + chance.randrange(1, 60)]
+
+
+def _number(header: bytearray, where: int, chance: random.Random) -> None:
+    numbers = list(re.finditer(rb"\d+", bytes(header)))
+    if numbers:
+        found = chance.choice(numbers)
+        value = int(found[0][:19]) + chance.choice((-1, 1, -8, 8, 2**32, 2**63))
+        header[found.start() : found.end()] = str(value).encode()
+
+
+def _spliced(header: bytearray, where: int, chance: random.Random) -> None:
+    other = sound(chance)
+    header[where:where] = other[8 : 8 + chance.randrange(len(other))]
+
+
+CHANGES = (_byte, _token, _less, _twice, _number, _spliced)
+
+
+def mutated(raw: bytes, chance: random.Random) -> bytes:
+    """A file after one to four changes of its header, and few of its length and its end."""
+    header, data = bytearray(raw[8:]), b""
+    length = int.from_bytes(raw[:8], "little")
+    if length <= len(header):
+        header, data = header[:length], bytes(header[length:])
+    for _ in range(chance.randrange(1, 5)):
+        chance.choice(CHANGES)(header, chance.randrange(len(header) + 1), chance)
+    if chance.random() < 0.1:
+        data = data[: chance.randrange(len(data) + 1)] + b"\0" * chance.randrange(9)
+    length = len(header) if chance.random() < 0.9 else chance.choice((0, 1, len(header) + 1, 2**63, 2**64 - 1, 99 << 20))
+    return struct.pack("<Q", length) + bytes(header) + data
+
+
+def ours(raw: bytes) -> str:
+    """What we say of a file: a message, or how many tensors it has."""
+    length = int.from_bytes(raw[:8], "little")
+    if len(raw) < 8 or not 0 < length <= min(BASE_HEADER_BYTES, len(raw) - 8):
+        return "refused by its length"
+    try:
+        tensors, _ = parse_header(raw[8 : 8 + length], len(raw))
+    except LoratoolError as error:
+        return "refused: " + re.sub(r"['\"\d\[\]].*", "…", str(error))
+    return f"accepted with {len(tensors)} tensors"
+
+
+def reference(raw: bytes) -> bool:
+    """Whether safetensors accepts it."""
+    try:
+        deserialize(raw)
+    except (SafetensorError, ValueError, TypeError, OverflowError):
+        return False
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    chance = random.Random(arguments.seed)
+    seeds, answers = [sound(chance) for _ in range(50)], Counter[str]()
+    stricter, laxer, leaked, slow = Counter[str](), Counter[str](), Counter[str](), 0.0
+    shown: dict[str, bytes] = {}
+    started = time.monotonic()
+    tracemalloc.start(1)
+    most = 0
+    for number in range(arguments.count):
+        raw = mutated(chance.choice(seeds), chance)
+        before = time.perf_counter()
+        try:
+            answer = ours(raw)
+        except Exception as error:
+            leaked[f"{type(error).__name__}: {error}"] += 1
+            continue
+        slow = max(slow, time.perf_counter() - before)
+        if number % 1000 == 0:
+            most = max(most, tracemalloc.get_traced_memory()[1])
+        accepted = reference(raw)
+        if answer.startswith("accepted") and not accepted:
+            laxer[repr(raw[8:200])] += 1
+        if accepted and not answer.startswith("accepted"):
+            stricter[answer] += 1
+            shown.setdefault(answer, raw[8:200])
+        answers[answer] += 1
+        if answers[answer] == 1 and len(raw) < 4096:
+            seeds.append(raw)
+    minutes = (time.monotonic() - started) / 60
+    print(f"{common.machine()}: {arguments.count:,} files in {minutes:.1f} minutes, seed {arguments.seed}")
+    print(f"  {len(answers)} different answers; {sum(n for a, n in answers.items() if a.startswith('accepted')):,} accepted")
+    print(f"  exceptions that are not ours: {sum(leaked.values())} {dict(leaked)}")
+    print(f"  accepted, which the reference refuses: {sum(laxer.values())} {dict(laxer)}")
+    print(f"  longest {slow:.3f} s, at most {most / 1e6:.1f} MB of Python's memory")
+    for answer, times in stricter.most_common(12):
+        print(f"  refused by us alone, {times:,} times: {answer} such as {shown[answer]!r}")
+
+
+if __name__ == "__main__":
+    main()

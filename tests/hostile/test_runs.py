@@ -1,0 +1,193 @@
+"""What happens around a run: others that write the same output, signals, little memory, inputs that change meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loratool import LoratoolError, Source, merge
+from loratool.checkpoint import TensorFile
+from loratool.errors import OutputError
+from loratool.locks import Lock, sweep_locks
+from loratool.output import Output, Writer
+from tests.conftest import FIXTURES, Run
+from tests.models import kohya, save
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+
+def test_two_runs_never_write_one_output(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with Output(target, folder=True, overwrite=True, nbytes=0, inputs=[]):
+        with (
+            pytest.raises(OutputError, match="out: another run is writing it"),
+            Output(target, folder=True, overwrite=True, nbytes=0, inputs=[]),
+        ):
+            pass
+        with Output(tmp_path / "other", folder=True, overwrite=True, nbytes=0, inputs=[]):
+            pass
+    assert not list(tmp_path.iterdir())
+    with Output(target, folder=False, overwrite=True, nbytes=0, inputs=[]):
+        pass
+
+
+def test_locks_of_runs_that_are_gone_are_swept_and_others_are_not(tmp_path: Path) -> None:
+    held = Lock(tmp_path / "held")
+    held.take()
+    gone = Lock(tmp_path / "gone")
+    gone.path.touch()
+    sweep_locks(tmp_path)
+    assert list(tmp_path.iterdir()) == [held.path]
+    held.release()
+    assert not list(tmp_path.iterdir())
+
+
+def big_merge(folder: Path, megabytes: int = 400) -> list[str]:
+    """The words of a merge that takes a moment."""
+    rows = megabytes * (1 << 20) // 2 // 1024 // 8
+    tensors = {f"w{i}.weight": torch.zeros(rows, 1024, dtype=torch.bfloat16) for i in range(8)}
+    save(folder / "base.safetensors", tensors)
+    save(folder / "a.safetensors", kohya({f"lora_unet_w{i}": (rows, 1024) for i in range(8)}, 4, 2.0))
+    return [sys.executable, "-m", "loratool", "merge", "base.safetensors", "a.safetensors", "-o", "out.safetensors"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_it_quietly_and_tidies_up(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    command = big_merge(tmp_path)
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]:
+        time.sleep(0.005)
+        assert process.poll() is None
+    process.send_signal(number)
+    started = time.monotonic()
+    _, errors = process.communicate(timeout=30)
+    assert time.monotonic() - started < 2
+    assert (process.returncode, errors) == (code, "")
+    assert {path.name for path in tmp_path.iterdir()} == {"base.safetensors", "a.safetensors"}
+
+
+@pytest.mark.slow
+def test_kills_leave_nothing_that_looks_like_an_output_and_the_next_run_sweeps(tmp_path: Path) -> None:
+    command = big_merge(tmp_path, 100)
+    base = (tmp_path / "base.safetensors").read_bytes()
+    for number in range(40):
+        process = subprocess.Popen([*command, "--overwrite"], cwd=tmp_path)
+        # From the imports to the end, and over the writing of the output above all.
+        time.sleep(1.2 + 0.04 * number)
+        process.kill()
+        process.wait()
+        out = tmp_path / "out.safetensors"
+        if out.exists():
+            subprocess.run([sys.executable, "-m", "loratool", "inspect", out], check=True, capture_output=True)
+    subprocess.run([*command, "--overwrite", "-q"], cwd=tmp_path, check=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"base.safetensors", "a.safetensors", "out.safetensors"}
+    assert (tmp_path / "base.safetensors").read_bytes() == base
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def replaced(path: Path) -> None:
+    path.with_suffix(".new").write_bytes(b"\0" * path.stat().st_size)
+    os.replace(path.with_suffix(".new"), path)
+
+
+def written(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(b"\x7f" * 64)
+
+
+def test_an_input_that_changes_while_it_is_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut, replaced or written to at every read of it, and at every copy."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"w{i}.weight": torch.randn(64, 32, generator=generator) for i in range(8)}
+    save(tmp_path / "base.safetensors", tensors | {"rest.weight": torch.randn(128, 64, generator=generator)})
+    save(tmp_path / "a.safetensors", kohya({f"lora_unet_w{i}": (64, 32) for i in range(8)}, 2, 2.0))
+    files = {name: (tmp_path / name).read_bytes() for name in ("base.safetensors", "a.safetensors")}
+    errors = 0
+    for harm, name in product((cut, replaced, written), files):
+        for step in range(60):
+            for other, raw in files.items():
+                (tmp_path / other).write_bytes(raw)
+            end = _harmed(tmp_path, monkeypatch, harm, name, step)
+            assert end in ("whole", "after") or (name in end and "and an output" not in end)
+            errors += name in end
+            if end == "whole":
+                break
+        assert end == "whole"
+    assert errors >= 100
+
+
+def _harmed(folder: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[Path], None], name: str, step: int) -> str:
+    """How a merge ends if a file is harmed before its n-th read: in an error, "whole" without that, or "after" its end."""
+    left = step
+    read, copy = TensorFile.read_into, Writer.copy
+
+    def harming(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*words: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == -1:
+                harm(folder / name)
+            return function(*words)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TensorFile, "read_into", harming(read))
+        patched.setattr(Writer, "copy", harming(copy))
+        patched.setattr("loratool.workers.MOST", 1)
+        out = folder / "out.safetensors"
+        out.unlink(missing_ok=True)
+        try:
+            merge(folder / "base.safetensors", [Source(folder / "a.safetensors")], out)
+        except LoratoolError as error:
+            return f"{error}{' and an output' if out.exists() else ''}"
+    return "whole" if left >= 0 else "after"
+
+
+@pytest.mark.parametrize("megabytes", [900, 1500, 2500, 4000, 8000])
+def test_little_memory_is_an_error_that_says_so_or_enough(tmp_path: Path, megabytes: int) -> None:
+    shutil.copy(FIXTURES / "sdxl.safetensors", tmp_path / "base.safetensors")
+    shutil.copy(FIXTURES / "style.safetensors", tmp_path / "a.safetensors")
+    limit = megabytes << 20
+    command = [sys.executable, "-m", "loratool", "merge", "base.safetensors", "a.safetensors", "-o", "out.safetensors"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    assert done.returncode in (0, 1), done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    if done.returncode:
+        assert "error: " in done.stderr
+        assert not (tmp_path / "out.safetensors").exists()
+    assert megabytes < 8000 or done.returncode == 0
+
+
+def test_json_carries_errors_too(tmp_path: Path, invoke: Run) -> None:
+    (tmp_path / "bad.safetensors").write_bytes(b"\0" * 9)
+    done = invoke("inspect", "bad.safetensors", "--json")
+    assert done.returncode == 1
+    assert "bad.safetensors" in json.loads(done.stdout)["error"]
+    assert done.stderr.startswith("error: ")
