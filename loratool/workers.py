@@ -20,6 +20,9 @@ MOST: Final = 8
 
 T = TypeVar("T")
 
+Progress = Callable[[int, int], None]
+"""Called with the bytes done so far and all there are to do."""
+
 
 def peak_bytes() -> int:
     """The most memory this process has held so far."""
@@ -30,6 +33,19 @@ def peak_bytes() -> int:
     except (OSError, IndexError, ValueError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def tally(total: int, progress: Progress | None) -> Callable[[int], None]:
+    """Tells `progress` of work as it is done, from one thread: call what this returns with each piece's bytes."""
+    done = 0
+
+    def add(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress(done, total)
+
+    return add
 
 
 def cores() -> int:

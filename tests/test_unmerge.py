@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from loratool import Checkpoint, LoratoolError, Options, Source, load, merge, unmerge
+from loratool import Checkpoint, LoratoolError, Options, Source, delta, load, merge, unmerge
 from loratool.errors import InvalidFile, OutputError, Unsupported
 from loratool.layout import open_layout
 from loratool.ops import streaming
@@ -180,6 +180,21 @@ def test_equal_merges_write_equal_undo_files_whatever_the_threads(tmp_path: Path
     # It is cut as it was written, whatever the pieces are now.
     unmerge(tmp_path / "1.safetensors", tmp_path / "b.safetensors", undo=tmp_path / "u1")
     assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "base.safetensors").read_bytes()
+
+
+def test_names_of_any_length_and_letters_have_room(tmp_path: Path) -> None:
+    """In the headers of undo files and of full differences, where JSON may stand inside JSON."""
+    odd = "fc" + '\x01"é\U0001f600' * 60
+    save(tmp_path / "base.safetensors", {f"{odd}.weight": torch.randn(12, 8), "x" * 5000 + ".weight": torch.ones(12, 8)})
+    adapter = save(
+        tmp_path / "a.safetensors", kohya({f"lora_unet_{odd}": (12, 8), "lora_unet_" + "x" * 5000: (12, 8)}, 2, 1.0)
+    )
+    globs = tuple(f'"{number}"' for number in range(2000))
+    options = Options(undo=tmp_path / "undo", exclude=globs)
+    merge(tmp_path / "base.safetensors", [adapter], tmp_path / "m.safetensors", options)
+    assert unmerge(tmp_path / "m.safetensors", tmp_path / "b.safetensors", undo=tmp_path / "undo").exact
+    delta(tmp_path / "base.safetensors", tmp_path / "m.safetensors", tmp_path / "d.safetensors")
+    assert len(load_file(tmp_path / "d.safetensors")) == 2
 
 
 def test_an_undo_file_is_small(tmp_path: Path) -> None:

@@ -25,11 +25,10 @@ from loratool.ops.differing.sources import OfAdapter, OfCheckpoints, Source
 from loratool.ops.differing.writing import Naming, naming_of, provenance, room_for_header, stored
 from loratool.ops.inspect import is_adapter
 from loratool.ops.plan import Choice
-from loratool.ops.rewriting import Progress
 from loratool.ops.weights import Weights
 from loratool.output import Output, Writer
 from loratool.pickles import PICKLE_SUFFIXES
-from loratool.workers import peak_bytes, run_all
+from loratool.workers import Progress, peak_bytes, run_all, tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,8 @@ def delta(
     with ExitStack() as stack:
         work = _Work(source, on, options)
         if out is not None:
-            work.open(Path(out).expanduser(), _inputs(path, tuned, options), stack)
+            inputs = [Path(given).expanduser() for given in (path, tuned, options.base) if given is not None]
+            work.open(Path(out).expanduser(), inputs, stack)
         with of_file(tuned or path):
             work.run(progress)
         nbytes = work.finish()
@@ -143,11 +143,6 @@ def _source(path: str | Path, tuned: str | Path | None, options: DeltaOptions, o
     return source
 
 
-def _inputs(*given: object) -> list[Path]:
-    paths = [each.base if isinstance(each, DeltaOptions) else each for each in given]
-    return [Path(str(path)).expanduser() for path in paths if path is not None]
-
-
 class _Work:
     """All changes of a source, measured on a few lanes and, once `open` was called, written."""
 
@@ -177,15 +172,10 @@ class _Work:
 
     def run(self, progress: Progress | None) -> None:
         """Computes everything, a few changes at a time."""
-        total, done = sum(self.source.nbytes(number) for number in range(self.source.count)), 0
-
-        def finished(index: int, found: None) -> None:
-            nonlocal done
-            done += sum(self.source.nbytes(number) for number in self.groups[index])
-            if progress:
-                progress(done, total)
-
-        run_all((partial(self._group, index) for index in range(len(self.groups))), finished, threading.Event())
+        sizes = [sum(self.source.nbytes(number) for number in group) for group in self.groups]
+        add = tally(sum(sizes), progress)
+        pieces = (partial(self._group, index) for index in range(len(self.groups)))
+        run_all(pieces, lambda index, _: add(sizes[index]), threading.Event())
 
     def finish(self) -> int:
         """Puts the file in its place, if there is one, and returns its size."""

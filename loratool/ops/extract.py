@@ -31,13 +31,12 @@ from loratool.ops.extraction.pairing import Pair, Pairing, paired
 from loratool.ops.factoring import Split
 from loratool.ops.packing import require_room, write_as
 from loratool.ops.plan import Choice
-from loratool.ops.rewriting import Progress
 from loratool.ops.weights import Weights
 from loratool.output import check_target
 from loratool.ranks import Budget, Rule
 from loratool.routes import as_named
 from loratool.schema import WEIGHT
-from loratool.workers import peak_bytes
+from loratool.workers import Progress, peak_bytes
 
 DIFFERENCES: Final = ("diff", "diff_b", "w_norm", "b_norm")
 """Leaves that not everybody reads."""

@@ -15,10 +15,9 @@ from loratool.header import DTYPE_OPTIONS, TensorInfo
 from loratool.layout import Layout, open_layout, require_weights
 from loratool.ops.merging import Options, Source, Work, loaded
 from loratool.ops.plan import Choice, Plan, make_plan
-from loratool.ops.rewriting import Progress
 from loratool.ops.streaming import Measure
 from loratool.ops.undoing import Merged
-from loratool.workers import peak_bytes
+from loratool.workers import Progress, peak_bytes
 
 LOST: Final = "an adapter added to it would be lost in rounding: merge into the 16-bit original, then quantise that once"
 WEAK: Final = 0.9

@@ -17,10 +17,11 @@ from loratool.devices import Lanes
 from loratool.errors import OutputError, of_file
 from loratool.header import DTYPE_OPTIONS, read_json
 from loratool.ops.plan import Choice, Plan, check_strength
-from loratool.ops.rewriting import Follow, OutputFile, Progress, rewritten_files, run
+from loratool.ops.rewriting import Follow, OutputFile, rewritten_files, run
 from loratool.ops.streaming import Measure, Rounding
 from loratool.ops.undoing import Merged, UndoFile
 from loratool.output import Output, copy_file
+from loratool.workers import Progress
 
 
 @dataclass(frozen=True, slots=True)

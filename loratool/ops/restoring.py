@@ -19,13 +19,12 @@ from loratool.header import TensorInfo
 from loratool.layout import Layout, open_layout
 from loratool.ops.adding import Added, rows_of
 from loratool.ops.plan import Choice, Plan, TensorPlan, make_plan
-from loratool.ops.rewriting import Progress
 from loratool.ops.segments import matrix
 from loratool.ops.streaming import Job, by_blocks
 from loratool.ops.undoing import Undo, read_undo, sha256
 from loratool.output import Output, Writer, copy_file, remove, temporary_in
 from loratool.residuals import unpacked
-from loratool.workers import results, run_all
+from loratool.workers import Progress, results, run_all, tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +176,6 @@ class Restoring:
 
 def _fill(work: Restoring, progress: Progress | None) -> None:
     """Runs all the work on a few threads."""
-    total, done = sum(tensor.source.nbytes for tensor in work.plan.tensors.values()), 0
-
-    def finished(index: int, nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress:
-            progress(done, total)
-
+    add = tally(sum(tensor.source.nbytes for tensor in work.plan.tensors.values()), progress)
     with ExitStack() as stack:
-        run_all(work.pieces(stack), finished, threading.Event())
+        run_all(work.pieces(stack), lambda index, nbytes: add(nbytes), threading.Event())

@@ -20,7 +20,7 @@ from loratool.layout import Layout
 from loratool.ops.plan import Plan, TensorPlan
 from loratool.ops.streaming import Job, Measure, Rounding, Scratch, change_whole, jobs_of, run_job
 from loratool.output import Writer
-from loratool.workers import run_all
+from loratool.workers import Progress, run_all, tally
 
 METADATA_KEY: Final = "loratool"
 COPY_TASK_BYTES: Final = 256 << 20
@@ -30,8 +30,6 @@ PROVENANCE_BYTES: Final = 16384
 KNOWN_TO_MPS: Final = frozenset({"F32", "F16", "BF16"})
 """Dtypes of weights that Apple's GPUs compute with."""
 
-Progress = Callable[[int, int], None]
-"""Called with the bytes done so far and all there are to do."""
 Follow = Callable[[Job], Callable[[], None]]
 """Given each job in order, before any is done: what to do, on the thread that did it, once it is."""
 
@@ -176,16 +174,13 @@ def _computed(job: Job, after: Callable[[], None] | None, worker: Worker) -> tup
 
 def run(files: Sequence[OutputFile], rounding: Rounding, lanes: Lanes, progress: Progress | None) -> Measure:
     """Runs all work on a few threads and adds up what was measured, in order."""
-    total, done = sum(file.nbytes for file in files), 0
+    add = tally(sum(file.nbytes for file in files), progress)
     measures: dict[int, Measure] = {}
     worker = Worker(rounding, lanes, threading.Event())
 
     def finished(index: int, result: tuple[int, Measure]) -> None:
-        nonlocal done
         nbytes, measures[index] = result
-        done += nbytes
-        if progress:
-            progress(done, total)
+        add(nbytes)
 
     run_all((partial(piece, worker) for file in files for piece in file.work()), finished, worker.stopped)
     measure = Measure()

@@ -12,8 +12,8 @@ from pathlib import Path
 from loratool.layout import open_layout, require_weights
 from loratool.ops.merge import LOST, MergeReport, merge_loaded
 from loratool.ops.merging import Options, Source, loaded
-from loratool.ops.rewriting import Progress
 from loratool.ops.unmerge import require_sums, said_otherwise, taken_out
+from loratool.workers import Progress
 
 
 def swap(

@@ -67,9 +67,10 @@ class UndoFile:
         self._numbers = count()
         self._added: Added | None = None
         pieces = [tensor for tensor in plan.tensors.values() if tensor.touched]
-        self._room = sum(len(tensor.name.encode()) + ENTRY_BYTES for tensor in pieces for _ in range(_most(tensor)))
-        self._room += 4096 + sum(len(json.dumps(self._of(each))) + 4 * ENTRY_BYTES for each in merged)
-        self._room += sum(len(file.encode()) * 2 + 4 * ENTRY_BYTES for file in plan.layout.files)
+        self._room = 4096 + sum(_most(tensor) * (len(json.dumps(tensor.name)) + ENTRY_BYTES) for tensor in pieces)
+        # JSON inside JSON: what is escaped in one is escaped again in the other.
+        self._room += sum(len(json.dumps(json.dumps(self._of(each)))) + 4 * ENTRY_BYTES for each in merged)
+        self._room += sum(3 * len(json.dumps(file)) + 4 * ENTRY_BYTES for file in plan.layout.files)
 
     def __enter__(self) -> UndoFile:
         output = self._stack.enter_context(self._output)

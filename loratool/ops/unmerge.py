@@ -17,9 +17,9 @@ from loratool.ops.adding import Added, rows_of
 from loratool.ops.merging import Options, Source, Work, loaded
 from loratool.ops.plan import Plan, make_plan
 from loratool.ops.restoring import restored
-from loratool.ops.rewriting import Progress, history_of, rounded_by_chance
+from loratool.ops.rewriting import history_of, rounded_by_chance
 from loratool.ops.streaming import Job
-from loratool.workers import peak_bytes
+from loratool.workers import Progress, peak_bytes
 
 
 @dataclass(frozen=True, slots=True)

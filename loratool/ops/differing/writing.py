@@ -34,8 +34,10 @@ from loratool.schema import BIAS
 
 USUAL: Final = "kohya"
 """The format of full differences that most tools read: LyCORIS's, ComfyUI, A1111, Forge."""
-LONGEST: Final = 300
-"""Bytes of a name that a header has room for."""
+LONGER: Final = 200
+"""Bytes by which a parameter's name may be longer in one format than in another,"""
+PARTS: Final = 4
+"""and parts that a module may be cut into."""
 OWN_NAMES: Final = "the model's own names"
 
 
@@ -141,7 +143,8 @@ def stored(naming: Naming, parts: Sequence[tuple[Module, str, Tensor]], dtype: t
 
 def room_for_header(source: Source) -> int:
     """Bytes of a header that has a name for every part of every change."""
-    return 4096 + 4 * source.count * (ENTRY_BYTES + LONGEST)
+    stems = (source.place(number)[0].stem for number in range(source.count))
+    return 4096 + sum(PARTS * (ENTRY_BYTES + LONGER + 2 * len(json.dumps(stem))) for stem in stems)
 
 
 def provenance(**said: object) -> dict[str, str]:

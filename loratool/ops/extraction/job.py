@@ -28,11 +28,11 @@ from loratool.ops.extraction.journal import Journal
 from loratool.ops.extraction.outcomes import Extracted, Extraction, Outcome, Task
 from loratool.ops.lowering import room_for
 from loratool.ops.packing import size_as
-from loratool.ops.rewriting import METADATA_KEY, Progress
+from loratool.ops.rewriting import METADATA_KEY
 from loratool.ops.saving import one_or_dynamic
 from loratool.ranks import Budget, Offer, Rule
 from loratool.routes import Route
-from loratool.workers import run_all
+from loratool.workers import Progress, run_all, tally
 
 HASH_KEYS: Final = {"sshs_model_hash": 64, "sshs_legacy_hash": 8}
 """kohya's hashes and how long they are; they are computed when the file is written."""
@@ -144,7 +144,7 @@ class Job:
         found: dict[int, T] = {}
         sizes = {number: self.work.nbytes(self.items[number].pair) for number in rules}
         batches = self._batches(rules)
-        total, passed = sum(sizes.values()), 0
+        add = tally(sum(sizes.values()), self.progress)
 
         def piece(numbers: Sequence[int]) -> list[T | None]:
             tasks = [Task(self.items[number].pair, self.items[number].form, rules[number]) for number in numbers]
@@ -155,13 +155,10 @@ class Job:
             return results
 
         def finished(index: int, results: list[T | None]) -> None:
-            nonlocal passed
-            passed += sum(sizes[number] for number in batches[index])
             for number, result in zip(batches[index], results, strict=True):
                 if result is not None:
                     found[number] = result
-            if self.progress:
-                self.progress(passed, total)
+            add(sum(sizes[number] for number in batches[index]))
 
         run_all((partial(piece, numbers) for numbers in batches), finished, threading.Event())
         return {number: found[number] for number in sorted(found)}
