@@ -20,11 +20,15 @@ from loratool.cli.options import (
 )
 from loratool.cli.render import print_json, progress_bar, warn
 
+NAMED = "ADAPTER[:STRENGTH]"
+
 
 @click.command("swap", short_help="Take one adapter out of a merged checkpoint and put another in.")
 @click.argument("merged", type=click.Path(path_type=Path))
-@click.option("--out", "outgoing", multiple=True, required=True, metavar="ADAPTER[:STRENGTH]", help="Repeatable.")
-@click.option("--in", "incoming", multiple=True, required=True, metavar="ADAPTER[:STRENGTH]", help="Repeatable.")
+@click.option(
+    "--out", "outgoing", multiple=True, required=True, metavar=NAMED, help="To take out, as it was merged. Repeatable."
+)
+@click.option("--in", "incoming", multiple=True, required=True, metavar=NAMED, help="To put in. Repeatable.")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="File or folder to write.")
 @in_place_option
 @pickle_option
