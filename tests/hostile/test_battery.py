@@ -11,7 +11,8 @@ import pytest
 from tests.conftest import Run
 from tests.hostile.cases import BAD, CASES, GOOD, MISFIT, WARNS, Case, base_tensors, stored
 
-VERBS = ("inspect", "convert", "merge", "resize")
+VERBS = ("merge", *(pytest.param(verb, marks=pytest.mark.slow) for verb in ("inspect", "convert", "resize")))
+"""What changes weights is tried each time, the others where there is time for it."""
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 
