@@ -127,6 +127,20 @@ def test_an_undo_file_leads_back_to_the_bit(
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_so_it_does_for_wide_and_for_narrow_numbers(tmp_path: Path, dtype: torch.dtype, stochastic: bool) -> None:
+    tensors = {name: each.to(dtype) if each.is_floating_point() else each for name, each in base_tensors().items()}
+    base = save(tmp_path / "base.safetensors", tensors)
+    adapter = Source(save(tmp_path / "a.safetensors", kohya(STEMS, 3, 2.0)), 0.5)
+    options = Options(undo=tmp_path / "u", stochastic=stochastic)
+    report = merge(base, [adapter], tmp_path / "m.safetensors", options)
+    assert report.realised_strength is not None
+    unmerge(tmp_path / "m.safetensors", tmp_path / "b.safetensors", undo=tmp_path / "u")
+    assert (tmp_path / "b.safetensors").read_bytes() == base.read_bytes()
+    assert unmerge(tmp_path / "m.safetensors", tmp_path / "s.safetensors", [adapter]).numbers
+
+
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"dtype": "float32"}, {}])
 def test_so_it_does_for_kinds_that_are_no_sum_and_other_dtypes(tmp_path: Path, changes: dict[str, str]) -> None:
     base = save(tmp_path / "base.safetensors", base_tensors(torch.float16))

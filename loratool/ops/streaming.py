@@ -225,7 +225,8 @@ def _add_segments(segments: tuple[Segment, ...], rows: slice, wide: Tensor, scra
 
 def _measured(before: Tensor, change: Tensor, narrow: Tensor, scratch: Scratch) -> Measure:
     stored = scratch.take("stored", torch.float32, narrow.shape).copy_(narrow)
-    got, wanted = stored.sub_(before).flatten(), change.flatten()
+    # torch has no arithmetic on numbers of 8 bits.
+    got, wanted = stored.sub_(before.float() if before.element_size() == 1 else before).flatten(), change.flatten()
     # numpy's is the faster one on a CPU.
     moved = np.count_nonzero(got.numpy()) if got.device == CPU else torch.count_nonzero(got)
     return Measure(_dot(got, wanted), _dot(wanted, wanted), got.numel(), got.numel() - int(moved))
