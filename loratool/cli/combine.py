@@ -21,7 +21,7 @@ from loratool.cli.options import (
     verbose_option,
 )
 from loratool.cli.ranks import rank_rules, rule_of
-from loratool.cli.render import histogram, print_facts, print_json, size, warn
+from loratool.cli.render import histogram, print_facts, size, told
 from loratool.header import DTYPE_OPTIONS
 
 if TYPE_CHECKING:
@@ -73,11 +73,7 @@ def combine_command(adapters: tuple[str, ...], out: Path, as_json: bool, quiet: 
     for path, value, vector, named in map(adapter_and_parts, adapters):
         parts.append(Part(path, Strength(value, vector, named)))
     report = combine(parts, out, rule, CombineOptions(**given))
-    for warning in report.warnings:
-        warn(warning)
-    if as_json:
-        print_json(report)
-    elif not quiet:
+    if told(report, as_json=as_json, quiet=quiet):
         print_facts(f"combined {len(parts)} adapters into {report.out}", _facts(report))
         if verbose and report.lowered:
             print_converted(report.lowered)

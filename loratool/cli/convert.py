@@ -13,7 +13,7 @@ from loratool.archs import ARCHS
 from loratool.cli.low_rank import print_converted, rank_options, run_low_rank
 from loratool.cli.options import pickle_option
 from loratool.cli.ranks import rule_of
-from loratool.cli.render import histogram, print_facts, print_json, size, warn
+from loratool.cli.render import histogram, print_facts, size, told, warn
 from loratool.errors import LoratoolError
 from loratool.formats.reading import is_adapter_folder
 from loratool.formats.table import FORMATS, format_named
@@ -116,11 +116,7 @@ def _convert(
     from loratool.ops.convert import convert
 
     report = convert(adapter, out, to, unsaid=Unsaid(alpha, slots or ()), **options)
-    for warning in report.warnings:
-        warn(warning)
-    if as_json:
-        print_json(report)
-    elif not quiet:
+    if told(report, as_json=as_json, quiet=quiet):
         print_facts(f"converted {adapter} to {report.out}", _facts(report))
         if verbose and report.lowered:
             print_converted(report.lowered)

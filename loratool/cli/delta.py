@@ -18,7 +18,7 @@ from loratool.cli.options import (
     pickle_option,
     quiet_option,
 )
-from loratool.cli.render import print_facts, print_json, print_table, progress_bar, size, warn
+from loratool.cli.render import print_facts, print_table, progress_bar, size, told
 from loratool.header import DTYPE_OPTIONS
 
 if TYPE_CHECKING:
@@ -73,11 +73,7 @@ def delta_command(
 
     with progress_bar("measuring", quiet=quiet) as progress:
         report = delta(path, tuned, out, DeltaOptions(**chosen), progress)  # type: ignore[arg-type]
-    for warning in report.warnings:
-        warn(warning)
-    if as_json:
-        print_json(report)
-    elif not quiet:
+    if told(report, as_json=as_json, quiet=quiet):
         print_facts(f"ΔW of {report.what}", _facts(report))
         _print_modules(report, top, by)
 

@@ -18,7 +18,7 @@ from loratool.cli.options import (
     vector,
     verbose_option,
 )
-from loratool.cli.render import print_facts, print_json, print_table, size, warn
+from loratool.cli.render import print_facts, print_table, size, told
 
 if TYPE_CHECKING:
     from loratool.ops.edit import EditReport
@@ -70,11 +70,7 @@ def edit_command(
         raise click.UsageError("give -o OUT and what to change, or --dry-run to see what there is")
     strength = Strength(1.0, blocks or (), component_strengths(components))
     report = edit(adapter, out, EditOptions(scale=factors("--scale", scale), strength=strength, **given))
-    for warning in report.warnings:
-        warn(warning)
-    if as_json:
-        print_json(report)
-    elif not quiet:
+    if told(report, as_json=as_json, quiet=quiet):
         print_facts(
             f"{'would edit' if report.dry_run else 'edited'} {adapter}" + (f" to {out}" if out else ""), _facts(report)
         )

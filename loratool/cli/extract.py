@@ -22,7 +22,7 @@ from loratool.cli.options import (
     verbose_option,
 )
 from loratool.cli.ranks import rank_rules, rule_of
-from loratool.cli.render import histogram, print_facts, print_json, print_table, progress_bar, size, warn
+from loratool.cli.render import histogram, print_facts, print_table, progress_bar, size, told
 from loratool.header import DTYPE_OPTIONS
 
 if TYPE_CHECKING:
@@ -67,11 +67,7 @@ def extract_command(base: Path, tuned: Path, out: Path, as_json: bool, quiet: bo
     assert rule
     with progress_bar("extracting", quiet=quiet) as progress:
         report = extract(base, tuned, out, rule, ExtractOptions(**given), progress)
-    for warning in report.warnings:
-        warn(warning)
-    if as_json:
-        print_json(report)
-    elif not quiet:
+    if told(report, as_json=as_json, quiet=quiet):
         _print(report, base, tuned, verbose=verbose)
 
 

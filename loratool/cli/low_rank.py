@@ -21,7 +21,7 @@ from loratool.cli.options import (
     verbose_option,
 )
 from loratool.cli.ranks import rank_rules, rule_of
-from loratool.cli.render import histogram, print_facts, print_json, print_table, size, warn
+from loratool.cli.render import histogram, print_facts, print_table, size, told
 from loratool.header import DTYPE_OPTIONS
 
 if TYPE_CHECKING:
@@ -130,11 +130,7 @@ def _print_frontier(
         raise click.UsageError(f"--frontier shows every rank and writes nothing; {', '.join(given)} does not go with it")
     named = DTYPE_OPTIONS[dtype] if dtype else None
     report = frontier(adapter, dtype=named, base=base, unsaid=Unsaid(alpha, slots or ()), device=device)
-    for warning in report.warnings:
-        warn(warning)
-    if as_json:
-        print_json(report)
-    elif not quiet:
+    if told(report, as_json=as_json, quiet=quiet):
         print_facts(f"{adapter}", [("modules", f"{report.modules}, ‖ΔW‖ = {report.norm:.4g}")])
         rows = [[str(c.rank), size(c.nbytes), *(f"{e:.2%}" for e in (c.error, c.worst, c.shared))] for c in report.choices]
         columns = ["rank of all", "size", "error", "worst module", "as much by --size"]
@@ -171,11 +167,7 @@ def run_low_rank(
         device=device,
         overwrite=overwrite,
     )
-    for warning in report.warnings:
-        warn(warning)
-    if as_json:
-        print_json(report)
-    elif not quiet:
+    if told(report, as_json=as_json, quiet=quiet):
         print_facts(f"{done} {adapter} to {report.out}", _facts(report))
         if verbose:
             print_converted(report.modules)

@@ -24,7 +24,7 @@ from loratool.cli.options import (
     verbose_option,
     where_to,
 )
-from loratool.cli.render import print_facts, print_json, print_table, progress_bar, size, warn
+from loratool.cli.render import print_facts, print_table, progress_bar, size, told
 from loratool.header import DTYPE_OPTIONS
 
 if TYPE_CHECKING:
@@ -105,11 +105,7 @@ def merge_command(
     sources = [Source(path, strength) for path, strength in map(adapter_and_strength, adapters)]
     with progress_bar("merging", quiet=quiet) as progress:
         report = merge(base, sources, where_to(out, in_place=in_place), options, progress)
-    for warning in report.warnings:
-        warn(warning)
-    if as_json:
-        print_json(report)
-    elif not quiet:
+    if told(report, as_json=as_json, quiet=quiet):
         count = "1 adapter" if len(report.adapters) == 1 else f"{len(report.adapters)} adapters"
         print_merge(f"{'would merge' if report.dry_run else 'merged'} {count} into {report.out}", report, verbose=verbose)
 

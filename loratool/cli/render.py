@@ -36,6 +36,15 @@ def warn(text: str) -> None:
     click.echo(f"warning: {message(text)}", err=True)
 
 
+def told(report: Any, *, as_json: bool, quiet: bool) -> bool:
+    """Prints a report's warnings and, where it is asked for, the report as JSON; whether its text is to be printed still."""
+    for warning in report.warnings:
+        warn(warning)
+    if as_json:
+        print_json(report)
+    return not as_json and not quiet
+
+
 def print_json(report: Any) -> None:
     """A report as one JSON document on stdout, in ASCII."""
     click.echo(json.dumps(_plain(report), indent=2, allow_nan=False, ensure_ascii=True))

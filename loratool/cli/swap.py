@@ -18,7 +18,7 @@ from loratool.cli.options import (
     verbose_option,
     where_to,
 )
-from loratool.cli.render import print_json, progress_bar, warn
+from loratool.cli.render import progress_bar, told
 
 NAMED = "ADAPTER[:STRENGTH]"
 
@@ -66,10 +66,6 @@ def swap_command(
     target = where_to(out, in_place=in_place)
     with progress_bar("swapping", quiet=quiet) as progress:
         report = swap(merged, old, new, target, Options(**chosen), progress)  # type: ignore[arg-type]
-    for warning in report.warnings:
-        warn(warning)
-    if as_json:
-        print_json(report)
-    elif not quiet:
+    if told(report, as_json=as_json, quiet=quiet):
         done = "would swap" if report.dry_run else "swapped"
         print_merge(f"{done} {len(old)} for {len(new)} in {report.out}", report, verbose=verbose)

@@ -16,7 +16,7 @@ from loratool.cli.options import (
     pickle_option,
     quiet_option,
 )
-from loratool.cli.render import print_facts, print_json, progress_bar, size, warn
+from loratool.cli.render import print_facts, progress_bar, size, told
 
 if TYPE_CHECKING:
     from loratool.ops.unmerge import UnmergeReport
@@ -63,11 +63,7 @@ def unmerge_command(
     sources = [Source(*adapter_and_strength(text)) for text in adapters]
     with progress_bar("unmerging", quiet=quiet) as progress:
         report = unmerge(merged, out, sources, undo=undo, options=Options(**chosen), progress=progress)  # type: ignore[arg-type]
-    for warning in report.warnings:
-        warn(warning)
-    if as_json:
-        print_json(report)
-    elif not quiet:
+    if told(report, as_json=as_json, quiet=quiet):
         count = "1 adapter" if len(report.adapters) == 1 else f"{len(report.adapters)} adapters"
         print_facts(f"took {count} out of {merged} to {report.out}", _facts(report))
 

@@ -133,6 +133,7 @@ class Restoring:
     def pieces(self, stack: ExitStack) -> Iterator[Callable[[], int]]:
         """The work on each tensor of the files that the merge rewrote; each piece returns the bytes it wrote."""
         opened = {file: stack.enter_context(TensorFile(self.merged.files[file])) for file in self.writers}
+        kept = self.undo.starts()
         for tensor in self.plan.tensors.values():
             if tensor.file not in self.writers or tensor.name not in self.plan.layout.tensors:
                 continue
@@ -140,7 +141,7 @@ class Restoring:
             if not tensor.touched:
                 yield partial(self._copy, tensor, info, opened[tensor.file])
                 continue
-            added, starts = Added(tensor), self.undo.starts(tensor.name)
+            added, starts = Added(tensor), kept.get(tensor.name, [])
             if tensor.source.nbytes and starts[:1] != [0]:
                 raise InvalidFile(f"{self.undo.header.path}: holds nothing of {tensor.name}")
             for start, stop in pairwise([*starts, matrix(tensor.shape)[0]]):

@@ -17,6 +17,7 @@ from loratool.checkpoint import TensorFile
 from loratool.devices import CPU, Lanes
 from loratool.header import TensorInfo, encode_header
 from loratool.layout import Layout
+from loratool.ops.adding import Added
 from loratool.ops.plan import Plan, TensorPlan
 from loratool.ops.streaming import Job, Measure, Rounding, Scratch, change_whole, jobs_of, run_job
 from loratool.output import Writer
@@ -30,8 +31,9 @@ PROVENANCE_BYTES: Final = 16384
 KNOWN_TO_MPS: Final = frozenset({"F32", "F16", "BF16"})
 """Dtypes of weights that Apple's GPUs compute with."""
 
-Follow = Callable[[Job], Callable[[], None]]
-"""Given each job in order, before any is done: what to do, on the thread that did it, once it is."""
+Follow = Callable[[Job, Added], Callable[[], None]]
+"""Given each job in order, before any is done, and what the plan adds to its tensor: what to do, on the thread that did it,
+once it is."""
 
 
 def history_of(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -130,8 +132,9 @@ class OutputFile:
         return copy
 
     def _computations(self, tensor: TensorPlan) -> Iterator[Callable[[Worker], tuple[int, Measure]]]:
+        added = Added(tensor)
         for job in jobs_of(tensor, self.source, self.writer, self.offset(tensor)):
-            yield partial(_computed, job, self.follow(job) if self.follow else None)
+            yield partial(_computed, job, self.follow(job, added) if self.follow else None)
 
     def finish(self, provenance: str) -> bool:
         """Writes the header, now that everything in it is known; False where a clone's has no room for it, and stays."""

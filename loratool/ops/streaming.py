@@ -228,8 +228,8 @@ def _measured(before: Tensor, change: Tensor, narrow: Tensor, scratch: Scratch) 
     # torch has no arithmetic on numbers of 8 bits.
     got, wanted = stored.sub_(before.float() if before.element_size() == 1 else before).flatten(), change.flatten()
     # numpy's is the faster one on a CPU.
-    moved = np.count_nonzero(got.numpy()) if got.device == CPU else torch.count_nonzero(got)
-    return Measure(_dot(got, wanted), _dot(wanted, wanted), got.numel(), got.numel() - int(moved))
+    changed = np.count_nonzero(got.numpy()) if got.device == CPU else torch.count_nonzero(got)
+    return Measure(_dot(got, wanted), _dot(wanted, wanted), got.numel(), got.numel() - int(changed))
 
 
 def _dot(one: Tensor, other: Tensor) -> float:

@@ -28,7 +28,7 @@ from loratool.errors import InvalidFile, Unsupported, some
 from loratool.formats.reading import locate
 from loratool.header import Header, TensorInfo, open_regular, read_header
 from loratool.ops import streaming
-from loratool.ops.adding import Added
+from loratool.ops.adding import Added, rows_of
 from loratool.ops.appending import ENTRY_BYTES, Appending, Entry
 from loratool.ops.plan import Choice, Plan, TensorPlan
 from loratool.ops.rewriting import METADATA_KEY
@@ -65,7 +65,6 @@ class UndoFile:
         self._output = Output(path, folder=False, overwrite=overwrite, nbytes=0, inputs=inputs)
         self._stack = ExitStack()
         self._numbers = count()
-        self._added: Added | None = None
         pieces = [tensor for tensor in plan.tensors.values() if tensor.touched]
         self._room = 4096 + sum(_most(tensor) * (len(json.dumps(tensor.name)) + ENTRY_BYTES) for tensor in pieces)
         # JSON inside JSON: what is escaped in one is escaped again in the other.
@@ -80,13 +79,11 @@ class UndoFile:
     def __exit__(self, *raised: Any) -> None:
         self._stack.__exit__(*raised)
 
-    def follow(self, job: Job) -> Callable[[], None]:
+    def follow(self, job: Job, added: Added) -> Callable[[], None]:
         """What is to be done once a job is: to keep what leads back from what it wrote."""
         if job.tensor.name not in self.plan.layout.tensors:
             return lambda: None
-        if self._added is None or self._added.tensor is not job.tensor:
-            self._added = Added(job.tensor)
-        return partial(self._keep, next(self._numbers), job, self._added)
+        return partial(self._keep, next(self._numbers), job, added)
 
     def finish(self, files: Sequence[str]) -> int:
         """Writes all the rest, `files` being those that the merge rewrote, and returns the size. The file is complete then,
@@ -161,11 +158,8 @@ def _rows(job: Job) -> tuple[Tensor, Tensor]:
     tensor, columns = job.tensor, matrix(job.tensor.shape)[1]
     merged = torch.empty(job.stop - job.start, columns, dtype=DTYPES[tensor.dtype])
     job.target.read_into(tensor_bytes(merged), job.offset + job.start * job.row_bytes)
-    if not job.by_blocks:
-        return job.source.read(tensor.source), merged.reshape(tensor.shape)
-    base = torch.empty(merged.shape, dtype=DTYPES[tensor.source.dtype])
-    job.source.read_into(tensor_bytes(base), tensor.source.start + job.start * columns * base.element_size())
-    return base, merged
+    # What is changed whole may have another shape than it had.
+    return rows_of(job, tensor.source) if job.by_blocks else job.source.read(tensor.source), merged
 
 
 def sha256(path: Path) -> str:
@@ -197,9 +191,14 @@ class Undo:
     files: Mapping[str, tuple[int, str]]
     adapters: tuple[Held, ...]
 
-    def starts(self, tensor: str) -> list[int]:
-        """The first row of each piece of a tensor that is kept, in order."""
-        return sorted(int(row) for row in self.names(f"rows/{tensor}/") if row.isdecimal())
+    def starts(self) -> dict[str, list[int]]:
+        """The first row of each piece that is kept of a tensor, in order, by its name."""
+        found: dict[str, list[int]] = {}
+        for name in self.names("rows/"):
+            tensor, _, row = name.rpartition("/")
+            if row.isdecimal():
+                found.setdefault(tensor, []).append(int(row))
+        return {tensor: sorted(rows) for tensor, rows in found.items()}
 
     def names(self, prefix: str) -> dict[str, TensorInfo]:
         """What is kept below a prefix, by the rest of its name."""

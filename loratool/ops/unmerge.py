@@ -142,13 +142,10 @@ class _Doubt:
 
     def __init__(self, *, by_chance: bool) -> None:
         self.count, self.by_chance = 0, by_chance
-        self._added: Added | None = None
         self._lock = threading.Lock()
 
-    def follow(self, job: Job) -> Callable[[], None]:
-        if self._added is None or self._added.tensor is not job.tensor:
-            self._added = Added(job.tensor)
-        return partial(self._look, job, self._added)
+    def follow(self, job: Job, added: Added) -> Callable[[], None]:
+        return partial(self._look, job, added)
 
     def _look(self, job: Job, added: Added) -> None:
         found = added.doubtful(rows_of(job, job.tensor.source), job.start, by_chance=self.by_chance)

@@ -38,13 +38,13 @@ class Measured:
 def measured(name: str, effect: Effect, *, spectrum: bool) -> Measured:
     """The figures of one change, but for its share, which only all of them tell."""
     sigma, norm, complete = _singular_values(effect, whole=spectrum)
-    largest = float(sigma[0]) if len(sigma) else 0.0
+    first = float(sigma[0]) if len(sigma) else 0.0
     return Measured(
         name=name,
         shape=effect.shape,
         norm=norm,
-        sigma=largest,
-        stable_rank=(norm / largest) ** 2 if largest else 0.0,
+        sigma=first,
+        stable_rank=(norm / first) ** 2 if first else 0.0,
         effective_rank=effective_rank(sigma) if complete else None,
         share=0.0,
         relative=norm / effect.before if effect.before else None,
