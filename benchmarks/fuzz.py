@@ -1,4 +1,6 @@
-"""Fuzzing the header check against the reference: `python -m benchmarks.fuzz [--count N] [--seed N]`.
+"""Fuzzing what looks at files first: `python -m benchmarks.fuzz [--what headers|formats] [--count N] [--seed N]`.
+
+The header check goes against the reference:
 
 Sound safetensors files are mutated (bytes, digits, tokens of their JSON, offsets, dtypes, shapes, the length, the end), and
 each goes to our `parse_header`, as `read_header` would call it, and to safetensors' own. Counted are exceptions that are not
@@ -6,24 +8,33 @@ ours, files that we accept and the reference refuses, and the longest and the la
 message: it should be duplicates, limits, and blanks before the header.
 
 Mutants that reach a new answer of our parser, which is a new message or a new number of tensors, join the seeds, so that the
-search goes where it has not been.
+search goes where it has not been. Exit code 1 where anything leaked or was let through.
+
+The readers of formats are given adapters of one model in every format that it has, with mutated headers: `inspect` has to
+say what they are, or why not. Mutants are steered in the same way, by all that the report says.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import re
 import struct
+import sys
+import tempfile
 import time
 import tracemalloc
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 from safetensors import SafetensorError, deserialize
 
 from benchmarks import common
-from loratool.errors import LoratoolError
+from loratool import EditOptions, LoratoolError, convert, edit, inspect
+from loratool.formats.table import FORMATS
 from loratool.header import BASE_HEADER_BYTES, parse_header
 
 TOKENS = (
@@ -124,9 +135,58 @@ def reference(raw: bytes) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--what", choices=["headers", "formats"], default="headers")
     parser.add_argument("--count", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    {"headers": headers, "formats": formats}[arguments.what](arguments)
+
+
+def formats(arguments: argparse.Namespace) -> None:
+    """Prints what `inspect` made of mutated adapters."""
+    chance, answers, leaked, slow = random.Random(arguments.seed), Counter[str](), Counter[str](), 0.0
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="loratool-fuzz-") as name:
+        seeds, path = list(spellings(Path(name))), Path(name, "mutant.safetensors")
+        count = len(seeds)
+        for _ in range(arguments.count):
+            path.write_bytes(raw := mutated(chance.choice(seeds), chance))
+            before = time.perf_counter()
+            try:
+                report = inspect(path)
+                answer = f"{report.format} {report.arch} {getattr(report, 'kinds', '')} {getattr(report, 'suspicions', '')}"
+            except LoratoolError as error:
+                answer = str(error)
+            except Exception as error:
+                leaked[f"{type(error).__name__}: {error}"] += 1
+                continue
+            slow = max(slow, time.perf_counter() - before)
+            answer = re.sub(r"\d+|'[^']*'", "…", answer)[:300]
+            answers[answer] += 1
+            if answers[answer] == 1 and len(seeds) < 5000:
+                seeds.append(raw)
+    minutes = (time.monotonic() - started) / 60
+    print(f"{common.machine()}: {arguments.count:,} mutants of {count} adapters in {minutes:.1f} min, seed {arguments.seed}")
+    print(f"  {len(answers):,} different reports and errors; longest {slow:.3f} s")
+    print(f"  exceptions that are not ours: {sum(leaked.values())} {dict(leaked)}")
+    sys.exit(1 if leaked else 0)
+
+
+def spellings(folder: Path) -> Iterator[bytes]:
+    """One attention layer's LoRA of an SDXL and of a Llama, in every format that has them."""
+    fixtures = Path(__file__).parent.parent / "fixtures"
+    for source, keep in {"style.safetensors": "*input_blocks_4_1*attn1*", "llama-lora": "*layers.0.self_attn*"}.items():
+        small = folder / source
+        edit(fixtures / source, small, EditOptions(keep=(keep,)))
+        for row in FORMATS:
+            out = folder / f"{source}-{row.name}"
+            with contextlib.suppress(LoratoolError):
+                convert(small, out, row.name)
+                yield (out / "adapter_model.safetensors" if out.is_dir() else out).read_bytes()
+
+
+def headers(arguments: argparse.Namespace) -> None:
+    """Prints what our parser made of mutated headers, beside the reference."""
     chance = random.Random(arguments.seed)
     seeds, answers = [sound(chance) for _ in range(50)], Counter[str]()
     stricter, laxer, leaked, slow = Counter[str](), Counter[str](), Counter[str](), 0.0
@@ -162,6 +222,7 @@ def main() -> None:
     print(f"  longest {slow:.3f} s, at most {most / 1e6:.1f} MB of Python's memory")
     for answer, times in stricter.most_common(12):
         print(f"  refused by us alone, {times:,} times: {answer} such as {shown[answer]!r}")
+    sys.exit(1 if leaked or laxer else 0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
@@ -17,6 +18,9 @@ import torch
 from loratool.devices import exact_products
 
 MOST: Final = 8
+THREAD_BYTES: Final = 512 << 20
+"""Memory that there should be for each thread, with what it holds of a model and its adapters."""
+CGROUP_LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 T = TypeVar("T")
 
@@ -53,6 +57,21 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def memory_limit() -> int:
+    """The bytes that this process may take by its container's limit and its own (ulimit -v); 0 where nothing limits it."""
+    limits = [resource.getrlimit(resource.RLIMIT_AS)[0]]
+    for path in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(path.read_text()))
+    return min((limit for limit in limits if 0 < limit < 1 << 60), default=0)
+
+
+def threads_for(limit: int) -> int:
+    """How many threads work at once where memory is limited to so many bytes, 0 being no limit."""
+    room = limit // THREAD_BYTES if limit else MOST
+    return max(1, min(MOST, cores(), room))
+
+
 def run_all(
     pieces: Iterable[Callable[[], T]],
     done: Callable[[int, T], None],
@@ -65,7 +84,7 @@ def run_all(
     Each thread computes with one core: pieces are too small to share, and sums must not depend on how many cores there are.
     `stopped` is set when an error or an interruption ends it, for pieces that look.
     """
-    count = threads or min(MOST, cores())
+    count = threads or threads_for(memory_limit())
     before, running, numbered = torch.get_num_threads(), dict[Future[T], int](), enumerate(pieces)
     with exact_products(), ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, 1)) as pool:
         try:

@@ -9,10 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
+EXAMPLES = int(os.environ.get("LORATOOL_EXAMPLES", "0"))
+
+if EXAMPLES:
+    settings.register_profile("thorough", max_examples=EXAMPLES)
+    settings.load_profile("thorough")
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def examples(few: int) -> int:
+    """How many examples a law is tried with: few, unless LORATOOL_EXAMPLES asks for more."""
+    return max(few, EXAMPLES)
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ from loratool.errors import NeedsBase, ShapeMismatch
 from loratool.formats.table import format_named
 from loratool.header import read_header
 from loratool.ops.compare import AdapterComparison
+from tests.conftest import examples
 from tests.models import kohya, llm, lora, peft_adapter, save
 from tests.oracles.test_lycoris import ADDITIVE, train
 from tests.test_convert import made_for
@@ -45,7 +46,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 Dense = dict[str, torch.Tensor]
 SHAPES = {"lora_unet_a": (6, 8), "lora_unet_b": (7, 3), "lora_unet_conv": (5, 4, 3, 3), "lora_te_c": (9, 2, 1, 1)}
-SETTINGS = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = settings(deadline=None, max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def dense(path: Path) -> Dense:

@@ -18,6 +18,7 @@ from loratool.errors import NeedsBase, NonFinite, OutputError, Unsupported
 from loratool.formats.table import format_named
 from loratool.header import read_header
 from loratool.linalg import effective_rank
+from tests.conftest import examples
 from tests.models import Tensors, kohya, llm, peft_adapter, save, sdxl_checkpoint
 from tests.oracles.test_lycoris import ADDITIVE, OTHERS, train
 from tests.test_convert import made_for
@@ -33,7 +34,7 @@ def dense(path: Path) -> Tensors:
 
 
 @given(seed=st.integers(0, 10_000), rank=st.integers(1, 10), alpha=st.floats(0.1, 20), size=st.floats(-12, 12))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_figures_are_those_of_the_dense_matrix(
     tmp_path_factory: pytest.TempPathFactory, seed: int, rank: int, alpha: float, size: float
 ) -> None:

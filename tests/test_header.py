@@ -14,6 +14,7 @@ from safetensors import SafetensorError, deserialize
 from loratool.errors import InvalidConfig, InvalidFile
 from loratool.header import TensorInfo, encode_header, parse_header, read_header, read_index, read_scalars
 from loratool.strict import strict_json
+from tests.conftest import examples
 
 ONE = '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
 
@@ -124,7 +125,7 @@ fragments = st.sampled_from(
 
 
 @given(st.integers(0, len(ONE)), st.integers(0, 4), fragments, st.integers(0, 16))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 def test_never_accepts_what_the_reference_refuses(position: int, cut: int, inserted: str, size: int) -> None:
     raw = (ONE[:position] + inserted + ONE[position + cut :]).encode()
     content = struct.pack("<Q", len(raw)) + raw + b"\0" * size

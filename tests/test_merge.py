@@ -17,7 +17,7 @@ import loratool
 from loratool import LoratoolError, Options, Source, merge
 from loratool.errors import InvalidAdapter, NonFinite, OutputError, ShapeMismatch, UnmatchedModules, Unsupported
 from loratool.ops import streaming
-from tests.conftest import FIXTURES
+from tests.conftest import FIXTURES, examples
 from tests.models import Tensors, kohya, save
 
 SHAPES = {"fc": (12, 8), "conv": (6, 4, 3, 3), "point": (5, 7, 1, 1), "out": (8, 12)}
@@ -121,7 +121,7 @@ def test_blocks_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @given(scale=st.sampled_from([1e-5, 1e-4, 1e-3, 1e-1]), seed=st.integers(0, 5))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 def test_the_report_measures_what_rounding_left(tmp_path_factory: pytest.TempPathFactory, scale: float, seed: int) -> None:
     folder = tmp_path_factory.mktemp("report")
     generator = torch.Generator().manual_seed(seed)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool.rounding import stochastic
+from tests.conftest import examples
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -21,7 +22,7 @@ def test_exact_values_stay(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(value=st.floats(-60000, 60000, width=32, allow_subnormal=True), seed=st.integers(0, 9))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_a_value_goes_to_one_of_its_two_neighbours(dtype: torch.dtype, value: float, seed: int) -> None:
     values = torch.full((64,), value)
     rounded = stochastic(values, dtype, "w", seed, 0).float()
@@ -44,7 +45,7 @@ def test_the_mean_is_the_value(dtype: torch.dtype, value: float) -> None:
 
 
 @given(cut=st.integers(0, 100), seed=st.integers(0, 3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_a_tensor_may_be_rounded_in_pieces(cut: int, seed: int) -> None:
     values = torch.randn(100, generator=torch.Generator().manual_seed(seed))
     whole = stochastic(values, torch.bfloat16, "w", seed, 5)

@@ -25,6 +25,7 @@ from loratool.errors import OutputError, Unsupported
 from loratool.layout import open_layout
 from loratool.output import Writer
 from loratool.rounding import steps
+from tests.conftest import examples
 from tests.models import Tensors, kohya, llm, peft_adapter, save
 from tests.test_merge import STEMS, base_tensors
 from tests.test_unmerge import dora
@@ -36,7 +37,7 @@ SHARDS = ("model-00001", "model-00002", "model-00003")
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @given(seed=st.integers(0, 1000), old=st.floats(-2, 2), new=st.floats(-2, 2))
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(20), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_swap_is_the_merge_of_the_other_to_one_rounding(
     tmp_path_factory: pytest.TempPathFactory, dtype: torch.dtype, seed: int, old: float, new: float
 ) -> None:

@@ -24,6 +24,7 @@ from loratool.ops.adding import Added
 from loratool.ops.plan import Choice, make_plan
 from loratool.residuals import packed, unpacked
 from loratool.rounding import INTEGERS, neighbours
+from tests.conftest import examples
 from tests.models import Tensors, kohya, llm, peft_adapter, save
 from tests.test_merge import STEMS, base_tensors
 
@@ -52,7 +53,7 @@ def dora() -> Tensors:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(seed=st.integers(0, 10_000), count=st.integers(0, 300), near=st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 def test_what_was_packed_is_unpacked_to_the_bit(dtype: torch.dtype, seed: int, count: int, near: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     width = dtype.itemsize
@@ -67,7 +68,7 @@ def test_what_was_packed_is_unpacked_to_the_bit(dtype: torch.dtype, seed: int, c
 
 
 @given(raw=st.binary(max_size=200), count=st.integers(0, 50))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_what_was_never_packed_is_an_error(raw: bytes, count: int) -> None:
     guess = torch.zeros(count, dtype=torch.bfloat16)
     good = packed(guess + 1, guess)
@@ -99,7 +100,7 @@ def test_neighbours_have_nothing_between_them(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @given(first=strengths, second=strengths, seed=st.integers(0, 1000), stochastic=st.booleans())
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(20), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_an_undo_file_leads_back_to_the_bit(
     tmp_path_factory: pytest.TempPathFactory, dtype: torch.dtype, first: float, second: float, seed: int, stochastic: bool
 ) -> None:
@@ -259,7 +260,7 @@ def test_another_checkpoint_is_told_by_its_hash_and_nothing_is_written(tmp_path:
 
 
 @given(where=st.floats(0, 1), byte=st.integers(1, 255))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_damaged_undo_file_is_an_error_or_leads_back_all_the_same(
     tmp_path_factory: pytest.TempPathFactory, where: float, byte: int
 ) -> None:
@@ -313,7 +314,7 @@ def test_an_undo_file_never_lies_where_the_output_goes(tmp_path: Path, path: str
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @given(seed=st.integers(0, 10_000), size=st.floats(-4, 1), strength=strengths, stochastic=st.booleans())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_number_that_subtraction_misses_is_counted(
     tmp_path_factory: pytest.TempPathFactory, dtype: torch.dtype, seed: int, size: float, strength: float, stochastic: bool
 ) -> None:

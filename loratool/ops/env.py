@@ -12,11 +12,10 @@ from typing import Final
 import torch
 
 from loratool import __version__
-from loratool.workers import cores
+from loratool.workers import cores, memory_limit
 
 LIBRARIES: Final = ("torch", "safetensors", "numpy", "click", "rich", "peft", "diffusers", "transformers")
 """Those it is built on, and those whose files it writes."""
-CGROUP_LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ def environment() -> Environment:
     """What this process runs on."""
     meminfo = _meminfo()
     total = meminfo.get("MemTotal", 0)
-    limit = _cgroup_limit()
+    limit = memory_limit()
     return Environment(
         versions={"loratool": __version__, "Python": platform.python_version(), **_versions()},
         system=platform.platform(),
@@ -88,16 +87,6 @@ def _meminfo() -> dict[str, int]:
         return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
     except (OSError, ValueError, IndexError):
         return {}
-
-
-def _cgroup_limit() -> int:
-    """The memory that a container may take; 0 where nothing limits it."""
-    for path in CGROUP_LIMITS:
-        try:
-            return int(path.read_text())
-        except (OSError, ValueError):
-            continue
-    return 0
 
 
 def _processor() -> str:

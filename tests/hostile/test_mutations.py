@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fuzz import mutated
-from tests.conftest import FIXTURES, Run
+from tests.conftest import FIXTURES, Run, examples
 from tests.hostile.cases import CONFIG, base_tensors, lora, peft, stored
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -27,7 +29,7 @@ VERBS = {
     "delta": "delta {0} -o {1}",
     "undo": "merge base.safetensors {0} -o {1} --undo {1}.undo",
 }
-mutants = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+mutants = settings(max_examples=examples(200), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def ends_rightly(place: Path, invoke: Run, words: list[str]) -> None:
@@ -70,7 +72,7 @@ def test_configs(tmp_path: Path, invoke: Run, verb: str, seed: int) -> None:
 )
 @pytest.mark.parametrize("file", ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"])
 @given(seed=st.integers(0, 2**32))
-@settings(mutants, max_examples=60)
+@settings(mutants, max_examples=examples(60))
 def test_bases(tmp_path: Path, invoke: Run, verb: str, file: str, seed: int) -> None:
     shutil.rmtree(tmp_path / "base", ignore_errors=True)
     shutil.copytree(FIXTURES / "llama", tmp_path / "base")
@@ -80,3 +82,10 @@ def test_bases(tmp_path: Path, invoke: Run, verb: str, file: str, seed: int) -> 
     prefix = b"" if file.endswith(".safetensors") else len(raw).to_bytes(8, "little")
     (tmp_path / "base" / file).write_bytes(mutated(prefix + raw, random.Random(seed))[len(prefix) :])
     ends_rightly(tmp_path, invoke, verb.split())
+
+
+@pytest.mark.parametrize("what", ["headers", "formats"])
+def test_a_short_fuzz_finds_nothing(what: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.fuzz", "--what", what, "--count", "20000"]
+    done = subprocess.run(command, cwd=FIXTURES.parent, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -23,6 +23,7 @@ from loratool.checkpoint import TensorFile
 from loratool.errors import OutputError
 from loratool.locks import Lock, sweep_locks
 from loratool.output import Output, Writer
+from loratool.workers import threads_for
 from tests.conftest import FIXTURES, Run
 from tests.models import kohya, save
 
@@ -95,6 +96,15 @@ def test_kills_leave_nothing_that_looks_like_an_output_and_the_next_run_sweeps(t
     subprocess.run([*command, "--overwrite", "-q"], cwd=tmp_path, check=True)
     assert {path.name for path in tmp_path.iterdir()} == {"base.safetensors", "a.safetensors", "out.safetensors"}
     assert (tmp_path / "base.safetensors").read_bytes() == base
+
+
+@pytest.mark.slow
+def test_kills_at_each_call_of_the_system_leave_the_old_or_the_new(tmp_path: Path) -> None:
+    """Files and shards, new, replaced and in place; the run after them sweeps what they left."""
+    command = [sys.executable, "-m", "tests.hostile.kills", str(tmp_path)]
+    done = subprocess.run(command, cwd=FIXTURES.parent, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 200
 
 
 def cut(path: Path) -> None:
@@ -183,6 +193,11 @@ def test_little_memory_is_an_error_that_says_so_or_enough(tmp_path: Path, megaby
         assert "error: " in done.stderr
         assert not (tmp_path / "out.safetensors").exists()
     assert megabytes < 8000 or done.returncode == 0
+
+
+def test_fewer_threads_work_where_there_is_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loratool.workers.cores", lambda: 16)
+    assert [threads_for(limit) for limit in (0, 1, 2 << 30, 64 << 30)] == [8, 1, 4, 8]
 
 
 def test_json_carries_errors_too(tmp_path: Path, invoke: Run) -> None:

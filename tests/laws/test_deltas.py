@@ -15,6 +15,7 @@ from torch import Tensor
 from loratool.deltas import ANY, KINDS, Delta, DoRA, Enlarge, ExpertLoRA, TokenRows, stack
 from loratool.deltas.lora import LoRA
 from loratool.errors import LoratoolError, NeedsBase, Unsupported
+from tests.conftest import examples
 
 Make = Callable[[torch.Generator, int], tuple[Delta, tuple[int, ...]]]
 """Builds a delta of a rank, and the shape of a weight that it fits."""
@@ -94,7 +95,7 @@ MAKERS: Mapping[str, Make] = {
 
 every_kind = pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
 draws = given(seed=st.integers(0, 10_000), rank=st.integers(1, 4))
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=examples(15), deadline=None)
 
 
 def drawn(make: Make, seed: int, rank: int) -> tuple[Delta, Tensor]:

@@ -13,6 +13,7 @@ from loratool import krylov
 from loratool.krylov import Spectrum, largest, leading, leading_each, orthonormal
 from loratool.ops.factoring import Storage, factored
 from loratool.ranks import Rule
+from tests.conftest import examples
 
 
 def matrix(sigma: torch.Tensor, height: int, width: int, seed: int) -> torch.Tensor:
@@ -37,7 +38,7 @@ SPECTRA = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.sampled_from(sorted(SPECTRA)),
     st.integers(1, 300),
@@ -161,7 +162,7 @@ def test_a_rule_asks_for_more_until_it_knows_enough() -> None:
 
 
 @given(seed=st.integers(0, 1000), count=st.integers(1, 5), rank=st.sampled_from([None, 3]), turned=st.booleans())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_several_at_once_are_what_each_is_alone(seed: int, count: int, rank: int | None, turned: bool) -> None:
     """Some of low rank, some of full, whose rules ask for different numbers of triples."""
     generator = torch.Generator().manual_seed(seed)
@@ -183,7 +184,7 @@ def test_several_at_once_are_what_each_is_alone(seed: int, count: int, rank: int
 
 
 @given(seed=st.integers(0, 1000), columns=st.integers(0, 12), spread=st.floats(0, 14), count=st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_twice_orthonormal_is_orthonormal(seed: int, columns: int, spread: float, count: int) -> None:
     """However dependent the columns are, up to what float64 tells apart."""
     generator = torch.Generator().manual_seed(seed)
@@ -200,7 +201,7 @@ def test_twice_orthonormal_is_orthonormal(seed: int, columns: int, spread: float
 
 
 @given(seed=st.integers(0, 1000), decay=st.floats(0, 2), rows=st.integers(100, 400), columns=st.integers(100, 400))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_the_largest_singular_value_is_found(seed: int, decay: float, rows: int, columns: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     left, right = (torch.linalg.qr(torch.randn(n, 60, generator=generator)).Q for n in (rows, columns))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool.linalg import Core, all_finite, bounds, difference_norm
+from tests.conftest import examples
 
 sizes = st.integers(1, 24)
 
@@ -22,7 +23,7 @@ def product(height: int, width: int, rank: int, fall: float, lost: bool, seed: i
     return up, down
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(sizes, sizes, sizes, st.sampled_from([0.0, 1.0, 4.0]), st.booleans(), st.integers(0, 9), st.integers(0, 24))
 def test_factors_are_the_best_at_every_rank(
     height: int, width: int, rank: int, fall: float, lost: bool, seed: int, kept: int
