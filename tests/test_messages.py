@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loratool.cli import short_of_memory
 from loratool.cli.options import adapter_and_strength
 from loratool.cli.render import LONGEST, count, progress_bar, safe
 from loratool.strict import strict_json
@@ -201,3 +203,47 @@ JSON = st.recursive(
 def test_sound_json_is_read_as_json_is(document: object) -> None:
     for ascii_only in (True, False):
         assert strict_json(json.dumps(document, ensure_ascii=ascii_only).encode()) == document
+
+
+def test_a_disk_that_is_too_small_is_said_before_any_work(
+    tmp_path: Path, invoke: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    done = invoke("merge", LLAMA, LORA, "-o", "out")
+    assert done.returncode == 1
+    assert "error: out: needs " in done.stderr
+    assert "the disk has 10 free" in done.stderr
+    shutil.copytree(LLAMA, tmp_path / "llama")
+    done = invoke("merge", "llama", LORA, "--in-place")
+    assert done.returncode == 1
+    assert "bytes for a copy, the disk has 10 free" in done.stderr
+
+
+def test_a_folder_that_is_no_model_is_not_replaced(tmp_path: Path, invoke: Run) -> None:
+    (folder(tmp_path / "photos", "holiday.jpg")).resolve()
+    done = invoke("merge", LLAMA, LORA, "-o", "photos", "--overwrite")
+    assert "error: photos: holds files but no model; --overwrite would delete them" in done.stderr
+    shutil.copytree(LLAMA, tmp_path / "models" / "llama")
+    (tmp_path / "models" / "config.json").write_text("{}")
+    done = invoke("merge", "models/llama", LORA, "-o", "models", "--overwrite")
+    assert "error: models: holds the input models/llama" in done.stderr
+
+
+def test_a_link_is_not_changed_in_place(tmp_path: Path, invoke: Run) -> None:
+    shutil.copy(FIXTURES / "sdxl.safetensors", tmp_path / "blob")
+    (tmp_path / "base.safetensors").symlink_to("blob")
+    done = invoke("merge", "base.safetensors", STYLE, "--in-place")
+    assert done.returncode == 1
+    assert "is a symbolic link" in done.stderr
+
+
+def test_memory_that_ran_out_is_told_with_the_number() -> None:
+    torchs = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000 bytes.")
+    assert str(short_of_memory(torchs)).startswith("out of memory: 4 GB were needed at once; give the process more")
+    assert str(short_of_memory(MemoryError())).startswith("out of memory; ")
+    assert short_of_memory(RuntimeError("a bug")) is None
+
+
+def test_ranks_may_be_a_servers(invoke: Run) -> None:
+    done = invoke("resize", LORA, "-o", "small", "--rank", "3", "--round-ranks", "vllm", "--pad", "--json")
+    assert {module["rank"] for module in json.loads(done.stdout)["modules"]} == {8}
