@@ -22,13 +22,14 @@ from loratool.errors import InvalidConfig, InvalidFile, LoratoolError
 from loratool.strict import strict_json
 
 BITS: Final[Mapping[str, int]] = {
-    "F64": 64, "I64": 64, "U64": 64, "C64": 64,
-    "F32": 32, "I32": 32, "U32": 32,
-    "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8, "U8": 8, "BOOL": 8,
-    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+    "F32": 32, "U32": 32, "I32": 32,
+    "BF16": 16, "F16": 16, "U16": 16, "I16": 16,
+    "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8, "U8": 8,
+    "F6_E3M2": 6, "F6_E2M3": 6, "F4": 4, "BOOL": 8,
 }  # fmt: skip
-"""Bits in one element of each dtype that the format names."""
+"""Bits in one element of each dtype that the format names, in the order in which safetensors writes them."""
+PLACES: Final = {dtype: place for place, dtype in enumerate(BITS)}
 
 DTYPE_OPTIONS: Final[Mapping[str, str]] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The dtypes that outputs may be asked for, and how safetensors calls them."""
@@ -147,13 +148,21 @@ def parse_header(raw: bytes, size: int) -> tuple[dict[str, TensorInfo], dict[str
     return {tensor.name: tensor for tensor in found}, metadata
 
 
-def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], length: int = 0) -> bytes:
+def stored_order(dtype: str, name: str) -> tuple[int, str]:
+    """A key that sorts tensors as safetensors writes them: by dtype, then by name (`serialize` in its tensor.rs)."""
+    return PLACES[dtype], name
+
+
+def encode_header(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], length: int = 0, *, always: bool = False
+) -> bytes:
     """The length prefix and the JSON of a header, padded with spaces to a multiple of 8 bytes and to `length`.
 
-    Offsets are taken relative to the first tensor, so the caller may place `tensors` at any base offset.
+    Empty metadata is left out, unless it is to be there `always`. Offsets are taken relative to the first tensor, so the
+    caller may place `tensors` at any base offset.
     """
     base = min((tensor.start for tensor in tensors.values()), default=0)
-    document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata or always else {}
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.stop)):
         offsets = [tensor.start - base, tensor.stop - base]
         document[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}

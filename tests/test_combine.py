@@ -37,6 +37,7 @@ from loratool.errors import NeedsBase, ShapeMismatch
 from loratool.formats.table import format_named
 from loratool.header import read_header
 from loratool.ops.compare import AdapterComparison
+from loratool.ops.hashing import short_hash
 from tests.conftest import examples
 from tests.models import kohya, llm, lora, peft_adapter, save
 from tests.oracles.test_lycoris import ADDITIVE, train
@@ -498,7 +499,10 @@ def test_metadata_is_what_all_say_and_where_it_comes_from(tmp_path: Path) -> Non
     assert "ss_tag" not in metadata
     history = json.loads(metadata["loratool"])
     assert history["command"] == "combine"
-    assert history["adapters"] == [{"name": "a.safetensors", "strength": 0.5}, {"name": "b.safetensors", "strength": 1.0}]
+    assert history["adapters"] == [
+        {"name": f"{name}.safetensors", "autov3": short_hash(tmp_path / f"{name}.safetensors"), "strength": strength}
+        for name, strength in (("a", 0.5), ("b", 1.0))
+    ]
 
 
 def test_a_dtype_costs_what_is_printed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import loratool
 ROOT = Path(loratool.__file__).parent
 LEVELS = {
     "errors": 0, "names": 1, "strict": 1, "header": 1, "schema": 1,
-    "locks": 1, "output": 2, "formats": 2, "archs": 3, "clones": 3, "layout": 3,
+    "locks": 1, "hub": 1, "output": 2, "formats": 2, "archs": 3, "clones": 3, "layout": 3,
     "targets": 4, "detect": 4, "routes": 4, "linalg": 4, "krylov": 4, "rounding": 4, "pickles": 4,
     "devices": 4, "workers": 4, "residuals": 4, "checkpoint": 4, "ranks": 5, "deltas": 5,
     "adapter": 6, "ops": 7, "cli": 8, "__main__": 9,
@@ -33,6 +33,7 @@ TORCHLESS = frozenset(
         "output",
         "locks",
         "clones",
+        "hub",
         "cli",
     ]
 )

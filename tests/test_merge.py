@@ -17,6 +17,7 @@ import loratool
 from loratool import LoratoolError, Options, Source, merge
 from loratool.errors import InvalidAdapter, NonFinite, OutputError, ShapeMismatch, UnmatchedModules, Unsupported
 from loratool.ops import streaming
+from loratool.ops.hashing import short_hash
 from tests.conftest import FIXTURES, examples
 from tests.models import Tensors, kohya, save
 
@@ -86,7 +87,9 @@ def test_untouched_tensors_are_the_same_bytes_and_metadata_is_kept(tmp_path: Pat
         metadata = file.metadata()
     assert (metadata["format"], metadata["author"]) == ("pt", "me")
     provenance = json.loads(metadata["loratool"])
-    assert provenance["adapters"] == [{"name": "a.safetensors", "strength": 1.0}]
+    assert provenance["adapters"] == [
+        {"name": "a.safetensors", "autov3": short_hash(tmp_path / "a.safetensors"), "strength": 1.0}
+    ]
     assert (report.matched, report.changed, report.copied) == (1, ("fc.weight",), len(base) - 1)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from loratool import __version__
+from loratool.cli.check import check_command
 from loratool.cli.combine import combine_command
 from loratool.cli.compare import compare_command
 from loratool.cli.convert import convert_command
@@ -21,9 +22,11 @@ from loratool.cli.edit import edit_command
 from loratool.cli.env import env_command
 from loratool.cli.extract import extract_command
 from loratool.cli.formats import formats_command
+from loratool.cli.hash import hash_command
 from loratool.cli.inspect import inspect_command
 from loratool.cli.low_rank import resize_command
 from loratool.cli.merge import merge_command
+from loratool.cli.meta import meta_command
 from loratool.cli.render import message, print_json, size
 from loratool.cli.swap import swap_command
 from loratool.cli.unmerge import unmerge_command
@@ -90,6 +93,7 @@ def cli() -> None:
     """
 
 
+cli.add_command(check_command)
 cli.add_command(combine_command)
 cli.add_command(compare_command)
 cli.add_command(convert_command)
@@ -98,8 +102,10 @@ cli.add_command(edit_command)
 cli.add_command(env_command)
 cli.add_command(extract_command)
 cli.add_command(formats_command)
+cli.add_command(hash_command)
 cli.add_command(inspect_command)
 cli.add_command(merge_command)
+cli.add_command(meta_command)
 cli.add_command(resize_command)
 cli.add_command(swap_command)
 cli.add_command(unmerge_command)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.cli.convert import a_format, an_arch
+from loratool.cli.inputs import input_path
 from loratool.cli.low_rank import print_converted
 from loratool.cli.options import (
     adapter_and_parts,
@@ -39,7 +40,7 @@ METHODS = ("sum", "ties", "dare", "dare-ties", "knots", "core")
 @click.option("--seed", default=0, show_default=True, help="Of what dare and dare-ties drop.")
 @click.option("--to", type=a_format, metavar="FORMAT", help="Format to write. Default: as the first ADAPTER.")
 @click.option("--arch", type=an_arch, metavar="NAME", help="Base architecture, where the names fit several.")
-@click.option("--base", type=click.Path(path_type=Path), help="The base, for kinds that depend on it.")
+@click.option("--base", type=input_path, help="The base, for kinds that depend on it.")
 @click.option("--dtype", type=click.Choice(list(DTYPE_OPTIONS)), help="Of factors. Default: one that holds them exactly.")
 @pickle_option
 @factors_device_option

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli.convert import a_format, an_arch
+from loratool.cli.inputs import input_path
 from loratool.cli.options import (
     device_option,
     exclude_option,
@@ -31,10 +32,10 @@ LEADING = 8
 
 
 @click.command("delta", short_help="Measure or write out ΔW: of an adapter, or between two checkpoints.")
-@click.argument("path", type=click.Path(path_type=Path), metavar="ADAPTER|BASE")
-@click.argument("tuned", type=click.Path(path_type=Path), metavar="[TUNED]", required=False)
+@click.argument("path", type=input_path, metavar="ADAPTER|BASE")
+@click.argument("tuned", type=input_path, metavar="[TUNED]", required=False)
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Write ΔW whole to this file.")
-@click.option("--base", type=click.Path(path_type=Path), help="Base of ADAPTER: for ‖ΔW‖/‖W₀‖, and kinds that depend on it.")
+@click.option("--base", type=input_path, help="Base of ADAPTER: for ‖ΔW‖/‖W₀‖, and kinds that depend on it.")
 @click.option("--to", type=a_format, metavar="FORMAT", help="Names to write. Default: ADAPTER's, else kohya's.")
 @click.option("--arch", type=an_arch, metavar="NAME", help="Architecture, where the names fit several.")
 @click.option("--dtype", type=click.Choice(list(DTYPE_OPTIONS)), help="Of what is written. Default: float32.")

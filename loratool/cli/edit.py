@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.cli.convert import an_arch
+from loratool.cli.inputs import input_path
 from loratool.cli.options import (
     component_strengths,
     factors,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @click.command("edit", short_help="Drop or scale modules, blocks and components.")
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapter", type=input_path)
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="What to write; not with --dry-run.")
 @click.option("--drop", multiple=True, metavar="GLOB", help="Leave out modules. Repeatable.")
 @click.option("--keep", multiple=True, metavar="GLOB", help="Leave out all other modules. Repeatable.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.cli.convert import a_format, an_arch
+from loratool.cli.inputs import input_path
 from loratool.cli.options import (
     device_option,
     exclude_option,
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 
 @click.command("extract", short_help="Turn a fine-tuned checkpoint into an adapter.")
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("tuned", type=click.Path(path_type=Path))
+@click.argument("base", type=input_path)
+@click.argument("tuned", type=input_path)
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="File or folder to write.")
 @partial(rank_rules, without=("round_ranks", "pad"))
 @click.option("--to", type=a_format, metavar="FORMAT", help="Format to write; `loratool formats` lists them.")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import string
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from loratool.cli.inputs import expanded, input_path
 from loratool.cli.options import json_option
 from loratool.cli.render import count, histogram, print_facts, print_json, print_table, safe, size
+from loratool.errors import LoratoolError
 
 if TYPE_CHECKING:
     from loratool.ops.inspect import AdapterReport, CheckpointReport
@@ -17,31 +20,43 @@ if TYPE_CHECKING:
 TRAINING: Final = (
     "modelspec.title", "modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "ss_network_module",
     "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_learning_rate", "ss_optimizer", "ss_num_train_images",
-    "ss_num_epochs", "ss_steps", "ss_output_name", "software", "loratool",
+    "ss_num_epochs", "ss_steps", "ss_output_name", "software",
 )  # fmt: skip
 """The metadata that people ask after first."""
+SHADES: Final = "░▒▓█"
+LETTERS: Final = string.ascii_lowercase + string.ascii_uppercase + string.digits
+TOLD: Final = frozenset({"version", "command", "adapters", "before", "modules", "columns", "left_out"})
+"""What a step of a history is told by in words of its own, or is too long for a line."""
 
 
 @click.command("inspect", short_help="Say what a file is, and why.")
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, callback=expanded)
 @click.option("--modules", "list_modules", is_flag=True, help="List every module.")
 @click.option("--values", is_flag=True, help="Read the tensors too: norms, spectra, NaN, zeros.")
-@click.option("--base", type=click.Path(path_type=Path), help="Give the share of parameters of this whole checkpoint.")
+@click.option("--plot", is_flag=True, help="Draw ‖ΔW‖ by block and sort of module.")
+@click.option("--base", type=input_path, help="Give the share of parameters of this whole checkpoint.")
 @json_option
-def inspect_command(files: tuple[Path, ...], list_modules: bool, values: bool, base: Path | None, as_json: bool) -> None:
+def inspect_command(
+    files: tuple[Path, ...], list_modules: bool, values: bool, plot: bool, base: Path | None, as_json: bool
+) -> None:
     """Say what each of FILES is: its format, base architecture, modules, ranks, alphas and metadata.
 
-    FILES are adapters (a file, a PEFT folder) or checkpoints (a file, a sharded or diffusers folder). Only headers are
-    read, unless --values asks for more.
+    FILES are adapters (a file, a PEFT folder) or checkpoints (a file, a sharded or diffusers folder); a folder of adapters
+    becomes one table. Only headers are read, unless --values or --plot asks for more.
 
     \b
     Example:
       loratool inspect style.safetensors
       loratool inspect --modules --values adapter_folder/
+      loratool inspect loras/
     """
-    from loratool.ops.inspect import AdapterReport, inspect
+    from loratool.ops.inspect import AdapterReport, adapters_in, inspect
 
     for path in files:
+        kept = adapters_in(path)
+        if kept is not None:
+            _print_folder(path, kept, as_json=as_json)
+            continue
         report = inspect(path, values=values, base=base)
         if as_json:
             print_json(report)
@@ -49,6 +64,57 @@ def inspect_command(files: tuple[Path, ...], list_modules: bool, values: bool, b
         print_facts(str(path), _adapter(report) if isinstance(report, AdapterReport) else _checkpoint(report))
         if isinstance(report, AdapterReport) and (list_modules or values):
             _print_modules(report)
+        if isinstance(report, AdapterReport) and plot:
+            _print_map(path)
+
+
+def _print_folder(folder: Path, paths: Iterable[Path], *, as_json: bool) -> None:
+    """A line for each file of a folder; what cannot be read has its reason below."""
+    from loratool.ops.inspect import AdapterReport, inspect
+
+    reports: list[AdapterReport | CheckpointReport] = []
+    failed = []
+    for path in paths:
+        try:
+            reports.append(inspect(path))
+        except LoratoolError as error:
+            failed.append(str(error))
+    if as_json:
+        print_json({"adapters": reports, "errors": failed})
+        return
+    rows = []
+    for report in reports:
+        ranks = histogram(dict(report.ranks), 1) if isinstance(report, AdapterReport) else ""
+        kinds = ", ".join(report.kinds) if isinstance(report, AdapterReport) else "checkpoint"
+        rows.append([Path(report.path).name, report.arch.title, kinds, ranks, size(report.nbytes)])
+    print_table(["name", "base", "kinds", "rank", "size"], rows, numbers=("size",))
+    click.echo()
+    total = f"{size(sum(report.nbytes for report in reports))} in {len(reports)} files"
+    print_facts(str(folder), [("sum", total), *(("unread", line) for line in failed)])
+
+
+def _print_map(path: Path) -> None:
+    """Blocks from top to bottom, sorts of modules from left to right under letters, the darker the larger their ‖ΔW‖."""
+    from loratool.adapter import load
+    from loratool.ops.mapping import map_of
+
+    found = map_of(load(path))
+    width = max(map(len, found.rows), default=0)
+    letters = [LETTERS[place % len(LETTERS)] for place in range(len(found.columns))]
+    click.echo(f"\n  {'':{width}}  {' '.join(letters)}")
+    for name, row in zip(found.rows, found.cells, strict=True):
+        click.echo(f"  {safe(name):{width}}  {' '.join(_shade(cell, found.largest) for cell in row)}".rstrip())
+    legend = [(letter, column) for letter, column in zip(letters, found.columns, strict=True)]
+    click.echo()
+    print_facts(f"  ‖ΔW‖ from {SHADES[0]} (a quarter of {found.largest:.3g} or less) to {SHADES[-1]}; · no module", legend)
+    if found.unmeasured:
+        print_facts("", [("left out", f"{found.unmeasured} changes whose norm only the base could tell")])
+
+
+def _shade(cell: float | None, largest: float) -> str:
+    if cell is None:
+        return "·"
+    return SHADES[min(int(cell / largest * len(SHADES)), len(SHADES) - 1)] if largest else SHADES[0]
 
 
 def _adapter(report: AdapterReport) -> Iterator[tuple[str, str]]:
@@ -66,6 +132,7 @@ def _adapter(report: AdapterReport) -> Iterator[tuple[str, str]]:
     yield "size", f"{size(report.nbytes)} in {histogram(dict(report.dtypes))}"
     yield "parameters", f"{count(report.parameters)}{share}"
     yield from _metadata(report.metadata)
+    yield from _history(report.history)
     yield from (("note", safe(line)) for line in report.suspicions)
 
 
@@ -78,6 +145,7 @@ def _checkpoint(report: CheckpointReport) -> Iterator[tuple[str, str]]:
     if len(report.files) > 1:
         yield "files", f"{len(report.files)}: {safe(report.files[0])} to {safe(report.files[-1])}"
     yield from _metadata(report.metadata)
+    yield from _history(report.history)
     yield from (("note", safe(line)) for line in report.suspicions)
 
 
@@ -85,8 +153,27 @@ def _metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     known = [key for key in TRAINING if key in metadata]
     for key in known:
         yield safe(key), safe(metadata[key])
-    if len(metadata) > len(known):
-        yield "metadata", f"{len(metadata) - len(known)} more entries; --json shows them"
+    more = len(metadata.keys() - {*known, "loratool"})
+    if more:
+        yield "metadata", f"{more} more {'entry' if more == 1 else 'entries'}; meta show prints them"
+
+
+def _history(steps: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """What was done to the file, the last command first."""
+    for number, step in enumerate(steps):
+        inputs = [f"{each.get('name')}{_strength(each)}{_hash(each)}" for each in step.get("adapters", ())]
+        about = {key: value for key, value in step.items() if key not in TOLD and value is not None}
+        said = [f"{key} {value}" for key, value in about.items() if isinstance(value, str | int | float)]
+        made = f"{step['command']} {' + '.join(inputs)}".strip()
+        yield "history" if number == 0 else "", safe("; ".join([made, *said, f"loratool {step.get('version')}"]))
+
+
+def _strength(adapter: Mapping[str, Any]) -> str:
+    return f":{adapter['strength']:g}" if isinstance(adapter.get("strength"), int | float) else ""
+
+
+def _hash(adapter: Mapping[str, Any]) -> str:
+    return f" ({adapter['autov3']})" if adapter.get("autov3") else ""
 
 
 def _print_modules(report: AdapterReport) -> None:

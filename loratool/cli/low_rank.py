@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from loratool.cli.inputs import input_path
 from loratool.cli.options import (
     KEEPING,
     alpha_option,
@@ -38,7 +39,7 @@ def rank_options(
 ) -> Callable[..., None]:
     """What both commands take: input, output, how much to keep, the base, and how to report."""
     after = [
-        click.option("--base", type=click.Path(path_type=Path), help="The base, for kinds that depend on it."),
+        click.option("--base", type=input_path, help="The base, for kinds that depend on it."),
         click.option("--dtype", type=click.Choice(list(DTYPE_OPTIONS)), help="Of new factors. Default: as the adapter's."),
         alpha_option,
         slots_option,
@@ -49,7 +50,7 @@ def rank_options(
         verbose_option,
     ]
     before = [
-        click.argument("adapter", type=click.Path(path_type=Path)),
+        click.argument("adapter", type=input_path),
         click.option("-o", "--output", "out", required=writes, type=click.Path(path_type=Path), help="What to write."),
     ]
     for option in reversed(after):

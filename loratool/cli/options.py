@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from loratool import hub
+from loratool.cli.inputs import found, there
 from loratool.errors import LoratoolError
 from loratool.formats.prefixes import COMPONENTS
 
@@ -169,19 +171,24 @@ def where_to(out: Path | None, *, in_place: bool) -> Path | None:
 
 def adapter_and_strength(text: str) -> tuple[Path, float]:
     """`PATH[:STRENGTH]`: the last colon counts only where a number follows it and no file has the whole as its name."""
+    path, strength = _split(text)
+    return found(path), strength
+
+
+def _split(text: str) -> tuple[str, float]:
     path, colon, number = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
+    if not colon or there(text):
+        return text, 1.0
     try:
-        return Path(path), float(number)
+        return path, float(number)
     except ValueError:
-        return Path(text), 1.0
+        return text, 1.0
 
 
 def adapter_and_parts(text: str) -> tuple[Path, float, tuple[float, ...], dict[str, float]]:
     """`PATH[:STRENGTH[:PARTS]]`, with parts that are numbers, one for each block, or NAME=NUMBER; separated by commas."""
     head, _, tail = text.rpartition(":")
-    if not head or Path(text).exists() or not {",", "="} & set(tail):
+    if not head or there(text) or not {",", "="} & set(tail):
         return *adapter_and_strength(text), (), {}
     pairs = [part.partition("=") for part in tail.split(",")]
     try:
@@ -196,28 +203,34 @@ def adapter_and_parts(text: str) -> tuple[Path, float, tuple[float, ...], dict[s
 
 def sum_of(text: str) -> tuple[Path, list[tuple[Path, float]]]:
     """`BASE+ADAPTER[:STRENGTH]…`: a plus sign separates only where there is a file, or a folder, of that name before it."""
-    words, found = text.split("+"), list[tuple[Path, float]]()
+    words, parts = text.split("+"), list[tuple[Path, float]]()
     while words:
         counts = range(1, len(words) + 1)
-        count = next((n for n in counts if adapter_and_strength("+".join(words[:n]))[0].exists()), len(words))
-        found.append(adapter_and_strength("+".join(words[:count])))
+        count = next((n for n in counts if _is_there("+".join(words[:n]))), len(words))
+        parts.append(adapter_and_strength("+".join(words[:count])))
         words = words[count:]
-    (base, _), *adapters = found
+    (base, _), *adapters = parts
     if not adapters:
         raise LoratoolError(f"--to {text}: expected BASE+ADAPTER:STRENGTH, of files or folders that exist")
     return base, adapters
 
 
+def _is_there(text: str) -> bool:
+    """Whether a name, with or without its strength, is that of a file, a folder, or something on the hub."""
+    path = _split(text)[0]
+    return hub.is_named(path) or there(path)
+
+
 def factors(option: str, pairs: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
     """`GLOB=NUMBER` each; the last equals sign counts. Raises `LoratoolError` where no number follows it."""
-    found = []
+    read = []
     for pair in pairs:
         glob, _, number = pair.rpartition("=")
         try:
-            found.append((glob, float(number)))
+            read.append((glob, float(number)))
         except ValueError as error:
             raise LoratoolError(f"{option} {pair}: expected GLOB=NUMBER") from error
-    return tuple(found)
+    return tuple(read)
 
 
 def component_strengths(pairs: tuple[str, ...]) -> dict[str, float]:

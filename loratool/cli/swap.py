@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from loratool.cli.inputs import input_path
 from loratool.cli.merge import print_merge
 from loratool.cli.options import (
     adapter_and_strength,
@@ -24,7 +25,7 @@ NAMED = "ADAPTER[:STRENGTH]"
 
 
 @click.command("swap", short_help="Take one adapter out of a merged checkpoint and put another in.")
-@click.argument("merged", type=click.Path(path_type=Path))
+@click.argument("merged", type=input_path)
 @click.option(
     "--out", "outgoing", multiple=True, required=True, metavar=NAMED, help="To take out, as it was merged. Repeatable."
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from loratool.cli.inputs import input_path
 from loratool.cli.options import (
     adapter_and_strength,
     device_option,
@@ -26,9 +27,9 @@ HASHES = 8
 
 
 @click.command("unmerge", short_help="Undo a merge: to the bit with its undo file, by subtraction without.")
-@click.argument("merged", type=click.Path(path_type=Path))
+@click.argument("merged", type=input_path)
 @click.argument("adapters", nargs=-1, metavar="[ADAPTER[:STRENGTH]]...")
-@click.option("--undo", type=click.Path(path_type=Path), metavar="FILE", help="What `merge --undo` wrote.")
+@click.option("--undo", type=input_path, metavar="FILE", help="What `merge --undo` wrote.")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="File or folder to write.")
 @pickle_option
 @device_option

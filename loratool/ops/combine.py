@@ -3,7 +3,6 @@ them."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from loratool import __version__
 from loratool.adapter import Adapter, load
 from loratool.deltas import LoRA
 from loratool.deltas.combined import Merge
@@ -23,10 +21,10 @@ from loratool.header import DTYPE_OPTIONS
 from loratool.names import Module
 from loratool.ops.choosing import choose_common, own_format
 from loratool.ops.combining import Combining, MergeAt, as_sum
+from loratool.ops.history import METADATA_KEY, entry, named
 from loratool.ops.low_rank import error_of
 from loratool.ops.lowering import Converted
 from loratool.ops.packing import require_room, write_as
-from loratool.ops.rewriting import METADATA_KEY
 from loratool.ops.saving import kohya_metadata
 from loratool.ops.strengths import Strength
 from loratool.ops.weights import Weights
@@ -111,11 +109,13 @@ def combine(
         )
     combining, sources = _collected(given, out, options)
 
-    def described(adapter: Adapter) -> Adapter:
-        return replace(adapter, metadata=_metadata(sources, given, adapter, options))
+    def described(adapter: Adapter, error: float = 0.0) -> Adapter:
+        said = None if rule is None else error
+        return replace(adapter, metadata=_metadata(sources, given, adapter, options, said))
 
     dtype = DTYPE_OPTIONS[options.dtype] if options.dtype else None
     combined, lowered = combining.made(sources, rule, dtype, described)
+    combined = described(combined, error_of(lowered))
     inputs = [source.path for source in sources]
     written = write_as(
         combined, combining.target, combining.ways_of(combined), out, inputs=inputs, overwrite=options.overwrite
@@ -194,7 +194,7 @@ def _loaded(adapter: Adapter | str | Path, options: CombineOptions) -> Adapter:
 
 
 def _metadata(
-    adapters: Sequence[Adapter], parts: Sequence[Part], combined: Adapter, options: CombineOptions
+    adapters: Sequence[Adapter], parts: Sequence[Part], combined: Adapter, options: CombineOptions, error: float | None
 ) -> dict[str, str]:
     """What all adapters say alike, made true of the output, and where it comes from."""
     first, *others = (adapter.metadata for adapter in adapters)
@@ -205,18 +205,13 @@ def _metadata(
     ranks = [change.delta.rank for change in combined.changes if isinstance(change.delta, LoRA)]
     all_lora = all(change.delta.kind in ("lora", "full") for change in combined.changes)
     metadata = dict(kohya_metadata(common, ranks)) if all_lora else common
-    document = {"version": __version__, "command": "combine", **dict(_history(adapters, parts, options))}
-    return metadata | {METADATA_KEY: json.dumps(document)}
+    metadata.pop(METADATA_KEY, None)
+    made_of = [named(a.path, strength=part.strength.value) for a, part in zip(adapters, parts, strict=True)]
+    said = dict(_history(options)) | ({"error": f"{error:.4e}"} if error is not None else {})
+    return metadata | entry("combine", made_of, first if len(parts) == 1 else {}, **said)
 
 
-def _history(adapters: Sequence[Adapter], parts: Sequence[Part], options: CombineOptions) -> Iterator[tuple[str, Any]]:
-    yield (
-        "adapters",
-        [
-            {"name": a.path.name[:100], "strength": part.strength.value}
-            for a, part in zip(adapters[:20], parts, strict=False)
-        ],
-    )
+def _history(options: CombineOptions) -> Iterator[tuple[str, Any]]:
     yield "method", options.method
     if options.method != SUM:
         yield "density", options.density

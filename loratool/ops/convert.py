@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from loratool.formats.reading import locate
 from loratool.formats.table import Format, format_named
 from loratool.header import read_header
 from loratool.ops.choosing import Wanted, choose
+from loratool.ops.history import entry, named
 from loratool.ops.low_rank import error_of, lower
 from loratool.ops.lowering import Converted
 from loratool.ops.packing import require_room, write_as
@@ -71,6 +73,7 @@ def convert(
             adapter, converted = lower(adapter, rule, dtype, base=base, device=device)
         elif target.folder and (adapter.path / CONFIG_NAME).exists() and locate(adapter.path)[0].suffix == ".safetensors":
             return _copied(adapter, target, out, overwrite=overwrite)
+        adapter = replace(adapter, metadata={**adapter.metadata, **_said(adapter, target, converted)})
         found, ways = choose([adapter], target, Wanted(arch, source, Path(base) if base else None))
         written = write_as(adapter, target, ways, out, inputs=[adapter.path], overwrite=overwrite)
         report = _report(adapter, target, out, written.nbytes)
@@ -94,10 +97,15 @@ def _report(adapter: Adapter, target: Format, out: Path, nbytes: int) -> Convert
     )
 
 
+def _said(adapter: Adapter, target: Format, converted: Sequence[Converted]) -> dict[str, str]:
+    error = {"error": f"{error_of(converted):.4e}"} if converted else {}
+    return entry("convert", [named(adapter.path)], adapter.metadata, to=target.name, **error)
+
+
 def _copied(adapter: Adapter, target: Format, out: Path, *, overwrite: bool) -> ConvertReport:
     """A PEFT folder as a PEFT folder: all its tensors and its config, whatever its kind."""
     header = read_header(locate(adapter.path)[0])
     with TensorFile(header) as file:
         tensors = {name: file.read(info) for name, info in header.tensors.items()}
-    contents = Contents(tensors, adapter.metadata, adapter.config)
+    contents = Contents(tensors, {**adapter.metadata, **_said(adapter, target, [])}, adapter.config)
     return _report(adapter, target, out, write(contents, [adapter.path], out, overwrite=overwrite))

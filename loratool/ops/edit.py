@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, load
-from loratool.archs import ARCHS, Arch
-from loratool.archs.blocks import LENGTHS, block_of
+from loratool.archs import Arch
+from loratool.archs.blocks import block_of
 from loratool.errors import LoratoolError, of_file, some
 from loratool.names import Module
-from loratool.ops.choosing import explained
 from loratool.ops.comparing.adapters import norm_of
 from loratool.ops.editing import write_edited
+from loratool.ops.mapping import architecture, natural
 from loratool.ops.strengths import Strength
-from loratool.routes import as_named
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +117,7 @@ def _asked(options: EditOptions) -> dict[str, Any]:
 
 def _blocks(adapter: Adapter, modules: Sequence[Module], options: EditOptions) -> tuple[Arch, dict[Module, str]]:
     """The architecture, and each module's block in it."""
-    if options.arch:
-        found = [next(arch for arch in ARCHS if arch.name == options.arch)]
-    else:
-        found = explained([adapter]) or [as_named(modules, "unknown", "a model without a table")]
-    # Look-alikes that have a vector of this length have the same blocks.
-    length = len(options.strength.vector)
-    arch = next((arch for arch in found if length in LENGTHS.get(arch.name, ())), found[0])
+    arch = architecture(adapter, modules, options.arch, len(options.strength.vector))
     return arch, {module: block_of(arch, module) for module in modules}
 
 
@@ -189,14 +182,9 @@ def _shares(modules: Sequence[Edited]) -> Iterator[Block]:
     by_block: dict[str, list[Edited]] = {}
     for module in modules:
         by_block.setdefault(module.block, []).append(module)
-    for name in sorted(by_block, key=_natural):
+    for name in sorted(by_block, key=natural):
         mine = by_block[name]
         squares = math.fsum((module.norm or 0.0) ** 2 for module in mine)
         left = math.fsum(((module.norm or 0.0) * module.factor) ** 2 for module in mine)
         factors = tuple(sorted({module.factor for module in mine}))
         yield Block(name, len(mine), squares / before if before else 0.0, left / after if after else 0.0, factors)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts numbers inside names by their value."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

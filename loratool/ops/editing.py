@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +10,6 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from loratool import __version__
 from loratool.adapter import Adapter, Change, Stored
 from loratool.deltas import Delta
 from loratool.deltas.base import times
@@ -19,8 +17,8 @@ from loratool.errors import InvalidAdapter, NeedsBase, Unsupported, about, some
 from loratool.formats.leaves import CONTAINER, spelled
 from loratool.names import Module
 from loratool.ops.checking import EXACT, difference, found_in
+from loratool.ops.history import entry, named
 from loratool.ops.packing import STALE
-from loratool.ops.rewriting import METADATA_KEY, history_of
 from loratool.ops.saving import Contents, as_they_were, one_or_dynamic, write
 from loratool.ops.spelling import pattern_of, whole_number
 
@@ -148,8 +146,7 @@ def _metadata(
         loras = [change for change in kept if "down" in change.delta.leaves() and change.delta.scale is not None]
         alphas = [c.delta.scale * len(c.delta.leaves()["down"]) * factors[c.module] for c in loras if c.delta.scale]
         metadata["ss_network_alpha"] = one_or_dynamic(alphas)
-    before = {"before": said} if (said := history_of(metadata)) else {}
-    return metadata | {METADATA_KEY: json.dumps({"version": __version__, "command": "edit", **history, **before})}
+    return metadata | entry("edit", [named(adapter.path)], adapter.metadata, **history)
 
 
 def _compare(expected: Sequence[tuple[Change, Delta]], again: Stored) -> None:

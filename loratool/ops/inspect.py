@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratool.detect import Verdict, detect, inputs_of
 from loratool.errors import InvalidAdapter
@@ -15,8 +15,9 @@ from loratool.formats.prefixes import base_component
 from loratool.formats.reading import Group, Listing, is_adapter_folder, read_listing
 from loratool.formats.recognise import refusal, trainer
 from loratool.header import Header
-from loratool.layout import Layout, open_layout
+from loratool.layout import INDEX_SUFFIX, PIPELINE, SINGLE_NAMES, Layout, open_layout
 from loratool.ops.describing import format_of, leaves_of, summarised, suspicions
+from loratool.ops.history import chain_of
 
 if TYPE_CHECKING:
     from loratool.ops.values import Values
@@ -41,7 +42,8 @@ class ModuleReport:
 
 @dataclass(frozen=True, slots=True)
 class AdapterReport:
-    """What `inspect` finds in an adapter. Bytes are those of tensors; `share` is of the weights it changes."""
+    """What `inspect` finds in an adapter. Bytes are those of tensors; `share` is of the weights it changes; `history` is
+    what loratool did to it, the last command first."""
 
     path: str
     format: str
@@ -56,6 +58,7 @@ class AdapterReport:
     parameters: int
     share: float | None
     metadata: Mapping[str, str]
+    history: tuple[Mapping[str, Any], ...]
     suspicions: tuple[str, ...]
     modules: tuple[ModuleReport, ...]
     what: str = "adapter"
@@ -75,6 +78,7 @@ class CheckpointReport:
     tensors: int
     files: tuple[str, ...]
     metadata: Mapping[str, str]
+    history: tuple[Mapping[str, Any], ...]
     suspicions: tuple[str, ...]
     what: str = "checkpoint"
 
@@ -90,6 +94,19 @@ def inspect(path: str | Path, *, values: bool = False, base: str | Path | None =
         return _checkpoint(open_layout(path))
     whole = sum(info.numel for _, info in open_layout(Path(base)).tensors.values()) if base else None
     return _adapter(found, whole, values=values)
+
+
+def adapters_in(folder: Path) -> list[Path] | None:
+    """The adapters in a folder that is only where they are kept, in order; None for a model's folder, or an adapter's."""
+    if not folder.is_dir() or is_adapter_folder(folder):
+        return None
+    names = {entry.name for entry in folder.iterdir()}
+    if names & {*SINGLE_NAMES, PIPELINE, "config.json"} or any(name.endswith(INDEX_SUFFIX) for name in names):
+        return None
+    found = [entry for entry in folder.iterdir() if entry.suffix == ".safetensors" or is_adapter_folder(entry)]
+    if not found or (len(found) == 1 and found[0].is_file()):
+        return None
+    return sorted(found, key=lambda entry: entry.name.casefold())
 
 
 def is_adapter(path: Path) -> bool:
@@ -126,6 +143,7 @@ def _adapter(found: Listing, whole: int | None, *, values: bool) -> AdapterRepor
         parameters=parameters,
         share=parameters / (whole or touched) if whole or touched else None,
         metadata=summarised(found.header.metadata),
+        history=tuple(chain_of(found.header.metadata)),
         suspicions=(*problems, *suspicions(found)),
         modules=modules,
     )
@@ -209,6 +227,7 @@ def _checkpoint(layout: Layout) -> CheckpointReport:
         tensors=len(tensors),
         files=tuple(layout.files),
         metadata=summarised(_first_metadata(layout.files.values())),
+        history=tuple(chain_of(_first_metadata(layout.files.values()))),
         suspicions=(
             *(why for why in [refusal(layout.tensors)] if why),
             *(f"{name} is not part of the model and is left alone" for name in layout.left_out),

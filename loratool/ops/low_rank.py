@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from torch import Tensor
+
 from loratool.adapter import Adapter, Unsaid, load
 from loratool.devices import lanes
 from loratool.errors import of_file
 from loratool.ops.budgets import Market
-from loratool.ops.lowering import Converted, Lowering, lowered_adapter
-from loratool.ops.saving import as_they_were, size_of, write
+from loratool.ops.history import entry, named
+from loratool.ops.lowering import Converted, Lowered, Lowering, lowered_adapter
+from loratool.ops.saving import Contents, as_they_were, size_of, write
 from loratool.ops.weights import Weights
 from loratool.ranks import NUMERICAL, Budget, Offer, Rule
 
@@ -61,7 +64,7 @@ def to_lora(
     those of the factors as stored. Raises `LoratoolError`.
     """
     work = Lowering(load(path, unsaid=unsaid), dtype, KEPT, _weights(base), on=lanes(device, doubles=True))
-    return _written(work, rule or Rule(), Path(out), overwrite=overwrite)
+    return _written("convert", work, rule or Rule(), Path(out), overwrite=overwrite)
 
 
 def resize(
@@ -84,7 +87,7 @@ def resize(
     """
     on = lanes(device, doubles=True)
     work = Lowering(load(path, unsaid=unsaid), dtype, KEPT - RESIZED, _weights(base), on=on, weigh=weigh)
-    report = _written(work, rule, Path(out), overwrite=overwrite)
+    report = _written("resize", work, rule, Path(out), overwrite=overwrite)
     if not weigh:
         return report
     worths = work.worth.values()
@@ -98,18 +101,26 @@ def _weights(base: str | Path | None) -> Weights | None:
     return Weights(Path(base).expanduser()) if base else None
 
 
-def _written(work: Lowering, rule: Rule | Budget, out: Path, *, overwrite: bool) -> LowRankReport:
+def _written(command: str, work: Lowering, rule: Rule | Budget, out: Path, *, overwrite: bool) -> LowRankReport:
     adapter = work.adapter
     kept = as_they_were(adapter, work.kept)
     with of_file(adapter.path):
         if isinstance(rule, Rule):
             done = work.lowered(rule)
         else:
-            done = work.within(rule, lambda imagined: size_of(work.contents(imagined, kept)))
-    nbytes = write(work.contents(done, kept), [adapter.path], out.expanduser(), overwrite=overwrite)
+            done = work.within(rule, lambda imagined: size_of(_contents(command, work, imagined, kept)))
+    nbytes = write(_contents(command, work, done, kept), [adapter.path], out.expanduser(), overwrite=overwrite)
     figures = tuple(figures for figures, _ in done.values())
     notes = (*adapter.notes, *work.lanes.notes())
     return LowRankReport(str(out), figures, len(work.kept), error_of(figures), nbytes, notes)
+
+
+def _contents(command: str, work: Lowering, done: Lowered, kept: Mapping[str, Tensor]) -> Contents:
+    """What is written, which says what it was made of and at what error, in as many letters whatever that is."""
+    contents, adapter = work.contents(done, kept), work.adapter
+    error = error_of([figures for figures, _ in done.values()])
+    said = entry(command, [named(adapter.path)], adapter.metadata, error=f"{error:.4e}")
+    return replace(contents, metadata={**contents.metadata, **said})
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +163,7 @@ def frontier(
     total = math.sqrt(market.total)
 
     def size(ranks: Mapping[int, int]) -> int:
-        return size_of(work.contents(work.imagined(ranks), kept))
+        return size_of(_contents("resize", work, work.imagined(ranks), kept))
 
     def choice(rank: int) -> Choice:
         ranks = {number: min(rank, _effective(offer)) for number, offer in spectra.items()}

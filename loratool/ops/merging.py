@@ -8,14 +8,13 @@ from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from loratool import __version__
 from loratool.adapter import Adapter, Unsaid, load
 from loratool.clones import Clones
 from loratool.devices import Lanes
 from loratool.errors import OutputError, of_file
 from loratool.header import DTYPE_OPTIONS, read_json
+from loratool.ops.history import METADATA_KEY, entry, history_of, named
 from loratool.ops.plan import Choice, Plan, check_strength
 from loratool.ops.rewriting import Follow, OutputFile, rewritten_files, run
 from loratool.ops.streaming import Measure, Rounding
@@ -99,7 +98,7 @@ class Work:
                 adapters = ", ".join(str(each.adapter.path) for each in self.merged)
                 with of_file(f"{adapters} into {plan.layout.root}"):
                     measure = run(files, Rounding(options.stochastic, options.seed), self.lanes, progress)
-                provenance = _provenance(self.command, self.merged, options, measure)
+                provenance = _provenance(self.command, self.merged, self._said(), options, measure)
                 silent = [file for file in files if not file.finish(provenance)]
             nbytes = None
             if undo:
@@ -114,6 +113,10 @@ class Work:
         root, no_room = plan.layout.root, "its header has no room to say what was merged into it; nothing else is missing"
         notes = [f"{root}: {no_room}"] if silent else []
         return measure, (*notes, *self.lanes.notes()), nbytes
+
+    def _said(self) -> Mapping[str, str]:
+        """What the base says of itself: its files say alike where they come from."""
+        return next((header.metadata for header in self.plan.layout.files.values() if history_of(header.metadata)), {})
 
     def _output(self, target: Path) -> Output:
         layout = self.plan.layout
@@ -152,17 +155,17 @@ def _files_of(weight_map: Mapping[str, str], index: str) -> set[str]:
     return {f"{folder}/{shard}" if folder else shard for shard in weight_map.values()}
 
 
-def _provenance(command: str, merged: Sequence[Merged], options: Options, measure: Measure) -> str:
+def _provenance(command: str, merged: Sequence[Merged], base: Mapping[str, str], options: Options, measure: Measure) -> str:
     """A short account for the output's metadata, without times or paths, so that equal runs write equal bytes."""
-    document: dict[str, Any] = {
-        "version": __version__,
-        "command": command,
-        "adapters": [{"name": each.adapter.path.name[:100], "strength": each.choice.strength} for each in merged[:20]],
-        "round": f"stochastic, seed {options.seed}" if options.stochastic else "nearest",
-        "realised_strength": _figure(measure.along, measure.wanted),
-        "unchanged": _figure(measure.unchanged, measure.elements),
-    }
-    return json.dumps(document)
+    said = entry(
+        command,
+        [named(each.adapter.path, strength=each.choice.strength) for each in merged],
+        base,
+        round=f"stochastic, seed {options.seed}" if options.stochastic else "nearest",
+        realised_strength=_figure(measure.along, measure.wanted),
+        unchanged=_figure(measure.unchanged, measure.elements),
+    )
+    return said[METADATA_KEY]
 
 
 def _figure(part: float, whole: float) -> float | None:

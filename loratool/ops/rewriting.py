@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -18,12 +17,12 @@ from loratool.devices import CPU, Lanes
 from loratool.header import TensorInfo, encode_header
 from loratool.layout import Layout
 from loratool.ops.adding import Added
+from loratool.ops.history import METADATA_KEY, history_of
 from loratool.ops.plan import Plan, TensorPlan
 from loratool.ops.streaming import Job, Measure, Rounding, Scratch, change_whole, jobs_of, run_job
 from loratool.output import Writer
 from loratool.workers import Progress, run_all, tally
 
-METADATA_KEY: Final = "loratool"
 COPY_TASK_BYTES: Final = 256 << 20
 PROVENANCE_BYTES: Final = 16384
 """Room that a header keeps for the provenance, which is only known at the end."""
@@ -34,15 +33,6 @@ KNOWN_TO_MPS: Final = frozenset({"F32", "F16", "BF16"})
 Follow = Callable[[Job, Added], Callable[[], None]]
 """Given each job in order, before any is done, and what the plan adds to its tensor: what to do, on the thread that did it,
 once it is."""
-
-
-def history_of(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a file's metadata says of how loratool made it; nothing where it says nothing that can be read."""
-    try:
-        document = json.loads(metadata.get(METADATA_KEY, "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return document if isinstance(document, dict) else {}
 
 
 def rounded_by_chance(layout: Layout) -> bool:

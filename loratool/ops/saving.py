@@ -17,8 +17,8 @@ from loratool.deltas.base import or_one
 from loratool.formats.leaves import CONTAINER
 from loratool.formats.peft import CONFIG_NAME
 from loratool.formats.reading import WEIGHTS, locate
-from loratool.header import TensorInfo, encode_header, read_header
-from loratool.ops.hashing import hashes
+from loratool.header import TensorInfo, encode_header, read_header, stored_order
+from loratool.ops.hashing import LENGTHS, hashes
 from loratool.ops.spelling import lora_config
 from loratool.output import Output, Writer
 
@@ -55,8 +55,7 @@ def write(
     infos, position = _laid_out(contents.tensors)
     parts = [tensor_bytes(contents.tensors[name].contiguous()) for name in infos]
     metadata = dict(contents.metadata)
-    if any(key.startswith("sshs_") for key in metadata):
-        metadata |= hashes(infos, parts, metadata)
+    metadata |= hashes(infos, parts, metadata)
     raw = encode_header(infos, metadata)
     nbytes, folder = len(raw) + position, contents.config is not None
     with Output(out, folder=folder, overwrite=overwrite, nbytes=nbytes, inputs=inputs) as output:
@@ -77,14 +76,14 @@ def size_of(contents: Contents) -> int:
     """The bytes that `write` would write of tensors of these shapes, the config's included."""
     infos, position = _laid_out(contents.tensors)
     config = "" if contents.config is None else _text(contents.config)
-    return len(encode_header(infos, contents.metadata)) + position + len(config.encode())
+    metadata = dict(contents.metadata) | {key: "0" * length for key, length in LENGTHS.items()}
+    return len(encode_header(infos, metadata)) + position + len(config.encode())
 
 
 def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, TensorInfo], int]:
-    """Where each tensor lies, and the end of the last: in safetensors' own order, dtypes from wide to narrow, then names, so
-    that hashes agree with other writers'."""
+    """Where each tensor lies, and the end of the last, in safetensors' own order: hashes depend on it."""
     infos, position = {}, 0
-    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+    for name in sorted(tensors, key=lambda name: stored_order(DTYPE_NAMES[tensors[name].dtype], name)):
         tensor = tensors[name]
         size = tensor.numel() * tensor.element_size()
         infos[name] = TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), position, position + size)

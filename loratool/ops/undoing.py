@@ -30,8 +30,8 @@ from loratool.header import Header, TensorInfo, open_regular, read_header
 from loratool.ops import streaming
 from loratool.ops.adding import Added, rows_of
 from loratool.ops.appending import ENTRY_BYTES, Appending, Entry
+from loratool.ops.history import METADATA_KEY
 from loratool.ops.plan import Choice, Plan, TensorPlan
-from loratool.ops.rewriting import METADATA_KEY
 from loratool.ops.segments import matrix
 from loratool.ops.streaming import Job
 from loratool.output import Output, Writer

@@ -14,10 +14,11 @@ from loratool.devices import lanes
 from loratool.errors import LoratoolError, Unsupported
 from loratool.layout import Layout, open_layout
 from loratool.ops.adding import Added, rows_of
+from loratool.ops.history import history_of
 from loratool.ops.merging import Options, Source, Work, loaded
 from loratool.ops.plan import Plan, make_plan
 from loratool.ops.restoring import restored
-from loratool.ops.rewriting import history_of, rounded_by_chance
+from loratool.ops.rewriting import rounded_by_chance
 from loratool.ops.streaming import Job
 from loratool.workers import Progress, peak_bytes
 

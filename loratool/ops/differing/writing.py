@@ -26,8 +26,8 @@ from loratool.names import Module
 from loratool.ops.appending import ENTRY_BYTES, Entry
 from loratool.ops.choosing import Wanted, archs_of, choose, own_format, placed
 from loratool.ops.differing.sources import OfAdapter, OfCheckpoints, Source
+from loratool.ops.history import METADATA_KEY
 from loratool.ops.renaming import renamed
-from loratool.ops.rewriting import METADATA_KEY
 from loratool.ops.spelling import spelled
 from loratool.routes import Route
 from loratool.schema import BIAS

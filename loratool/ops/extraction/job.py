@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Final, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -26,16 +26,13 @@ from loratool.ops.extraction.assembling import Item, assembled
 from loratool.ops.extraction.carrying import BESIDE_LORA, EXPERTS, LORA, REPLACED
 from loratool.ops.extraction.journal import Journal
 from loratool.ops.extraction.outcomes import Extracted, Extraction, Outcome, Task
+from loratool.ops.history import METADATA_KEY
 from loratool.ops.lowering import room_for
 from loratool.ops.packing import size_as
-from loratool.ops.rewriting import METADATA_KEY
 from loratool.ops.saving import one_or_dynamic
 from loratool.ranks import Budget, Offer, Rule
 from loratool.routes import Route
 from loratool.workers import Progress, run_all, tally
-
-HASH_KEYS: Final = {"sshs_model_hash": 64, "sshs_legacy_hash": 8}
-"""kohya's hashes and how long they are; they are computed when the file is written."""
 
 T = TypeVar("T")
 
@@ -223,7 +220,6 @@ def _rule(rule: Rule | Budget) -> Iterator[tuple[str, float]]:
 
 
 def _network(ranks: Sequence[int]) -> dict[str, str]:
-    """What kohya's tools look for in the metadata, with room for their hashes."""
+    """What kohya's tools look for in the metadata."""
     rank = one_or_dynamic(ranks)
-    network = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
-    return network | {key: "0" * length for key, length in HASH_KEYS.items()}
+    return {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}

@@ -1,0 +1,82 @@
+"""The programs that load adapters, as data: what each reads, what it makes of it, and what it does not. No torch.
+
+Each row was read from the program's own source, which it names; what a version older or newer does may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+LORA: Final = frozenset({"lora", "embedding"})
+LYCORIS: Final = LORA | {"loha", "lokr", "glora", "full", "bias", "norm", "dora", "oft", "ia3"}
+
+SD3: Final = "sd3-medium sd3.5-medium sd3.5-large"
+
+GLOBAL: Final = "one alpha for all, divided by one rank"
+"""vLLM's scale: lora_alpha / r of the config, whatever a module's own rank is."""
+SHARED: Final = "one alpha for all, divided by each rank"
+"""llama.cpp's scale: lora_alpha of the config over the rank of each module's factors."""
+OWN: Final = "each module's own"
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A program: the formats (names of `FORMATS`) that it `reads` and the one that a fix `writes`; the kinds of deltas it
+    has; whether it is for language models; how it finds a module's scale; the ranks it takes, if not any; the
+    architectures it knows, if it does not read all that have a format; and where all that stands."""
+
+    name: str
+    title: str
+    reads: tuple[str, ...]
+    writes: str
+    kinds: frozenset[str]
+    language: bool | None
+    scale: str
+    source: str
+    ranks: tuple[int, ...] = ()
+    usual_rank: int = 0
+    archs: tuple[str, ...] = ()
+    unread: Mapping[str, str] | None = None
+    ignores_metadata: bool = False
+
+
+CONSUMERS: Final[Mapping[str, Consumer]] = {
+    row.name: row
+    for row in (
+        Consumer(
+            "vllm", "vLLM", ("peft",), "peft", LORA | {"experts"}, True, GLOBAL,
+            "vllm/lora/peft_helper.py, vllm/lora/lora_model.py, vllm/config/lora.py",
+            ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512), usual_rank=16,
+        ),
+        Consumer(
+            "peft", "PEFT", ("peft",), "peft", LORA | {"dora", "experts", "lora bias", "replace", "tokens"}, None, OWN,
+            "peft/utils/save_and_load.py, peft/tuners/lora/config.py",
+        ),
+        Consumer(
+            "diffusers", "diffusers",
+            ("diffusers", "diffusers-old", "kohya", "kohya-diffusers", "comfyui", "ai-toolkit", "bfl", "xlabs", "musubi"),
+            "diffusers", LORA | {"dora", "lora bias"}, False, OWN,
+            "diffusers/loaders/lora_conversion_utils.py, diffusers/utils/peft_utils.py (0.42)",
+            unread={"kohya": SD3, "kohya-diffusers": SD3},
+        ),
+        Consumer(
+            "comfyui", "ComfyUI",
+            ("comfyui", "kohya", "kohya-diffusers", "onetrainer", "omi", "ai-toolkit", "diffusers", "diffusers-old", "xlabs",
+             "bfl", "diffsynth", "lycoris", "musubi"),
+            "comfyui", LYCORIS | {"enlarge", "replace"}, False, OWN,
+            "comfy/lora.py, comfy/lora_convert.py, comfy/weight_adapter/", ignores_metadata=True,
+        ),
+        Consumer(
+            "a1111", "A1111's web UI", ("kohya", "kohya-diffusers"), "kohya", LYCORIS, False, OWN,
+            "extensions-builtin/Lora/networks.py and network_*.py of stable-diffusion-webui",
+            archs=("sd1", "sd2", "sdxl", "sdxl-refiner", "ssd-1b", "vega", "sd3-medium"),
+        ),
+        Consumer(
+            "llama.cpp", "llama.cpp", ("peft",), "peft", LORA, True, SHARED,
+            "convert_lora_to_gguf.py, src/llama-adapter.h of llama.cpp",
+        ),
+    )
+}  # fmt: skip
+"""What `check --for` takes."""

@@ -1,0 +1,331 @@
+"""`check`: will an adapter load in a program, and do there what it does here; and what would make it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from loratool.adapter import Adapter, Change, load
+from loratool.deltas.base import or_one
+from loratool.deltas.lora import Embedding, LoRA
+from loratool.detect import is_language_model
+from loratool.errors import LoratoolError, of_file, some
+from loratool.formats.consumers import CONSUMERS, GLOBAL, OWN, SHARED, Consumer
+from loratool.formats.table import format_named
+from loratool.layout import open_layout
+from loratool.ops.choosing import Wanted, choose, explained, own_format
+from loratool.ops.comparing.adapters import norm_of
+from loratool.ops.history import entry, named
+from loratool.ops.low_rank import error_of, lower
+from loratool.ops.lowering import Converted
+from loratool.ops.packing import write_as
+from loratool.ops.plan import Choice, make_plan
+from loratool.ranks import Rule
+
+REFUSED: Final = "refused"
+"""It does not load."""
+DIFFERENT: Final = "different"
+"""It loads, and does something else."""
+COSTLY: Final = "costly"
+"""It loads and does the same, at a price."""
+NOTE: Final = "note"
+"""What one has to know to load it."""
+
+FACTORED: Final = (LoRA, Embedding)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that a program makes of an adapter: how grave it is, what it is, which modules are concerned, what to do
+    about it, and whether --fix does that. `lost` is ‖ΔW‖ of what a fix leaves out."""
+
+    level: str
+    what: str
+    way: str
+    fixable: bool = True
+    modules: tuple[str, ...] = ()
+    lost: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What a program makes of an adapter, by the `source` of the program; and of a fix, what was done and its error."""
+
+    path: str
+    target: str
+    source: str
+    findings: tuple[Finding, ...]
+    out: str | None = None
+    done: tuple[str, ...] = ()
+    error: float = 0.0
+    lost: float = 0.0
+    nbytes: int = 0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def good(self) -> bool:
+        """Whether it loads as it is, does the same, and costs nothing."""
+        return all(finding.level == NOTE for finding in self.findings)
+
+    @property
+    def verdict(self) -> str:
+        levels = {finding.level for finding in self.findings}
+        words = {REFUSED: "does not load", DIFFERENT: "loads, and is not the same", COSTLY: "loads, at a price"}
+        return next((words[level] for level in words if level in levels), "loads, and is the same")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An adapter before a program."""
+
+    adapter: Adapter
+    consumer: Consumer
+    base: Path | None
+
+    @property
+    def config(self) -> dict[str, object]:
+        return dict(self.adapter.config)
+
+    @property
+    def language(self) -> bool:
+        return is_language_model([change.module for change in self.adapter.changes])
+
+    def loras(self) -> Iterator[tuple[Change, int, float]]:
+        """Each LoRA, its rank, and what its factors' product is multiplied by."""
+        for change in self.adapter.changes:
+            if isinstance(change.delta, FACTORED):
+                yield change, change.delta.rank, 1.0 if change.delta.scale is None else change.delta.scale
+
+
+def check(path: str | Path, target: str, *, base: str | Path | None = None) -> CheckReport:
+    """What the program `target` (see `CONSUMERS`) makes of the adapter at `path`, by rules read from its source; with
+    `base`, whether that has all of the adapter's modules. Raises `LoratoolError` where the adapter cannot be read."""
+    case = Case(load(path), CONSUMERS[target], Path(base).expanduser() if base else None)
+    findings = tuple(_unlike_model(case)) or tuple(finding for rule in RULES for finding in rule(case))
+    return CheckReport(str(path), case.consumer.title, case.consumer.source, findings, warnings=case.adapter.notes)
+
+
+def fix(
+    path: str | Path, target: str, out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
+) -> CheckReport:
+    """Writes to `out` what `target` loads and takes as it is meant, and says what that took: other kinds become LoRA, what
+    the program has no place for is left out with its norm, scales go into the factors, ranks are filled up.
+
+    Raises `LoratoolError`, and writes nothing, where no such adapter can be made.
+    """
+    report = check(path, target, base=base)
+    final = [finding.what for finding in report.findings if finding.level == REFUSED and not finding.fixable]
+    if final:
+        raise LoratoolError(f"{path}: {final[0]}")
+    consumer, adapter, done, lost = CONSUMERS[target], load(path), list[str](), 0.0
+    adapter, gone = _without(adapter, consumer)
+    if gone:
+        lost = math.hypot(*map(_norm, gone))
+        done.append(f"left out {len(gone)} changes of {_kinds(gone)}, with ‖ΔW‖ = {lost:.4g}")
+    odd = [change for change in adapter.changes if _kind(change) not in consumer.kinds]
+    converted: list[Converted] = []
+    if odd:
+        adapter, converted = lower(adapter, Rule(), base=base)
+        done.append(f"made LoRA of {_kinds(odd)}")
+    adapter, words = _scaled(adapter, consumer)
+    done += words
+    with of_file(path):
+        form = format_named(consumer.writes)
+        _, ways = choose([adapter], form, Wanted(None, None, Path(base).expanduser() if base else None))
+        said = entry("check --fix", [named(adapter.path)], adapter.metadata, target=target, error=error_of(converted))
+        adapter = replace(adapter, metadata={**adapter.metadata, **said})
+        out = Path(out).expanduser()
+        written = write_as(adapter, form, ways, out, inputs=[adapter.path], overwrite=overwrite)
+    error = error_of(converted)
+    return replace(
+        report, out=str(out), done=(f"spelled it as {form.title}", *done), error=error, lost=lost, nbytes=written.nbytes
+    )
+
+
+def _without(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[Change]]:
+    """The adapter without what no LoRA can stand for and the program has no place for."""
+    gone = [
+        change
+        for change in adapter.changes
+        if (change.parameter == "bias" or change.delta.kind in ("replace", "tokens")) and _kind(change) not in consumer.kinds
+    ]
+    kept = tuple(change for change in adapter.changes if change not in gone)
+    if not kept:
+        raise LoratoolError(f"{adapter.path}: nothing of it has a place in {consumer.title}")
+    config = {key: value for key, value in adapter.config.items() if key not in ("modules_to_save", "bias", "lora_bias")}
+    return (replace(adapter, changes=kept, config=config) if gone else adapter), gone
+
+
+def _scaled(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[str]]:
+    """The adapter with ranks and scales as the program reads them: one scale, and one rank where it divides by that."""
+    factored = [change.delta for change in adapter.changes if isinstance(change.delta, FACTORED)]
+    ranks, scales = {delta.rank for delta in factored}, {or_one(delta.scale) for delta in factored}
+    most, done = max(ranks, default=0), list[str]()
+    rank = next((step for step in consumer.ranks if step >= most > consumer.usual_rank), most)
+    if consumer.scale != OWN and len(scales) > 1:
+        done.append("folded alpha into the factors")
+        adapter = _each(adapter, lambda delta: replace(delta.folded(), scale=1.0))
+    if ranks != {rank} and (consumer.scale == SHARED or rank > most):
+        done.append(f"filled ranks up to {rank}")
+        adapter = _each(adapter, lambda delta: _padded(delta, rank))
+    return adapter, done
+
+
+def _each(adapter: Adapter, made: Callable[[LoRA | Embedding], LoRA | Embedding]) -> Adapter:
+    changes = (
+        replace(change, delta=made(change.delta)) if isinstance(change.delta, FACTORED) else change
+        for change in adapter.changes
+    )
+    return replace(adapter, changes=tuple(changes))
+
+
+def _padded(delta: LoRA | Embedding, rank: int) -> LoRA | Embedding:
+    """The same with zeros up to `rank`; Tucker's core stays what it is."""
+    more = rank - delta.rank
+    if not more or (isinstance(delta, LoRA) and delta.mid is not None):
+        return delta
+    down = torch.cat([delta.down, delta.down.new_zeros(more, *delta.down.shape[1:])])
+    up = torch.cat([delta.up, delta.up.new_zeros(len(delta.up), more, *delta.up.shape[2:])], dim=1)
+    return replace(delta, down=down, up=up)
+
+
+def _norm(change: Change) -> float:
+    """‖ΔW‖, or 0 of what is put in a weight's place."""
+    return norm_of(change.delta) if change.delta.additive else 0.0
+
+
+def _kind(change: Change) -> str:
+    """The kind of a change, as a program's row names it."""
+    if change.delta.kind == "full":
+        return "bias" if change.parameter == "bias" else "norm" if len(change.delta.shape) == 1 else "full"
+    return {"input oft": "oft", "input boft": "oft"}.get(change.delta.kind, change.delta.kind)
+
+
+def _kinds(changes: Sequence[Change]) -> str:
+    return ", ".join(sorted({_kind(change) for change in changes}))
+
+
+def _unlike_model(case: Case) -> Iterator[Finding]:
+    wants = case.consumer.language
+    if wants is not None and wants != case.language:
+        what, other = ("an image model", "language models") if wants else ("a language model", "image and video models")
+        yield Finding(
+            REFUSED, f"is for {what}; {case.consumer.title} loads adapters of {other}", "use another program", False
+        )
+
+
+def _other_format(case: Case) -> Iterator[Finding]:
+    try:
+        own = own_format(case.adapter).name
+    except LoratoolError:
+        own = ""
+    if own not in case.consumer.reads:
+        called = f"is in {format_named(own).title}'s format" if own else "is in no one format"
+        what = f"{called}, which {case.consumer.title} does not read"
+        yield Finding(REFUSED, what, f"loratool convert --to {case.consumer.writes}")
+    elif case.consumer.unread and (names := case.consumer.unread.get(own)):
+        mine = [arch.title for arch in explained([case.adapter]) if arch.name in names.split()]
+        if mine:
+            what = f"is in {format_named(own).title}'s format, which {case.consumer.title} does not read for {mine[0]}"
+            yield Finding(REFUSED, what, f"loratool convert --to {case.consumer.writes}")
+
+
+def _other_arch(case: Case) -> Iterator[Finding]:
+    found = explained([case.adapter])
+    if case.consumer.archs and found and not any(arch.name in case.consumer.archs for arch in found):
+        what = f"is for {found[0].title}, which {case.consumer.title} does not know"
+        yield Finding(REFUSED, what, "use another program", False)
+
+
+def _other_kinds(case: Case) -> Iterator[Finding]:
+    by_kind: dict[str, list[Change]] = {}
+    for change in case.adapter.changes:
+        if _kind(change) not in case.consumer.kinds:
+            by_kind.setdefault(_kind(change), []).append(change)
+    own_tuner = case.consumer.name == "peft" and case.config.get("peft_type") not in (None, "LORA")
+    for kind, changes in by_kind.items():
+        if own_tuner:
+            continue
+        names = tuple(str(change) for change in changes)
+        gone = changes[0].parameter == "bias" or kind in ("replace", "tokens")
+        lost = math.hypot(*map(_norm, changes)) if gone else 0.0
+        title = WORDS.get(kind, kind)
+        way = "leave it out" if gone else f"make LoRA of it: loratool convert --to {case.consumer.writes} --to-lora"
+        if not gone and any(not change.delta.additive for change in changes):
+            way += " --base BASE"
+        yield Finding(REFUSED, f"has {title}, which {case.consumer.title} does not have", way, True, names, lost)
+
+
+def _other_scales(case: Case) -> Iterator[Finding]:
+    """Where the program multiplies a module by something else than this adapter means."""
+    if case.consumer.scale not in (GLOBAL, SHARED) or not case.config:
+        return
+    alpha, rank = float(str(case.config.get("lora_alpha") or 0)), float(str(case.config.get("r") or 1))
+    rooted = case.consumer.scale == GLOBAL and bool(case.config.get("use_rslora"))
+    wrong: list[str] = []
+    worst = 1.0
+    for change, own, scale in case.loras():
+        per = math.sqrt(rank) if rooted else rank if case.consumer.scale == GLOBAL else own
+        theirs = alpha / per if alpha or case.consumer.scale == GLOBAL else 1.0
+        if not math.isclose(theirs, scale, rel_tol=1e-6):
+            wrong.append(str(change))
+            worst = max(worst, theirs / scale if scale else math.inf, scale / theirs if theirs else math.inf, key=abs)
+    if wrong:
+        strength = f"{len(wrong)} modules act at another strength, {worst:.3g} times at worst"
+        what = f"{case.consumer.title} takes {case.consumer.scale}: {strength}"
+        yield Finding(DIFFERENT, what, "fold alpha into the factors, and give all one rank", True, tuple(wrong))
+
+
+def _unread_metadata(case: Case) -> Iterator[Finding]:
+    if case.consumer.ignores_metadata and "lora_adapter_metadata" in case.adapter.metadata:
+        wrong = [str(change) for change, _, scale in case.loras() if scale != 1.0]
+        if wrong:
+            what = f"{case.consumer.title} does not read alphas from metadata: {len(wrong)} modules act at strength 1"
+            yield Finding(DIFFERENT, what, f"loratool convert --to {case.consumer.writes}", True, tuple(wrong))
+
+
+def _ranks(case: Case) -> Iterator[Finding]:
+    ranks = {rank for _, rank, _ in case.loras()}
+    if not case.consumer.ranks or not ranks:
+        return
+    largest = max(ranks)
+    if largest > case.consumer.ranks[-1]:
+        what = f"has rank {largest}; {case.consumer.title} takes {case.consumer.ranks[-1]} at most"
+        yield Finding(REFUSED, what, f"loratool resize --rank {case.consumer.ranks[-1]}", False)
+        return
+    step = next(step for step in case.consumer.ranks if step >= largest)
+    if largest != step and largest > case.consumer.usual_rank:
+        what = f"has rank {largest}, none that --max-lora-rank takes: memory for {step} is allotted"
+        yield Finding(COSTLY, what, f"fill it up to {step}: loratool resize --rank {largest} --round-ranks vllm --pad")
+    if step > case.consumer.usual_rank:
+        what = f"needs --max-lora-rank {step}; without it ranks end at {case.consumer.usual_rank}"
+        yield Finding(NOTE, what, f"start {case.consumer.title} with --max-lora-rank {step}", False)
+
+
+def _unlike_base(case: Case) -> Iterator[Finding]:
+    if case.base is None:
+        return
+    try:
+        plan = make_plan(open_layout(case.base), [(case.adapter, Choice(1.0))], allow_unmatched=True)
+    except LoratoolError as error:
+        yield Finding(REFUSED, str(error), "use the base that it was made for", False)
+        return
+    if plan.unmatched:
+        what = f"{len(plan.unmatched)} modules have no place in {case.base}: {some(plan.unmatched, 3)}"
+        yield Finding(DIFFERENT, what, "use the base that it was made for", False, plan.unmatched)
+
+
+RULES: Final[tuple[Callable[[Case], Iterator[Finding]], ...]] = (
+    _other_arch, _other_format, _other_kinds, _other_scales, _unread_metadata, _ranks, _unlike_base,
+)  # fmt: skip
+"""What is asked of every row of `CONSUMERS` that loads such models at all."""
+WORDS: Final = {
+    "full": "full differences", "replace": "whole weights (modules_to_save)", "lora bias": "biases (lora_bias)",
+    "tokens": "trained tokens", "dora": "DoRA", "bias": "biases", "norm": "norms",
+}  # fmt: skip
+"""What people call a kind."""

@@ -1,0 +1,72 @@
+"""Metadata without what tells of people and their disks: paths, names of datasets, names of users. No torch.
+
+kohya names the folders of its datasets in ss_dataset_dirs, ss_reg_dataset_dirs, ss_tag_frequency and ss_datasets; OneTrainer
+keeps its whole configuration in ot_config. Tags and counts stay: they say what the adapter knows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+DROPPED: Final = frozenset(
+    {
+        "ss_session_id", "ss_config_file", "ss_train_data_dir", "ss_reg_data_dir",
+        "ss_pretrained_model_name_or_path", "ot_config", "modelspec.author",
+    }
+)  # fmt: skip
+"""What names people, their runs or their disks as a rule."""
+BY_DATASET: Final = frozenset(
+    {"ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_tag_frequency", "dataset_dirs", "tag_frequency"}
+)
+"""Objects whose keys are names of folders."""
+NAMES_OF_DATASETS: Final = frozenset({"image_dir", "metadata_file", "conditioning_data_dir", "name_or_path", "dataset_path"})
+"""Fields that name a folder or a file of a dataset."""
+PLACES: Final = "home|Users|root|mnt|media|workspace|content|tmp|data|srv|opt|Volumes"
+PATH: Final = re.compile(rf"(?:[A-Za-z]:[\\/]|\\\\|~/|/(?:{PLACES})/)[^\"'\s,;]*")
+"""What looks like a place on somebody's disk."""
+USER: Final = re.compile(r"(?:/home/|/Users/|[A-Za-z]:[\\/]+Users[\\/]+)([^\\/\"'\s,;]{3,})", re.IGNORECASE)
+
+
+def without_private(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata without what `DROPPED` lists, datasets under numbers, paths as the last of their names, and without
+    values that have a user's name in them which one of the paths gave away."""
+    text = "\n".join(metadata.values())
+    users = {match[1] for match in USER.finditer(text.replace("\\\\", "\\"))}
+    clean = {key: _clean(key, value) for key, value in metadata.items() if key not in DROPPED}
+    return {key: value for key, value in clean.items() if not any(_names(user, value) for user in users)}
+
+
+def _clean(key: str, value: str) -> str:
+    try:
+        document = json.loads(value)
+        cleaned = _cleaned(key, document) if isinstance(document, dict | list) else document
+    except (ValueError, RecursionError):
+        return _without_paths(value)
+    if not isinstance(document, dict | list):
+        return _without_paths(value)
+    return value if cleaned == document else json.dumps(cleaned, ensure_ascii=False)
+
+
+def _cleaned(key: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        keys = {
+            name: f"dataset {place + 1}" if key in BY_DATASET else _without_paths(name) for place, name in enumerate(value)
+        }
+        return {keys[name]: _cleaned("" if key in BY_DATASET else name, item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(key, item) for item in value]
+    if key in NAMES_OF_DATASETS:
+        return None if value is None else "dataset"
+    return _without_paths(value) if isinstance(value, str) else value
+
+
+def _without_paths(text: str) -> str:
+    """Paths as the last of their names: a model's file name tells what an adapter is for, its folder whose disk it was."""
+    return PATH.sub(lambda match: re.split(r"[\\/]+", match[0].rstrip("\\/"))[-1], text)
+
+
+def _names(user: str, value: str) -> bool:
+    return re.search(rf"(?<![A-Za-z0-9]){re.escape(user)}(?![A-Za-z0-9])", value, re.IGNORECASE) is not None
