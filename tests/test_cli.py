@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from loratool.cli.options import adapter_and_strength, component_strengths
-from loratool.cli.render import histogram, safe, size
 from loratool.errors import LoratoolError
+from loratool.text import histogram, safe, size
 from tests.conftest import FIXTURES
 from tests.models import kohya, save
 

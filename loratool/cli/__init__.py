@@ -27,10 +27,12 @@ from loratool.cli.inspect import inspect_command
 from loratool.cli.low_rank import resize_command
 from loratool.cli.merge import merge_command
 from loratool.cli.meta import meta_command
-from loratool.cli.render import message, print_json, size
+from loratool.cli.render import print_json
+from loratool.cli.report import report_command
 from loratool.cli.swap import swap_command
 from loratool.cli.unmerge import unmerge_command
 from loratool.errors import LoratoolError
+from loratool.text import message, size
 
 AS_JSON = "loratool.json"
 """Whether a command was asked for JSON, in its context's notes."""
@@ -106,6 +108,7 @@ cli.add_command(hash_command)
 cli.add_command(inspect_command)
 cli.add_command(merge_command)
 cli.add_command(meta_command)
+cli.add_command(report_command)
 cli.add_command(resize_command)
 cli.add_command(swap_command)
 cli.add_command(unmerge_command)

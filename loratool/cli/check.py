@@ -10,8 +10,9 @@ import click
 
 from loratool.cli.inputs import input_path
 from loratool.cli.options import json_option, overwrite_option, quiet_option
-from loratool.cli.render import print_facts, safe, size, told
+from loratool.cli.render import print_facts, told
 from loratool.formats.consumers import CONSUMERS
+from loratool.text import safe, size
 
 if TYPE_CHECKING:
     from loratool.ops.check import CheckReport

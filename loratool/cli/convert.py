@@ -13,11 +13,12 @@ from loratool.archs import ARCHS
 from loratool.cli.low_rank import print_converted, rank_options, run_low_rank
 from loratool.cli.options import pickle_option
 from loratool.cli.ranks import rule_of
-from loratool.cli.render import histogram, print_facts, size, told, warn
+from loratool.cli.render import print_facts, told, warn
 from loratool.errors import LoratoolError
 from loratool.formats.reading import is_adapter_folder
 from loratool.formats.table import FORMATS, format_named
 from loratool.header import DTYPE_OPTIONS
+from loratool.text import histogram, size
 
 if TYPE_CHECKING:
     from loratool.ops.convert import ConvertReport

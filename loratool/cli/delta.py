@@ -19,8 +19,9 @@ from loratool.cli.options import (
     pickle_option,
     quiet_option,
 )
-from loratool.cli.render import print_facts, print_table, progress_bar, size, told
+from loratool.cli.render import print_facts, print_table, progress_bar, told
 from loratool.header import DTYPE_OPTIONS
+from loratool.text import size
 
 if TYPE_CHECKING:
     from loratool.ops.delta import DeltaReport

@@ -19,7 +19,8 @@ from loratool.cli.options import (
     vector,
     verbose_option,
 )
-from loratool.cli.render import print_facts, print_table, size, told
+from loratool.cli.render import print_facts, print_table, told
+from loratool.text import size
 
 if TYPE_CHECKING:
     from loratool.ops.edit import EditReport

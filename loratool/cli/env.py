@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import click
 
 from loratool.cli.options import json_option
-from loratool.cli.render import print_facts, print_json, size
+from loratool.cli.render import print_facts, print_json
+from loratool.text import size
 
 
 @click.command("env", short_help="Show devices, memory and versions, for bug reports.")

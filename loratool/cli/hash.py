@@ -10,7 +10,8 @@ import click
 
 from loratool.cli.inputs import expanded
 from loratool.cli.options import json_option
-from loratool.cli.render import print_facts, print_json, safe, size, warn
+from loratool.cli.render import print_facts, print_json, warn
+from loratool.text import safe, size
 
 if TYPE_CHECKING:
     from loratool.ops.hashing import Hashes

@@ -11,8 +11,9 @@ import click
 
 from loratool.cli.inputs import expanded, input_path
 from loratool.cli.options import json_option
-from loratool.cli.render import count, histogram, print_facts, print_json, print_table, safe, size
+from loratool.cli.render import print_facts, print_json, print_table
 from loratool.errors import LoratoolError
+from loratool.text import count, histogram, safe, size
 
 if TYPE_CHECKING:
     from loratool.ops.inspect import AdapterReport, CheckpointReport

@@ -22,8 +22,9 @@ from loratool.cli.options import (
     verbose_option,
 )
 from loratool.cli.ranks import rank_rules, rule_of
-from loratool.cli.render import histogram, print_facts, print_table, size, told
+from loratool.cli.render import print_facts, print_table, told
 from loratool.header import DTYPE_OPTIONS
+from loratool.text import histogram, size
 
 if TYPE_CHECKING:
     from loratool.ops.low_rank import LowRankReport

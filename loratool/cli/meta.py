@@ -9,8 +9,9 @@ import click
 
 from loratool.cli.inputs import input_path
 from loratool.cli.options import json_option, overwrite_option, quiet_option, where_to
-from loratool.cli.render import print_facts, print_json, safe, told
+from loratool.cli.render import print_facts, print_json, told
 from loratool.errors import LoratoolError
+from loratool.text import safe
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,4 +1,5 @@
-"""Tables, JSON and progress. Everything that comes from a file passes through `safe` before it reaches a terminal."""
+"""Tables, JSON and progress. Everything that comes from a file passes through
+`loratool.text.safe` before it reaches a terminal."""
 
 from __future__ import annotations
 
@@ -13,22 +14,9 @@ from typing import Any, Final
 
 import click
 
-LONGEST: Final = 200
-LONGEST_MESSAGE: Final = 4000
+from loratool.text import message, safe
+
 NARROWEST: Final = 40
-UNITS: Final = ("bytes", "kB", "MB", "GB", "TB")
-
-
-def safe(text: object, longest: int = LONGEST) -> str:
-    """Text from outside with control characters, escapes and bidi overrides made visible, and cut to a length."""
-    shown = str(text)
-    cut = f"{shown[:longest]}…" if len(shown) > longest else shown
-    return "".join(character if character.isprintable() else _escaped(character) for character in cut)
-
-
-def message(text: str) -> str:
-    """An error's or a warning's text, made safe."""
-    return safe(text, LONGEST_MESSAGE)
 
 
 def warn(text: str) -> None:
@@ -97,28 +85,6 @@ def progress_bar(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], No
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def size(nbytes: float) -> str:
-    """Bytes with a decimal unit: 85.3 MB."""
-    value, unit = float(nbytes), 0
-    while value >= 1000 and unit < len(UNITS) - 1:
-        value, unit = value / 1000, unit + 1
-    return f"{value:.3g} {UNITS[unit]}" if unit else f"{int(value)} {UNITS[0]}"
-
-
-def count(number: int) -> str:
-    """A number of things, in millions or billions where it is large: 42.6 M."""
-    if number >= 1_000_000_000:
-        return f"{number / 1e9:.3g} B"
-    return f"{number / 1e6:.3g} M" if number >= 1_000_000 else f"{number:,}"
-
-
-def histogram(counts: dict[Any, int], shown: int = 8) -> str:
-    """Values and how often each occurs, the most frequent first: 16 ×700, 8 ×88."""
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))
-    more = f", {len(ordered) - shown} more" if len(ordered) > shown else ""
-    return ", ".join(f"{safe(value)} ×{times:,}" for value, times in ordered[:shown]) + more
-
-
 def _plain(value: Any) -> Any:
     """A report as JSON has it: fields and mappings as objects, what is no finite number as null."""
     if dataclasses.is_dataclass(value):
@@ -128,10 +94,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape", errors="backslashreplace").decode("ascii", errors="backslashreplace")
 
 
 def _show(*parts: Any) -> None:

@@ -17,7 +17,8 @@ from loratool.cli.options import (
     pickle_option,
     quiet_option,
 )
-from loratool.cli.render import print_facts, progress_bar, size, told
+from loratool.cli.render import print_facts, progress_bar, told
+from loratool.text import size
 
 if TYPE_CHECKING:
     from loratool.ops.unmerge import UnmergeReport

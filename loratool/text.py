@@ -1,0 +1,48 @@
+"""Text for people: what comes from outside made safe, and sizes, counts and tallies made short. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+LONGEST: Final = 200
+LONGEST_MESSAGE: Final = 4000
+UNITS: Final = ("bytes", "kB", "MB", "GB", "TB")
+
+
+def safe(text: object, longest: int = LONGEST) -> str:
+    """Text from outside with control characters, escapes and bidi overrides made visible, and cut to a length."""
+    shown = str(text)
+    cut = f"{shown[:longest]}…" if len(shown) > longest else shown
+    return "".join(character if character.isprintable() else _escaped(character) for character in cut)
+
+
+def message(text: str) -> str:
+    """An error's or a warning's text, made safe."""
+    return safe(text, LONGEST_MESSAGE)
+
+
+def size(nbytes: float) -> str:
+    """Bytes with a decimal unit: 85.3 MB."""
+    value, unit = float(nbytes), 0
+    while value >= 1000 and unit < len(UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{value:.3g} {UNITS[unit]}" if unit else f"{int(value)} {UNITS[0]}"
+
+
+def count(number: int) -> str:
+    """A number of things, in millions or billions where it is large: 42.6 M."""
+    if number >= 1_000_000_000:
+        return f"{number / 1e9:.3g} B"
+    return f"{number / 1e6:.3g} M" if number >= 1_000_000 else f"{number:,}"
+
+
+def histogram(counts: Mapping[Any, int], shown: int = 8) -> str:
+    """Values and how often each occurs, the most frequent first: 16 ×700, 8 ×88."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))
+    more = f", {len(ordered) - shown} more" if len(ordered) > shown else ""
+    return ", ".join(f"{safe(value)} ×{times:,}" for value, times in ordered[:shown]) + more
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", errors="backslashreplace").decode("ascii", errors="backslashreplace")
