@@ -16,6 +16,7 @@ from loratool import __version__
 from loratool.cli.check import check_command
 from loratool.cli.combine import combine_command
 from loratool.cli.compare import compare_command
+from loratool.cli.completion import install_option, show_option
 from loratool.cli.convert import convert_command
 from loratool.cli.delta import delta_command
 from loratool.cli.edit import edit_command
@@ -60,7 +61,10 @@ class Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[AS_JSON] = "--json" in args
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except LoratoolError as error:
+            raise Failure(str(error), as_json=ctx.meta[AS_JSON]) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         as_json = ctx.meta[AS_JSON]
@@ -86,12 +90,14 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="loratool")
+@install_option
+@show_option
 def cli() -> None:
-    """Inspect, merge, unmerge, extract, convert, combine, resize, edit and compare LoRA adapters and their relatives, in the
-    formats of PEFT, kohya, diffusers and others.
+    """Inspect, merge, extract, convert, combine, resize and compare LoRA adapters and their relatives, in the formats of
+    PEFT, kohya, diffusers and others.
 
     An adapter is a safetensors file or a PEFT folder; a base is a safetensors file, or a folder of Hugging Face or
-    diffusers. Every command has an example on its own help page.
+    diffusers. Either may be on the hub: hf:ORG/NAME. Every command has an example on its own help page.
     """
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loratool.ops.check import CheckReport
 
 
-@click.command("check", short_help="Say whether a program will load an adapter, and take it as it is meant.")
+@click.command("check", short_help="Say what vLLM, ComfyUI or another makes of an adapter.")
 @click.argument("adapter", type=input_path)
 @click.option("--for", "target", required=True, type=click.Choice(list(CONSUMERS)), help="The program.")
 @click.option("--base", type=input_path, help="Look for the modules in this model; and for kinds that depend on it.")

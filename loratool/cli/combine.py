@@ -63,9 +63,9 @@ def combine_command(adapters: tuple[str, ...], out: Path, as_json: bool, quiet: 
 
     \b
     Example:
-      loratool combine style.safetensors:0.7 character.safetensors:0.4 -o both.safetensors
-      loratool combine style.safetensors:0.7:te1=0 character.safetensors -o both.safetensors --rank 32
-      loratool combine adapter-a/ adapter-b/ adapter-c/ -o merged/ --method ties --density 0.3 --rank 16
+      loratool combine a.safetensors:0.7 b.safetensors:0.4 -o both.safetensors
+      loratool combine a.safetensors:0.7:te1=0 b.safetensors -o ab --rank 32
+      loratool combine a/ b/ c/ -o abc/ --method ties --density 0.3 --rank 16
     """
     from loratool.ops.combine import CombineOptions, Part, combine
     from loratool.ops.strengths import Strength

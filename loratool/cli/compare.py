@@ -60,7 +60,7 @@ def compare_command(
     Example:
       loratool compare style.safetensors style-diffusers.safetensors
       loratool compare a.safetensors b.safetensors c.safetensors
-      loratool compare merged.safetensors --to sdxl.safetensors+style.safetensors:0.8
+      loratool compare merged/ --to Llama-3-8B/+my-adapter/:1
     """
     from loratool.ops.compare import CompareOptions, compare, compare_to
 

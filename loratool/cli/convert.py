@@ -51,8 +51,8 @@ def convert_command(adapter: Path, to: str | None, to_lora: bool, out: Path, **o
 
     \b
     Example:
-      loratool convert style.safetensors -o style-diffusers.safetensors --to diffusers
-      loratool convert flux.safetensors -o comfy.safetensors --to comfyui --arch flux1
+      loratool convert style.safetensors -o new.safetensors --to diffusers
+      loratool convert flux.safetensors -o a.safetensors --to comfyui --arch flux1
       loratool convert loha.safetensors -o lora.safetensors --to-lora --rank 16
     """
     if not to and not to_lora:

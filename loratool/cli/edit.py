@@ -61,8 +61,8 @@ def edit_command(
     Example:
       loratool edit style.safetensors --dry-run
       loratool edit style.safetensors -o unet-only.safetensors --drop BASE
-      loratool edit style.safetensors -o softer.safetensors --scale 'OUT*=0.5' --scale '*ff_net*=0.8'
-      loratool edit style.safetensors -o lbw.safetensors --blocks 1,0,0,0,0,1,1,1,1,0.5,0.5,0.5
+      loratool edit a.safetensors -o b.safetensors --scale 'OUT*=0.5'
+      loratool edit a.safetensors -o b --blocks 1,0,0,0,0,1,1,1,1,1,1,1
     """
     from loratool.ops.edit import EditOptions, edit
     from loratool.ops.strengths import Strength

@@ -60,8 +60,8 @@ def extract_command(base: Path, tuned: Path, out: Path, as_json: bool, quiet: bo
     \b
     Example:
       loratool extract Llama-3-8B/ my-finetune/ -o adapter/ --rank 16
-      loratool extract sdxl.safetensors tuned.safetensors -o style.safetensors --size 50MB
-      loratool extract sdxl.safetensors tuned.safetensors -o style.safetensors --max-error 20% --max-rank 64
+      loratool extract base/ tuned/ -o adapter/ --size 50MB
+      loratool extract base/ tuned/ -o adapter/ --max-error 20% --max-rank 64
     """
     from loratool.ops.extract import ExtractOptions, extract
 

@@ -58,7 +58,14 @@ if TYPE_CHECKING:
     metavar="NAME=FACTOR",
     help="Multiply the strength of unet, te1, te2, te3 or model. Repeatable.",
 )
-@click.option("--round", "rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", show_default=True)
+@click.option(
+    "--round",
+    "rounding",
+    type=click.Choice(["nearest", "stochastic"]),
+    default="nearest",
+    show_default=True,
+    help="How results become stored numbers; by chance, small changes survive on average.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of stochastic rounding.")
 @click.option("--allow-unmatched", is_flag=True, help="Leave out modules that have no target, and say which.")
 @alpha_option
@@ -91,8 +98,8 @@ def merge_command(
 
     \b
     Example:
-      loratool merge sdxl.safetensors style.safetensors:0.8 detail.safetensors:-0.3 -o merged.safetensors
-      loratool merge Llama-3-8B/ my-adapter/ -o merged/ --undo back.safetensors
+      loratool merge sdxl.safetensors style.safetensors:0.8 -o merged.safetensors
+      loratool merge Llama-3-8B/ a/ b/:-0.3 -o merged/ --undo back.safetensors
     """
     from loratool.adapter import Unsaid
     from loratool.ops.merge import merge

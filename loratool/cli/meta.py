@@ -78,7 +78,7 @@ def set_command(file: Path, pairs: tuple[str, ...], output: Path | None, in_plac
 
     \b
     Example:
-      loratool meta set style.safetensors modelspec.title="My style" -o named.safetensors
+      loratool meta set style.safetensors modelspec.title="My style" --in-place
     """
     from loratool.ops.meta import set_metadata
 
@@ -119,7 +119,7 @@ def copy_command(source: Path, file: Path, globs: tuple[str, ...], output: Path 
 
     \b
     Example:
-      loratool meta copy style.safetensors detail.safetensors "ss_*" -o told.safetensors
+      loratool meta copy a.safetensors b.safetensors "ss_*" --in-place
     """
     from loratool.ops.meta import copy_metadata
 

@@ -57,7 +57,7 @@ def swap_command(
 
     \b
     Example:
-      loratool swap merged.safetensors --out style.safetensors:0.8 --in detail.safetensors -o other.safetensors
+      loratool swap merged/ --out task-a/ --in task-b/:0.5 -o other/
       loratool swap merged/ --out task-a/ --in task-b/ --in-place
     """
     from loratool.ops.merging import Options, Source

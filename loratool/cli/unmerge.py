@@ -55,7 +55,7 @@ def unmerge_command(
     \b
     Example:
       loratool unmerge merged/ --undo back.safetensors -o base/
-      loratool unmerge merged.safetensors style.safetensors:0.8 -o base.safetensors
+      loratool unmerge merged/ my-adapter/ -o base/
     """
     from loratool.ops.merging import Options, Source
     from loratool.ops.unmerge import unmerge
