@@ -1,4 +1,7 @@
-"""Writes the README's tables anew from the code: `python -m docs.tables`. A test fails where they are stale."""
+"""Writes what the README and the manual have from the code: `python -m docs.tables`. A test fails where it is stale.
+
+Tables of kinds, formats, architectures and programs, every command's help page, and the list of public names.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,21 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import click
+
+import loratool
 from loratool.archs import ARCHS
+from loratool.cli import cli
 from loratool.deltas import KINDS, Delta, DoRA
+from loratool.formats.consumers import CONSUMERS
 from loratool.formats.recognise import KNOWN
 from loratool.formats.table import FORMATS, LLM
 from loratool.ops.low_rank import KEPT, RESIZED
 from loratool.routes import example
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+WIDTH = 80
 
 MADE_BY: Mapping[str, str] = {
     "lora": "LoRA, LoCon, Tucker (`lora_mid`), DyLoRA, rsLoRA",
@@ -81,7 +91,38 @@ def _has_factors(kind: type[Delta]) -> bool:
     return kind.factors is not Delta.factors
 
 
-TABLES: Mapping[str, Callable[[], Iterator[str]]] = {"kinds": kinds, "formats": formats, "matrix": matrix}
+def consumers() -> Iterator[str]:
+    """What `check --for` takes, and where its rules come from."""
+    yield "| `--for` | reads | kinds | scale | source |"
+    yield "|---|---|---|---|---|"
+    for row in CONSUMERS.values():
+        kinds = ", ".join(sorted(row.kinds))
+        yield f"| `{row.name}` | {', '.join(row.reads)} | {kinds} | {row.scale} | {row.source} |"
+
+
+def help_of(name: str) -> Iterator[str]:
+    """The help pages of a command and of those below it, as they are printed at 80 columns."""
+    command = cli.commands[name]
+    below = command.commands if isinstance(command, click.Group) else {}
+    for path, page in {name: command, **{f"{name} {each}": found for each, found in below.items()}}.items():
+        how = {"info_name": f"loratool {path}", "terminal_width": WIDTH, "max_content_width": WIDTH}
+        with click.Context(page, **how, help_option_names=["-h", "--help"]) as context:
+            yield from ("```text", f"$ loratool {path} -h", *page.get_help(context).splitlines(), "```", "")
+
+
+def names() -> Iterator[str]:
+    """The public names, for mkdocstrings to explain, each where it lives."""
+    yield ""
+    for name in loratool.__all__:
+        yield f"::: {loratool._HOMES[name]}.{name}"
+
+
+TABLES: Mapping[str, Callable[[], Iterator[str]]] = {
+    "kinds": kinds,
+    "formats": formats,
+    "matrix": matrix,
+    "consumers": consumers,
+}
 
 
 def filled(text: str) -> str:
@@ -89,8 +130,18 @@ def filled(text: str) -> str:
     for name, rows in TABLES.items():
         marks = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(marks, lambda found, rows=rows: found[1] + "\n".join(rows()) + "\n" + found[2], text, flags=re.DOTALL)  # type: ignore[misc]
-    return text
+    for name in re.findall(r"<!-- help: (\w+) -->", text):
+        text = _put(text, f"help: {name}", help_of(name))
+    return _put(text, "api", names())
+
+
+def _put(text: str, mark: str, lines: Iterator[str]) -> str:
+    body = "\n".join(line.rstrip() for line in lines)
+    return re.sub(
+        rf"(<!-- {mark} -->\n).*?(<!-- end -->)", lambda found: found[1] + body + "\n" + found[2], text, flags=re.DOTALL
+    )
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))

@@ -64,7 +64,8 @@ def prepared(line: str, place: Path, invoke: Run) -> None:
         # One with text encoders, for examples that leave these out.
         wide = line.startswith(("edit", "combine")) and COPIES[name] == "style.safetensors"
         source = FIXTURES / ("detail.safetensors" if wide else COPIES[name])
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, place / name)
+        if not (place / name).exists():
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, place / name)
     for name in names & MADE.keys():
         MADE[name](place, invoke)
 
