@@ -114,7 +114,12 @@ def names() -> Iterator[str]:
     """The public names, for mkdocstrings to explain, each where it lives."""
     yield ""
     for name in loratool.__all__:
-        yield f"::: {loratool._HOMES[name]}.{name}"
+        yield from (
+            f"::: {loratool._HOMES[name]}.{name}",
+            "    options:",
+            f"      heading: loratool.{name}",
+            f"      toc_label: {name}",
+        )
 
 
 TABLES: Mapping[str, Callable[[], Iterator[str]]] = {

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from loratool.checkpoint import Checkpoint
     from loratool.errors import LoratoolError
     from loratool.hub import fetched
-    from loratool.ops.check import CheckReport, check, fix
+    from loratool.ops.check import CheckReport, check
     from loratool.ops.combine import CombineOptions, CombineReport, Part, combine
     from loratool.ops.compare import CompareOptions, compare, compare_to
     from loratool.ops.convert import ConvertReport, convert
     from loratool.ops.delta import DeltaOptions, DeltaReport, delta, iter_deltas
     from loratool.ops.edit import EditOptions, EditReport, edit
     from loratool.ops.extract import ExtractOptions, ExtractReport, extract
+    from loratool.ops.fixing import fix
     from loratool.ops.hashing import Hashes, file_hashes
     from loratool.ops.inspect import AdapterReport, CheckpointReport, inspect
     from loratool.ops.low_rank import FrontierReport, LowRankReport, frontier, resize, to_lora
@@ -41,7 +42,7 @@ _HOMES: Final = {
     "MetaReport": "loratool.ops.meta",
     "PageReport": "loratool.pages.report",
     "check": "loratool.ops.check",
-    "fix": "loratool.ops.check",
+    "fix": "loratool.ops.fixing",
     "fetched": "loratool.hub",
     "file_hashes": "loratool.ops.hashing",
     "metadata_of": "loratool.ops.meta",

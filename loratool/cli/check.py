@@ -48,7 +48,7 @@ def check_command(
       loratool check adapter_folder/ --for vllm --fix -o fixed/
     """
     from loratool.ops.check import check
-    from loratool.ops.check import fix as fixed
+    from loratool.ops.fixing import fix as fixed
 
     if fix != (out is not None):
         raise click.UsageError("--fix and -o OUT go together")

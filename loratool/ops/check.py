@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import torch
-
 from loratool.adapter import Adapter, Change, load
-from loratool.deltas.base import or_one
 from loratool.deltas.lora import Embedding, LoRA
 from loratool.detect import is_language_model
-from loratool.errors import LoratoolError, of_file, some
-from loratool.formats.consumers import CONSUMERS, GLOBAL, OWN, SHARED, Consumer
+from loratool.errors import LoratoolError, some
+from loratool.formats.consumers import CONSUMERS, GLOBAL, SHARED, Consumer
 from loratool.formats.table import format_named
 from loratool.layout import open_layout
-from loratool.ops.choosing import Wanted, choose, explained, own_format
+from loratool.ops.choosing import explained, own_format
 from loratool.ops.comparing.adapters import norm_of
-from loratool.ops.history import entry, named
-from loratool.ops.low_rank import error_of, lower
-from loratool.ops.lowering import Converted
-from loratool.ops.packing import write_as
 from loratool.ops.plan import Choice, make_plan
-from loratool.ranks import Rule
 
 REFUSED: Final = "refused"
 """It does not load."""
@@ -110,104 +102,16 @@ def check(path: str | Path, target: str, *, base: str | Path | None = None) -> C
     return CheckReport(str(path), case.consumer.title, case.consumer.source, findings, warnings=case.adapter.notes)
 
 
-def fix(
-    path: str | Path, target: str, out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
-) -> CheckReport:
-    """Writes to `out` what `target` loads and takes as it is meant, and says what that took: other kinds become LoRA, what
-    the program has no place for is left out with its norm, scales go into the factors, ranks are filled up.
-
-    Raises `LoratoolError`, and writes nothing, where no such adapter can be made.
-    """
-    report = check(path, target, base=base)
-    final = [finding.what for finding in report.findings if finding.level == REFUSED and not finding.fixable]
-    if final:
-        raise LoratoolError(f"{path}: {final[0]}")
-    consumer, adapter, done, lost = CONSUMERS[target], load(path), list[str](), 0.0
-    adapter, gone = _without(adapter, consumer)
-    if gone:
-        lost = math.hypot(*map(_norm, gone))
-        done.append(f"left out {len(gone)} changes of {_kinds(gone)}, with ‖ΔW‖ = {lost:.4g}")
-    odd = [change for change in adapter.changes if _kind(change) not in consumer.kinds]
-    converted: list[Converted] = []
-    if odd:
-        adapter, converted = lower(adapter, Rule(), base=base)
-        done.append(f"made LoRA of {_kinds(odd)}")
-    adapter, words = _scaled(adapter, consumer)
-    done += words
-    with of_file(path):
-        form = format_named(consumer.writes)
-        _, ways = choose([adapter], form, Wanted(None, None, Path(base).expanduser() if base else None))
-        said = entry("check --fix", [named(adapter.path)], adapter.metadata, target=target, error=error_of(converted))
-        adapter = replace(adapter, metadata={**adapter.metadata, **said})
-        out = Path(out).expanduser()
-        written = write_as(adapter, form, ways, out, inputs=[adapter.path], overwrite=overwrite)
-    error = error_of(converted)
-    return replace(
-        report, out=str(out), done=(f"spelled it as {form.title}", *done), error=error, lost=lost, nbytes=written.nbytes
-    )
-
-
-def _without(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[Change]]:
-    """The adapter without what no LoRA can stand for and the program has no place for."""
-    gone = [
-        change
-        for change in adapter.changes
-        if (change.parameter == "bias" or change.delta.kind in ("replace", "tokens")) and _kind(change) not in consumer.kinds
-    ]
-    kept = tuple(change for change in adapter.changes if change not in gone)
-    if not kept:
-        raise LoratoolError(f"{adapter.path}: nothing of it has a place in {consumer.title}")
-    config = {key: value for key, value in adapter.config.items() if key not in ("modules_to_save", "bias", "lora_bias")}
-    return (replace(adapter, changes=kept, config=config) if gone else adapter), gone
-
-
-def _scaled(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[str]]:
-    """The adapter with ranks and scales as the program reads them: one scale, and one rank where it divides by that."""
-    factored = [change.delta for change in adapter.changes if isinstance(change.delta, FACTORED)]
-    ranks, scales = {delta.rank for delta in factored}, {or_one(delta.scale) for delta in factored}
-    most, done = max(ranks, default=0), list[str]()
-    rank = next((step for step in consumer.ranks if step >= most > consumer.usual_rank), most)
-    if consumer.scale != OWN and len(scales) > 1:
-        done.append("folded alpha into the factors")
-        adapter = _each(adapter, lambda delta: replace(delta.folded(), scale=1.0))
-    if ranks != {rank} and (consumer.scale == SHARED or rank > most):
-        done.append(f"filled ranks up to {rank}")
-        adapter = _each(adapter, lambda delta: _padded(delta, rank))
-    return adapter, done
-
-
-def _each(adapter: Adapter, made: Callable[[LoRA | Embedding], LoRA | Embedding]) -> Adapter:
-    changes = (
-        replace(change, delta=made(change.delta)) if isinstance(change.delta, FACTORED) else change
-        for change in adapter.changes
-    )
-    return replace(adapter, changes=tuple(changes))
-
-
-def _padded(delta: LoRA | Embedding, rank: int) -> LoRA | Embedding:
-    """The same with zeros up to `rank`; Tucker's core stays what it is."""
-    more = rank - delta.rank
-    if not more or (isinstance(delta, LoRA) and delta.mid is not None):
-        return delta
-    down = torch.cat([delta.down, delta.down.new_zeros(more, *delta.down.shape[1:])])
-    up = torch.cat([delta.up, delta.up.new_zeros(len(delta.up), more, *delta.up.shape[2:])], dim=1)
-    return replace(delta, down=down, up=up)
-
-
-def _norm(change: Change) -> float:
+def norm_or_zero(change: Change) -> float:
     """‖ΔW‖, or 0 of what is put in a weight's place."""
     return norm_of(change.delta) if change.delta.additive else 0.0
 
 
-def _kind(change: Change) -> str:
+def kind_of(change: Change) -> str:
     """The kind of a change, as a program's row names it."""
     if change.delta.kind == "full":
         return "bias" if change.parameter == "bias" else "norm" if len(change.delta.shape) == 1 else "full"
     return {"input oft": "oft", "input boft": "oft"}.get(change.delta.kind, change.delta.kind)
-
-
-def _kinds(changes: Sequence[Change]) -> str:
-    return ", ".join(sorted({_kind(change) for change in changes}))
 
 
 def _unlike_model(case: Case) -> Iterator[Finding]:
@@ -245,15 +149,15 @@ def _other_arch(case: Case) -> Iterator[Finding]:
 def _other_kinds(case: Case) -> Iterator[Finding]:
     by_kind: dict[str, list[Change]] = {}
     for change in case.adapter.changes:
-        if _kind(change) not in case.consumer.kinds:
-            by_kind.setdefault(_kind(change), []).append(change)
+        if kind_of(change) not in case.consumer.kinds:
+            by_kind.setdefault(kind_of(change), []).append(change)
     own_tuner = case.consumer.name == "peft" and case.config.get("peft_type") not in (None, "LORA")
     for kind, changes in by_kind.items():
         if own_tuner:
             continue
         names = tuple(str(change) for change in changes)
         gone = changes[0].parameter == "bias" or kind in ("replace", "tokens")
-        lost = math.hypot(*map(_norm, changes)) if gone else 0.0
+        lost = math.hypot(*map(norm_or_zero, changes)) if gone else 0.0
         title = WORDS.get(kind, kind)
         way = "leave it out" if gone else f"make LoRA of it: loratool convert --to {case.consumer.writes} --to-lora"
         if not gone and any(not change.delta.additive for change in changes):
