@@ -162,6 +162,16 @@ def test_commands_and_options_are_completed() -> None:
     complete = BashComplete(cli, {}, "loratool", "_LORATOOL_COMPLETE")
     assert [item.value for item in complete.get_completions([], "insp")] == ["inspect"]
     assert "--rank" in [item.value for item in complete.get_completions(["resize"], "--ra")]
+    for words in (
+        ["inspect"],
+        ["merge", "base"],
+        ["merge"],
+        ["combine"],
+        ["swap", "merged", "--in"],
+        ["compare"],
+        ["meta", "show"],
+    ):
+        assert [(item.type, item.value) for item in complete.get_completions(words, "sty")] == [("file", "sty")], words
 
 
 def test_folders_become_a_table(tmp_path: Path, invoke: Run) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.cli.convert import a_format, an_arch
-from loratool.cli.inputs import input_path
+from loratool.cli.inputs import input_name, input_path
 from loratool.cli.low_rank import print_converted
 from loratool.cli.options import (
     adapter_and_parts,
@@ -33,7 +33,7 @@ METHODS = ("sum", "ties", "dare", "dare-ties", "knots", "core")
 
 
 @click.command("combine", short_help="Make one adapter of several.")
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:STRENGTH[:PARTS]]...")
+@click.argument("adapters", nargs=-1, type=input_name, required=True, metavar="ADAPTER[:STRENGTH[:PARTS]]...")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="What to write.")
 @partial(rank_rules, without=("auto",))
 @click.option("--method", type=click.Choice(METHODS), default="sum", show_default=True, help="How to merge.")

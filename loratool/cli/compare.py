@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli.convert import an_arch
-from loratool.cli.inputs import expanded, input_path
+from loratool.cli.inputs import expanded, input_name, input_path
 from loratool.cli.options import factors_device_option, json_option, pickle_option, quiet_option, sum_of, verbose_option
 from loratool.cli.render import print_facts, print_json, print_table, warn
 
@@ -25,7 +25,7 @@ SHOWN = 20
 
 
 @click.command("compare", short_help="Say whether adapters, or checkpoints, are the same.")
-@click.argument("paths", nargs=-1, required=True, metavar="A B...", callback=expanded)
+@click.argument("paths", nargs=-1, required=True, metavar="A B...", type=input_name, callback=expanded)
 @click.option("--to", "source", metavar="BASE+ADAPTER[:W]...", help="Check the merge A against what it is made of.")
 @click.option("--tol", "tolerance", type=click.FloatRange(min=0), default=1e-6, show_default=True, help="Largest relative "
               "difference of a module that counts as the same.")  # fmt: skip

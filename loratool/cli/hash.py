@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.inputs import expanded
+from loratool.cli.inputs import expanded, input_name
 from loratool.cli.options import json_option
 from loratool.cli.render import print_facts, print_json, warn
 from loratool.text import safe, size
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("hash", short_help="Print the hashes that sites and tools know a file by.")
-@click.argument("files", nargs=-1, required=True, callback=expanded)
+@click.argument("files", nargs=-1, required=True, type=input_name, callback=expanded)
 @click.option("--check", is_flag=True, help="Compare with what the file says of itself; exit code 1 where that is wrong.")
 @json_option
 @click.pass_context
@@ -43,8 +43,8 @@ def hash_command(context: click.Context, files: tuple[Path, ...], check: bool, a
             print_facts(hashes.path, _facts(hashes))
         if check and not hashes.claims:
             warn(f"{hashes.path}: says nothing of its own hashes, so that there is nothing to check")
-        if check and not hashes.true:
-            context.exit(1)
+    if check and not all(hashes.true for hashes in found):
+        context.exit(1)
 
 
 def _facts(hashes: Hashes) -> Iterator[tuple[str, str]]:

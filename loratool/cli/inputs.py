@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from loratool import hub
 from loratool.errors import LoratoolError
@@ -17,16 +18,28 @@ from loratool.errors import LoratoolError
 STDIN = "-"
 
 
+class InputName(click.ParamType[str]):
+    """What names an input, as it was written; the shell completes paths."""
+
+    name = "path"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Has the shell complete a path."""
+        return [CompletionItem(incomplete, type="file")]
+
+
 class Input(click.ParamType[Path]):
     """A file or folder to read: a path, hf:ORG/NAME[@REVISION][/FILE], or - for standard input."""
 
     name = "path"
+    shell_complete = InputName.shell_complete
 
     def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """The path where it lies."""
         return found(str(value), ctx)
 
 
+input_name = InputName()
 input_path = Input()
 
 

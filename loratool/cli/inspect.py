@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from loratool.cli.inputs import expanded, input_path
+from loratool.cli.inputs import expanded, input_name, input_path
 from loratool.cli.options import json_option
 from loratool.cli.render import print_facts, print_json, print_table
 from loratool.errors import LoratoolError
@@ -31,7 +31,7 @@ TOLD: Final = frozenset({"version", "command", "adapters", "before", "modules", 
 
 
 @click.command("inspect", short_help="Say what a file is, and why.")
-@click.argument("files", nargs=-1, required=True, callback=expanded)
+@click.argument("files", nargs=-1, required=True, type=input_name, callback=expanded)
 @click.option("--modules", "list_modules", is_flag=True, help="List every module.")
 @click.option("--values", is_flag=True, help="Read the tensors too: norms, spectra, NaN, zeros.")
 @click.option("--plot", is_flag=True, help="Draw ‖ΔW‖ by block and sort of module.")

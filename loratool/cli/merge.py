@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.inputs import input_path
+from loratool.cli.inputs import input_name, input_path
 from loratool.cli.options import (
     adapter_and_strength,
     alpha_option,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @click.command("merge", short_help="Merge adapters into a base checkpoint.")
 @click.argument("base", type=input_path)
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:STRENGTH]...")
+@click.argument("adapters", nargs=-1, type=input_name, required=True, metavar="ADAPTER[:STRENGTH]...")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="File or folder to write.")
 @in_place_option
 @click.option(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from loratool.cli.inputs import input_path
+from loratool.cli.inputs import input_name, input_path
 from loratool.cli.merge import print_merge
 from loratool.cli.options import (
     adapter_and_strength,
@@ -27,9 +27,17 @@ NAMED = "ADAPTER[:STRENGTH]"
 @click.command("swap", short_help="Take one adapter out of a merged checkpoint and put another in.")
 @click.argument("merged", type=input_path)
 @click.option(
-    "--out", "outgoing", multiple=True, required=True, metavar=NAMED, help="To take out, as it was merged. Repeatable."
+    "--out",
+    "outgoing",
+    type=input_name,
+    multiple=True,
+    required=True,
+    metavar=NAMED,
+    help="To take out, as it was merged. Repeatable.",
 )
-@click.option("--in", "incoming", multiple=True, required=True, metavar=NAMED, help="To put in. Repeatable.")
+@click.option(
+    "--in", "incoming", type=input_name, multiple=True, required=True, metavar=NAMED, help="To put in. Repeatable."
+)
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="File or folder to write.")
 @in_place_option
 @pickle_option

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.inputs import input_path
+from loratool.cli.inputs import input_name, input_path
 from loratool.cli.options import (
     adapter_and_strength,
     device_option,
@@ -29,7 +29,7 @@ HASHES = 8
 
 @click.command("unmerge", short_help="Undo a merge: to the bit with its undo file, by subtraction without.")
 @click.argument("merged", type=input_path)
-@click.argument("adapters", nargs=-1, metavar="[ADAPTER[:STRENGTH]]...")
+@click.argument("adapters", nargs=-1, type=input_name, metavar="[ADAPTER[:STRENGTH]]...")
 @click.option("--undo", type=input_path, metavar="FILE", help="What `merge --undo` wrote.")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="File or folder to write.")
 @pickle_option
