@@ -391,6 +391,18 @@ def test_errors_that_weigh_like_their_weights(tmp_path: Path) -> None:
     assert report.weighed == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["a difference of rank 3", "factors of more ranks than sides"])
+def test_the_frontier_of_what_has_fewer_ranks_than_sides_ends(tmp_path: Path, kind: str) -> None:
+    """All that a module has may be fewer directions than its matrix could hold."""
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(60, 3, generator=generator), torch.randn(3, 40, generator=generator)
+    wide = {"lora_unet_q.lora_up.weight": up.repeat(1, 30), "lora_unet_q.lora_down.weight": down.repeat(30, 1)}
+    save(tmp_path / "a.safetensors", {"lora_unet_q.diff": up @ down} if kind.startswith("a diff") else wide)
+    found = frontier(tmp_path / "a.safetensors")
+    assert [choice.rank for choice in found.choices] == [1, 2, 3]
+    assert found.choices[-1].error < 1e-6
+
+
 def test_the_frontier_says_what_resizing_does(tmp_path: Path) -> None:
     tensors = kohya({f"lora_unet_{i}": (20 + i, 30 - i) for i in range(9)}, 8, 2.0)
     for i in range(9):

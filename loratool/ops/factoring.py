@@ -185,7 +185,9 @@ def _offer(found: Leading, rule: Rule, back: float, matrix: Tensor, itemsize: in
     known = found.spectrum.sigma[: found.up.shape[1]].cpu()
     # What arithmetic leaves is worth nothing.
     sigma = known[known > NUMERICAL * known[:1]]
-    settled = len(sigma) < len(known) or len(known) >= min(matrix.shape) or len(known) < (rule.most or 0)
+    # Who asked for all of them has what there is, though a matrix of these sides could hold more.
+    settled = rule.method == "all" or len(sigma) < len(known) or len(known) >= min(matrix.shape)
+    settled = settled or len(known) < (rule.most or 0)
     return Offer(sigma * back, settled, sum(matrix.shape) * itemsize, found.spectrum.total * back**2)
 
 
