@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loratool import LoratoolError
 from loratool.ops.meta import set_metadata
 from loratool.pages import charts
 from loratool.pages.report import report
 from tests.conftest import FIXTURES, Run
+from tests.models import save
 
 STYLE, LORA = FIXTURES / "style.safetensors", FIXTURES / "llama-lora"
 TAGS = {"1_folder": {"watercolor": 40, "cat": 9, "<script>document.title='run'</script>": 3, "x" * 500: 1}}
@@ -118,6 +120,16 @@ def test_equal_adapters_make_equal_pages(tmp_path: Path) -> None:
     for name in ("one", "other"):
         report([LORA], tmp_path / f"{name}.html")
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "other.html").read_bytes()
+
+
+def test_what_depends_on_its_weight_says_so(tmp_path: Path, invoke: Run) -> None:
+    stem = "lora_unet_input_blocks_4_1_proj_in"
+    tensors = {f"{stem}.lora_up.weight": torch.ones(8, 2), f"{stem}.lora_down.weight": torch.ones(2, 8)}
+    save(tmp_path / "dora.safetensors", tensors | {f"{stem}.dora_scale": torch.ones(8, 1)})
+    done = invoke("report", "dora.safetensors", "-o", "dora.html")
+    assert done.returncode == 0
+    assert "--base" in done.stderr
+    assert "1 changes are left out" in (tmp_path / "dora.html").read_text()
 
 
 def test_what_cannot_be_drawn_is_said(tmp_path: Path, invoke: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,10 +111,11 @@ def _adapter(facts: Facts) -> Iterator[str]:
     for note in facts.report.suspicions:
         yield f'<p class="note">{_text(note)}</p>'
     yield "<h3>Where it acts</h3>"
-    yield _figure(
-        charts.heat_map(facts.map),
-        "‖ΔW‖ of each block by sort of module: bright is strong. White, or black in the dark, is where it changes nothing.",
-    )
+    if facts.map.cells:
+        yield _figure(
+            charts.heat_map(facts.map),
+            "‖ΔW‖ of each block by sort of module: bright is strong, and where nothing is drawn there is no module.",
+        )
     if facts.map.unmeasured:
         yield f'<p class="note">{facts.map.unmeasured} changes are left out: what they add only the base could tell.</p>'
     yield from _spectra(facts)

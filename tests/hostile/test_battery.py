@@ -63,3 +63,33 @@ def test_it_ends_rightly(tmp_path: Path, invoke: Run, case: Case, verb: str) -> 
         assert done.stderr.splitlines()[-1] == errors[0]
         assert len(errors[0]) < 4200
         assert Path(case.file).stem[:3] in errors[0] or "out" in errors[0]
+
+
+OTHERS = (
+    "hash --check",
+    "meta show",
+    "meta strip -o out",
+    "meta strip --private -o out",
+    "check --for comfyui",
+    "check --for vllm --fix -o out",
+    "inspect --plot",
+    "report -o out",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", OTHERS)
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_what_only_looks_ends_in_words(tmp_path: Path, invoke: Run, case: Case, words: str) -> None:
+    """What describes or relabels a file, whatever it is: a result or one error, and nothing else is left."""
+    case.write(tmp_path / case.file)
+    before = contents(tmp_path)
+
+    done = invoke(*words.split(), "--", case.file)
+
+    after = contents(tmp_path)
+    text = done.stdout + done.stderr
+    assert not [letter for letter in text if unicodedata.category(letter) in ("Cc", "Cf") and letter != "\n"]
+    assert done.returncode in (0, 1)
+    assert {name: after[name] for name in before} == before
+    assert {name.partition("/")[0] for name in after.keys() - before.keys()} <= ({"out"} if done.returncode == 0 else set())
