@@ -28,6 +28,14 @@ COSTLY: Final = "costly"
 NOTE: Final = "note"
 """What one has to know to load it."""
 
+VERDICTS: Final = {
+    REFUSED: "does not load",
+    DIFFERENT: "loads, and is not the same",
+    COSTLY: "loads, at a price",
+}
+"""What the gravest of all findings comes to."""
+SAME: Final = "loads, and is the same"
+
 FACTORED: Final = (LoRA, Embedding)
 
 
@@ -46,11 +54,16 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What a program makes of an adapter, by the `source` of the program; and of a fix, what was done and its error."""
+    """What a program makes of an adapter, by the `source` of the program; and of a fix, what was done and its error.
+
+    It is `good` where it loads as it is, does the same, and costs nothing; the verdict says so in words.
+    """
 
     path: str
     target: str
     source: str
+    verdict: str
+    good: bool
     findings: tuple[Finding, ...]
     out: str | None = None
     done: tuple[str, ...] = ()
@@ -58,17 +71,6 @@ class CheckReport:
     lost: float = 0.0
     nbytes: int = 0
     warnings: tuple[str, ...] = ()
-
-    @property
-    def good(self) -> bool:
-        """Whether it loads as it is, does the same, and costs nothing."""
-        return all(finding.level == NOTE for finding in self.findings)
-
-    @property
-    def verdict(self) -> str:
-        levels = {finding.level for finding in self.findings}
-        words = {REFUSED: "does not load", DIFFERENT: "loads, and is not the same", COSTLY: "loads, at a price"}
-        return next((words[level] for level in words if level in levels), "loads, and is the same")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,16 @@ def check(path: str | Path, target: str, *, base: str | Path | None = None) -> C
     `base`, whether that has all of the adapter's modules. Raises `LoratoolError` where the adapter cannot be read."""
     case = Case(load(path), CONSUMERS[target], Path(base).expanduser() if base else None)
     findings = tuple(_unlike_model(case)) or tuple(finding for rule in RULES for finding in rule(case))
-    return CheckReport(str(path), case.consumer.title, case.consumer.source, findings, warnings=case.adapter.notes)
+    levels = {finding.level for finding in findings}
+    return CheckReport(
+        path=str(path),
+        target=case.consumer.title,
+        source=case.consumer.source,
+        verdict=next((words for level, words in VERDICTS.items() if level in levels), SAME),
+        good=levels <= {NOTE},
+        findings=findings,
+        warnings=case.adapter.notes,
+    )
 
 
 def norm_or_zero(change: Change) -> float:

@@ -117,7 +117,7 @@ def _adapter(facts: Facts) -> Iterator[str]:
             "‖ΔW‖ of each block by sort of module: bright is strong, and where nothing is drawn there is no module.",
         )
     if facts.map.unmeasured:
-        yield f'<p class="note">{facts.map.unmeasured} changes are left out: what they add only the base could tell.</p>'
+        yield f'<p class="note">Left out, since what they add only the base could tell: {facts.map.unmeasured}.</p>'
     yield from _spectra(facts)
     yield from _frontier(facts)
     if facts.training:
