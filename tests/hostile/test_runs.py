@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -206,3 +207,30 @@ def test_json_carries_errors_too(tmp_path: Path, invoke: Run) -> None:
     assert done.returncode == 1
     assert "bad.safetensors" in json.loads(done.stdout)["error"]
     assert done.stderr.startswith("error: ")
+
+
+def test_files_that_end_too_early_are_errors(tmp_path: Path) -> None:
+    """What an output is copied from, and the output itself where it is read again."""
+    (tmp_path / "short").write_bytes(b"1234")
+    with Writer(tmp_path / "out", 16) as writer:
+        with open(tmp_path / "short", "rb") as source, pytest.raises(OutputError, match="was truncated while it was copied"):
+            writer.copy(source.fileno(), 0, 16, 0)
+        os.truncate(tmp_path / "out", 8)
+        with pytest.raises(OutputError, match="was truncated while it was written"):
+            writer.read_into(memoryview(bytearray(16)), 0)
+
+
+def test_a_file_system_that_cannot_preallocate_or_copy_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*words: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not here")
+
+    monkeypatch.setattr(os, "posix_fallocate", refused)
+    monkeypatch.setattr(os, "copy_file_range", refused)
+    raw = bytes(range(256)) * 8
+    (tmp_path / "source").write_bytes(raw)
+    with Writer(tmp_path / "out", len(raw)) as writer, open(tmp_path / "source", "rb") as source:
+        assert (tmp_path / "out").stat().st_size == len(raw)
+        writer.copy(source.fileno(), 0, len(raw), 0)
+    assert (tmp_path / "out").read_bytes() == raw
