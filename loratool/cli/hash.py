@@ -51,7 +51,7 @@ def _facts(hashes: Hashes) -> Iterator[tuple[str, str]]:
     yield "size", f"{size(hashes.size)} ({hashes.size:,} bytes)"
     yield "AutoV1", hashes.autov1.upper()
     yield "AutoV2", hashes.autov2.upper()
-    yield "AutoV3", hashes.autov3[:12].upper() if hashes.autov3 else "none: not a safetensors file"
+    yield "AutoV3", hashes.letters or "none: not a safetensors file"
     yield "SHA-256", hashes.sha256
     yield "BLAKE3", hashes.blake3 or "needs `pip install loratool[hash]`"
     yield "CRC32", hashes.crc32.upper()

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from loratool.adapter import Adapter, Change, load
+from loratool.deltas.base import or_one
 from loratool.deltas.lora import Embedding, LoRA
 from loratool.detect import is_language_model
 from loratool.errors import LoratoolError, some
 from loratool.formats.consumers import CONSUMERS, GLOBAL, SHARED, Consumer
+from loratool.formats.peft import PeftConfig
 from loratool.formats.table import format_named
 from loratool.layout import open_layout
 from loratool.ops.choosing import explained, own_format
 from loratool.ops.comparing.adapters import norm_of
 from loratool.ops.plan import Choice, make_plan
+from loratool.ops.spelling import NO_LORA
+from loratool.schema import BIAS
 
 REFUSED: Final = "refused"
 """It does not load."""
@@ -82,8 +86,8 @@ class Case:
     base: Path | None
 
     @property
-    def config(self) -> dict[str, object]:
-        return dict(self.adapter.config)
+    def config(self) -> Mapping[str, Any]:
+        return self.adapter.config
 
     @property
     def language(self) -> bool:
@@ -93,13 +97,18 @@ class Case:
         """Each LoRA, its rank, and what its factors' product is multiplied by."""
         for change in self.adapter.changes:
             if isinstance(change.delta, FACTORED):
-                yield change, change.delta.rank, 1.0 if change.delta.scale is None else change.delta.scale
+                yield change, change.delta.rank, or_one(change.delta.scale)
 
 
 def check(path: str | Path, target: str, *, base: str | Path | None = None) -> CheckReport:
     """What the program `target` (see `CONSUMERS`) makes of the adapter at `path`, by rules read from its source; with
     `base`, whether that has all of the adapter's modules. Raises `LoratoolError` where the adapter cannot be read."""
-    case = Case(load(path), CONSUMERS[target], Path(base).expanduser() if base else None)
+    return examined(load(path), path, target, base)
+
+
+def examined(adapter: Adapter, path: str | Path, target: str, base: str | Path | None) -> CheckReport:
+    """`check` of an adapter that is loaded already."""
+    case = Case(adapter, CONSUMERS[target], Path(base).expanduser() if base else None)
     findings = tuple(_unlike_model(case)) or tuple(finding for rule in RULES for finding in rule(case))
     levels = {finding.level for finding in findings}
     return CheckReport(
@@ -116,6 +125,11 @@ def check(path: str | Path, target: str, *, base: str | Path | None = None) -> C
 def norm_or_zero(change: Change) -> float:
     """‖ΔW‖, or 0 of what is put in a weight's place."""
     return norm_of(change.delta) if change.delta.additive else 0.0
+
+
+def without_lora(change: Change) -> bool:
+    """Whether no LoRA can stand for a change."""
+    return change.parameter == BIAS or change.delta.kind in NO_LORA
 
 
 def kind_of(change: Change) -> str:
@@ -167,7 +181,7 @@ def _other_kinds(case: Case) -> Iterator[Finding]:
         if own_tuner:
             continue
         names = tuple(str(change) for change in changes)
-        gone = changes[0].parameter == "bias" or kind in ("replace", "tokens")
+        gone = without_lora(changes[0])
         lost = math.hypot(*map(norm_or_zero, changes)) if gone else 0.0
         title = WORDS.get(kind, kind)
         way = "leave it out" if gone else f"make LoRA of it: loratool convert --to {case.consumer.writes} --to-lora"
@@ -180,8 +194,9 @@ def _other_scales(case: Case) -> Iterator[Finding]:
     """Where the program multiplies a module by something else than this adapter means."""
     if case.consumer.scale not in (GLOBAL, SHARED) or not case.config:
         return
-    alpha, rank = float(str(case.config.get("lora_alpha") or 0)), float(str(case.config.get("r") or 1))
-    rooted = case.consumer.scale == GLOBAL and bool(case.config.get("use_rslora"))
+    config = PeftConfig.parse(case.config, str(case.adapter.path))
+    alpha, rank = config.alpha or 0.0, config.rank or 1
+    rooted = case.consumer.scale == GLOBAL and config.rslora
     wrong: list[str] = []
     worst = 1.0
     for change, own, scale in case.loras():

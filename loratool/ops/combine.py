@@ -109,9 +109,12 @@ def combine(
         )
     combining, sources = _collected(given, out, options)
 
+    made_of = [named(source.path, strength=part.strength.value) for source, part in zip(sources, given, strict=True)]
+
     def described(adapter: Adapter, error: float = 0.0) -> Adapter:
-        said = None if rule is None else error
-        return replace(adapter, metadata=_metadata(sources, given, adapter, options, said))
+        said = dict(_history(options)) | ({} if rule is None else {"error": f"{error:.4e}"})
+        before = sources[0].metadata if len(sources) == 1 else {}
+        return replace(adapter, metadata=_metadata(sources, adapter) | entry("combine", made_of, before, **said))
 
     dtype = DTYPE_OPTIONS[options.dtype] if options.dtype else None
     combined, lowered = combining.made(sources, rule, dtype, described)
@@ -193,10 +196,8 @@ def _loaded(adapter: Adapter | str | Path, options: CombineOptions) -> Adapter:
     return adapter if isinstance(adapter, Adapter) else load(adapter, allow_pickle=options.allow_pickle)
 
 
-def _metadata(
-    adapters: Sequence[Adapter], parts: Sequence[Part], combined: Adapter, options: CombineOptions, error: float | None
-) -> dict[str, str]:
-    """What all adapters say alike, made true of the output, and where it comes from."""
+def _metadata(adapters: Sequence[Adapter], combined: Adapter) -> dict[str, str]:
+    """What all adapters say alike, made true of the output."""
     first, *others = (adapter.metadata for adapter in adapters)
     common = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     for key in ("ss_network_module", "ss_network_dim", "ss_network_alpha"):
@@ -206,9 +207,7 @@ def _metadata(
     all_lora = all(change.delta.kind in ("lora", "full") for change in combined.changes)
     metadata = dict(kohya_metadata(common, ranks)) if all_lora else common
     metadata.pop(METADATA_KEY, None)
-    made_of = [named(a.path, strength=part.strength.value) for a, part in zip(adapters, parts, strict=True)]
-    said = dict(_history(options)) | ({"error": f"{error:.4e}"} if error is not None else {})
-    return metadata | entry("combine", made_of, first if len(parts) == 1 else {}, **said)
+    return metadata
 
 
 def _history(options: CombineOptions) -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from loratool.deltas.lora import Embedding, LoRA
 from loratool.errors import LoratoolError, of_file
 from loratool.formats.consumers import CONSUMERS, OWN, SHARED, Consumer
 from loratool.formats.table import format_named
-from loratool.ops.check import FACTORED, REFUSED, CheckReport, check, kind_of, norm_or_zero
+from loratool.ops.check import FACTORED, REFUSED, CheckReport, examined, kind_of, norm_or_zero, without_lora
 from loratool.ops.choosing import Wanted, choose
 from loratool.ops.history import entry, named
 from loratool.ops.low_rank import error_of, lower
@@ -32,11 +32,12 @@ def fix(
 
     Raises `LoratoolError`, and writes nothing, where no such adapter can be made.
     """
-    report = check(path, target, base=base)
+    adapter = load(path)
+    report = examined(adapter, path, target, base)
     final = [finding.what for finding in report.findings if finding.level == REFUSED and not finding.fixable]
     if final:
         raise LoratoolError(f"{path}: {final[0]}")
-    consumer, adapter, done, lost = CONSUMERS[target], load(path), list[str](), 0.0
+    consumer, done, lost = CONSUMERS[target], list[str](), 0.0
     adapter, gone = _without(adapter, consumer)
     if gone:
         lost = math.hypot(*map(norm_or_zero, gone))
@@ -48,14 +49,14 @@ def fix(
         done.append(f"made LoRA of {_kinds(odd)}")
     adapter, words = _scaled(adapter, consumer)
     done += words
+    error = error_of(converted)
     with of_file(path):
         form = format_named(consumer.writes)
         _, ways = choose([adapter], form, Wanted(None, None, Path(base).expanduser() if base else None))
-        said = entry("check --fix", [named(adapter.path)], adapter.metadata, target=target, error=error_of(converted))
+        said = entry("check --fix", [named(adapter.path)], adapter.metadata, target=target, error=error)
         adapter = replace(adapter, metadata={**adapter.metadata, **said})
         out = Path(out).expanduser()
         written = write_as(adapter, form, ways, out, inputs=[adapter.path], overwrite=overwrite)
-    error = error_of(converted)
     return replace(
         report, out=str(out), done=(f"spelled it as {form.title}", *done), error=error, lost=lost, nbytes=written.nbytes
     )
@@ -63,12 +64,7 @@ def fix(
 
 def _without(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[Change]]:
     """The adapter without what no LoRA can stand for and the program has no place for."""
-    gone = [
-        change
-        for change in adapter.changes
-        if (change.parameter == "bias" or change.delta.kind in ("replace", "tokens"))
-        and kind_of(change) not in consumer.kinds
-    ]
+    gone = [change for change in adapter.changes if without_lora(change) and kind_of(change) not in consumer.kinds]
     kept = tuple(change for change in adapter.changes if change not in gone)
     if not kept:
         raise LoratoolError(f"{adapter.path}: nothing of it has a place in {consumer.title}")

@@ -56,6 +56,11 @@ class Hashes:
     claims: Mapping[str, bool]
 
     @property
+    def letters(self) -> str | None:
+        """AutoV3 as it is shown."""
+        return self.autov3[:LETTERS].upper() if self.autov3 else None
+
+    @property
     def true(self) -> bool:
         """Whether nothing that the file says of its hashes is wrong."""
         return all(self.claims.values())

@@ -56,7 +56,9 @@ def entry(
     command: str, adapters: Iterable[Mapping[str, object]], metadata: Mapping[str, str], **said: object
 ) -> dict[str, str]:
     """The metadata that tells of `command`, done to `adapters` (see `named`), to which what is changed says `metadata`."""
-    document = {"version": __version__, "command": command, "adapters": list(adapters)[:NAMED], **said}
+    document: dict[str, Any] = {"version": __version__, "command": command}
+    made_of = list(adapters)[:NAMED]
+    document |= ({"adapters": made_of} if made_of else {}) | said
     before = [shortened(step) for step in chain_of(metadata)[:MOST]]
     while before and len(json.dumps(before)) > BYTES:
         before.pop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -103,24 +103,33 @@ def _weights(base: str | Path | None) -> Weights | None:
 
 def _written(command: str, work: Lowering, rule: Rule | Budget, out: Path, *, overwrite: bool) -> LowRankReport:
     adapter = work.adapter
-    kept = as_they_were(adapter, work.kept)
+    kept, said = as_they_were(adapter, work.kept), _said(command, adapter)
     with of_file(adapter.path):
         if isinstance(rule, Rule):
             done = work.lowered(rule)
         else:
-            done = work.within(rule, lambda imagined: size_of(_contents(command, work, imagined, kept)))
-    nbytes = write(_contents(command, work, done, kept), [adapter.path], out.expanduser(), overwrite=overwrite)
+            done = work.within(rule, lambda imagined: size_of(_contents(said, work, imagined, kept)))
+    nbytes = write(_contents(said, work, done, kept), [adapter.path], out.expanduser(), overwrite=overwrite)
     figures = tuple(figures for figures, _ in done.values())
     notes = (*adapter.notes, *work.lanes.notes())
     return LowRankReport(str(out), figures, len(work.kept), error_of(figures), nbytes, notes)
 
 
-def _contents(command: str, work: Lowering, done: Lowered, kept: Mapping[str, Tensor]) -> Contents:
-    """What is written, which says what it was made of and at what error, in as many letters whatever that is."""
-    contents, adapter = work.contents(done, kept), work.adapter
+Said = Callable[[float], dict[str, str]]
+"""The metadata that tells of a command, of the error that it made."""
+
+
+def _said(command: str, adapter: Adapter) -> Said:
+    """In as many letters whatever the error is; the input is hashed once, however often that is asked."""
+    made_of = [named(adapter.path)]
+    return lambda error: entry(command, made_of, adapter.metadata, error=f"{error:.4e}")
+
+
+def _contents(said: Said, work: Lowering, done: Lowered, kept: Mapping[str, Tensor]) -> Contents:
+    """What is written, and what it says of itself."""
+    contents = work.contents(done, kept)
     error = error_of([figures for figures, _ in done.values()])
-    said = entry(command, [named(adapter.path)], adapter.metadata, error=f"{error:.4e}")
-    return replace(contents, metadata={**contents.metadata, **said})
+    return replace(contents, metadata={**contents.metadata, **said(error)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +166,13 @@ def frontier(
     it is in the spectra; nothing is written. Raises `LoratoolError`."""
     adapter = load(path, unsaid=unsaid)
     work = Lowering(adapter, dtype, KEPT - RESIZED, _weights(base), on=lanes(device, doubles=True))
-    kept = as_they_were(adapter, work.kept)
+    kept, said = as_they_were(adapter, work.kept), _said("resize", adapter)
     spectra = work.offers(dict.fromkeys(work.numbers, Rule()))
     market = Market(work.numbers, lambda rules: {number: spectra[number] for number in rules}, Budget(nbytes=1))
     total = math.sqrt(market.total)
 
     def size(ranks: Mapping[int, int]) -> int:
-        return size_of(_contents("resize", work, work.imagined(ranks), kept))
+        return size_of(_contents(said, work, work.imagined(ranks), kept))
 
     def choice(rank: int) -> Choice:
         ranks = {number: min(rank, _effective(offer)) for number, offer in spectra.items()}

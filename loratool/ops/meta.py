@@ -66,7 +66,7 @@ def delete_metadata(
     """Takes the keys that `globs` match; raises `LoratoolError` for a glob that matches none, and for what readers need."""
     before = metadata_of(path)
     gone = _matched(path, before, globs)
-    needed = sorted(gone & NEEDED & {METADATA_KEY, "software"})
+    needed = sorted(gone & NEEDED - {"format"})
     if needed:
         raise LoratoolError(
             f"{path}: without {needed[0]} the adapter would be read as another; convert it to kohya's format first"

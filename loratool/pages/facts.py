@@ -91,7 +91,7 @@ def _about(report: AdapterReport, hashes: Hashes) -> Iterator[tuple[str, str]]:
         yield "alpha", histogram(dict(report.alphas))
     yield "size", f"{size(report.nbytes)} in {histogram(dict(report.dtypes))}"
     yield "parameters", count(report.parameters)
-    yield "AutoV3", (hashes.autov3 or "")[:12].upper()
+    yield "AutoV3", hashes.letters or ""
     yield "SHA-256", hashes.sha256
 
 

@@ -11,7 +11,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loratool import __version__
 from loratool.adapter import Adapter, Change
 from loratool.archs import ARCHS, Arch
 from loratool.checkpoint import DTYPE_NAMES, tensor_bytes
@@ -26,7 +25,7 @@ from loratool.names import Module
 from loratool.ops.appending import ENTRY_BYTES, Entry
 from loratool.ops.choosing import Wanted, archs_of, choose, own_format, placed
 from loratool.ops.differing.sources import OfAdapter, OfCheckpoints, Source
-from loratool.ops.history import METADATA_KEY
+from loratool.ops.history import entry
 from loratool.ops.renaming import renamed
 from loratool.ops.spelling import spelled
 from loratool.routes import Route
@@ -149,7 +148,7 @@ def room_for_header(source: Source) -> int:
 
 def provenance(**said: object) -> dict[str, str]:
     """What the file says of itself, without times or paths."""
-    return {METADATA_KEY: json.dumps({"version": __version__, "command": "delta", **said}), "format": "pt"}
+    return entry("delta", (), {}, **said) | {"format": "pt"}
 
 
 def _leaf(parameter: str) -> str:

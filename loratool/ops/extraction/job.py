@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,6 @@ from typing import TypeVar
 
 import torch
 
-from loratool import __version__
 from loratool.adapter import Adapter, Change
 from loratool.archs import Arch
 from loratool.deltas import Delta, Full, Replace
@@ -26,7 +24,7 @@ from loratool.ops.extraction.assembling import Item, assembled
 from loratool.ops.extraction.carrying import BESIDE_LORA, EXPERTS, LORA, REPLACED
 from loratool.ops.extraction.journal import Journal
 from loratool.ops.extraction.outcomes import Extracted, Extraction, Outcome, Task
-from loratool.ops.history import METADATA_KEY
+from loratool.ops.history import entry
 from loratool.ops.lowering import room_for
 from loratool.ops.packing import size_as
 from loratool.ops.saving import one_or_dynamic
@@ -93,7 +91,7 @@ class Job:
         if str((config.get("architectures") or [""])[0]).endswith("ForCausalLM"):
             about["task_type"] = "CAUSAL_LM"
         ranks = [outcome.figures.rank for number, outcome in outcomes.items() if number not in lost and outcome.figures.rank]
-        metadata = {METADATA_KEY: self._provenance(outcomes, lost), "format": "pt"}
+        metadata = self._provenance(outcomes, lost) | {"format": "pt"}
         if self.target.flat:
             metadata |= _network(ranks)
         return Adapter(layout.root, tuple(changes), metadata, config=about)
@@ -180,13 +178,11 @@ class Job:
             batches += [numbers[start : start + count] for start in range(0, len(numbers), count)]
         return batches
 
-    def _provenance(self, outcomes: Mapping[int, Outcome], lost: Mapping[int, str]) -> str:
+    def _provenance(self, outcomes: Mapping[int, Outcome], lost: Mapping[int, str]) -> dict[str, str]:
         """A short account, without times or paths, so that equal runs write equal bytes, and with numbers of equal width, so
         that its length is known before they are."""
         held = {str(self.items[number].pair): outcome.figures for number, outcome in outcomes.items() if number not in lost}
         document = {
-            "version": __version__,
-            "command": "extract",
             "base": self.work.base.layout.root.name[:100],
             "tuned": self.work.tuned.layout.root.name[:100],
             "rule": dict(_rule(self.rule)),
@@ -197,7 +193,7 @@ class Job:
             },
             "left_out": {str(self.items[number].pair): f"{outcomes[number].figures.norm:.4e}" for number in lost},
         }
-        return json.dumps(document)
+        return entry("extract", (), {}, **document)
 
 
 def _key(number: int, rule: Rule | None) -> str:
