@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import random
 import re
 import struct
@@ -27,7 +28,8 @@ import tempfile
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, deserialize
@@ -44,6 +46,11 @@ TOKENS = (
     b"4294967296",
 )  # fmt: skip
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F64": 8}
+
+
+LARGEST_SEED = 4096
+"""Bytes of a mutated header that joins the seeds."""
+MOST_SEEDS = 5000
 
 
 def sound(chance: random.Random) -> bytes:
@@ -142,34 +149,67 @@ def main() -> None:
     {"headers": headers, "formats": formats}[arguments.what](arguments)
 
 
+@dataclass
+class Search:
+    """What came of mutants: how often each answer was given, exceptions that are not ours, the longest time, and minutes."""
+
+    answers: Counter[str] = field(default_factory=Counter)
+    leaked: Counter[str] = field(default_factory=Counter)
+    slow: float = 0.0
+    minutes: float = 0.0
+
+
+def searched(
+    seeds: list[bytes],
+    count: int,
+    chance: random.Random,
+    ask: Callable[[bytes], str],
+    judge: Callable[[bytes, str], None] = lambda raw, answer: None,
+    largest: float = math.inf,
+) -> Search:
+    """Asks about so many mutants of `seeds`, which those join that reach a new answer; `judge` is told of each answer."""
+    found, started = Search(), time.monotonic()
+    for _ in range(count):
+        raw = mutated(chance.choice(seeds), chance)
+        before = time.perf_counter()
+        try:
+            answer = ask(raw)
+        except Exception as error:
+            found.leaked[f"{type(error).__name__}: {error}"] += 1
+            continue
+        found.slow = max(found.slow, time.perf_counter() - before)
+        judge(raw, answer)
+        found.answers[answer] += 1
+        if found.answers[answer] == 1 and len(raw) < largest and len(seeds) < MOST_SEEDS:
+            seeds.append(raw)
+    found.minutes = (time.monotonic() - started) / 60
+    return found
+
+
 def formats(arguments: argparse.Namespace) -> None:
     """Prints what `inspect` made of mutated adapters."""
-    chance, answers, leaked, slow = random.Random(arguments.seed), Counter[str](), Counter[str](), 0.0
-    started = time.monotonic()
+    chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="loratool-fuzz-") as name:
         seeds, path = list(spellings(Path(name))), Path(name, "mutant.safetensors")
         count = len(seeds)
-        for _ in range(arguments.count):
-            path.write_bytes(raw := mutated(chance.choice(seeds), chance))
-            before = time.perf_counter()
+
+        def ask(raw: bytes) -> str:
+            path.write_bytes(raw)
             try:
                 report = inspect(path)
-                answer = f"{report.format} {report.arch} {getattr(report, 'kinds', '')} {getattr(report, 'suspicions', '')}"
             except LoratoolError as error:
                 answer = str(error)
-            except Exception as error:
-                leaked[f"{type(error).__name__}: {error}"] += 1
-                continue
-            slow = max(slow, time.perf_counter() - before)
-            answer = re.sub(r"\d+|'[^']*'", "…", answer)[:300]
-            answers[answer] += 1
-            if answers[answer] == 1 and len(seeds) < 5000:
-                seeds.append(raw)
-    minutes = (time.monotonic() - started) / 60
-    print(f"{common.machine()}: {arguments.count:,} mutants of {count} adapters in {minutes:.1f} min, seed {arguments.seed}")
-    print(f"  {len(answers):,} different reports and errors; longest {slow:.3f} s")
-    print(f"  exceptions that are not ours: {sum(leaked.values())} {dict(leaked)}")
-    sys.exit(1 if leaked else 0)
+            else:
+                odd = f"{getattr(report, 'kinds', '')} {getattr(report, 'suspicions', '')}"
+                answer = f"{report.format} {report.arch} {odd}"
+            return re.sub(r"\d+|'[^']*'", "…", answer)[:300]
+
+        found = searched(seeds, arguments.count, chance, ask)
+    many = f"{arguments.count:,} mutants of {count} adapters in {found.minutes:.1f} min, seed {arguments.seed}"
+    print(f"{common.machine()}: {many}")
+    print(f"  {len(found.answers):,} different reports and errors; longest {found.slow:.3f} s")
+    print(f"  exceptions that are not ours: {sum(found.leaked.values())} {dict(found.leaked)}")
+    sys.exit(1 if found.leaked else 0)
 
 
 def spellings(folder: Path) -> Iterator[bytes]:
@@ -188,41 +228,28 @@ def spellings(folder: Path) -> Iterator[bytes]:
 def headers(arguments: argparse.Namespace) -> None:
     """Prints what our parser made of mutated headers, beside the reference."""
     chance = random.Random(arguments.seed)
-    seeds, answers = [sound(chance) for _ in range(50)], Counter[str]()
-    stricter, laxer, leaked, slow = Counter[str](), Counter[str](), Counter[str](), 0.0
-    shown: dict[str, bytes] = {}
-    started = time.monotonic()
-    tracemalloc.start(1)
-    most = 0
-    for number in range(arguments.count):
-        raw = mutated(chance.choice(seeds), chance)
-        before = time.perf_counter()
-        try:
-            answer = ours(raw)
-        except Exception as error:
-            leaked[f"{type(error).__name__}: {error}"] += 1
-            continue
-        slow = max(slow, time.perf_counter() - before)
-        if number % 1000 == 0:
-            most = max(most, tracemalloc.get_traced_memory()[1])
+    stricter, laxer, shown = Counter[str](), Counter[str](), dict[str, bytes]()
+
+    def judge(raw: bytes, answer: str) -> None:
         accepted = reference(raw)
         if answer.startswith("accepted") and not accepted:
             laxer[repr(raw[8:200])] += 1
         if accepted and not answer.startswith("accepted"):
             stricter[answer] += 1
             shown.setdefault(answer, raw[8:200])
-        answers[answer] += 1
-        if answers[answer] == 1 and len(raw) < 4096:
-            seeds.append(raw)
-    minutes = (time.monotonic() - started) / 60
-    print(f"{common.machine()}: {arguments.count:,} files in {minutes:.1f} minutes, seed {arguments.seed}")
-    print(f"  {len(answers)} different answers; {sum(n for a, n in answers.items() if a.startswith('accepted')):,} accepted")
-    print(f"  exceptions that are not ours: {sum(leaked.values())} {dict(leaked)}")
+
+    tracemalloc.start(1)
+    found = searched([sound(chance) for _ in range(50)], arguments.count, chance, ours, judge, LARGEST_SEED)
+    most = tracemalloc.get_traced_memory()[1]
+    accepted = sum(times for answer, times in found.answers.items() if answer.startswith("accepted"))
+    print(f"{common.machine()}: {arguments.count:,} files in {found.minutes:.1f} minutes, seed {arguments.seed}")
+    print(f"  {len(found.answers)} different answers; {accepted:,} accepted")
+    print(f"  exceptions that are not ours: {sum(found.leaked.values())} {dict(found.leaked)}")
     print(f"  accepted, which the reference refuses: {sum(laxer.values())} {dict(laxer)}")
-    print(f"  longest {slow:.3f} s, at most {most / 1e6:.1f} MB of Python's memory")
+    print(f"  longest {found.slow:.3f} s, at most {most / 1e6:.1f} MB of Python's memory")
     for answer, times in stricter.most_common(12):
         print(f"  refused by us alone, {times:,} times: {answer} such as {shown[answer]!r}")
-    sys.exit(1 if leaked or laxer else 0)
+    sys.exit(1 if found.leaked or laxer else 0)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from loratool.errors import InvalidFile, LoratoolError, some
+from loratool.formats.peft import CONFIG_NAME
+from loratool.formats.reading import WEIGHTS
+from loratool.layout import INDEX_SUFFIX, PIPELINE, SINGLE_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PREFIX: Final = "hf:"
 NAME: Final = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/(.+))?")
-ADAPTER: Final = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER: Final = (CONFIG_NAME, WEIGHTS[0])
 MODEL: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md")
 """Weights, configs, and a tokenizer's files."""
 VARIANTS: Final = ("*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors", "*/*.fp16-*.safetensors")
@@ -73,14 +76,14 @@ class _Repository:
         files = self._asked(self._files)
         if files is None:
             return self._asked(self._cached)
-        if ADAPTER[0] in files:
+        if CONFIG_NAME in files:
             return self._folder(ADAPTER, ())
-        if "model_index.json" in files:
-            return self._folder([f"*/{pattern}" for pattern in MODEL] + ["model_index.json"], VARIANTS)
+        if PIPELINE in files:
+            return self._folder([f"*/{pattern}" for pattern in MODEL] + [PIPELINE], VARIANTS)
         top = [name for name in files if name.endswith(".safetensors") and "/" not in name]
         if len(top) == 1 and "config.json" not in files:
             return self._file(top[0])
-        if any(name.endswith(".safetensors.index.json") for name in files) or "model.safetensors" in top:
+        if any(name.endswith(INDEX_SUFFIX) for name in files) or SINGLE_NAMES[0] in top:
             return self._folder(MODEL, ("*/*",))
         raise InvalidFile(f"{self.text}: {_no_choice(self.text, files, top)}")
 
@@ -101,7 +104,7 @@ class _Repository:
 
         folder = Path(snapshot_download(self.name, revision=self.revision, local_files_only=True))
         names = [entry.name for entry in folder.iterdir() if entry.suffix == ".safetensors"]
-        alone = len(names) == 1 and not any((folder / name).exists() for name in (ADAPTER[0], "config.json"))
+        alone = len(names) == 1 and not any((folder / name).exists() for name in (CONFIG_NAME, "config.json"))
         return folder / names[0] if alone else folder
 
     def _file(self, file: str) -> Path:

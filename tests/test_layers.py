@@ -12,8 +12,8 @@ import loratool
 ROOT = Path(loratool.__file__).parent
 LEVELS = {
     "errors": 0, "text": 0, "names": 1, "strict": 1, "header": 1, "schema": 1,
-    "locks": 1, "hub": 1, "output": 2, "formats": 2, "archs": 3, "clones": 3, "layout": 3,
-    "targets": 4, "detect": 4, "routes": 4, "linalg": 4, "krylov": 4, "rounding": 4, "pickles": 4,
+    "locks": 1, "output": 2, "formats": 2, "archs": 3, "clones": 3, "layout": 3,
+    "hub": 4, "targets": 4, "detect": 4, "routes": 4, "linalg": 4, "krylov": 4, "rounding": 4, "pickles": 4,
     "devices": 4, "workers": 4, "residuals": 4, "checkpoint": 4, "ranks": 5, "deltas": 5,
     "adapter": 6, "ops": 7, "pages": 8, "cli": 9, "__main__": 10,
 }  # fmt: skip

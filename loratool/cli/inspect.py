@@ -119,18 +119,15 @@ def _shade(cell: float | None, largest: float) -> str:
 
 
 def _adapter(report: AdapterReport) -> Iterator[tuple[str, str]]:
+    from loratool.ops.describing import composition
+
     yield "format", safe(report.format)
     yield "trainer", report.trainer or "not said in its metadata"
     yield "base", f"{report.arch.title}: {safe(report.arch.reason)}"
     if report.arch.candidates:
         yield "candidates", ", ".join(report.arch.candidates)
-    yield "modules", histogram(dict(report.components))
-    yield "kinds", histogram(dict(report.kinds))
-    if report.ranks:
-        yield "rank", histogram(dict(report.ranks))
-        yield "alpha", histogram(dict(report.alphas))
+    yield from composition(report)
     share = f" ({report.share:.2%} of those they change)" if report.share is not None else ""
-    yield "size", f"{size(report.nbytes)} in {histogram(dict(report.dtypes))}"
     yield "parameters", f"{count(report.parameters)}{share}"
     yield from _metadata(report.metadata)
     yield from _history(report.history)

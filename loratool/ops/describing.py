@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from loratool.archs import ARCHS, Arch
 from loratool.detect import Verdict, is_language_model, named_like
@@ -15,6 +15,10 @@ from loratool.formats.recognise import refusal, trainer
 from loratool.formats.table import FORMATS, LLM, Format
 from loratool.header import TensorInfo
 from loratool.routes import as_named, is_spelled
+from loratool.text import histogram, size
+
+if TYPE_CHECKING:
+    from loratool.ops.inspect import AdapterReport
 
 FEW: Final = 200
 """Longest text of one metadata value that is shown."""
@@ -70,6 +74,16 @@ def _agrees(found: Listing, row: Format, arch: Arch) -> bool:
     if not all(row.spells(group.module.stem, [info.name for info in group.leaves.values()]) for group in found.groups):
         return False
     return is_spelled([group.module for group in found.groups], arch, row)
+
+
+def composition(report: AdapterReport) -> Iterator[tuple[str, str]]:
+    """What an adapter is made up of, in words: its modules, kinds, ranks, alphas and bytes."""
+    yield "modules", histogram(report.components)
+    yield "kinds", histogram(report.kinds)
+    if report.ranks:
+        yield "rank", histogram(report.ranks)
+        yield "alpha", histogram(report.alphas)
+    yield "size", f"{size(report.nbytes)} in {histogram(report.dtypes)}"
 
 
 def suspicions(found: Listing) -> list[str]:

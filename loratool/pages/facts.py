@@ -12,12 +12,13 @@ from typing import Any, Final
 from loratool.adapter import load
 from loratool.errors import InvalidFile, LoratoolError
 from loratool.ops.delta import DeltaOptions, DeltaReport, delta
+from loratool.ops.describing import composition
 from loratool.ops.hashing import Hashes, file_hashes
 from loratool.ops.inspect import AdapterReport, inspect
 from loratool.ops.low_rank import FrontierReport, frontier
 from loratool.ops.mapping import Map, map_of
 from loratool.ops.meta import metadata_of
-from loratool.text import count, histogram, size
+from loratool.text import count
 
 TRAINING: Final[Mapping[str, str]] = {
     "modelspec.title": "title", "modelspec.author": "author", "modelspec.date": "date", "modelspec.license": "licence",
@@ -84,12 +85,7 @@ def _about(report: AdapterReport, hashes: Hashes) -> Iterator[tuple[str, str]]:
     yield "format", report.format
     yield "trainer", report.trainer or "not said in its metadata"
     yield "for", f"{report.arch.title}: {report.arch.reason}"
-    yield "modules", histogram(dict(report.components))
-    yield "kinds", histogram(dict(report.kinds))
-    if report.ranks:
-        yield "rank", histogram(dict(report.ranks))
-        yield "alpha", histogram(dict(report.alphas))
-    yield "size", f"{size(report.nbytes)} in {histogram(dict(report.dtypes))}"
+    yield from composition(report)
     yield "parameters", count(report.parameters)
     yield "AutoV3", hashes.letters or ""
     yield "SHA-256", hashes.sha256
