@@ -98,7 +98,7 @@ def finetune(folder: Path, base: Path, rank: int = 64, strength: float = 0.004) 
 
 def peft_adapter(folder: Path, base: Path, rank: int = 16) -> Path:
     """A PEFT adapter in fp32 on all linear layers of `base`."""
-    from loratool.layout import open_layout
+    from loratool.files.layout import open_layout
 
     folder.mkdir(parents=True)
     tensors: Tensors = {}

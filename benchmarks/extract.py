@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import common, floors
-from loratool import Checkpoint, Rule, krylov
-from loratool.devices import devices_named
-from loratool.krylov import leading
+from loratool import Checkpoint, Rule
+from loratool.numbers import krylov
+from loratool.numbers.devices import devices_named
+from loratool.numbers.krylov import leading
 
 RANK = 16
 
@@ -119,7 +120,7 @@ def svd_part(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def memory_part(folder: Path, arguments: argparse.Namespace) -> None:
-    imports = common.import_bytes("loratool.ops.extract")
+    imports = common.import_bytes("loratool.verbs.extract.extract")
     for layers in (6, 24):
         base, tuned = small_pair(folder / str(layers), layers)
         peak = common.loratool("extract", base, tuned, "-o", folder / "out", "--rank", str(RANK))["peak_bytes"] - imports

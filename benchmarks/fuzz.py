@@ -36,8 +36,8 @@ from safetensors import SafetensorError, deserialize
 
 from benchmarks import common
 from loratool import EditOptions, LoratoolError, convert, edit, inspect
+from loratool.files.header import BASE_HEADER_BYTES, parse_header
 from loratool.formats.table import FORMATS
-from loratool.header import BASE_HEADER_BYTES, parse_header
 
 TOKENS = (
     b"{", b"}", b"[", b"]", b",", b":", b'"', b"null", b"true", b"-", b"0", b"9" * 19, b"9" * 25, b"1e3", b"1.5", b"NaN",

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import loratool.ops.merge  # noqa: F401 (forks have it already)
+import loratool.verbs.merge.merge  # noqa: F401 (forks have it already)
 from benchmarks import common
 from loratool.cli import cli
 from tests.hostile.cases import CASES, base_tensors, packed, stored

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import common, floors
-from loratool.devices import devices_named
+from loratool.numbers.devices import devices_named
 
 PEFT = """
 import sys, time, torch
@@ -104,7 +104,7 @@ def compare_with_peft(base: Path, adapter: Path, out: Path) -> None:
 
 def memory(pairs: list[tuple[Path, Path]], out: Path) -> None:
     """Prints the peak memory beyond the imports, for bases of several sizes."""
-    imports = common.import_bytes("loratool.ops.merge")
+    imports = common.import_bytes("loratool.verbs.merge.merge")
     for base, adapter in pairs:
         common.clear(out)
         peak = common.loratool("merge", base, adapter, "-o", out)["peak_bytes"] - imports

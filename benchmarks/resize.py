@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import common
-from loratool.adapter import Change, load
-from loratool.ops.factoring import Storage, refactored
-from loratool.ranks import Rule
+from loratool.adapter.load import Change, load
+from loratool.numbers.factor import Storage, refactored
+from loratool.numbers.ranks import Rule
 
 RANK, LOWER = 128, 32
 FLOOR = """

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import common, floors
-from loratool.devices import devices_named
+from loratool.numbers.devices import devices_named
 
 STRENGTH = "0.12"
 """Factors of 0.02 · N(0, 1) and rank 16 make 0.0016 · N(0, 1); weights are 0.02 · N(0, 1)."""
@@ -73,7 +73,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
     for name, seconds in taken.items():
         print(f"  {name}: {seconds:.2f} s = {seconds / taken['cp + sync']:.2f} × cp and sync")
     peak = common.loratool("unmerge", merged, "--undo", undo, "-o", out, "--overwrite")["peak_bytes"]
-    imports = common.import_bytes("loratool.ops.unmerge")
+    imports = common.import_bytes("loratool.verbs.unmerge.unmerge")
     print(f"  unmerge's peak memory beyond the imports: {(peak - imports) / 1e6:.0f} MB")
 
 

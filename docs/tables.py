@@ -18,8 +18,8 @@ from loratool.deltas import KINDS, Delta, DoRA
 from loratool.formats.consumers import CONSUMERS
 from loratool.formats.recognise import KNOWN
 from loratool.formats.table import FORMATS, LLM
-from loratool.ops.low_rank import KEPT, RESIZED
-from loratool.routes import example
+from loratool.keys.routes import example
+from loratool.verbs.resize import KEPT, RESIZED
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))

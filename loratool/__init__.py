@@ -11,90 +11,97 @@ from typing import TYPE_CHECKING, Any, Final
 __version__: Final = "0.1.0"
 
 if TYPE_CHECKING:
-    from loratool.adapter import Adapter, Change, load
-    from loratool.checkpoint import Checkpoint
+    from loratool.adapter.load import Adapter, Change, load
+    from loratool.adapter.strengths import Strength
     from loratool.errors import LoratoolError
-    from loratool.hub import fetched
-    from loratool.ops.check import CheckReport, check
-    from loratool.ops.combine import CombineOptions, CombineReport, Part, combine
-    from loratool.ops.compare import CompareOptions, compare, compare_to
-    from loratool.ops.convert import ConvertReport, convert
-    from loratool.ops.delta import DeltaOptions, DeltaReport, delta, iter_deltas
-    from loratool.ops.edit import EditOptions, EditReport, edit
-    from loratool.ops.extract import ExtractOptions, ExtractReport, extract
-    from loratool.ops.fixing import fix
-    from loratool.ops.hashing import Hashes, file_hashes
-    from loratool.ops.inspect import AdapterReport, CheckpointReport, inspect
-    from loratool.ops.low_rank import FrontierReport, LowRankReport, frontier, resize, to_lora
-    from loratool.ops.mapping import Map, map_of
-    from loratool.ops.merge import MergeReport, merge
-    from loratool.ops.merging import Options, Source
-    from loratool.ops.meta import MetaReport, copy_metadata, delete_metadata, metadata_of, set_metadata, strip_metadata
-    from loratool.ops.strengths import Strength
-    from loratool.ops.swap import swap
-    from loratool.ops.unmerge import UnmergeReport, unmerge
-    from loratool.pages.report import PageReport, report
-    from loratool.ranks import Budget, Rule
+    from loratool.files.hashes import Hashes, file_hashes
+    from loratool.files.hub import fetched
+    from loratool.files.tensors import Checkpoint
+    from loratool.numbers.ranks import Budget, Rule
+    from loratool.verbs.check.check import CheckReport, check
+    from loratool.verbs.check.fix import fix
+    from loratool.verbs.combine.combine import CombineOptions, CombineReport, Part, combine
+    from loratool.verbs.compare.compare import CompareOptions, compare, compare_to
+    from loratool.verbs.convert import ConvertReport, convert
+    from loratool.verbs.delta.delta import DeltaOptions, DeltaReport, delta, iter_deltas
+    from loratool.verbs.edit.edit import EditOptions, EditReport, edit
+    from loratool.verbs.extract.extract import ExtractOptions, ExtractReport, extract
+    from loratool.verbs.inspect.block_map import Map, map_of
+    from loratool.verbs.inspect.inspect import AdapterReport, CheckpointReport, inspect
+    from loratool.verbs.merge.merge import MergeReport, merge
+    from loratool.verbs.merge.write import Options, Source
+    from loratool.verbs.meta.meta import (
+        MetaReport,
+        copy_metadata,
+        delete_metadata,
+        metadata_of,
+        set_metadata,
+        strip_metadata,
+    )
+    from loratool.verbs.report.report import PageReport, report
+    from loratool.verbs.resize import FrontierReport, LowRankReport, frontier, resize, to_lora
+    from loratool.verbs.swap import swap
+    from loratool.verbs.unmerge.unmerge import UnmergeReport, unmerge
 
 _HOMES: Final = {
-    "CheckReport": "loratool.ops.check",
-    "Hashes": "loratool.ops.hashing",
-    "MetaReport": "loratool.ops.meta",
-    "PageReport": "loratool.pages.report",
-    "check": "loratool.ops.check",
-    "fix": "loratool.ops.fixing",
-    "fetched": "loratool.hub",
-    "file_hashes": "loratool.ops.hashing",
-    "metadata_of": "loratool.ops.meta",
-    "set_metadata": "loratool.ops.meta",
-    "delete_metadata": "loratool.ops.meta",
-    "copy_metadata": "loratool.ops.meta",
-    "strip_metadata": "loratool.ops.meta",
-    "report": "loratool.pages.report",
-    "map_of": "loratool.ops.mapping",
-    "Map": "loratool.ops.mapping",
-    "Adapter": "loratool.adapter",
-    "AdapterReport": "loratool.ops.inspect",
-    "Change": "loratool.adapter",
-    "Checkpoint": "loratool.checkpoint",
-    "CheckpointReport": "loratool.ops.inspect",
-    "CombineOptions": "loratool.ops.combine",
-    "CombineReport": "loratool.ops.combine",
-    "CompareOptions": "loratool.ops.compare",
-    "ConvertReport": "loratool.ops.convert",
-    "DeltaOptions": "loratool.ops.delta",
-    "DeltaReport": "loratool.ops.delta",
-    "EditOptions": "loratool.ops.edit",
-    "EditReport": "loratool.ops.edit",
-    "ExtractOptions": "loratool.ops.extract",
-    "ExtractReport": "loratool.ops.extract",
-    "Budget": "loratool.ranks",
+    "CheckReport": "loratool.verbs.check.check",
+    "Hashes": "loratool.files.hashes",
+    "MetaReport": "loratool.verbs.meta.meta",
+    "PageReport": "loratool.verbs.report.report",
+    "check": "loratool.verbs.check.check",
+    "fix": "loratool.verbs.check.fix",
+    "fetched": "loratool.files.hub",
+    "file_hashes": "loratool.files.hashes",
+    "metadata_of": "loratool.verbs.meta.meta",
+    "set_metadata": "loratool.verbs.meta.meta",
+    "delete_metadata": "loratool.verbs.meta.meta",
+    "copy_metadata": "loratool.verbs.meta.meta",
+    "strip_metadata": "loratool.verbs.meta.meta",
+    "report": "loratool.verbs.report.report",
+    "map_of": "loratool.verbs.inspect.block_map",
+    "Map": "loratool.verbs.inspect.block_map",
+    "Adapter": "loratool.adapter.load",
+    "AdapterReport": "loratool.verbs.inspect.inspect",
+    "Change": "loratool.adapter.load",
+    "Checkpoint": "loratool.files.tensors",
+    "CheckpointReport": "loratool.verbs.inspect.inspect",
+    "CombineOptions": "loratool.verbs.combine.combine",
+    "CombineReport": "loratool.verbs.combine.combine",
+    "CompareOptions": "loratool.verbs.compare.compare",
+    "ConvertReport": "loratool.verbs.convert",
+    "DeltaOptions": "loratool.verbs.delta.delta",
+    "DeltaReport": "loratool.verbs.delta.delta",
+    "EditOptions": "loratool.verbs.edit.edit",
+    "EditReport": "loratool.verbs.edit.edit",
+    "ExtractOptions": "loratool.verbs.extract.extract",
+    "ExtractReport": "loratool.verbs.extract.extract",
+    "Budget": "loratool.numbers.ranks",
     "LoratoolError": "loratool.errors",
-    "MergeReport": "loratool.ops.merge",
-    "Options": "loratool.ops.merging",
-    "Source": "loratool.ops.merging",
-    "Part": "loratool.ops.combine",
-    "Strength": "loratool.ops.strengths",
-    "combine": "loratool.ops.combine",
-    "compare": "loratool.ops.compare",
-    "compare_to": "loratool.ops.compare",
-    "convert": "loratool.ops.convert",
-    "delta": "loratool.ops.delta",
-    "edit": "loratool.ops.edit",
-    "extract": "loratool.ops.extract",
-    "inspect": "loratool.ops.inspect",
-    "iter_deltas": "loratool.ops.delta",
-    "load": "loratool.adapter",
-    "merge": "loratool.ops.merge",
-    "LowRankReport": "loratool.ops.low_rank",
-    "FrontierReport": "loratool.ops.low_rank",
-    "Rule": "loratool.ranks",
-    "frontier": "loratool.ops.low_rank",
-    "resize": "loratool.ops.low_rank",
-    "to_lora": "loratool.ops.low_rank",
-    "UnmergeReport": "loratool.ops.unmerge",
-    "swap": "loratool.ops.swap",
-    "unmerge": "loratool.ops.unmerge",
+    "MergeReport": "loratool.verbs.merge.merge",
+    "Options": "loratool.verbs.merge.write",
+    "Source": "loratool.verbs.merge.write",
+    "Part": "loratool.verbs.combine.combine",
+    "Strength": "loratool.adapter.strengths",
+    "combine": "loratool.verbs.combine.combine",
+    "compare": "loratool.verbs.compare.compare",
+    "compare_to": "loratool.verbs.compare.compare",
+    "convert": "loratool.verbs.convert",
+    "delta": "loratool.verbs.delta.delta",
+    "edit": "loratool.verbs.edit.edit",
+    "extract": "loratool.verbs.extract.extract",
+    "inspect": "loratool.verbs.inspect.inspect",
+    "iter_deltas": "loratool.verbs.delta.delta",
+    "load": "loratool.adapter.load",
+    "merge": "loratool.verbs.merge.merge",
+    "LowRankReport": "loratool.verbs.resize",
+    "FrontierReport": "loratool.verbs.resize",
+    "Rule": "loratool.numbers.ranks",
+    "frontier": "loratool.verbs.resize",
+    "resize": "loratool.verbs.resize",
+    "to_lora": "loratool.verbs.resize",
+    "UnmergeReport": "loratool.verbs.unmerge.unmerge",
+    "swap": "loratool.verbs.swap",
+    "unmerge": "loratool.verbs.unmerge.unmerge",
 }
 """Where each public name lives; it is imported from there on first use."""
 

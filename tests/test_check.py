@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from loratool import load
 from loratool.formats.consumers import CONSUMERS
-from loratool.ops.check import COSTLY, DIFFERENT, NOTE, REFUSED, CheckReport, check
-from loratool.ops.fixing import fix
+from loratool.verbs.check.check import COSTLY, DIFFERENT, NOTE, REFUSED, CheckReport, check
+from loratool.verbs.check.fix import fix
 from tests.conftest import FIXTURES, Run
 from tests.models import kohya, save
 

@@ -34,10 +34,10 @@ from loratool.archs.flux import FLUX1
 from loratool.deltas import LoRA
 from loratool.deltas.methods import core_space, elected, knots_space, merged, trimmed
 from loratool.errors import NeedsBase, ShapeMismatch
+from loratool.files.hashes import short_hash
+from loratool.files.header import read_header
 from loratool.formats.table import format_named
-from loratool.header import read_header
-from loratool.ops.compare import AdapterComparison
-from loratool.ops.hashing import short_hash
+from loratool.verbs.compare.compare import AdapterComparison
 from tests.conftest import examples
 from tests.models import kohya, llm, lora, peft_adapter, save
 from tests.oracles.test_lycoris import ADDITIVE, train

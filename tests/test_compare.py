@@ -27,9 +27,9 @@ from loratool import (
 from loratool.archs.flux import FLUX1
 from loratool.errors import NeedsBase, ShapeMismatch
 from loratool.formats.table import FORMATS, format_named
-from loratool.linalg import relation
-from loratool.ops.compare import AdapterComparison, MatrixComparison
-from loratool.ops.comparing.checkpoints import CheckpointComparison
+from loratool.numbers.linalg import relation
+from loratool.verbs.compare.checkpoints import CheckpointComparison
+from loratool.verbs.compare.compare import AdapterComparison, MatrixComparison
 from tests.models import kohya, llm, peft_adapter, save
 from tests.oracles.test_lycoris import ADDITIVE, OTHERS, train
 from tests.test_combine import dense

@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save as encoded
 from torch import Tensor
 
-from loratool.adapter import load
+from loratool.adapter.load import load
+from loratool.adapter.rename import renamed
 from loratool.archs import ARCHS, Arch, Component
 from loratool.errors import AmbiguousFile, LoratoolError, OutputError, Unsupported
+from loratool.files.header import read_header
 from loratool.formats.table import FORMATS, Format, format_named
-from loratool.header import read_header
+from loratool.keys.resolve import Wanted, choose
 from loratool.names import DIFFUSERS, Link
-from loratool.ops.choosing import Wanted, choose
-from loratool.ops.convert import convert
-from loratool.ops.inspect import AdapterReport, inspect
-from loratool.ops.renaming import renamed
+from loratool.verbs.convert import convert
+from loratool.verbs.inspect.inspect import AdapterReport, inspect
 from tests.conftest import FIXTURES, Run
 from tests.models import kohya, save
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from loratool import Checkpoint, DeltaOptions, LoratoolError, delta, iter_deltas, load, merge
 from loratool.archs.flux import FLUX1
 from loratool.errors import NeedsBase, NonFinite, OutputError, Unsupported
+from loratool.files.header import read_header
 from loratool.formats.table import format_named
-from loratool.header import read_header
-from loratool.linalg import effective_rank
+from loratool.numbers.linalg import effective_rank
 from tests.conftest import examples
 from tests.models import Tensors, kohya, llm, peft_adapter, save, sdxl_checkpoint
 from tests.oracles.test_lycoris import ADDITIVE, OTHERS, train
@@ -190,8 +190,8 @@ def test_deltas_come_one_by_one(tmp_path: Path) -> None:
 def test_equal_runs_write_equal_bytes_whatever_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "a.safetensors", kohya({f"lora_unet_{i}": (60 + i, 50) for i in range(20)}, 4, 2.0))
     for workers in (1, 4):
-        monkeypatch.setattr("loratool.workers.MOST", workers)
-        monkeypatch.setattr("loratool.workers.cores", lambda: 4)
+        monkeypatch.setattr("loratool.numbers.threads.MOST", workers)
+        monkeypatch.setattr("loratool.numbers.threads.cores", lambda: 4)
         delta(path, None, tmp_path / f"{workers}.safetensors", CPU)
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "4.safetensors").read_bytes()
 

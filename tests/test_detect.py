@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loratool import inspect, merge
-from loratool.adapter import load
+from loratool.adapter.load import load
 from loratool.archs import ARCHS
 from loratool.errors import InvalidAdapter, Unsupported
-from loratool.ops.convert import convert
-from loratool.ops.inspect import AdapterReport
+from loratool.verbs.convert import convert
+from loratool.verbs.inspect.inspect import AdapterReport
 from tests.architectures import shapes
 from tests.models import save
 

@@ -30,9 +30,9 @@ from loratool import (
 )
 from loratool.deltas import Delta
 from loratool.deltas.base import moved
-from loratool.devices import CPU, Lanes, devices_named, exact_products, lanes
-from loratool.ops import streaming
-from loratool.ops.compare import AdapterComparison
+from loratool.numbers.devices import CPU, Lanes, devices_named, exact_products, lanes
+from loratool.verbs.compare.compare import AdapterComparison
+from loratool.verbs.merge import blocks as streaming
 from tests.laws.test_deltas import MAKERS, Make
 from tests.models import kohya, save
 from tests.test_extract import pair, tuned_tensors
@@ -45,7 +45,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 def staged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has merges treat the CPU as a device that numbers must travel to and from."""
-    monkeypatch.setattr("loratool.ops.merge.lanes", partial(lanes, staged=True))
+    monkeypatch.setattr("loratool.verbs.merge.merge.lanes", partial(lanes, staged=True))
 
 
 def files(folder: Path, dtype: torch.dtype) -> tuple[Path, list[Source]]:
@@ -86,7 +86,7 @@ def test_memory_that_runs_out_moves_work_to_the_cpu_and_says_so(tmp_path: Path, 
             raise torch.OutOfMemoryError
         return run_job(*words)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("loratool.ops.rewriting.run_job", out_of_memory)
+    monkeypatch.setattr("loratool.verbs.merge.files.run_job", out_of_memory)
     report = merge(base, adapters, tmp_path / "moved.safetensors", Options(device="cpu"))
     assert (tmp_path / "plain.safetensors").read_bytes() == (tmp_path / "moved.safetensors").read_bytes()
     assert [note for note in report.warnings if "ran out of memory: 1 pieces of work were done on the CPU" in note]
@@ -164,7 +164,7 @@ def test_every_kind_moves_to_a_device_with_all_that_it_computes(make: Make) -> N
 def test_a_gpu_agrees_to_rounding(tmp_path: Path, dtype: torch.dtype) -> None:
     from safetensors.torch import load_file
 
-    from loratool.rounding import steps
+    from loratool.numbers.rounding import steps
 
     base, adapters = files(tmp_path, dtype)
     for device in ("cpu", "cuda"):

@@ -18,9 +18,9 @@ from loratool.archs import ARCHS
 from loratool.archs.blocks import LENGTHS, VECTORS, block_of
 from loratool.archs.sd import SD1, SDXL
 from loratool.errors import NeedsBase
-from loratool.header import read_header
+from loratool.files.header import read_header
 from loratool.names import DIFFUSERS, ORIGINAL, Module, flat
-from loratool.ops.compare import AdapterComparison
+from loratool.verbs.compare.compare import AdapterComparison
 from tests.models import kohya, llm, peft_adapter, save
 from tests.oracles.test_lycoris import ADDITIVE, OTHERS, train
 from tests.test_combine import dense

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from loratool import Budget, Checkpoint, ExtractOptions, LoratoolError, Rule, Source, extract, inspect, load, merge
 from loratool.archs import ARCHS, Arch
-from loratool.devices import lanes
 from loratool.errors import NonFinite, OutputError, ShapeMismatch, UnmatchedModules, Unsupported
+from loratool.numbers.devices import lanes
 from tests.models import Tensors, clip, kohya, llm, peft_adapter, save, sdxl_checkpoint
 from tests.oracles.test_peft import meta_names
 
@@ -251,7 +251,7 @@ def test_equal_runs_write_equal_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     base, tuned = pair(tmp_path, tuned_tensors())
     written = []
     for workers in (1, 4):
-        monkeypatch.setattr("loratool.workers.MOST", workers)
+        monkeypatch.setattr("loratool.numbers.threads.MOST", workers)
         out = tmp_path / f"{workers}.safetensors"
         extract(base, tuned, out, Rule("rank", 4), ExtractOptions(to="comfyui", dtype="float16"))
         written.append(out.read_bytes())
@@ -259,7 +259,7 @@ def test_equal_runs_write_equal_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loratool.ops.extraction.outcomes import Extraction, Task
+    from loratool.verbs.extract.outcomes import Extraction, Task
 
     base, tuned = pair(tmp_path, tuned_tensors())
     out, partial, options = tmp_path / "out.safetensors", tmp_path / "out.safetensors.partial", replace(COMFY, resume=True)
@@ -274,7 +274,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
             raise KeyboardInterrupt
         return called(work, tasks, device)
 
-    monkeypatch.setattr("loratool.workers.MOST", 1)
+    monkeypatch.setattr("loratool.numbers.threads.MOST", 1)
     monkeypatch.setattr(Extraction, "outcomes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract(base, tuned, out, Rule("rank", 3), options)
@@ -297,7 +297,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("rule", [Rule("rank", 3), Budget(error=0.3)])
 def test_outcomes_are_kept_exactly(tmp_path: Path, kind: str, rule: Rule | Budget, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kind of outcome survives the journal: the output is written from what was kept alone."""
-    from loratool.ops.extraction.journal import Journal
+    from loratool.verbs.extract.journal import Journal
 
     base, tuned = model_pair(tmp_path, kind)
     extract(base, tuned, tmp_path / "plain", rule)
@@ -305,7 +305,7 @@ def test_outcomes_are_kept_exactly(tmp_path: Path, kind: str, rule: Rule | Budge
     extract(base, tuned, tmp_path / "out", rule, ExtractOptions(resume=True))
     (tmp_path / "out").rename(tmp_path / "first")
     monkeypatch.setattr(
-        "loratool.ops.extraction.outcomes.Extraction.outcomes", lambda work, tasks, device: [None] * len(tasks)
+        "loratool.verbs.extract.outcomes.Extraction.outcomes", lambda work, tasks, device: [None] * len(tasks)
     )
     extract(base, tuned, tmp_path / "out", rule, ExtractOptions(resume=True))
 
@@ -425,7 +425,7 @@ def test_blocks_make_no_difference(tmp_path: Path, block: int, monkeypatch: pyte
     """Vectors too are read a part at a time, and their last part is a shorter one."""
     base, tuned = pair(tmp_path, tuned_tensors(torch.bfloat16), base_tensors(torch.bfloat16))
     whole = extract(base, tuned, tmp_path / "whole", Rule("rank", 2), COMFY)
-    monkeypatch.setattr("loratool.ops.extraction.differences.BLOCK", block)
+    monkeypatch.setattr("loratool.base.difference.BLOCK", block)
 
     parts = extract(base, tuned, tmp_path / "parts", Rule("rank", 2), COMFY)
 
@@ -444,11 +444,11 @@ def test_a_choice_of_nothing_is_an_error(tmp_path: Path) -> None:
 def test_batches_make_no_difference(tmp_path: Path, rule: Rule | Budget, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of one shape are computed together where numbers travel to a device; and one by one again, or on the CPU, where
     its memory does not hold them."""
-    from loratool.ops.extraction.outcomes import Extraction, Task
+    from loratool.verbs.extract.outcomes import Extraction, Task
 
     base, tuned = model_pair(tmp_path, "llama", hidden_size=128, intermediate_size=256)
     alone = extract(base, tuned, tmp_path / "alone", rule, ExtractOptions(device="cpu"))
-    monkeypatch.setattr("loratool.ops.extract.lanes", partial(lanes, staged=True))
+    monkeypatch.setattr("loratool.verbs.extract.extract.lanes", partial(lanes, staged=True))
     together = extract(base, tuned, tmp_path / "together", rule, ExtractOptions(device="cpu"))
     whole, sizes = Extraction.outcomes, list[int]()
 
@@ -493,7 +493,7 @@ def test_exclude_is_the_way_out(tmp_path: Path) -> None:
 
 def test_outputs_are_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, tuned = pair(tmp_path, tuned_tensors())
-    monkeypatch.setattr("loratool.ops.extraction.job.Job.run", lambda job: pytest.fail("worked for nothing"))
+    monkeypatch.setattr("loratool.verbs.extract.job.Job.run", lambda job: pytest.fail("worked for nothing"))
     wrong = [
         (tuned, COMFY),
         (tmp_path / "none" / "out.safetensors", COMFY),

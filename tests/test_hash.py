@@ -13,8 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from loratool.header import read_header
-from loratool.ops.hashing import LETTERS, file_hashes, legacy_hash, short_hash
+from loratool.files.hashes import LETTERS, file_hashes, legacy_hash, short_hash
+from loratool.files.header import read_header
 from tests.conftest import FIXTURES, Run
 from tests.models import kohya, save
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
 from loratool.errors import InvalidConfig, InvalidFile
-from loratool.header import TensorInfo, encode_header, parse_header, read_header, read_index, read_scalars
-from loratool.strict import strict_json
+from loratool.files.header import TensorInfo, encode_header, parse_header, read_header, read_index, read_scalars
+from loratool.files.strict_json import strict_json
 from tests.conftest import examples
 
 ONE = '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'

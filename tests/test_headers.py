@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loratool.adapter import load
+from loratool.adapter.load import load
+from loratool.adapter.verify import difference
 from loratool.deltas import Delta
-from loratool.detect import detect, inputs_of, named_like
 from loratool.errors import Unsupported
-from loratool.formats.reading import read_listing
+from loratool.files.layout import open_layout
 from loratool.formats.table import FORMATS, Format
-from loratool.layout import open_layout
-from loratool.ops.checking import difference
-from loratool.ops.convert import convert
+from loratool.keys.detect import detect, inputs_of, named_like
+from loratool.keys.listing import read_listing
+from loratool.verbs.convert import convert
 from tests.conftest import FIXTURES
 from tests.models import save
 

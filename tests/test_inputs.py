@@ -148,7 +148,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error(tmp_path: Path, hub: type[Hub]
 
 
 def test_without_its_library_the_hub_is_an_error(monkeypatch: pytest.MonkeyPatch, invoke: Run) -> None:
-    monkeypatch.setattr("loratool.hub.find_spec", lambda name: None)
+    monkeypatch.setattr("loratool.files.hub.find_spec", lambda name: None)
     assert "pip install 'loratool[hub]'" in invoke("inspect", "hf:org/lora").stderr
 
 

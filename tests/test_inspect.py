@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from loratool import AdapterReport, CheckpointReport, inspect
-from loratool.header import TensorInfo, encode_header
+from loratool.files.header import TensorInfo, encode_header
 from tests.conftest import FIXTURES
 from tests.models import kohya, lora, save
 

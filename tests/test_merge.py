@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import loratool
 from loratool import LoratoolError, Options, Source, merge
 from loratool.errors import InvalidAdapter, NonFinite, OutputError, ShapeMismatch, UnmatchedModules, Unsupported
-from loratool.ops import streaming
-from loratool.ops.hashing import short_hash
+from loratool.files.hashes import short_hash
+from loratool.verbs.merge import blocks as streaming
 from tests.conftest import FIXTURES, examples
 from tests.models import Tensors, kohya, save
 
@@ -99,7 +99,7 @@ def test_equal_runs_write_equal_bytes_whatever_the_threads(tmp_path: Path, monke
     save(tmp_path / "a.safetensors", kohya({"lora_unet_w": (3000, 200)}, 4, 2.0))
     written = []
     for workers in (1, 4):
-        monkeypatch.setattr("loratool.workers.MOST", workers)
+        monkeypatch.setattr("loratool.numbers.threads.MOST", workers)
         monkeypatch.setattr(streaming, "TASK_BYTES", 1 << 18)
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
         merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / f"{workers}.safetensors")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from loratool.cli import short_of_memory
 from loratool.cli.options import adapter_and_strength
 from loratool.cli.render import progress_bar
-from loratool.strict import strict_json
+from loratool.files.strict_json import strict_json
 from loratool.text import LONGEST, count, safe
 from tests.conftest import FIXTURES, Run, examples
 from tests.models import save

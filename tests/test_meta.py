@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loratool import LoratoolError, inspect
-from loratool.header import read_header
-from loratool.ops.hashing import file_hashes
-from loratool.ops.meta import copy_metadata, delete_metadata, metadata_of, set_metadata, strip_metadata
+from loratool.files.hashes import file_hashes
+from loratool.files.header import read_header
+from loratool.verbs.meta.meta import copy_metadata, delete_metadata, metadata_of, set_metadata, strip_metadata
 from tests.conftest import FIXTURES, Run, examples
 from tests.models import kohya
 

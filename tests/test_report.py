@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from loratool import LoratoolError
-from loratool.ops.meta import set_metadata
-from loratool.pages import charts
-from loratool.pages.report import report
+from loratool.verbs.meta.meta import set_metadata
+from loratool.verbs.report import charts
+from loratool.verbs.report.report import report
 from tests.conftest import FIXTURES, Run
 from tests.models import save
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratool.rounding import stochastic
+from loratool.numbers.rounding import stochastic
 from tests.conftest import examples
 
 DTYPES = [torch.bfloat16, torch.float16]

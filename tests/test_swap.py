@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from loratool import Checkpoint, Options, Source, merge, swap
-from loratool.clones import READY, finish
 from loratool.errors import OutputError, Unsupported
-from loratool.layout import open_layout
-from loratool.output import Writer
-from loratool.rounding import steps
+from loratool.files.in_place import READY, finish
+from loratool.files.layout import open_layout
+from loratool.files.output import Writer
+from loratool.numbers.rounding import steps
 from tests.conftest import examples
 from tests.models import Tensors, kohya, llm, peft_adapter, save
 from tests.test_merge import STEMS, base_tensors
@@ -171,8 +171,8 @@ def test_a_crash_at_any_step_leaves_either_state(tmp_path: Path, monkeypatch: py
         seen.append(next(name for name, state in states.items() if same(state, found)))
         # Whatever it was, it can be done, and leaves nothing behind once the process is gone.
         with monkeypatch.context() as patched:
-            patched.setattr("loratool.output._alive", lambda pid: False)
-            patched.setattr("loratool.locks._locked", lambda descriptor: True)
+            patched.setattr("loratool.files.output._alive", lambda pid: False)
+            patched.setattr("loratool.files.locks._locked", lambda descriptor: True)
             if seen[-1] == "old":
                 swap(victim, [files.a], [files.b], None)
             else:
@@ -188,7 +188,7 @@ def test_a_crash_at_any_step_leaves_either_state(tmp_path: Path, monkeypatch: py
 
 KILL = """
 import os, sys, loratool
-from loratool import clones
+from loratool.files import in_place as clones
 clones.sync = lambda path: os.kill(os.getpid(), 9)
 loratool.swap(*([each] if i else each for i, each in enumerate(sys.argv[1:])), None)
 """

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from loratool import Source, merge
 from loratool.archs import ARCHS, Arch
+from loratool.files.layout import open_layout
 from loratool.formats.table import format_named
-from loratool.layout import open_layout
+from loratool.keys.places import Place, Targets
 from loratool.names import Module
-from loratool.targets import Place, Targets
 from tests.models import original_names, save
 from tests.test_convert import UNIT, WIDTH, made_for, rows_of, some_links
 

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 from loratool import Checkpoint, LoratoolError, Options, Source, delta, load, merge, unmerge
 from loratool.errors import InvalidFile, OutputError, Unsupported
-from loratool.layout import open_layout
-from loratool.ops import streaming
-from loratool.ops.adding import Added
-from loratool.ops.plan import Choice, make_plan
-from loratool.residuals import packed, unpacked
-from loratool.rounding import INTEGERS, neighbours
+from loratool.files.layout import open_layout
+from loratool.numbers.residuals import packed, unpacked
+from loratool.numbers.rounding import INTEGERS, neighbours
+from loratool.verbs.merge import blocks as streaming
+from loratool.verbs.merge.added import Added
+from loratool.verbs.merge.plan import Choice, make_plan
 from tests.conftest import examples
 from tests.models import Tensors, kohya, llm, peft_adapter, save
 from tests.test_merge import STEMS, base_tensors
@@ -186,7 +186,7 @@ def test_equal_merges_write_equal_undo_files_whatever_the_threads(tmp_path: Path
     monkeypatch.setattr(streaming, "TASK_BYTES", 1 << 17)
     monkeypatch.setattr(streaming, "BLOCK_BYTES", 1 << 15)
     for workers in (1, 4):
-        monkeypatch.setattr("loratool.workers.MOST", workers)
+        monkeypatch.setattr("loratool.numbers.threads.MOST", workers)
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
         out = tmp_path / f"{workers}.safetensors"
         merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], out, Options(undo=tmp_path / f"u{workers}"))
@@ -278,7 +278,7 @@ def test_a_damaged_undo_file_is_an_error_or_leads_back_all_the_same(
 
 
 def test_an_undo_file_writes_nowhere_but_into_the_output(tmp_path: Path) -> None:
-    from loratool.header import TensorInfo, encode_header, read_header
+    from loratool.files.header import TensorInfo, encode_header, read_header
 
     files = undone(tmp_path)
     header = read_header(files.undo)

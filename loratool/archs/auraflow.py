@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loratool.archs.table import Arch, Component
-from loratool.archs.text import t5_xxl
+from loratool.archs.text_encoders import t5_xxl
 from loratool.formats.prefixes import TE1, UNET
 from loratool.names import ORIGINAL, Link, rename, swap
 

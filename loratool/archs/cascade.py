@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loratool.archs.table import Arch, Component
-from loratool.archs.text import open_clip
+from loratool.archs.text_encoders import open_clip
 from loratool.formats.prefixes import TE1, UNET
 from loratool.names import CHECKPOINT, OMI, ORIGINAL, Link, apart, fuse, rename, same
 

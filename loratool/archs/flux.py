@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from loratool.archs.table import Arch, Component
-from loratool.archs.text import clip_l, language_model, t5_xxl
+from loratool.archs.text_encoders import clip_l, language_model, t5_xxl
 from loratool.formats.prefixes import TE1, TE2, UNET
 from loratool.names import OMI, ORIGINAL, XLABS, Link, apart, fuse, rename, swap
 

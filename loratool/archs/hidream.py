@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loratool.archs.table import Arch, Component
-from loratool.archs.text import clip_l, open_clip, t5_xxl
+from loratool.archs.text_encoders import clip_l, open_clip, t5_xxl
 from loratool.formats.prefixes import TE3, UNET
 from loratool.names import ORIGINAL, Link, same
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from loratool.archs.flux import IMAGE, TEXT
 from loratool.archs.table import Arch, Component
-from loratool.archs.text import clip_l, language_model
+from loratool.archs.text_encoders import clip_l, language_model
 from loratool.formats.prefixes import TE2, UNET
 from loratool.names import COMFYUI, ORIGINAL, Link, fuse, rename, swap
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loratool.archs.table import Arch, Component
-from loratool.archs.text import language_model
+from loratool.archs.text_encoders import language_model
 from loratool.formats.prefixes import UNET
 from loratool.names import DIFFUSERS, KOHYA, ORIGINAL, Link, fuse, rename, same
 

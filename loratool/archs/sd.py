@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 from loratool.archs.table import Arch, Component
-from loratool.archs.text import clip_l, open_clip
+from loratool.archs.text_encoders import clip_l, open_clip
 from loratool.formats.prefixes import TE1, UNET
 from loratool.names import DIFFUSERS, KOHYA, ORIGINAL, Link, rename
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from loratool.archs.table import Arch, Component
-from loratool.archs.text import clip_l, open_clip, t5_xxl
+from loratool.archs.text_encoders import clip_l, open_clip, t5_xxl
 from loratool.formats.prefixes import TE3, UNET
 from loratool.names import OMI, ORIGINAL, Link, apart, fuse, rename, swap
 

@@ -25,11 +25,11 @@ from loratool.cli.extract import extract_command
 from loratool.cli.formats import formats_command
 from loratool.cli.hash import hash_command
 from loratool.cli.inspect import inspect_command
-from loratool.cli.low_rank import resize_command
 from loratool.cli.merge import merge_command
 from loratool.cli.meta import meta_command
 from loratool.cli.render import print_json
 from loratool.cli.report import report_command
+from loratool.cli.resize import resize_command
 from loratool.cli.swap import swap_command
 from loratool.cli.unmerge import unmerge_command
 from loratool.errors import LoratoolError

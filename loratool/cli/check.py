@@ -15,7 +15,7 @@ from loratool.formats.consumers import CONSUMERS
 from loratool.text import safe, size
 
 if TYPE_CHECKING:
-    from loratool.ops.check import CheckReport
+    from loratool.verbs.check.check import CheckReport
 
 
 @click.command("check", short_help="Say what vLLM, ComfyUI or another makes of an adapter.")
@@ -47,8 +47,8 @@ def check_command(
       loratool check style.safetensors --for comfyui
       loratool check adapter_folder/ --for vllm --fix -o fixed/
     """
-    from loratool.ops.check import check
-    from loratool.ops.fixing import fix as fixed
+    from loratool.verbs.check.check import check
+    from loratool.verbs.check.fix import fix as fixed
 
     if fix != (out is not None):
         raise click.UsageError("--fix and -o OUT go together")

@@ -11,7 +11,6 @@ import click
 
 from loratool.cli.convert import a_format, an_arch
 from loratool.cli.inputs import input_name, input_path
-from loratool.cli.low_rank import print_converted
 from loratool.cli.options import (
     adapter_and_parts,
     factors_device_option,
@@ -21,13 +20,14 @@ from loratool.cli.options import (
     quiet_option,
     verbose_option,
 )
-from loratool.cli.ranks import rank_rules, rule_of
+from loratool.cli.rank_options import rank_rules, rule_of
 from loratool.cli.render import print_facts, told
-from loratool.header import DTYPE_OPTIONS
+from loratool.cli.resize import print_converted
+from loratool.files.header import DTYPE_OPTIONS
 from loratool.text import histogram, size
 
 if TYPE_CHECKING:
-    from loratool.ops.combine import CombineReport
+    from loratool.verbs.combine.combine import CombineReport
 
 METHODS = ("sum", "ties", "dare", "dare-ties", "knots", "core")
 
@@ -67,8 +67,8 @@ def combine_command(adapters: tuple[str, ...], out: Path, as_json: bool, quiet: 
       loratool combine a.safetensors:0.7:te1=0 b.safetensors -o ab --rank 32
       loratool combine a/ b/ c/ -o abc/ --method ties --density 0.3 --rank 16
     """
-    from loratool.ops.combine import CombineOptions, Part, combine
-    from loratool.ops.strengths import Strength
+    from loratool.adapter.strengths import Strength
+    from loratool.verbs.combine.combine import CombineOptions, Part, combine
 
     rule = rule_of(given, needed=False)
     parts = []

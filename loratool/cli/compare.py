@@ -15,10 +15,10 @@ from loratool.cli.options import factors_device_option, json_option, pickle_opti
 from loratool.cli.render import print_facts, print_json, print_table, warn
 
 if TYPE_CHECKING:
-    from loratool.ops.compare import AdapterComparison, Comparison, MatrixComparison
-    from loratool.ops.comparing.adapters import Compared
-    from loratool.ops.comparing.checkpoints import CheckpointComparison
-    from loratool.ops.comparing.merges import MergeComparison
+    from loratool.verbs.compare.adapters import Compared
+    from loratool.verbs.compare.checkpoints import CheckpointComparison
+    from loratool.verbs.compare.compare import AdapterComparison, Comparison, MatrixComparison
+    from loratool.verbs.compare.merges import MergeComparison
 
 SHOWN = 20
 """Modules, or tensors, that a table shows unless --verbose asks for all."""
@@ -62,14 +62,14 @@ def compare_command(
       loratool compare a.safetensors b.safetensors c.safetensors
       loratool compare merged/ --to Llama-3-8B/+my-adapter/:1
     """
-    from loratool.ops.compare import CompareOptions, compare, compare_to
+    from loratool.verbs.compare.compare import CompareOptions, compare, compare_to
 
     options = CompareOptions(tolerance, base, arch, device, allow_pickle)
     report: Comparison | MergeComparison
     if source:
         if len(paths) != 1:
             raise click.UsageError("--to compares one checkpoint with what it is made of")
-        from loratool.ops.merging import Source
+        from loratool.verbs.merge.write import Source
 
         model, adapters = sum_of(source)
         report = compare_to(paths[0], model, [Source(path, strength) for path, strength in adapters], options)
@@ -88,8 +88,8 @@ def compare_command(
 
 
 def _print(report: Comparison | MergeComparison, *, verbose: bool) -> None:
-    from loratool.ops.compare import AdapterComparison, MatrixComparison
-    from loratool.ops.comparing.merges import MergeComparison
+    from loratool.verbs.compare.compare import AdapterComparison, MatrixComparison
+    from loratool.verbs.compare.merges import MergeComparison
 
     if isinstance(report, AdapterComparison):
         print_facts(f"compared {report.one} with {report.other}", _of_adapters(report))

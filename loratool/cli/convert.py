@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.archs import ARCHS
-from loratool.cli.low_rank import print_converted, rank_options, run_low_rank
 from loratool.cli.options import pickle_option
-from loratool.cli.ranks import rule_of
+from loratool.cli.rank_options import rule_of
 from loratool.cli.render import print_facts, told, warn
+from loratool.cli.resize import print_converted, rank_options, run_low_rank
 from loratool.errors import LoratoolError
-from loratool.formats.reading import is_adapter_folder
+from loratool.files.header import DTYPE_OPTIONS
 from loratool.formats.table import FORMATS, format_named
-from loratool.header import DTYPE_OPTIONS
+from loratool.keys.listing import is_adapter_folder
 from loratool.text import histogram, size
 
 if TYPE_CHECKING:
-    from loratool.ops.convert import ConvertReport
+    from loratool.verbs.convert import ConvertReport
 
 ALPHAS = {
     "tensor": "beside the factors, as it was",
@@ -62,13 +62,13 @@ def convert_command(adapter: Path, to: str | None, to_lora: bool, out: Path, **o
         for name in ("arch", "source", "allow_pickle"):
             if options.pop(name):
                 raise click.UsageError(f"--{name.replace('_', '-').replace('source', 'from')} goes with --to")
-        from loratool.ops.low_rank import to_lora as run
+        from loratool.verbs.resize import to_lora as run
 
         run_low_rank("converted", adapter, run, rule, out=out, **options)
         return
     if not to_lora and (rule or options["dtype"]):
         raise click.UsageError("--rank and other rules, and --dtype, go with --to-lora")
-    from loratool.ranks import Rule
+    from loratool.numbers.ranks import Rule
 
     options["rule"] = (rule or Rule()) if to_lora else None
     options["dtype"] = DTYPE_OPTIONS[options["dtype"]] if options["dtype"] else None
@@ -113,8 +113,8 @@ def _convert(
     verbose: bool,
     **options: Any,
 ) -> None:
-    from loratool.adapter import Unsaid
-    from loratool.ops.convert import convert
+    from loratool.adapter.load import Unsaid
+    from loratool.verbs.convert import convert
 
     report = convert(adapter, out, to, unsaid=Unsaid(alpha, slots or ()), **options)
     if told(report, as_json=as_json, quiet=quiet):

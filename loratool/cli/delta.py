@@ -20,12 +20,12 @@ from loratool.cli.options import (
     quiet_option,
 )
 from loratool.cli.render import print_facts, print_table, progress_bar, told
-from loratool.header import DTYPE_OPTIONS
+from loratool.files.header import DTYPE_OPTIONS
 from loratool.text import size
 
 if TYPE_CHECKING:
-    from loratool.ops.delta import DeltaReport
-    from loratool.ops.differing.measuring import Measured
+    from loratool.verbs.delta.delta import DeltaReport
+    from loratool.verbs.delta.measure import Measured
 
 SHOWN = 20
 LEADING = 8
@@ -71,7 +71,7 @@ def delta_command(
       loratool delta style.safetensors -o full.safetensors --dtype bfloat16
       loratool delta Llama-3-8B/ my-finetune/ --by relative --top 10
     """
-    from loratool.ops.delta import DeltaOptions, delta
+    from loratool.verbs.delta.delta import DeltaOptions, delta
 
     with progress_bar("measuring", quiet=quiet) as progress:
         report = delta(path, tuned, out, DeltaOptions(**chosen), progress)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from loratool.cli.render import print_facts, print_table, told
 from loratool.text import size
 
 if TYPE_CHECKING:
-    from loratool.ops.edit import EditReport
+    from loratool.verbs.edit.edit import EditReport
 
 
 @click.command("edit", short_help="Drop or scale modules, blocks and components.")
@@ -64,8 +64,8 @@ def edit_command(
       loratool edit a.safetensors -o b.safetensors --scale 'OUT*=0.5'
       loratool edit a.safetensors -o b --blocks 1,0,0,0,0,1,1,1,1,1,1,1
     """
-    from loratool.ops.edit import EditOptions, edit
-    from loratool.ops.strengths import Strength
+    from loratool.adapter.strengths import Strength
+    from loratool.verbs.edit.edit import EditOptions, edit
 
     asked = given["drop"] or given["keep"] or scale or blocks or components
     if not given["dry_run"] and not (out and asked):

@@ -21,7 +21,7 @@ def env_command(as_json: bool) -> None:
       loratool env
       loratool env --json
     """
-    from loratool.ops.env import Environment, environment
+    from loratool.verbs.env import Environment, environment
 
     found = environment()
     if as_json:

@@ -22,13 +22,13 @@ from loratool.cli.options import (
     share,
     verbose_option,
 )
-from loratool.cli.ranks import rank_rules, rule_of
+from loratool.cli.rank_options import rank_rules, rule_of
 from loratool.cli.render import print_facts, print_table, progress_bar, told
-from loratool.header import DTYPE_OPTIONS
+from loratool.files.header import DTYPE_OPTIONS
 from loratool.text import histogram, size
 
 if TYPE_CHECKING:
-    from loratool.ops.extract import ExtractReport
+    from loratool.verbs.extract.extract import ExtractReport
 
 
 @click.command("extract", short_help="Turn a fine-tuned checkpoint into an adapter.")
@@ -63,7 +63,7 @@ def extract_command(base: Path, tuned: Path, out: Path, as_json: bool, quiet: bo
       loratool extract base/ tuned/ -o adapter/ --size 50MB
       loratool extract base/ tuned/ -o adapter/ --max-error 20% --max-rank 64
     """
-    from loratool.ops.extract import ExtractOptions, extract
+    from loratool.verbs.extract.extract import ExtractOptions, extract
 
     rule = rule_of(given)
     assert rule

@@ -9,7 +9,7 @@ from loratool.cli.options import json_option
 from loratool.cli.render import print_facts, print_json, print_table
 from loratool.formats.recognise import KNOWN
 from loratool.formats.table import FORMATS
-from loratool.routes import example
+from loratool.keys.routes import example
 
 
 @click.command("formats", short_help="List the formats and the architectures that are known.")

@@ -12,8 +12,8 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem
 
-from loratool import hub
 from loratool.errors import LoratoolError
+from loratool.files import hub
 
 STDIN = "-"
 

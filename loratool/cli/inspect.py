@@ -16,7 +16,7 @@ from loratool.errors import LoratoolError
 from loratool.text import count, histogram, safe, size
 
 if TYPE_CHECKING:
-    from loratool.ops.inspect import AdapterReport, CheckpointReport
+    from loratool.verbs.inspect.inspect import AdapterReport, CheckpointReport
 
 TRAINING: Final = (
     "modelspec.title", "modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "ss_network_module",
@@ -51,7 +51,7 @@ def inspect_command(
       loratool inspect --modules --values adapter_folder/
       loratool inspect loras/
     """
-    from loratool.ops.inspect import AdapterReport, adapters_in, inspect
+    from loratool.verbs.inspect.inspect import AdapterReport, adapters_in, inspect
 
     for path in files:
         kept = adapters_in(path)
@@ -71,7 +71,7 @@ def inspect_command(
 
 def _print_folder(folder: Path, paths: Iterable[Path], *, as_json: bool) -> None:
     """A line for each file of a folder; what cannot be read has its reason below."""
-    from loratool.ops.inspect import AdapterReport, inspect
+    from loratool.verbs.inspect.inspect import AdapterReport, inspect
 
     reports: list[AdapterReport | CheckpointReport] = []
     failed = []
@@ -96,8 +96,8 @@ def _print_folder(folder: Path, paths: Iterable[Path], *, as_json: bool) -> None
 
 def _print_map(path: Path) -> None:
     """Blocks from top to bottom, sorts of modules from left to right under letters, the darker the larger their ‖ΔW‖."""
-    from loratool.adapter import load
-    from loratool.ops.mapping import map_of
+    from loratool.adapter.load import load
+    from loratool.verbs.inspect.block_map import map_of
 
     found = map_of(load(path))
     width = max(map(len, found.rows), default=0)
@@ -119,7 +119,7 @@ def _shade(cell: float | None, largest: float) -> str:
 
 
 def _adapter(report: AdapterReport) -> Iterator[tuple[str, str]]:
-    from loratool.ops.describing import composition
+    from loratool.verbs.inspect.describe import composition
 
     yield "format", safe(report.format)
     yield "trainer", report.trainer or "not said in its metadata"

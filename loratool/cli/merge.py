@@ -26,11 +26,11 @@ from loratool.cli.options import (
     where_to,
 )
 from loratool.cli.render import print_facts, print_table, progress_bar, told
-from loratool.header import DTYPE_OPTIONS
+from loratool.files.header import DTYPE_OPTIONS
 from loratool.text import size
 
 if TYPE_CHECKING:
-    from loratool.ops.merge import MergeReport
+    from loratool.verbs.merge.merge import MergeReport
 
 
 @click.command("merge", short_help="Merge adapters into a base checkpoint.")
@@ -101,9 +101,9 @@ def merge_command(
       loratool merge sdxl.safetensors style.safetensors:0.8 -o merged.safetensors
       loratool merge Llama-3-8B/ a/ b/:-0.3 -o merged/ --undo back.safetensors
     """
-    from loratool.adapter import Unsaid
-    from loratool.ops.merge import merge
-    from loratool.ops.merging import Options, Source
+    from loratool.adapter.load import Unsaid
+    from loratool.verbs.merge.merge import merge
+    from loratool.verbs.merge.write import Options, Source
 
     options = Options(
         unsaid=Unsaid(alpha, slots or ()),

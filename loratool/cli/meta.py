@@ -16,7 +16,7 @@ from loratool.text import safe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loratool.ops.meta import MetaReport
+    from loratool.verbs.meta.meta import MetaReport
 
 path_argument = click.argument("file", type=input_path)
 
@@ -56,7 +56,7 @@ def show_command(file: Path, keys: tuple[str, ...], as_json: bool) -> None:
       loratool meta show style.safetensors
       loratool meta show style.safetensors ss_network_dim
     """
-    from loratool.ops.meta import metadata_of
+    from loratool.verbs.meta.meta import metadata_of
 
     metadata = metadata_of(file)
     missing = [key for key in keys if key not in metadata]
@@ -80,7 +80,7 @@ def set_command(file: Path, pairs: tuple[str, ...], output: Path | None, in_plac
     Example:
       loratool meta set style.safetensors modelspec.title="My style" --in-place
     """
-    from loratool.ops.meta import set_metadata
+    from loratool.verbs.meta.meta import set_metadata
 
     values = {}
     for pair in pairs:
@@ -103,7 +103,7 @@ def delete_command(file: Path, globs: tuple[str, ...], output: Path | None, in_p
     Example:
       loratool meta delete style.safetensors "ss_network_*" -o less.safetensors
     """
-    from loratool.ops.meta import delete_metadata
+    from loratool.verbs.meta.meta import delete_metadata
 
     out = where_to(output, in_place=in_place)
     _tell(delete_metadata(file, globs, out, overwrite=how["overwrite"]), how)
@@ -121,7 +121,7 @@ def copy_command(source: Path, file: Path, globs: tuple[str, ...], output: Path 
     Example:
       loratool meta copy a.safetensors b.safetensors "ss_*" --in-place
     """
-    from loratool.ops.meta import copy_metadata
+    from loratool.verbs.meta.meta import copy_metadata
 
     out = where_to(output, in_place=in_place)
     _tell(copy_metadata(source, file, globs, out, overwrite=how["overwrite"]), how)
@@ -138,7 +138,7 @@ def strip_command(file: Path, private: bool, output: Path | None, in_place: bool
     Example:
       loratool meta strip --private style.safetensors -o public.safetensors
     """
-    from loratool.ops.meta import strip_metadata
+    from loratool.verbs.meta.meta import strip_metadata
 
     out = where_to(output, in_place=in_place)
     _tell(strip_metadata(file, out, private=private, overwrite=how["overwrite"]), how)

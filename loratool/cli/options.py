@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from loratool import hub
 from loratool.cli.inputs import found, there
 from loratool.errors import LoratoolError
+from loratool.files import hub
 from loratool.formats.prefixes import COMPONENTS
 
 KEEPING = ("sv_ratio", "sv_fro", "sv_cumulative", "threshold")
@@ -121,7 +121,7 @@ class Steps(click.ParamType[tuple[int, ...]]):
         """The ranks, smallest first."""
         if isinstance(value, tuple):
             return value
-        from loratool.ranks import STEPS
+        from loratool.numbers.ranks import STEPS
 
         if value in STEPS:
             return STEPS[value]

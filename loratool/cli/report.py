@@ -32,7 +32,7 @@ def report_command(
       loratool report style.safetensors -o style.html
       loratool report style.safetensors detail.safetensors -o both.html
     """
-    from loratool.pages.report import report
+    from loratool.verbs.report.report import report
 
     found = report(adapters, out, base=base, overwrite=overwrite)
     if told(found, as_json=as_json, quiet=quiet):

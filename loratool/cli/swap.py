@@ -68,8 +68,8 @@ def swap_command(
       loratool swap merged/ --out task-a/ --in task-b/:0.5 -o other/
       loratool swap merged/ --out task-a/ --in task-b/ --in-place
     """
-    from loratool.ops.merging import Options, Source
-    from loratool.ops.swap import swap
+    from loratool.verbs.merge.write import Options, Source
+    from loratool.verbs.swap import swap
 
     old, new = ([Source(*adapter_and_strength(text)) for text in texts] for texts in (outgoing, incoming))
     target = where_to(out, in_place=in_place)

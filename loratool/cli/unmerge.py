@@ -21,7 +21,7 @@ from loratool.cli.render import print_facts, progress_bar, told
 from loratool.text import size
 
 if TYPE_CHECKING:
-    from loratool.ops.unmerge import UnmergeReport
+    from loratool.verbs.unmerge.unmerge import UnmergeReport
 
 HASHES = 8
 """Files whose hashes are shown."""
@@ -57,8 +57,8 @@ def unmerge_command(
       loratool unmerge merged/ --undo back.safetensors -o base/
       loratool unmerge merged/ my-adapter/ -o base/
     """
-    from loratool.ops.merging import Options, Source
-    from loratool.ops.unmerge import unmerge
+    from loratool.verbs.merge.write import Options, Source
+    from loratool.verbs.unmerge.unmerge import unmerge
 
     if bool(adapters) == bool(undo):
         raise click.UsageError("give either --undo FILE, or the adapters to subtract")

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.devices import sent
 from loratool.errors import Unsupported
+from loratool.numbers.devices import sent
 
 Leaves = Mapping[str, Tensor]
 ANY = -1

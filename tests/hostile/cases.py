@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratool.checkpoint import DTYPE_NAMES, tensor_bytes
+from loratool.files.tensors import DTYPE_NAMES, tensor_bytes
 
 GOOD, WARNS, BAD, MISFIT, EITHER = "good", "warns", "bad", "misfit", "either"
 """It succeeds; with a warning; it is refused; only what knows the base refuses it; or any of these, but no traceback."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool import Options, Source, merge
-from loratool.clones import finish
+from loratool.files.in_place import finish
 from tests.conftest import FIXTURES
 from tests.hostile.test_battery import contents
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loratool.clones import finish
+from loratool.files.in_place import finish
 from tests.conftest import FIXTURES, Run
 from tests.hostile.test_battery import contents
 

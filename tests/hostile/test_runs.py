@@ -20,11 +20,11 @@ import pytest
 import torch
 
 from loratool import LoratoolError, Source, merge
-from loratool.checkpoint import TensorFile
 from loratool.errors import OutputError
-from loratool.locks import Lock, sweep_locks
-from loratool.output import Output, Writer
-from loratool.workers import threads_for
+from loratool.files.locks import Lock, sweep_locks
+from loratool.files.output import Output, Writer
+from loratool.files.tensors import TensorFile
+from loratool.numbers.threads import threads_for
 from tests.conftest import FIXTURES, Run
 from tests.models import kohya, save
 
@@ -162,7 +162,7 @@ def _harmed(folder: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[Path]
     with monkeypatch.context() as patched:
         patched.setattr(TensorFile, "read_into", harming(read))
         patched.setattr(Writer, "copy", harming(copy))
-        patched.setattr("loratool.workers.MOST", 1)
+        patched.setattr("loratool.numbers.threads.MOST", 1)
         out = folder / "out.safetensors"
         out.unlink(missing_ok=True)
         try:
@@ -197,7 +197,7 @@ def test_little_memory_is_an_error_that_says_so_or_enough(tmp_path: Path, megaby
 
 
 def test_fewer_threads_work_where_there_is_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratool.workers.cores", lambda: 16)
+    monkeypatch.setattr("loratool.numbers.threads.cores", lambda: 16)
     assert [threads_for(limit) for limit in (0, 1, 2 << 30, 64 << 30)] == [8, 1, 4, 8]
 
 

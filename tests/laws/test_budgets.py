@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool.errors import LoratoolError
-from loratool.ops.budgets import Market
-from loratool.ranks import Budget, Offer, Rule, buy
+from loratool.numbers.budgets import Market
+from loratool.numbers.ranks import Budget, Offer, Rule, buy
 
 spectra = st.lists(st.floats(0.01, 10), min_size=1, max_size=4).map(lambda values: sorted(values, reverse=True))
 modules = st.lists(st.tuples(spectra, st.integers(1, 9)), min_size=1, max_size=4)

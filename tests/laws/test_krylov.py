@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratool import krylov
-from loratool.krylov import Spectrum, largest, leading, leading_each, orthonormal
-from loratool.ops.factoring import Storage, factored
-from loratool.ranks import Rule
+from loratool.numbers import krylov
+from loratool.numbers.factor import Storage, factored
+from loratool.numbers.krylov import Spectrum, largest, leading, leading_each, orthonormal
+from loratool.numbers.ranks import Rule
 from tests.conftest import examples
 
 

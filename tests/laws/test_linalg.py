@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratool.linalg import Core, all_finite, bounds, difference_norm
+from loratool.numbers.linalg import Core, all_finite, bounds, difference_norm
 from tests.conftest import examples
 
 sizes = st.integers(1, 24)

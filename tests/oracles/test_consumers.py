@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from loratool import Source, merge
 from loratool.names import flat
-from loratool.ops.convert import convert
+from loratool.verbs.convert import convert
 from tests.models import SD1_UNET, SDXL_UNET, Tensors, clip, llm, lora, peft_adapter, save, unet
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loratool import LoratoolError, Options, merge
-from loratool.adapter import Unsaid
+from loratool.adapter.load import Unsaid
 from tests.models import save
 
 RANK, ALPHA = 3, 12

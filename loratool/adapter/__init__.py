@@ -1,0 +1,1 @@
+"""The value in which the three tables meet: read, renamed, spelled, written."""

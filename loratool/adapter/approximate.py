@@ -1,0 +1,243 @@
+"""Deltas as LoRA, one by one or within a budget over all of an adapter, as they are to be stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from loratool.adapter.load import Adapter, Change
+from loratool.adapter.same_format import Contents, biases, like_source, named
+from loratool.base.base import Weights
+from loratool.deltas import Delta, Embedding, LoRA
+from loratool.errors import NeedsBase, Unsupported, about, of_file
+from loratool.files.tensors import DTYPES
+from loratool.numbers.budgets import Market, within_error
+from loratool.numbers.devices import Lanes, sent
+from loratool.numbers.factor import Factored, Storage, factored, offered, refactored
+from loratool.numbers.linalg import Core
+from loratool.numbers.ranks import Budget, Offer, Rule
+from loratool.numbers.threads import results
+from loratool.schema import BIAS, WEIGHT
+
+NOTHING: Final = Rule("rank", 1, most=0)
+"""Keeps nothing of a module."""
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """One module that became a LoRA: its kind before, its rank now, ‖ΔW‖, and ‖ΔW − LoRA‖ / ‖ΔW‖."""
+
+    name: str
+    kind: str
+    rank: int
+    norm: float
+    error: float
+
+
+Lowered = dict[int, tuple[Converted, Delta]]
+"""By the number of a change: what became of it, and the LoRA; one of rank 0 where nothing is left."""
+
+
+class Lowering:
+    """An adapter whose deltas become LoRA: those to lower, by number, and those that are `kept`."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        dtype: str | None,
+        keep: frozenset[str],
+        weights: Weights | None,
+        *,
+        on: Lanes,
+        weigh: bool = False,
+    ) -> None:
+        self.adapter, self.dtype, self.weights, self.lanes = adapter, dtype, weights, on
+        self.numbers: list[int] = []
+        self.kept: list[Change] = []
+        for number, change in enumerate(adapter.changes):
+            if change.optional:
+                with of_file(adapter.path):
+                    _refuse_bias(change, weights)
+            elif change.delta.kind in keep or change.parameter == BIAS or len(change.delta.shape) < 2:
+                self.kept.append(change)
+            else:
+                self.numbers.append(number)
+        self.worth = {number: self._worth(number) if weigh else 1.0 for number in self.numbers}
+
+    def lowered(self, rule: Rule | Mapping[int, Rule]) -> Lowered:
+        """Every delta to lower as a LoRA, by one rule or each by its own."""
+
+        def one(number: int) -> tuple[Converted, Delta]:
+            change = self.adapter.changes[number]
+            mine = rule if isinstance(rule, Rule) else rule[number]
+            storage = Storage(self._stored_as(change))
+
+            def compute(device: torch.device) -> tuple[Converted, Delta]:
+                delta, figures = _low_rank(change, _effective(change, self.weights).on(device), mine, storage)
+                return figures, delta
+
+            return self.lanes.one(str(change), compute)
+
+        return dict(zip(self.numbers, results(partial(one, number) for number in self.numbers), strict=True))
+
+    def within(self, budget: Budget, size: Callable[[Lowered], int]) -> Lowered:
+        """Every delta to lower at the rank that its share of the budget buys; `size` is that of the output."""
+        market = Market(self.numbers, self.offers, budget)
+        if budget.nbytes is not None:
+            return self._at(market.within_bytes(budget.nbytes, lambda ranks: size(self.imagined(ranks))))
+        return within_error(
+            budget.error or 0.0,
+            market.total,
+            lambda allowed: self._at(market.within_error(allowed)),
+            lambda done: sum((figures.error * figures.norm * self.worth[i]) ** 2 for i, (figures, _) in done.items()),
+        )
+
+    def contents(self, done: Lowered, kept: Mapping[str, Tensor]) -> Contents:
+        """What is to be written, with the tensors of what is `kept` as they were."""
+        tensors = dict(kept)
+        tensors |= biases(self.kept, {figures.name for figures, _ in done.values()})
+        for number, (figures, delta) in done.items():
+            if figures.rank:
+                tensors |= named(Change(self.adapter.changes[number].module, WEIGHT, delta))
+        ranks = [figures.rank for figures, _ in done.values() if figures.rank]
+        return like_source(self.adapter, tensors, self.kept, ranks)
+
+    def _stored_as(self, change: Change) -> torch.dtype:
+        """The dtype of new factors: where nobody says, that of the change's own, the widest where they differ."""
+        if self.dtype:
+            return DTYPES[self.dtype]
+        dtypes = [tensor.dtype for tensor in change.delta.leaves().values() if tensor.is_floating_point()]
+        return max(dtypes, key=lambda dtype: dtype.itemsize)
+
+    def _at(self, ranks: Mapping[int, int]) -> Lowered:
+        rules = {number: Rule("rank", rank) for number, rank in ranks.items()}
+        return self.lowered(dict.fromkeys(self.numbers, NOTHING) | rules)
+
+    def offers(self, rules: Mapping[int, Rule]) -> dict[int, Offer]:
+        """What the ranks of modules are worth, as far as each one's rule looks."""
+        offers = results(partial(self._offer, number, rule) for number, rule in rules.items())
+        return dict(zip(rules, offers, strict=True))
+
+    def _worth(self, number: int) -> float:
+        """What a square of a module counts: less, the larger the weight is that it changes."""
+        change = self.adapter.changes[number]
+        if self.weights is None:
+            raise NeedsBase(f"{change}: what its weight is like only the base can tell; pass --base")
+        norm = float(self.weights.of(change.module).float().norm())
+        return 1 / norm if norm else 0.0
+
+    def _offer(self, number: int, rule: Rule) -> Offer:
+        change = self.adapter.changes[number]
+        return self.lanes.one(str(change), partial(self._offered, number, rule))
+
+    def _offered(self, number: int, rule: Rule, device: torch.device) -> Offer:
+        change = self.adapter.changes[number]
+        delta = _effective(change, self.weights).on(device)
+        each, worth = self._stored_as(change).itemsize, self.worth[number]
+        if delta.factors:
+            core = Core(*delta.factors)
+            cost = len(delta.factors[0]) + delta.factors[1].shape[1]
+            return Offer(core.sigma.cpu() * worth, True, cost * each, float(core.squares.sum()) * worth**2)
+        seen = replace(rule, value=rule.value / worth) if rule.method == "threshold" and worth else rule
+        offer = offered(_dense(delta), seen, each)
+        return replace(offer, sigma=offer.sigma * worth, total=offer.total * worth**2)
+
+    def imagined(self, ranks: Mapping[int, int]) -> Lowered:
+        """What would be written at these ranks, with room in place of numbers."""
+        done: Lowered = {}
+        for number, asked in ranks.items():
+            change = self.adapter.changes[number]
+            flattened = self.weights is not None and change.delta.flattened
+            shape = tuple(self.weights.of(change.module).shape) if flattened and self.weights else change.delta.shape
+            nothing = torch.zeros(1, dtype=self._stored_as(change))
+            rank = min(asked, shape[0], math.prod(shape[1:]))
+            done[number] = Converted(str(change), change.delta.kind, rank, 0.0, 0.0), room_for(shape, rank, nothing)
+        return done
+
+
+def lowered_adapter(work: Lowering, done: Lowered) -> Adapter:
+    """The adapter with its lowered deltas in the place of what they were, but for those that nothing is left of."""
+    changes = [
+        Change(change.module, WEIGHT, done[number][1]) if number in done else change
+        for number, change in enumerate(work.adapter.changes)
+        if not change.optional and (number not in done or done[number][0].rank)
+    ]
+    return replace(work.adapter, changes=tuple(changes))
+
+
+def _refuse_bias(change: Change, weights: Weights | None) -> None:
+    """PEFT's (IA)³ multiplies the bias of a layer that has one, which a LoRA cannot."""
+    if weights is None:
+        raise NeedsBase(f"{change}: may multiply a bias, which only the base can tell; pass --base")
+    if weights.targets.find(change.module, BIAS):
+        raise Unsupported(f"{change}: (IA)³ multiplies this layer's bias too, which a LoRA cannot hold; merge it instead")
+
+
+@dataclass(frozen=True, slots=True)
+class _Effective:
+    """What a delta adds, as exact factors or as a dense matrix, and the shape of the weight."""
+
+    shape: tuple[int, ...]
+    factors: tuple[Tensor, Tensor] | None
+    dense: Tensor | None
+
+    def on(self, device: torch.device) -> _Effective:
+        """The same on a device."""
+        factors = self.factors and (sent(self.factors[0], device), sent(self.factors[1], device))
+        return replace(self, factors=factors, dense=None if self.dense is None else sent(self.dense, device))
+
+
+def _effective(change: Change, weights: Weights | None) -> _Effective:
+    delta = change.delta.made()
+    if delta.kind == "experts":
+        raise Unsupported(f"{change}: is a LoRA on stacked experts, which only PEFT's target_parameters can hold")
+    if delta.additive:
+        shape = tuple(weights.of(change.module).shape) if weights and delta.flattened else delta.shape
+        factors = delta.factors()
+        if factors is not None and factors[0].shape[1] <= min(factors[0].shape[0], factors[1].shape[1]):
+            return _Effective(shape, factors, None)
+        return _Effective(shape, None, delta.dense().flatten(1))
+    if weights is None:
+        raise NeedsBase(f"{change}: what a delta of kind {delta.kind} adds depends on its weight; pass --base")
+    with about(change):
+        added = weights.effect(delta, change.module)
+    return _Effective(added.shape, None, added.dense().flatten(1))
+
+
+def _low_rank(change: Change, delta: _Effective, rule: Rule, storage: Storage) -> tuple[Delta, Converted]:
+    """A LoRA as it is to be stored, and how far its product is from the delta."""
+    rule = rule.of(delta.shape)
+    with about(change):
+        found = refactored(*delta.factors, rule, storage) if delta.factors else factored(_dense(delta), rule, storage)
+        found = found.padded(rule.padded(found.rank))
+    error = found.error / found.norm if found.norm else 0.0
+    figures = Converted(str(change), change.delta.kind, found.rank, found.norm, error)
+    if "embedding_down" in change.delta.leaves():
+        # PEFT adds the product of an embedding's factors transposed.
+        return Embedding(found.up.T.contiguous(), found.down.T.contiguous(), 1.0), figures
+    return as_lora(found, delta.shape), figures
+
+
+def room_for(shape: tuple[int, ...], rank: int, nothing: Tensor) -> LoRA:
+    """A LoRA of that rank on a weight of `shape` that has a size, and no memory: all its numbers are `nothing`."""
+    ones = (1,) * len(shape[2:])
+    return LoRA(nothing.expand(rank, *shape[1:]), nothing.expand(shape[0], rank, *ones), None, 1.0)
+
+
+def as_lora(found: Factored, shape: tuple[int, ...]) -> LoRA:
+    """The factors of a weight of `shape`, (out, in, *kernel), with the kernel in `down`, and scale 1."""
+    kernel = shape[2:]
+    ones = (1,) * len(kernel)
+    down = found.down.reshape(found.rank, found.down.shape[1] // math.prod(kernel), *kernel).contiguous()
+    return LoRA(down, found.up.reshape(*found.up.shape, *ones).contiguous(), None, 1.0)
+
+
+def _dense(delta: _Effective) -> Tensor:
+    assert delta.dense is not None
+    return delta.dense

@@ -1,0 +1,136 @@
+"""Changes under the names of another naming: renamed, cut where a module is several there, stacked where several are one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+
+from loratool.adapter.load import Change
+from loratool.deltas import ANY, Delta, stack
+from loratool.errors import InvalidAdapter, Unsupported, about
+from loratool.keys.routes import Route
+from loratool.names import Link, Module
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A delta under its new name: the component's `prefix` and the `path` behind it; `sources` are what it came from, one
+    where only its name is new."""
+
+    prefix: str
+    path: str
+    parameter: str
+    delta: Delta
+    sources: tuple[Change, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What one change adds to a part of a stacked module."""
+
+    prefix: str
+    link: Link
+    part: str
+    delta: Delta
+    change: Change
+
+    @property
+    def place(self) -> tuple[str, str, str, str]:
+        """Pieces with the same one are stacked."""
+        return self.prefix, self.link.whole, self.change.parameter, self.delta.kind
+
+
+def renamed(changes: Sequence[Change], ways: Mapping[Module, Route]) -> list[Moved]:
+    """Every change under its new name, exactly; raises `LoratoolError` for what has no exact form there."""
+    moved: list[Moved] = []
+    pieces: list[_Piece] = []
+    for change in changes:
+        if change.apart:
+            raise Unsupported(f"{change}: is a LoRA on stacked experts, which only PEFT's target_parameters can hold")
+        route = ways[change.module]
+        with _explained(change):
+            if route.renames:
+                delta = exchanged(change.delta) if route.swapped else change.delta
+                moved.append(Moved(route.prefix, route.targets[0][0], change.parameter, delta, (change,)))
+                continue
+            targets = dict(zip(route.read.parts, route.targets, strict=True))
+            for part, delta in _apart(change, route):
+                whole, link = targets[part]
+                if link and len(link.parts) > 1:
+                    pieces.append(_Piece(route.prefix, link, part, delta, change))
+                else:
+                    moved.append(Moved(route.prefix, whole, change.parameter, turned(delta, link), (change,)))
+    pieces.sort(key=lambda piece: piece.place)
+    return moved + [_stacked(list(group)) for _, group in groupby(pieces, key=lambda piece: piece.place)]
+
+
+def _apart(change: Change, route: Route) -> list[tuple[str, Delta]]:
+    """The deltas of a module's parts in diffusers' naming, without those that nothing changes, where another is."""
+    link = route.read.link
+    if link is None or len(link.parts) == 1:
+        return [(route.read.parts[0], turned(change.delta, link))]
+    whole = cut(change.delta, link.sizes)
+    if any(part.kind != change.delta.kind for part in whole):
+        raise Unsupported(
+            f"a {change.delta.kind} whose blocks do not end where the parts do can be cut only as a dense difference"
+        )
+    trimmed = [part.trimmed() for part in whole]
+    if not any(trimmed):
+        return list(zip(link.parts, whole, strict=True))
+    return [(name, part) for name, part in zip(link.parts, trimmed, strict=True) if part]
+
+
+def cut(delta: Delta, sizes: Sequence[int]) -> list[Delta]:
+    """`delta` in pieces of rows in the ratio `sizes`."""
+    rows = delta.shape[0]
+    if rows == ANY:
+        return delta.split(sizes)
+    unit, left = divmod(rows, sum(sizes))
+    if left:
+        raise InvalidAdapter(f"has {rows} rows, which are not {sum(sizes)} equal parts")
+    return delta.split([size * unit for size in sizes])
+
+
+@contextmanager
+def _explained(what: object) -> Iterator[None]:
+    """Says what an error is about, and what can be done where a delta has no exact form."""
+    try:
+        with about(what):
+            yield
+    except Unsupported as error:
+        raise Unsupported(
+            f"{error}; --to-lora, with --base where its kind needs it, makes a LoRA of it, which can be cut and stacked"
+        ) from error
+
+
+def exchanged(delta: Delta) -> Delta:
+    """`delta` with the two halves of its output in the opposite order."""
+    return stack(cut(delta, (1, 1))[::-1])
+
+
+def turned(delta: Delta, link: Link | None) -> Delta:
+    """`delta` across `link`, in either direction: with its halves exchanged where the link says so."""
+    return exchanged(delta) if link and link.swapped else delta
+
+
+def _stacked(pieces: Sequence[_Piece]) -> Moved:
+    """The delta of a module that is made of several, with nothing in the place of those that are not changed."""
+    first, link = pieces[0], pieces[0].link
+    deltas: dict[str, Delta | None] = {piece.part: piece.delta for piece in pieces}
+    with _explained(f"{link.whole}, made of {', '.join(str(piece.change.module) for piece in pieces)}"):
+        if len(deltas) < len(pieces):
+            raise Unsupported("two deltas of one kind on the same part")
+        whole = joined(link, deltas)
+        assert whole is not None
+        return Moved(first.prefix, link.whole, first.change.parameter, whole, tuple(piece.change for piece in pieces))
+
+
+def joined(link: Link, deltas: Mapping[str, Delta | None]) -> Delta | None:
+    """The delta of a stacked module from those of its parts, with nothing in the place of those that are not changed."""
+    name, given = next(((name, delta) for name, delta in deltas.items() if delta), ("", None))
+    if given is None:
+        return None
+    unit = given.shape[0] // link.sizes[link.parts.index(name)]
+    return stack([deltas.get(part) or given.nothing(size * unit) for part, size in zip(link.parts, link.sizes, strict=True)])

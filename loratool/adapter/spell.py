@@ -1,0 +1,157 @@
+"""Moved changes as the tensors of a format: each delta in the form that the format has leaves for, its alpha where it
+keeps one."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from loratool.adapter.load import Adapter
+from loratool.adapter.rename import Moved
+from loratool.archs.llm import is_embedding
+from loratool.deltas import Delta, ExpertLoRA
+from loratool.errors import LoratoolError, Unsupported, about
+from loratool.formats.leaves import CONTAINER
+from loratool.formats.peft import wrapping
+from loratool.formats.table import FOLDED, TENSOR, Format
+from loratool.schema import Part, explain
+
+NO_LORA: Final = frozenset({"replace", "tokens", "lora bias"})
+"""Kinds that no LoRA can stand for: values that are put in a weight's place, and changes of a bias."""
+
+
+@dataclass(slots=True)
+class Spelled:
+    """The tensors of an adapter in a format; `ranks` and `scales` by the prefix and path of each module of low rank, for
+    formats that keep alphas elsewhere; `whole` are the paths of weights that are stored whole, `experts` the ranks of
+    stacked ones."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    ranks: dict[tuple[str, str], int] = field(default_factory=dict)
+    scales: dict[tuple[str, str], float | None] = field(default_factory=dict)
+    whole: list[str] = field(default_factory=list)
+    experts: dict[str, int] = field(default_factory=dict)
+    dora: list[bool] = field(default_factory=list)
+
+
+def spelled(moved: Sequence[Moved], target: Format, adapter: Adapter) -> Spelled:
+    """The tensors of `moved` as `target` spells them; raises `Unsupported` for what it has no place for."""
+    result = Spelled()
+    matrices = {(item.prefix, item.path) for item in moved if item.parameter == "weight" and item.delta.kind != "replace"}
+    for item in moved:
+        stem = target.stem(item.prefix, _holder(item, moved))
+        with about(" + ".join(str(source) for source in item.sources)):
+            delta = _fitting(item, target)
+            part = _part(delta)
+            # An alpha beside factors without a rank is ignored; PEFT's bias shares that of its module's factors.
+            unheld = part.rank is None and part.kind.name != "lora bias"
+            if target.alpha == FOLDED or unheld:
+                delta = delta.folded()
+            named = {
+                target.key(_wrapped(item, stem, target, matrices), leaf): tensor for leaf, tensor in delta.leaves().items()
+            }
+            # An orthogonal delta's alpha is its constraint, which nothing else can hold.
+            beside = target.alpha == TENSOR or (part.kind.name == "oft" and "alpha" in target.leaves)
+            if beside and (alpha := _alpha(item, delta, part, adapter)) is not None:
+                named[target.key(stem, "alpha")] = alpha
+            if twice := named.keys() & result.tensors.keys():
+                raise LoratoolError(f"{min(twice)} would be written twice")
+        result.tensors |= named
+        if isinstance(item.delta, ExpertLoRA):
+            result.experts[item.path] = item.delta.rank
+        elif part.rank is not None and item.parameter == "weight":
+            key = item.prefix, item.path
+            result.ranks[key], result.scales[key] = part.rank, delta.scale
+            result.dora.append(part.magnitude is not None)
+        elif part.kind.name == "replace" and item.parameter == "weight":
+            result.whole.append(item.path)
+    return result
+
+
+def _wrapped(item: Moved, stem: str, target: Format, matrices: Container[tuple[str, str]]) -> str:
+    """The stem of a value as PEFT has it: a bias of a module that it wraps is the base layer's."""
+    inside = item.delta.kind == "replace" and item.parameter == "bias" and (item.prefix, item.path) in matrices
+    return f"{stem}.base_layer" if inside and target.whole == CONTAINER else stem
+
+
+def _holder(item: Moved, moved: Sequence[Moved]) -> str:
+    """The path of the module that has a delta's tensors: for stacked experts that whose parameter it changes, behind a
+    `base_layer` for each that PEFT wraps around it (`formats.peft.PeftConfig.parameter_of`)."""
+    if not isinstance(item.delta, ExpertLoRA):
+        return item.path
+    module = item.path.rpartition(".")[0]
+    beside = [other.path for other in moved if isinstance(other.delta, ExpertLoRA) and other.path.startswith(f"{module}.")]
+    beside.sort(key=wrapping)
+    return module + ".base_layer" * (len(beside) - 1 - beside.index(item.path))
+
+
+def _fitting(item: Moved, target: Format) -> Delta:
+    """The first form of a delta that the format has a place for."""
+    forms = [form for form in item.delta.forms() if form.leaves().keys() <= target.leaves.keys()]
+    if not forms:
+        label = _part(item.delta).label
+        way_out = "merge it" if label in NO_LORA else "--to-lora makes a LoRA of it"
+        raise Unsupported(f"{target.title} has no place for a delta of kind {label}; {way_out}, or choose another format")
+    # PEFT looks for an embedding's factors under names of their own.
+    embedding = is_embedding(item.path) and "embedding_up" in target.leaves
+    return next((form for form in forms if embedding == (form.kind == "embedding")), forms[0])
+
+
+def _part(delta: Delta) -> Part:
+    """What the schema calls a delta's leaves."""
+    return explain({leaf: tuple(tensor.shape) for leaf, tensor in delta.leaves().items()})[0]
+
+
+def _alpha(item: Moved, delta: Delta, part: Part, adapter: Adapter) -> Tensor | None:
+    """The alpha to stand beside the factors: the very one of the source where it still holds, else one that gives the
+    same scale; None where there is none."""
+    stored = [adapter.alphas[key] for source in item.sources for key in source.keys if key in adapter.alphas]
+    unchanged = len(item.sources) == 1 and item.sources[0].delta.scale == delta.scale
+    if stored and unchanged and part.rank == _part(item.sources[0].delta).rank:
+        return stored[0]
+    if delta.scale is None or part.rank is None or item.parameter != "weight":
+        return None
+    exact = torch.tensor(delta.scale * part.rank, dtype=torch.float64)
+    narrow = exact.to(stored[0].dtype if stored else next(iter(delta.leaves().values())).dtype)
+    return narrow if narrow.double() == exact else exact.float()
+
+
+def lora_config(ranks: Mapping[str, int], scales: Mapping[str, float | None], usual: int | None = None) -> dict[str, object]:
+    """r, lora_alpha and their patterns for modules of these ranks and scales; without a scale, alpha is the rank. `usual` is
+    the rank of what no pattern can name."""
+    alphas = {
+        path: whole_number(rank * scale) if (scale := scales[path]) is not None else rank for path, rank in ranks.items()
+    }
+    usual_rank = _commonest(ranks.values(), 1) if usual is None else usual
+    usual_alpha = _commonest(alphas.values(), 1) if usual is None else usual
+    return {
+        "r": usual_rank,
+        "lora_alpha": usual_alpha,
+        "target_modules": sorted(map(_named, ranks)),
+        "rank_pattern": {pattern_of(path): rank for path, rank in sorted(ranks.items()) if rank != usual_rank},
+        "alpha_pattern": {pattern_of(path): alpha for path, alpha in sorted(alphas.items()) if alpha != usual_alpha},
+    }
+
+
+def _named(path: str) -> str:
+    """A target module's name. Without CLIP's `text_model.`, which transformers 5.6 dropped: an ending matches both ways."""
+    return path.removeprefix("text_model.")
+
+
+def pattern_of(path: str) -> str:
+    """The pattern of one module, from its beginning on where that is sure."""
+    return f"^{path}" if _named(path) == path else _named(path)
+
+
+def whole_number(alpha: float) -> float:
+    """An alpha as an integer where it is one, but for the rounding of its division by the rank and back."""
+    return round(alpha) if abs(alpha - round(alpha)) <= 1e-12 * abs(alpha) else alpha
+
+
+def _commonest(values: Iterable[float], otherwise: float) -> float:
+    counted = list(values)
+    return max(counted, key=counted.count, default=otherwise)

@@ -1,0 +1,1 @@
+"""The checkpoint that an adapter changes, by its modules."""

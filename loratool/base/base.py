@@ -1,0 +1,80 @@
+"""A checkpoint's weights by what a module of another file calls them, read one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loratool.deltas import Delta, Full
+from loratool.errors import LoratoolError, ShapeMismatch
+from loratool.files.tensors import Checkpoint
+from loratool.keys.places import Place, Targets
+from loratool.names import Module
+from loratool.numbers.devices import CPU, sent
+from loratool.schema import WEIGHT
+
+
+class Weights:
+    """The checkpoint at `path`, with the places of its modules."""
+
+    def __init__(self, path: Path, *, pinned: bool = False) -> None:
+        self.checkpoint = Checkpoint(path, pinned=pinned)
+        self.layout = self.checkpoint.layout
+        self.targets = Targets(self.layout)
+
+    def of(self, module: Module, parameter: str = WEIGHT) -> Tensor:
+        """The module's weight, (out, in, *kernel), or its bias; raises `LoratoolError` where there is none."""
+        places = self.targets.find(module, parameter)
+        if not places:
+            raise LoratoolError(f"{module}: has no {parameter} in {self.layout.root}")
+        return self.at(places)
+
+    def effect(self, delta: Delta, module: Module, parameter: str = WEIGHT, device: torch.device = CPU) -> Full:
+        """What a delta that depends on its weight, and lies on `device`, adds to it, in float32; raises `LoratoolError`
+        where it does not fit."""
+        weight = sent(self.of(module, parameter), device).float()
+        try:
+            added = delta.apply(weight) - weight
+        except RuntimeError as error:
+            raise ShapeMismatch(f"does not fit its weight of {list(weight.shape)}: is the base another model?") from error
+        return Full(added, "diff" if parameter == WEIGHT else "diff_b")
+
+    def at(self, places: Sequence[Place]) -> Tensor:
+        """What lies at `places`, one below the other."""
+        return _joined([self._part(place, 0, place.rows) for place in places])
+
+    def rows(self, places: Sequence[Place], start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of what lies at `places`, as many of them as there are; no others are read."""
+        parts, first = [], 0
+        for place in places:
+            low, high = max(start - first, 0), min(stop - first, place.rows)
+            if low < high:
+                parts.append(self._part(place, low, high))
+            first += place.rows
+        return _joined(parts) if parts else self._part(places[-1], 0, 0)
+
+    def by_rows(self, places: Sequence[Place]) -> bool:
+        """Whether some rows can be read without the rest."""
+        return all(not place.transposed and place.step == 1 for place in places)
+
+    def _part(self, place: Place, start: int, stop: int) -> Tensor:
+        if self.by_rows([place]):
+            return self.checkpoint.rows(place.tensor, place.start + start, place.start + stop)
+        stored = self.checkpoint[place.tensor]
+        rows = (stored.T if place.transposed else stored)[place.start : place.stop : place.step]
+        return rows[start:stop].contiguous()
+
+    def shape(self, places: Sequence[Place]) -> tuple[int, ...]:
+        """The shape of what lies at `places`: (out, in, *kernel) for a weight."""
+        shape = self.layout.info(places[0].tensor).shape
+        if not shape:
+            return ()
+        inner = shape[:1] if places[0].transposed else shape[1:]
+        return (sum(place.rows for place in places), *inner)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -1,0 +1,183 @@
+"""Which parameters of two checkpoints are the same one, whatever the files are called, cut and named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from loratool.base.base import Weights
+from loratool.errors import LoratoolError, UnmatchedModules, some
+from loratool.files.layout import Layout
+from loratool.files.tensors import DTYPES, FLOATS
+from loratool.formats.prefixes import EMA, WHOLE
+from loratool.keys.detect import detect, inputs_of
+from loratool.keys.places import HEAD, Place, module_of
+from loratool.names import Module
+from loratool.schema import WEIGHT
+
+BUFFERS: Final = re.compile(
+    r"(?:.*\.)?(?:position_ids|inv_freq|freqs|logit_scale|num_batches_tracked|pos_embed\.pos_embed)"
+    r"|betas|alphas_cumprod\w*|(?:sqrt|log|posterior)_\w+|denoiser\.sigmas|model_ema\..*"
+)
+"""Tensors that some writers store and others leave out: tables that follow from the config, and the schedules of noise."""
+
+Takes = Callable[[Module, str], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A parameter of both checkpoints, under the base's name, with the places it has in each and the shape it has there."""
+
+    module: Module
+    parameter: str
+    base: tuple[Place, ...]
+    tuned: tuple[Place, ...]
+    shape: tuple[int, ...]
+    tuned_shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return self.module.stem if self.parameter == WEIGHT else f"{self.module.stem}.{self.parameter}"
+
+    @property
+    def raw(self) -> bool:
+        """Whether it is a parameter of its own, and not the weight or the bias of a module."""
+        return self.module.stem == self.base[0].tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """All pairs, in the base's order; what the choice left out, and what only one of the checkpoints has, in words."""
+
+    pairs: tuple[Pair, ...]
+    excluded: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def paired(base: Weights, tuned: Weights, takes: Takes) -> Pairing:
+    """Pairs the parameters of `base` and `tuned` that `takes` lets through.
+
+    Raises `UnmatchedModules` where one lacks a parameter of a component that both have.
+    """
+    draft = _Draft(base, tuned)
+    for name in base.layout.tensors:
+        draft.add(name)
+    draft.add_lost()
+    for name in tuned.layout.tensors:
+        draft.add_reverse(name)
+    draft.add_head()
+    notes = (*draft.leftovers(takes), *draft.unequal())
+    pairs = [pair for pair in draft.pairs if takes(pair.module, pair.parameter)]
+    if not pairs:
+        raise LoratoolError("nothing to extract: --include and --exclude leave no parameter of either")
+    excluded = tuple(str(pair) for pair in draft.pairs if not takes(pair.module, pair.parameter))
+    return Pairing(tuple(pairs), excluded, notes)
+
+
+class _Draft:
+    """Pairs as they are found, and the tensors that still lack a partner."""
+
+    def __init__(self, base: Weights, tuned: Weights) -> None:
+        self.base, self.tuned = base, tuned
+        self.pairs: list[Pair] = []
+        self.lost: dict[str, tuple[Module, str]] = {}
+        self.met: set[str] = set()
+
+    def add(self, name: str) -> None:
+        """Looks for a tensor of the base in the tuned checkpoint, first under its very name."""
+        module, parameter = module_of(name)
+        if module.component == EMA or self.base.layout.info(name).dtype not in FLOATS:
+            return
+        direct = self.tuned.targets.own.get(name)
+        theirs = (direct,) if direct else self.tuned.targets.find(module, parameter)
+        if theirs:
+            self._pair(module, parameter, (self.base.targets.own[name],), theirs)
+        else:
+            self.lost[name] = module, parameter
+
+    def add_lost(self) -> None:
+        """Tries what found no partner once more, by a prefix that finds all of it: wrappers move a whole model."""
+        renamed = self.tuned.targets.wrapped({module for module, _ in self.lost.values()})
+        for name, (module, parameter) in list(self.lost.items()):
+            theirs = self.tuned.targets.find(renamed[module], parameter) if module in renamed else ()
+            if theirs:
+                self._pair(module, parameter, (self.base.targets.own[name],), theirs)
+                del self.lost[name]
+
+    def add_reverse(self, name: str) -> None:
+        """Looks for a tensor of the tuned checkpoint in the base, where only the former's names are those of its parts."""
+        module, parameter = module_of(name)
+        if name in self.met or not self.lost:
+            return
+        mine = self.base.targets.find(module, parameter)
+        if mine and any(place.tensor in self.lost for place in mine):
+            self._pair(module, parameter, mine, (self.tuned.targets.own[name],))
+            for place in mine:
+                self.lost.pop(place.tensor, None)
+
+    def add_head(self) -> None:
+        """An output layer that one of the two, or both, has tied to its embedding."""
+        mine, theirs = self.base.targets.tied, self.tuned.targets.tied
+        if not mine and not theirs:
+            return
+        here = mine or _head(self.lost)
+        there = theirs or _head(self.tuned.layout.tensors)
+        if here and there:
+            module = Module(WHOLE, HEAD, HEAD)
+            self._pair(module, WEIGHT, (self.base.targets.own[here],), (self.tuned.targets.own[there],))
+            self.lost.pop(here, None)
+
+    def leftovers(self, takes: Takes) -> Iterator[str]:
+        """What one of the two lacks: in words where it lacks the whole component, or what it would compute itself."""
+        rest = {name: module_of(name) for name in self.tuned.layout.tensors if name not in self.met}
+        common = {pair.module.component for pair in self.pairs}
+        theirs = {module_of(name)[0].component for name in self.met}
+        sides = ((self.base, self.tuned, self.lost, common), (self.tuned, self.base, rest, theirs))
+        for mine, other, lost, shared in sides:
+            left = {name: found for name, found in lost.items() if takes(*found) and not BUFFERS.fullmatch(name)}
+            missing = [name for name, (module, _) in left.items() if module.component in shared and _is_weight(mine, name)]
+            if missing or not shared:
+                raise UnmatchedModules(_unlike(mine.layout, other.layout, missing or list(left)))
+            for component in sorted({module.component for module, _ in left.values()} - shared):
+                what = component or "model of this kind"
+                yield f"{other.layout.root} has no {what} under the names of {mine.layout.root}: taken to be the same"
+
+    def unequal(self) -> Iterator[str]:
+        """What both have that is no number to compute with, and that differs."""
+        common = [name for name in self.base.layout.tensors if name in self.tuned.layout.tensors]
+        whole = [name for name in common if self.base.layout.info(name).dtype not in FLOATS]
+        unlike = [name for name in whole if not _is_same(self.base, self.tuned, name)]
+        if unlike:
+            yield f"{some(unlike, 3)} hold no floating-point numbers and differ; no adapter holds that"
+
+    def _pair(self, module: Module, parameter: str, base: tuple[Place, ...], tuned: tuple[Place, ...]) -> None:
+        self.met.update(place.tensor for place in tuned)
+        shapes = self.base.shape(base), self.tuned.shape(tuned)
+        self.pairs.append(Pair(module, parameter, base, tuned, *shapes))
+
+
+def _head(names: Iterable[str]) -> str | None:
+    return next((name for name in names if name.endswith(f"{HEAD}.weight")), None)
+
+
+def _is_same(base: Weights, tuned: Weights, name: str) -> bool:
+    one, other = base.layout.info(name), tuned.layout.info(name)
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return one.dtype not in DTYPES or torch.equal(base.checkpoint[name], tuned.checkpoint[name])
+
+
+def _is_weight(weights: Weights, name: str) -> bool:
+    return weights.layout.info(name).dtype in FLOATS and module_of(name)[0].component != EMA
+
+
+def _unlike(mine: Layout, other: Layout, missing: list[str]) -> str:
+    models = [detect(inputs_of(layout)).title for layout in (mine, other)]
+    of = f" ({models[0]} and {models[1]})" if models[0] != models[1] else ""
+    return (
+        f"{other.root}: lacks {some(missing)} of {mine.root}{of}; both must be the same model, "
+        "or leave out what only one of them has, with --exclude"
+    )

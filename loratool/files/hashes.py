@@ -1,0 +1,228 @@
+"""Every hash that people know a file by, in one read; and the two that kohya writes into an adapter. No torch.
+
+AutoV1 is A1111's old hash, of 64 KiB from the first MiB on; AutoV2 the file's SHA-256, of which Civitai shows ten letters;
+AutoV3 that of what follows the header, of which twelve are shown. sshs_model_hash and sshs_legacy_hash are AutoV3 and AutoV1
+of the file as `safetensors.torch.save` would write it with the training's metadata alone (sd-scripts,
+library/train_util.py, precalculate_safetensors_hashes).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.errors import InvalidFile
+from loratool.files.header import Header, TensorInfo, encode_header, identity, open_regular, read_header, stored_order
+from loratool.keys.listing import locate
+
+LEGACY_START: Final = 0x100000
+LEGACY_BYTES: Final = 0x10000
+LETTERS: Final = 12
+"""Of AutoV3, which are enough to find a file by."""
+BLOCK: Final = 8 << 20
+LENGTHS: Final[Mapping[str, int]] = {"sshs_model_hash": 64, "sshs_legacy_hash": 8}
+"""kohya's keys, and how long their values are."""
+CLAIMS: Final[Mapping[str, tuple[str, str]]] = {
+    "sshs_model_hash": ("sshs_model_hash", ""),
+    "sshs_legacy_hash": ("sshs_legacy_hash", ""),
+    "modelspec.hash_sha256": ("autov3", "0x"),
+}
+"""What a file may say of its own hashes: which hash it is, and what stands before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hashes:
+    """The hashes of one file, in hexadecimal. `autov3` and kohya's are None of what is no safetensors file, and `blake3`
+    without its library. `claims` maps what the file says of its own hashes to whether that is true."""
+
+    path: str
+    size: int
+    autov1: str
+    autov2: str
+    autov3: str | None
+    sha256: str
+    blake3: str | None
+    crc32: str
+    sshs_model_hash: str | None
+    sshs_legacy_hash: str | None
+    claims: Mapping[str, bool]
+
+    @property
+    def letters(self) -> str | None:
+        """AutoV3 as it is shown."""
+        return self.autov3[:LETTERS].upper() if self.autov3 else None
+
+    @property
+    def true(self) -> bool:
+        """Whether nothing that the file says of its hashes is wrong."""
+        return all(self.claims.values())
+
+
+def file_hashes(path: str | Path) -> Hashes:
+    """Hashes the file at `path`, or the weights of the PEFT folder; raises `LoratoolError`."""
+    file = locate(Path(path).expanduser())[0]
+    header = _header(file)
+    descriptor = open_regular(file)
+    try:
+        before = identity(descriptor)
+        digests = _digests(descriptor, header)
+        old = hashlib.sha256(os.pread(descriptor, LEGACY_BYTES, LEGACY_START)).hexdigest()[:8]
+        kohyas = _kohyas(descriptor, header, digests["autov3"]) if header else {}
+        if identity(descriptor) != before:
+            raise InvalidFile(f"{file}: was changed while it was read")
+        size = os.fstat(descriptor).st_size
+    except OSError as error:
+        raise InvalidFile(f"{file}: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+    found = {"autov3": digests["autov3"], **kohyas}
+    return Hashes(
+        path=str(path),
+        size=size,
+        autov1=old,
+        autov2=digests["sha256"][:10],
+        autov3=digests["autov3"] if header else None,
+        sha256=digests["sha256"],
+        blake3=digests.get("blake3"),
+        crc32=digests["crc32"],
+        sshs_model_hash=kohyas.get("sshs_model_hash"),
+        sshs_legacy_hash=kohyas.get("sshs_legacy_hash"),
+        claims=dict(_claims(header, found)) if header else {},
+    )
+
+
+def short_hash(path: Path) -> str | None:
+    """The first letters of an adapter's AutoV3, by which an output names it; None of no safetensors file."""
+    file = locate(path)[0]
+    header = _header(file)
+    return _data_hash(header.path, header.data_start, header.identity)[:LETTERS] if header else None
+
+
+@lru_cache(maxsize=64)
+def _data_hash(path: Path, start: int, who: tuple[int, ...]) -> str:
+    descriptor = open_regular(path)
+    try:
+        digest = hashlib.sha256()
+        for block in _blocks(descriptor, start):
+            digest.update(block)
+        if identity(descriptor) != who:
+            raise InvalidFile(f"{path}: was changed while it was read")
+    finally:
+        os.close(descriptor)
+    return digest.hexdigest()
+
+
+def hashes(infos: Mapping[str, TensorInfo], parts: Sequence[memoryview], metadata: Mapping[str, str]) -> dict[str, str]:
+    """kohya's two hashes of tensors that lie in the file in this order, `parts` being their bytes."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part)
+    legacy, position = hashlib.sha256(), 0
+    for part in (memoryview(_training_header(infos, metadata)), *parts):
+        begin = max(0, LEGACY_START - position)
+        legacy.update(part[begin : max(begin, LEGACY_START + LEGACY_BYTES - position)])
+        position += len(part)
+    return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
+
+
+def legacy_hash(header: Header, metadata: Mapping[str, str]) -> str:
+    """sshs_legacy_hash that the file would have with other metadata: no more of it is read than that takes."""
+    descriptor = open_regular(header.path)
+    try:
+        return _legacy_of(descriptor, _canonical(header), metadata)
+    finally:
+        os.close(descriptor)
+
+
+def _header(file: Path) -> Header | None:
+    """The header of a safetensors file; None of any other: a damaged download has hashes too."""
+    try:
+        return read_header(file)
+    except InvalidFile:
+        return None
+
+
+def _digests(descriptor: int, header: Header | None) -> dict[str, str]:
+    """One pass over the file: each hash on a thread of its own, all of one block before the next is read."""
+    whole, data = hashlib.sha256(), hashlib.sha256()
+    crc, modern = [0], _blake3()
+    start, position = (header.data_start if header else 0), 0
+
+    def add_crc(block: bytes) -> None:
+        crc[0] = zlib.crc32(block, crc[0])
+
+    works: list[Callable[[bytes], object]] = [whole.update, add_crc, *([modern.update] if modern else [])]
+    with ThreadPoolExecutor(len(works) + 1) as pool:
+        for block in _blocks(descriptor, 0):
+            behind = memoryview(block)[max(0, start - position) :]
+            running = [pool.submit(work, block) for work in works] + [pool.submit(data.update, behind)]
+            for future in running:
+                future.result()
+            position += len(block)
+    found = {"sha256": whole.hexdigest(), "autov3": data.hexdigest(), "crc32": f"{crc[0]:08x}"}
+    return found | ({"blake3": modern.hexdigest()} if modern else {})
+
+
+def _blocks(descriptor: int, start: int) -> Iterator[bytes]:
+    while block := os.pread(descriptor, BLOCK, start):
+        yield block
+        start += len(block)
+
+
+def _blake3() -> Any:
+    if find_spec("blake3") is None:
+        return None
+    from blake3 import blake3
+
+    return blake3()
+
+
+def _kohyas(descriptor: int, header: Header, autov3: str) -> dict[str, str]:
+    """kohya's hashes of the file, whose tensors may lie in another order than the one they are hashed in."""
+    ordered = _canonical(header)
+    if list(ordered) != list(header.tensors):
+        digest = hashlib.sha256()
+        for info in ordered.values():
+            for start in range(info.start, info.stop, BLOCK):
+                digest.update(os.pread(descriptor, min(BLOCK, info.stop - start), start))
+        autov3 = digest.hexdigest()
+    return {"sshs_model_hash": autov3, "sshs_legacy_hash": _legacy_of(descriptor, ordered, header.metadata)}
+
+
+def _legacy_of(descriptor: int, ordered: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> str:
+    moved, position = {}, 0
+    for name, info in ordered.items():
+        moved[name] = TensorInfo(name, info.dtype, info.shape, position, position + info.nbytes)
+        position += info.nbytes
+    raw = _training_header(moved, metadata)
+    legacy = hashlib.sha256(raw[LEGACY_START : LEGACY_START + LEGACY_BYTES])
+    for name, info in moved.items():
+        begin = max(0, LEGACY_START - len(raw) - info.start)
+        end = min(info.nbytes, LEGACY_START + LEGACY_BYTES - len(raw) - info.start)
+        if begin < end:
+            legacy.update(os.pread(descriptor, end - begin, ordered[name].start + begin))
+    return legacy.hexdigest()[:8]
+
+
+def _canonical(header: Header) -> dict[str, TensorInfo]:
+    """The tensors in the order in which safetensors writes them."""
+    return dict(sorted(header.tensors.items(), key=lambda item: stored_order(item[1].dtype, item[0])))
+
+
+def _training_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    return encode_header(infos, training, always=True)
+
+
+def _claims(header: Header, found: Mapping[str, str]) -> Iterator[tuple[str, bool]]:
+    for key, (name, prefix) in CLAIMS.items():
+        if said := header.metadata.get(key):
+            yield key, said.lower().removeprefix(prefix) == found[name]

@@ -1,0 +1,299 @@
+"""Safetensors headers and shard indexes, checked before anything trusts them. No torch, and no tensor is read.
+
+The format: an unsigned little-endian 64-bit length N, N bytes of JSON, then the tensors' bytes without a gap
+(safetensors, README, section Format). The checks are those of safetensors' `tensor.rs`, and stricter on duplicate
+keys, which the reference lets through: two readers of such a file can see two different models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Final, cast
+
+from loratool.errors import InvalidConfig, InvalidFile, LoratoolError
+from loratool.files.strict_json import strict_json
+
+BITS: Final[Mapping[str, int]] = {
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+    "F32": 32, "U32": 32, "I32": 32,
+    "BF16": 16, "F16": 16, "U16": 16, "I16": 16,
+    "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8, "U8": 8,
+    "F6_E3M2": 6, "F6_E2M3": 6, "F4": 4, "BOOL": 8,
+}  # fmt: skip
+"""Bits in one element of each dtype that the format names, in the order in which safetensors writes them."""
+PLACES: Final = {dtype: place for place, dtype in enumerate(BITS)}
+
+DTYPE_OPTIONS: Final[Mapping[str, str]] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""The dtypes that outputs may be asked for, and how safetensors calls them."""
+
+STRUCTS: Final[Mapping[str, str]] = {
+    "F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b",
+    "U64": "Q", "U32": "I", "U16": "H", "U8": "B",
+}  # fmt: skip
+"""The struct module's letters for one element."""
+
+ADAPTER_HEADER_BYTES: Final = 25_000_000
+BASE_HEADER_BYTES: Final = 100_000_000
+CONFIG_BYTES: Final = 100_000_000
+MAX_ELEMENTS: Final = 2**63 - 1
+MAX_DIMENSIONS: Final = 32
+
+MAGICS: Final = (
+    (b"version https://git-lfs", "a git-lfs pointer: run `git lfs pull`, or download it again"),
+    (b"GGUF", "a GGUF file, not safetensors"),
+    (b"PK\x03\x04", "a zip archive, as torch.save writes: a pickle, not safetensors"),
+    (b"\x1f\x8b", "a gzip archive: unpack it first"),
+    (b"<", "HTML or XML, probably an error page saved in place of the file: download it again"),
+    (b"\x80", "a Python pickle, not safetensors"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of one tensor; `start` and `stop` are byte offsets from the file's beginning."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """One safetensors file as its header describes it, with the file's identity when it was read."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    data_start: int
+    size: int
+    identity: tuple[int, ...]
+
+
+def open_regular(path: Path) -> int:
+    """A read-only descriptor of a regular file; never blocks on a FIFO or opens a device."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except (OSError, ValueError) as error:
+        raise InvalidFile(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InvalidFile(f"{path}: not a regular file")
+    return descriptor
+
+
+def identity(descriptor: int) -> tuple[int, ...]:
+    """What changes when a file is replaced, cut or written to: device, inode, size, time of the last change."""
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def read_header(path: Path, limit: int = BASE_HEADER_BYTES) -> Header:
+    """Reads and checks the header of `path`, which may be `limit` bytes long; raises `InvalidFile`."""
+    descriptor = open_regular(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        length = _header_length(path, os.pread(descriptor, 8, 0), size, limit)
+        raw = os.pread(descriptor, length, 8)
+        who = identity(descriptor)
+    except LoratoolError as error:
+        raise _seems_to_be(path, os.pread(descriptor, 64, 0)) or error from None
+    except OSError as error:
+        raise InvalidFile(f"{path}: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+    try:
+        tensors, metadata = parse_header(raw, size)
+    except InvalidFile as error:
+        raise InvalidFile(f"{path}: {error}") from error.__cause__
+    return Header(path, tensors, metadata, 8 + length, size, who)
+
+
+def parse_header(raw: bytes, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors, in the order of their bytes, and the metadata of a file of `size` bytes whose header is `raw`.
+
+    Pure: it reads nothing but its arguments. Raises `InvalidFile` for whatever safetensors refuses, and for duplicates.
+    """
+    try:
+        entries = strict_json(raw)
+    except InvalidConfig as error:
+        raise InvalidFile(f"header {error}") from error
+    if not isinstance(entries, dict) or raw[:1] != b"{":
+        raise InvalidFile("header is not a JSON object")
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InvalidFile("__metadata__ is not a map from strings to strings")
+    begin = 8 + len(raw)
+    found = [_tensor(name, entry, begin) for name, entry in entries.items()]
+    found.sort(key=lambda tensor: (tensor.start, tensor.stop))
+    _check_tiling(found, begin, size)
+    return {tensor.name: tensor for tensor in found}, metadata
+
+
+def stored_order(dtype: str, name: str) -> tuple[int, str]:
+    """A key that sorts tensors as safetensors writes them: by dtype, then by name (`serialize` in its tensor.rs)."""
+    return PLACES[dtype], name
+
+
+def encode_header(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], length: int = 0, *, always: bool = False
+) -> bytes:
+    """The length prefix and the JSON of a header, padded with spaces to a multiple of 8 bytes and to `length`.
+
+    Empty metadata is left out, unless it is to be there `always`. Offsets are taken relative to the first tensor, so the
+    caller may place `tensors` at any base offset.
+    """
+    base = min((tensor.start for tensor in tensors.values()), default=0)
+    document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata or always else {}
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.stop)):
+        offsets = [tensor.start - base, tensor.stop - base]
+        document[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    padded = max(length - 8, -(-len(text) // 8) * 8)
+    return padded.to_bytes(8, "little") + text.ljust(padded)
+
+
+def read_scalars(header: Header, infos: Iterable[TensorInfo]) -> Iterator[tuple[str, float | None]]:
+    """(name, value) of tensors that should hold one number, as an alpha does; None for those that do not."""
+    descriptor = open_regular(header.path)
+    try:
+        for info in infos:
+            single = info.numel == 1 and (info.dtype in STRUCTS or info.dtype in ("BF16", "F8_E4M3", "F8_E5M2"))
+            yield info.name, _decode(info.dtype, os.pread(descriptor, info.nbytes, info.start)) if single else None
+    finally:
+        os.close(descriptor)
+
+
+def _decode(dtype: str, raw: bytes) -> float:
+    """One little-endian number; what struct has no letter for is widened to what it has."""
+    if dtype == "BF16":
+        dtype, raw = "F32", b"\0\0" + raw
+    if dtype == "F8_E5M2":
+        dtype, raw = "F16", b"\0" + raw
+    if dtype == "F8_E4M3":
+        return _decode_e4m3(raw[0])
+    return float(struct.unpack("<" + STRUCTS[dtype], raw)[0])
+
+
+def _decode_e4m3(byte: int) -> float:
+    """Sign, 4 bits of exponent with bias 7, 3 of mantissa; all ones is NaN (Micikevicius et al. 2022, arXiv:2209.05433)."""
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    if byte & 127 == 127:
+        return math.nan
+    magnitude = math.ldexp(mantissa + 8, exponent - 10) if exponent else math.ldexp(mantissa, -9)
+    return -magnitude if byte & 128 else magnitude
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object, as strictly as `strict_json`; raises `InvalidConfig` naming the file."""
+    descriptor = open_regular(path)
+    try:
+        if os.fstat(descriptor).st_size > CONFIG_BYTES:
+            raise InvalidConfig(f"{path}: larger than {CONFIG_BYTES} bytes")
+        with os.fdopen(os.dup(descriptor), "rb") as file:
+            document = strict_json(file.read())
+    except InvalidConfig as error:
+        raise InvalidConfig(f"{path}: {error}") from error
+    finally:
+        os.close(descriptor)
+    if not isinstance(document, dict):
+        raise InvalidConfig(f"{path}: expected a JSON object, found {type(document).__name__}")
+    return document
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The weight_map of a shard index: tensor name to the name of a file in the same folder; raises `InvalidConfig`.
+
+    Names are checked as text only: a hub cache's snapshot holds symlinks that lead out of its folder, and rightly.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InvalidConfig(f"{path}: has no weight_map")
+    for name, shard in weight_map.items():
+        if not _plain_shard_name(shard):
+            raise InvalidConfig(f"{path}: weight_map sends {name} to {shard!r}, not a .safetensors file of this folder")
+    return cast("dict[str, str]", weight_map)
+
+
+def _plain_shard_name(shard: object) -> bool:
+    return isinstance(shard, str) and shard.endswith(".safetensors") and not any(mark in shard for mark in "/\\\0:")
+
+
+def _header_length(path: Path, prefix: bytes, size: int, limit: int) -> int:
+    if size < 8:
+        raise InvalidFile(f"{path}: {size} bytes are too few for a safetensors file")
+    length = int.from_bytes(prefix, "little")
+    if length < 2:
+        raise InvalidFile(f"{path}: the header's length is {length}: not a safetensors file")
+    if length > size - 8:
+        raise InvalidFile(f"{path}: the header's length, {length}, is past the end of the file ({size} bytes): truncated?")
+    if length > limit:
+        raise InvalidFile(f"{path}: the header's length, {length}, is over the limit of {limit} bytes")
+    return length
+
+
+def _seems_to_be(path: Path, beginning: bytes) -> InvalidFile | None:
+    """Asked only once the header was refused: a valid file's length prefix can look like any magic number."""
+    if beginning and not beginning.strip(b"\0"):
+        return InvalidFile(f"{path}: begins with zeros: an unfinished download?")
+    for magic, meaning in MAGICS:
+        if beginning.lstrip().startswith(magic):
+            return InvalidFile(f"{path}: this is {meaning}")
+    return None
+
+
+def _tensor(name: str, entry: object, begin: int) -> TensorInfo:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise InvalidFile(f"tensor {name!r}: expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise InvalidFile(f"tensor {name!r}: unknown dtype {dtype!r}")
+    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
+        raise InvalidFile(f"tensor {name!r}: shape is not a list of at most {MAX_DIMENSIONS} non-negative integers")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
+        raise InvalidFile(f"tensor {name!r}: data_offsets are not two integers in order")
+    elements = 1
+    for dimension in shape:
+        elements *= dimension
+        if elements > MAX_ELEMENTS or dimension > MAX_ELEMENTS:
+            raise InvalidFile(f"tensor {name!r}: shape {shape} overflows")
+    bits = elements * BITS[dtype]
+    if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
+        found = offsets[1] - offsets[0]
+        raise InvalidFile(f"tensor {name!r}: shape {shape} of {dtype} needs {bits / 8:g} bytes, its offsets give {found}")
+    return TensorInfo(name, dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
+
+
+def _check_tiling(tensors: list[TensorInfo], begin: int, size: int) -> None:
+    position = begin
+    for tensor in tensors:
+        if tensor.start != position:
+            what = "overlaps the tensor before it" if tensor.start < position else "leaves a hole before it"
+            raise InvalidFile(f"tensor {tensor.name!r} {what} (begins at {tensor.start}, expected {position})")
+        position = tensor.stop
+    if position > size:
+        raise InvalidFile(f"truncated: its tensors end at byte {position}, the file has {size}")
+    if position < size:
+        raise InvalidFile(f"{size - position} bytes follow the last tensor")
+
+
+def _naturals(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

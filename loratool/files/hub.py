@@ -1,0 +1,166 @@
+"""Adapters and models on the Hugging Face hub, as paths: huggingface_hub downloads them, once, into its own cache.
+
+`hf:ORG/NAME[@REVISION][/FILE]`. What is downloaded is what can be read: an adapter's config and weights, a model's
+safetensors files with its configs, or the one safetensors file that there is. No pickles. The library is an extra,
+loratool[hub].
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from loratool.errors import InvalidFile, LoratoolError, some
+from loratool.files.layout import INDEX_SUFFIX, PIPELINE, SINGLE_NAMES
+from loratool.formats.peft import CONFIG_NAME
+from loratool.keys.listing import WEIGHTS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PREFIX: Final = "hf:"
+NAME: Final = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/(.+))?")
+ADAPTER: Final = (CONFIG_NAME, WEIGHTS[0])
+MODEL: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md")
+"""Weights, configs, and a tokenizer's files."""
+VARIANTS: Final = ("*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors", "*/*.fp16-*.safetensors")
+"""Copies of weights that a pipeline's folders hold beside them."""
+
+T = TypeVar("T")
+
+
+def is_named(text: str) -> bool:
+    """Whether `text` is a name on the hub, by its prefix."""
+    return text.startswith(PREFIX)
+
+
+def might_be_named(text: str) -> bool:
+    """Whether `text`, which is no path that exists, has the form ORG/NAME and is in no folder that does."""
+    found = re.fullmatch(r"([\w-][\w.-]*)/[\w-][\w.-]*(@[\w.-]+)?", text)
+    return found is not None and not Path(found[1]).exists() and not text.endswith((".safetensors", ".bin", ".json"))
+
+
+def fetched(text: str) -> Path:
+    """The path of what `text` names on the hub, in the hub's cache; raises `LoratoolError` where it cannot be had."""
+    found = NAME.fullmatch(text.removeprefix(PREFIX))
+    if not found:
+        raise LoratoolError(f"{text}: expected hf:ORG/NAME, hf:ORG/NAME@REVISION, or either with /FILE behind it")
+    if find_spec("huggingface_hub") is None:
+        raise LoratoolError(f"{text}: needs huggingface_hub; pip install 'loratool[hub]', or download it yourself")
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    name, revision, file = found.groups()
+    return _Repository(text, name, revision).path(file)
+
+
+class _Repository:
+    """One repository at one revision."""
+
+    def __init__(self, text: str, name: str, revision: str | None) -> None:
+        self.text = text
+        self.name = name
+        self.revision = revision
+        self.endpoint = os.environ.get("HF_ENDPOINT") or None
+
+    def path(self, file: str | None) -> Path:
+        """Downloads what is asked for, or with None what there is to read."""
+        if file is not None:
+            return self._file(file)
+        files = self._asked(self._files)
+        if files is None:
+            return self._asked(self._cached)
+        if CONFIG_NAME in files:
+            return self._folder(ADAPTER, ())
+        if PIPELINE in files:
+            return self._folder([f"*/{pattern}" for pattern in MODEL] + [PIPELINE], VARIANTS)
+        top = [name for name in files if name.endswith(".safetensors") and "/" not in name]
+        if len(top) == 1 and "config.json" not in files:
+            return self._file(top[0])
+        if any(name.endswith(INDEX_SUFFIX) for name in files) or SINGLE_NAMES[0] in top:
+            return self._folder(MODEL, ("*/*",))
+        raise InvalidFile(f"{self.text}: {_no_choice(self.text, files, top)}")
+
+    def _files(self) -> list[str] | None:
+        """The repository's files, None where nobody can be asked."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        try:
+            siblings = HfApi(endpoint=self.endpoint).model_info(self.name, revision=self.revision).siblings
+        except OfflineModeIsEnabled:
+            return None
+        return [sibling.rfilename for sibling in siblings or ()]
+
+    def _cached(self) -> Path:
+        """What an earlier run downloaded."""
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(self.name, revision=self.revision, local_files_only=True))
+        names = [entry.name for entry in folder.iterdir() if entry.suffix == ".safetensors"]
+        alone = len(names) == 1 and not any((folder / name).exists() for name in (CONFIG_NAME, "config.json"))
+        return folder / names[0] if alone else folder
+
+    def _file(self, file: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        return self._asked(lambda: Path(hf_hub_download(self.name, file, revision=self.revision, endpoint=self.endpoint)))
+
+    def _folder(self, wanted: Sequence[str], unwanted: Sequence[str]) -> Path:
+        from huggingface_hub import snapshot_download
+
+        def download() -> Path:
+            folder = snapshot_download(
+                self.name,
+                revision=self.revision,
+                allow_patterns=list(wanted),
+                ignore_patterns=list(unwanted),
+                endpoint=self.endpoint,
+            )
+            return Path(str(folder))
+
+        return self._asked(download)
+
+    def _asked(self, ask: Callable[[], T]) -> T:
+        """What the hub answers; its errors as ours."""
+        try:
+            return ask()
+        except Exception as error:
+            words = _words(error, self.revision)
+            if words is None:
+                raise
+            raise LoratoolError(f"{self.text}: {words}") from error
+
+
+def _words(error: Exception, revision: str | None) -> str | None:
+    """What an error of the hub means; None for one that is none of its own."""
+    from huggingface_hub import errors
+
+    meanings: tuple[tuple[type[Exception], str], ...] = (
+        (errors.GatedRepoError, "asks to accept its terms; do so on its page, then `hf auth login`"),
+        (errors.RevisionNotFoundError, f"has no revision {revision}"),
+        (errors.RepositoryNotFoundError, "is not on the hub, or is private: `hf auth login` first"),
+        (errors.LocalEntryNotFoundError, "is not in the cache, and the hub cannot be reached"),
+        (errors.EntryNotFoundError, "has no such file"),
+        (errors.HfHubHTTPError, f"the hub refuses: {str(error)[:300]}"),
+        (errors.HFValidationError, str(error)[:300]),
+        (OSError, f"the hub cannot be reached: {str(error)[:300]}"),
+    )
+    known = next((words for kind, words in meanings if isinstance(error, kind)), None)
+    # Errors of its HTTP library are another's in each of its major versions.
+    if known is None and type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
+        return f"the hub cannot be reached: {str(error)[:300]}"
+    return known
+
+
+def _no_choice(text: str, files: Iterable[str], top: Sequence[str]) -> str:
+    every = [name for name in files if name.endswith(".safetensors")]
+    if every:
+        return f"holds several safetensors files ({some(every)}); name one, such as {text}/{(top or every)[0]}"
+    return "holds no safetensors file"

@@ -1,0 +1,168 @@
+"""Files of a checkpoint that are changed in place: their clones are, and take their places together or not at all.
+
+A clone shares its blocks with the original where the file system can (btrfs, XFS), so that only what is written to it
+takes room and time; elsewhere it is a copy. What is complete is renamed to `READY` inside the checkpoint's folder, and from
+then on belongs there: whoever finds it, after a crash, moves it in. No torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from loratool.errors import OutputError
+from loratool.files.locks import Lock
+from loratool.files.output import copy_file, remove, sweep, sync, temporary_in
+
+READY: Final = ".loratool-ready"
+"""The folder, inside a checkpoint's, of files that are to replace those of the same name."""
+FICLONE: Final = 0x40049409
+"""Linux's ioctl that makes one file share all blocks of another (include/uapi/linux/fs.h)."""
+
+
+class Clones:
+    """Clones of files of the checkpoint at `root`, a file or a folder. Write to `path`; `commit` puts them in place, and
+    leaving without it removes them.
+
+    Raises `OutputError` where the checkpoint cannot or must not be changed.
+    """
+
+    def __init__(self, root: Path, files: Iterable[str]) -> None:
+        self.root = root
+        self.files = tuple(files)
+        self.folder = root.is_dir()
+        where = root if self.folder else root.parent
+        for file in self.files:
+            _check_plain(root / file if file else root)
+        sweep(where)
+        self.temporary = temporary_in(where)
+        self._lock = Lock(root)
+
+    def __enter__(self) -> Self:
+        try:
+            self._lock.take()
+            if self.folder:
+                self.temporary.mkdir()
+            for file in self.files:
+                self._clone(file)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        remove(self.temporary)
+        self._lock.release()
+        if isinstance(error, OSError):
+            raise OutputError(f"{self.root}: {error.strerror or error}") from error
+
+    def path(self, file: str) -> Path:
+        """The clone of a file, called as in the checkpoint's layout."""
+        return self.temporary / file if file else self.temporary
+
+    def commit(self) -> None:
+        """Syncs the clones and puts them in place: in one step where it is one file, and in steps that are taken up again
+        where it is several."""
+        try:
+            for path in (self.temporary, *self.temporary.rglob("*")):
+                sync(path)
+            if self.folder:
+                os.rename(self.temporary, self.root / READY)
+                sync(self.root)
+                finish(self.root)
+            else:
+                os.replace(self.temporary, self.root)
+                sync(self.root.parent)
+        except OSError as error:
+            raise OutputError(f"{self.root}: {error.strerror}") from error
+
+    def _clone(self, file: str) -> None:
+        source, target = self.root / file if file else self.root, self.path(file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        status = source.stat()
+        if not _shared(source, target):
+            free = shutil.disk_usage(target.parent).free
+            if free < status.st_size:
+                raise OutputError(f"{self.root}: needs {status.st_size} bytes for a copy, the disk has {free} free")
+            copy_file(source, target)
+        os.chmod(target, stat.S_IMODE(status.st_mode))
+
+
+def finish(root: Path) -> None:
+    """Moves into the checkpoint's folder what a change of it in place left complete; does nothing where there is none.
+
+    Raises `OutputError` where that cannot be done. Several processes may do it at once.
+    """
+    ready = root / READY
+    if not _is_folder(ready):
+        return
+    try:
+        for path in sorted(_files(ready)):
+            target = root / path.relative_to(ready)
+            # What a stranger's folder says is followed into that folder alone.
+            if not all(_is_folder(parent) for parent in target.parents if parent != root and root in parent.parents):
+                raise OutputError(f"{path}: has no place in {root}; remove {ready}")
+            _move(path, target)
+        sync(root)
+        shutil.rmtree(ready, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(
+            f"{root}: a change in place was interrupted and cannot be finished ({error.strerror}); {ready} holds its rest"
+        ) from error
+
+
+def _move(path: Path, target: Path) -> None:
+    try:
+        os.replace(path, target)
+    except FileNotFoundError:
+        # Somebody else was faster.
+        if os.path.lexists(path):
+            raise
+    sync(target.parent)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        if stat.S_ISREG(path.lstat().st_mode):
+            yield path
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _check_plain(path: Path) -> None:
+    """Whether a file may be replaced: links are not, since what they point to belongs to others too."""
+    if path.is_symlink():
+        raise OutputError(f"{path}: is a symbolic link, and what it points to may be in use elsewhere; write a copy with -o")
+    if not path.is_file():
+        raise OutputError(f"{path}: is not a plain file")
+    if not os.access(path, os.W_OK):
+        raise OutputError(f"{path}: is read-only; write a copy with -o")
+
+
+def _shared(source: Path, target: Path) -> bool:
+    """Makes `target` share all blocks of `source`; False, and no file, where the file system cannot."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    with open(source, "rb") as reading:
+        descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
+        try:
+            fcntl.ioctl(descriptor, FICLONE, reading.fileno())
+        except OSError as error:
+            target.unlink()
+            if error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+                raise
+            return False
+        else:
+            return True
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,160 @@
+"""Which files make up a checkpoint, from their headers alone: one file, shards, or a diffusers folder. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.errors import InvalidConfig, InvalidFile, Unsupported, some
+from loratool.files.header import Header, TensorInfo, read_header, read_index, read_json
+from loratool.files.in_place import finish
+
+SINGLE_NAMES: Final = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+INDEX_SUFFIX: Final = ".safetensors.index.json"
+PIPELINE: Final = "model_index.json"
+WEIGHT_SUFFIXES: Final = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5", ".tflite"}
+)
+QUANTISED: Final = (
+    ".qweight", ".qzeros", ".scales", ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".SCB",
+    ".scale_weight", ".weight_scale", ".weight_scale_inv", ".g_idx", ".wscales",
+)  # fmt: skip
+"""Tensors that stand beside a quantised weight: GPTQ, AWQ, bitsandbytes, scaled fp8, SVDQuant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A checkpoint as its headers describe it.
+
+    `files` maps each safetensors file, relative to `root`, to its header; `indexes` each shard index to its weight_map.
+    Tensor names are those of the files, behind the folder's name in a diffusers folder ("unet/conv_in.weight").
+    """
+
+    root: Path
+    files: Mapping[str, Header]
+    indexes: Mapping[str, Mapping[str, str]]
+    tensors: Mapping[str, tuple[str, TensorInfo]]
+    left_out: tuple[str, ...]
+
+    @property
+    def is_folder(self) -> bool:
+        return self.root.is_dir()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(header.size for header in self.files.values())
+
+    def info(self, name: str) -> TensorInfo:
+        return self.tensors[name][1]
+
+    def config(self, folder: str = "") -> dict[str, Any]:
+        """The config.json of the model in `folder`, empty where there is none."""
+        path = self.root / folder / "config.json"
+        return read_json(path) if self.is_folder and path.is_file() else {}
+
+    def other_files(self) -> Iterator[str]:
+        """Every file of the folder that is no weight, relative to `root`: configs, tokenizers, licences."""
+        if not self.is_folder:
+            return
+        for folder, folders, names in os.walk(self.root):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(names):
+                path = Path(folder, name)
+                if path.suffix not in WEIGHT_SUFFIXES and path.is_file():
+                    yield str(path.relative_to(self.root))
+
+
+def open_layout(path: Path) -> Layout:
+    """Reads the headers of the checkpoint at `path`; raises `InvalidFile`, `InvalidConfig` or `Unsupported`."""
+    if path.is_dir():
+        finish(path)
+        return _folder(path)
+    if path.name.endswith(INDEX_SUFFIX):
+        return _folder(path.parent)
+    if path.suffix in (".ckpt", ".bin", ".pt", ".pth"):
+        raise Unsupported(f"{path}: a pickle can run code when it is opened; save it as safetensors first")
+    header = read_header(path)
+    return Layout(path, {"": header}, {}, {name: ("", info) for name, info in header.tensors.items()}, ())
+
+
+def require_weights(layout: Layout, instead: str) -> None:
+    """Raises `Unsupported` for a quantised checkpoint, saying what to do `instead`, and `InvalidFile` for an empty one."""
+    if not layout.tensors:
+        raise InvalidFile(f"{layout.root}: has no tensors")
+    marks = [name for name in layout.tensors if name.endswith(QUANTISED)]
+    if marks or layout.config().get("quantization_config"):
+        met = f"{some(marks, 3)}" if marks else "quantization_config in config.json"
+        raise Unsupported(f"{layout.root}: is quantised ({met}); {instead}")
+
+
+def _folder(root: Path) -> Layout:
+    if not (root / PIPELINE).is_file():
+        return _model(root)
+    merged = Layout(root, {}, {}, {}, ())
+    for folder in sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        if any(entry.suffix == ".safetensors" for entry in folder.iterdir()):
+            merged = _joined(merged, _model(folder), f"{folder.name}/")
+    if not merged.files:
+        raise InvalidFile(f"{root}: a diffusers folder without any safetensors file")
+    return merged
+
+
+def _joined(whole: Layout, part: Layout, prefix: str) -> Layout:
+    return replace(
+        whole,
+        files={**whole.files, **{prefix + name: header for name, header in part.files.items()}},
+        indexes={**whole.indexes, **{prefix + name: index for name, index in part.indexes.items()}},
+        tensors={
+            **whole.tensors,
+            **{prefix + name: (prefix + file, info) for name, (file, info) in part.tensors.items()},
+        },
+        left_out=(*whole.left_out, *(prefix + name for name in part.left_out)),
+    )
+
+
+def _model(root: Path) -> Layout:
+    """The one model in a folder: by its index, else its usual name, else the only safetensors file there is."""
+    names = sorted(entry.name for entry in root.iterdir() if entry.suffix in WEIGHT_SUFFIXES)
+    indexes = sorted(entry.name for entry in root.iterdir() if entry.name.endswith(INDEX_SUFFIX))
+    weights = [name for name in names if name.endswith(".safetensors")]
+    single = next((name for name in SINGLE_NAMES if name in weights), None)
+    if single is None and len(indexes) == 1:
+        return _sharded(root, indexes[0], names)
+    chosen = single or (weights[0] if len(weights) == 1 else None)
+    if chosen is None:
+        raise InvalidFile(f"{root}: {_no_choice(names, weights, indexes)}")
+    header = read_header(root / chosen)
+    tensors = {name: (chosen, info) for name, info in header.tensors.items()}
+    return Layout(root, {chosen: header}, {}, tensors, tuple(name for name in names if name != chosen))
+
+
+def _no_choice(names: list[str], weights: list[str], indexes: list[str]) -> str:
+    if len(indexes) > 1:
+        return f"holds several shard indexes ({some(indexes)}); name one of them"
+    if weights:
+        return f"holds several safetensors files and no index ({some(weights)}); name one of them"
+    if names:
+        return f"holds no safetensors file, only {some(names)}; save the model as safetensors first"
+    return "holds no safetensors file"
+
+
+def _sharded(root: Path, index_name: str, names: list[str]) -> Layout:
+    index = read_index(root / index_name)
+    shards = sorted(set(index.values()))
+    missing = [shard for shard in shards if not (root / shard).exists()]
+    if missing:
+        raise InvalidFile(f"{root / index_name}: names {some(missing)}, which the folder does not hold")
+    headers = {shard: read_header(root / shard) for shard in shards}
+    tensors: dict[str, tuple[str, TensorInfo]] = {}
+    for shard, header in headers.items():
+        for name, info in header.tensors.items():
+            if index.get(name) != shard:
+                raise InvalidConfig(f"{root / shard}: holds {name}, which {index_name} places in {index.get(name)}")
+            tensors[name] = (shard, info)
+    ghosts = [name for name in index if name not in tensors]
+    if ghosts:
+        raise InvalidConfig(f"{root / index_name}: lists {some(ghosts)}, which no shard holds")
+    return Layout(root, headers, {index_name: index}, tensors, tuple(name for name in names if name not in headers))

@@ -1,0 +1,85 @@
+"""Old adapters saved as pickles: read only where the user allows it, by torch's restricted loader in a process of its own.
+
+A pickle can run code, inflate to any size, or claim 2⁴⁰ elements in a kilobyte. So: torch's `weights_only`, a limit on
+the child's memory and time, the zip's sizes checked before and the tensors' storage after, and safetensors between us.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from loratool.errors import InvalidFile
+from loratool.files.header import ADAPTER_HEADER_BYTES, Header, open_regular, read_header
+
+PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt"})
+SECONDS: Final = 60
+SPARE_BYTES: Final = 6 << 30
+"""Address space that importing torch takes, and room to copy."""
+
+
+@contextmanager
+def unpickled(path: Path) -> Iterator[Header]:
+    """The header of a temporary safetensors file with the tensors of the pickle at `path`; raises `InvalidFile`."""
+    os.close(open_regular(path))
+    _check_zip(path)
+    with tempfile.TemporaryDirectory(prefix="loratool-") as folder:
+        converted = Path(folder, "converted.safetensors")
+        _convert_in_child(path, converted)
+        yield read_header(converted, ADAPTER_HEADER_BYTES)
+
+
+def _check_zip(path: Path) -> None:
+    """Members of a torch archive are stored, not deflated, so they cannot be larger than the file."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inflated = sum(member.file_size for member in archive.infolist())
+    except zipfile.BadZipFile as error:
+        raise InvalidFile(f"{path}: a broken zip archive: {error}") from error
+    if inflated > path.stat().st_size:
+        raise InvalidFile(f"{path}: its members would inflate to {inflated} bytes; torch does not write such files")
+
+
+def _convert_in_child(path: Path, converted: Path) -> None:
+    command = [sys.executable, "-m", "loratool.files.pickles", os.fspath(path), os.fspath(converted)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise InvalidFile(f"{path}: reading this pickle took over {SECONDS} seconds") from error
+    if done.returncode:
+        reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise InvalidFile(f"{path}: cannot be read as a pickle of tensors ({reason or f'exit {done.returncode}'})")
+
+
+def convert(source: str, target: str) -> None:
+    """What the child does: pickle in, safetensors out. Exits with a one-line reason where the pickle is not tensors."""
+    size = os.stat(source).st_size
+    limit = SPARE_BYTES + 4 * size
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    import torch
+    from safetensors.torch import save_file
+
+    try:
+        loaded = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a hostile pickle provokes ends here, in the child
+        sys.exit(f"{type(error).__name__}; torch's restricted loader refuses it")
+    if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
+        sys.exit("it does not hold a dictionary of tensors")
+    if sum(tensor.numel() * tensor.element_size() for tensor in loaded.values()) > size:
+        sys.exit("its tensors claim more bytes than the file has")
+    save_file({str(name): tensor.contiguous() for name, tensor in loaded.items()}, target)
+
+
+if __name__ == "__main__":
+    convert(*sys.argv[1:])

@@ -1,0 +1,114 @@
+"""Tensors of safetensors files, read on demand into our own memory: a file that changes underfoot is an error, never a
+signal, which a memory map would make of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self, cast
+
+import torch
+from torch import Tensor
+
+from loratool.errors import InvalidFile, Unsupported
+from loratool.files.header import Header, TensorInfo, identity, open_regular
+from loratool.files.layout import Layout, open_layout
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""safetensors' names of the dtypes that torch has."""
+DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+"""The dtypes that hold weights."""
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, to be read or written as bytes."""
+    return memoryview(cast("Buffer", tensor.flatten().view(torch.uint8).numpy()))
+
+
+class TensorFile:
+    """An open safetensors file. Use it in a `with`: leaving checks that the file is still the one whose header was read."""
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        self.descriptor = open_regular(header.path)
+
+    def __enter__(self) -> Self:
+        self._check()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._check()
+        finally:
+            os.close(self.descriptor)
+
+    def read(self, info: TensorInfo, *, pinned: bool = False) -> Tensor:
+        """The tensor, in memory of its own and in the dtype it is stored in; `pinned`, in memory that a GPU copies from."""
+        if info.dtype not in DTYPES:
+            raise Unsupported(f"{self.header.path}: {info.name} has dtype {info.dtype}, which torch cannot compute with")
+        raw = torch.empty(info.nbytes, dtype=torch.uint8, pin_memory=pinned)
+        self.read_into(tensor_bytes(raw), info.start)
+        return raw.view(DTYPES[info.dtype]).reshape(info.shape)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fills `buffer` with the bytes at `offset` of the file; raises `InvalidFile` where it has become too short."""
+        while buffer:
+            count = os.preadv(self.descriptor, [buffer], offset)
+            if count == 0:
+                raise InvalidFile(f"{self.header.path}: was truncated while it was read")
+            buffer, offset = buffer[count:], offset + count
+
+    def _check(self) -> None:
+        if identity(self.descriptor) != self.header.identity:
+            raise InvalidFile(f"{self.header.path}: was changed while it was read")
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """A checkpoint's tensors by name, each read when asked for: a file, a sharded folder or a diffusers folder.
+
+    With `pinned`, into memory that a GPU copies from while it computes.
+    """
+
+    def __init__(self, path: str | Path, *, pinned: bool = False) -> None:
+        self.layout: Layout = open_layout(Path(path))
+        self.pinned = pinned
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, info = self.layout.tensors[name]
+        with TensorFile(self.layout.files[file]) as opened:
+            return opened.read(info, pinned=self.pinned)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.tensors)
+
+    def __len__(self) -> int:
+        return len(self.layout.tensors)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of a tensor; no others are read. A single number has no rows, and is read whole."""
+        file, info = self.layout.tensors[name]
+        if not info.shape:
+            return self[name]
+        step = info.nbytes // max(info.shape[0], 1)
+        part = replace(
+            info, shape=(stop - start, *info.shape[1:]), start=info.start + start * step, stop=info.start + stop * step
+        )
+        with TensorFile(self.layout.files[file]) as opened:
+            return opened.read(part, pinned=self.pinned)
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor, without reading it."""
+        return self.layout.info(name)

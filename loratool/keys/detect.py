@@ -1,0 +1,153 @@
+"""Which base architecture an adapter or a checkpoint is for: the one whose table explains every module. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from loratool.archs import ARCHS, Arch
+from loratool.archs.llm import is_decoder, is_meta
+from loratool.errors import some
+from loratool.files.layout import Layout
+from loratool.formats.prefixes import WHOLE, base_component
+from loratool.names import Module
+
+Input = tuple[Module, int | None]
+"""A module and the width of its input, where the shapes tell it."""
+
+DECODER: Final = "a decoder-only language model"
+VERSION_KEYS: Final = ("ss_base_model_version", "modelspec.architecture")
+"""Where trainers say what a file is for; believed only where names and shapes leave several."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The architecture's name, or None; `title` for people, `reason` in words, `candidates` where several fit."""
+
+    arch: str | None
+    title: str
+    reason: str
+    candidates: tuple[str, ...] = ()
+
+
+def detect(modules: Sequence[Input], metadata: Mapping[str, str] | None = None) -> Verdict:
+    """Explains `modules` by each architecture's table; shapes, then `metadata`, break ties; what nothing decides is open."""
+    if not modules:
+        return Verdict(None, "unknown", "there are no modules to go by")
+    if verdict := _language_model([module for module, _ in modules]):
+        return verdict
+    complete, fitting = explaining(modules)
+    chosen, why = narrowed(fitting, modules, metadata or {})
+    if len(chosen) > 1:
+        titles = tuple(arch.title for arch in chosen)
+        return Verdict(None, "undecided", f"{len(titles)} tables explain all {len(modules)} modules alike", titles)
+    if chosen:
+        rivals = [arch.title for arch in complete if arch not in fitting]
+        shapes = f"; the shapes rule out {some(rivals, 3)}" if rivals else ""
+        return Verdict(chosen[0].name, chosen[0].title, f"its table explains all {len(modules)} modules{shapes}{why}")
+    return _unknown(complete, [module for module, _ in modules])
+
+
+def explaining(modules: Sequence[Input]) -> tuple[list[Arch], list[Arch]]:
+    """The architectures whose tables have all the names of `modules`, and those of them that the shapes do not rule out."""
+    named = named_like([module for module, _ in modules])
+    return named, [arch for arch in named if not _contradicted(arch, modules)]
+
+
+def named_like(modules: Sequence[Module]) -> list[Arch]:
+    """The architectures whose tables have all the names of `modules`, whatever the shapes are."""
+    return [arch for arch in ARCHS if all(arch.places(module) for module in modules)]
+
+
+def narrowed(fitting: list[Arch], modules: Sequence[Input], metadata: Mapping[str, str]) -> tuple[list[Arch], str]:
+    """Those of several `fitting` architectures that the metadata names, else those that the file has every module of."""
+    if len(fitting) < 2:
+        return fitting, ""
+    for key in VERSION_KEYS:
+        said = metadata.get(key, "").lower()
+        lengths = [_longest(arch, said) for arch in fitting]
+        named = [arch for arch, length in zip(fitting, lengths, strict=True) if 0 < length == max(lengths)]
+        if named and len(named) < len(fitting):
+            return named, f"; {key} is {said!r}"
+    covered = [arch for arch in fitting if _covered(arch, [module for module, _ in modules])]
+    if covered and len(covered) < len(fitting):
+        return covered, "; it has every module of these kinds, and no other table's"
+    return fitting, ""
+
+
+def _longest(arch: Arch, said: str) -> int:
+    """How much of what metadata says is the architecture's."""
+    return max((len(version) for version in arch.versions if said.startswith(version)), default=0)
+
+
+def is_language_model(modules: Sequence[Module]) -> bool:
+    """Whether `modules` are those of a decoder-only language model, in Hugging Face's names or in Meta's."""
+    paths = [module.path for module in modules]
+    return all(module.component == WHOLE for module in modules) and (all(map(is_decoder, paths)) or is_meta(paths))
+
+
+def _language_model(modules: Sequence[Module]) -> Verdict | None:
+    if not is_language_model(modules):
+        return None
+    whose = "Meta's Llama names them" if is_meta(module.path for module in modules) else "Hugging Face names a decoder's"
+    return Verdict("llm", DECODER, f"all {len(modules)} modules are named as {whose}")
+
+
+def _unknown(complete: Sequence[Arch], modules: Sequence[Module]) -> Verdict:
+    if complete:
+        titles = some([arch.title for arch in complete], 3)
+        return Verdict(None, "unknown", f"the names are those of {titles}, the shapes are not")
+    left = {arch: [module for module in modules if not arch.places(module)] for arch in ARCHS}
+    closest = min(left, key=lambda arch: len(left[arch]))
+    if len(left[closest]) > len(modules) / 2:
+        return Verdict(None, "unknown", "no architecture's table explains the module names")
+    names = some(map(str, left[closest]), 3)
+    return Verdict(None, "unknown", f"{closest.title} comes closest, and leaves {len(left[closest])} over: {names}")
+
+
+def _contradicted(arch: Arch, modules: Iterable[Input]) -> bool:
+    """Whether a module's input width fits none of the components of `arch` that know its name."""
+    for module, width in modules:
+        owners = [owner for owner, _ in arch.places(module)]
+        if width is not None and owners and all(owner.contradicts(module.path, width) for owner in owners):
+            return True
+    return False
+
+
+def _covered(arch: Arch, modules: Iterable[Module]) -> bool:
+    """Whether `modules` are all that `arch` has of their kinds, a kind being a name without its numbers."""
+    have: dict[tuple[str, str], Counter[str]] = {}
+    for module in modules:
+        component, spot = arch.places(module)[0]
+        have.setdefault((component.name, spot.naming), Counter())[_kind(spot.path)] += 1
+    for (component_name, naming), kinds in have.items():
+        whole = Counter(map(_kind, _named(arch, component_name, naming)))
+        if any(count != whole[kind] for kind, count in kinds.items()):
+            return False
+    return True
+
+
+def _named(arch: Arch, name: str, naming: str) -> Iterable[str]:
+    component = arch.component(name)
+    assert component is not None
+    links = component.links.get(naming)
+    if links is not None:
+        return (link.whole for link in links)
+    return (part for link in next(iter(component.links.values())) for part in link.parts)
+
+
+def _kind(path: str) -> str:
+    return re.sub(r"\d+", "#", path)
+
+
+def inputs_of(layout: Layout) -> list[Input]:
+    """The modules of a base that have a weight, and the widths of their inputs."""
+    found: list[Input] = []
+    for name, (_, info) in layout.tensors.items():
+        component, prefix, rest = base_component(name)
+        if rest.endswith(".weight") and len(info.shape) > 1 and not prefix.startswith(("vae", "first_stage", "model_ema")):
+            found.append((Module(component, rest.removesuffix(".weight"), prefix + rest), info.shape[1]))
+    return found

@@ -1,0 +1,281 @@
+"""Where in a base checkpoint each module's weight lies: the base's own header is the best table of names. No torch.
+
+Names are compared flattened, so that dotted and kohya's spelling are one. An architecture's table adds the second
+naming, with q, k and v as row ranges of a stacked weight or the other way about.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Final
+
+from loratool.archs import ARCHS, Component
+from loratool.archs.llm import CONV1D, fused, is_decoder, meta, mixture
+from loratool.errors import LoratoolError
+from loratool.files.header import read_json
+from loratool.files.layout import Layout
+from loratool.formats.prefixes import COMPONENTS, ENCODERS, WHOLE, base_component, readings
+from loratool.names import Link, Module, flat, mentioned
+from loratool.schema import BIAS, WEIGHT
+
+Key = tuple[str, str]
+"""(component, flattened module path)"""
+
+SAMPLED: Final = 64
+"""How many names of a base are tried on every table before all are tried on the best."""
+
+ENDINGS: Final = ((".weight", WEIGHT), (".bias", BIAS), (".scale", WEIGHT), ("_weight", WEIGHT), ("_bias", BIAS))
+"""Behind a dot for modules, behind an underscore for raw parameters like OpenCLIP's in_proj_weight."""
+
+
+HEAD: Final = "lm_head"
+"""The output layer that may be tied to the input embedding, and what the embedding's weight is called."""
+EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Rows `start` to `stop` by `step`, along the output, of a base tensor; `transposed` where it is stored as (in, out)."""
+
+    tensor: str
+    start: int
+    stop: int
+    transposed: bool = False
+    step: int = 1
+
+    @property
+    def rows(self) -> int:
+        return len(range(self.start, self.stop, self.step))
+
+
+class Targets:
+    """The places of all modules of one base, found by `find`; `own` has each tensor's as it is stored."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._paths: dict[str, dict[str, str]] = {}
+        self._places: dict[str, dict[Key, tuple[Place, ...]]] = {WEIGHT: {}, BIAS: {}}
+        self._doubles: dict[Key, tuple[str, str]] = {}
+        self.own: dict[str, Place] = {}
+        for name in layout.tensors:
+            self._add(name)
+        for component, paths in self._paths.items():
+            self._add_links(component, frozenset(paths.values()))
+
+    def find(self, module: Module, parameter: str = WEIGHT) -> tuple[Place, ...]:
+        """The places that `module`'s weight or bias takes, in the order of its rows; empty where the base has none.
+
+        Raises `LoratoolError` where two tensors of the base go by the module's name.
+        """
+        for key in self._readings(module):
+            if key in self._doubles:
+                one, other = self._doubles[key]
+                raise LoratoolError(f"{self._layout.root}: {one} and {other} both go by the name of {module}")
+            if places := self._places[parameter].get(key):
+                return places
+        return ()
+
+    def nearest(self, module: Module) -> str | None:
+        """The module path of the base that looks most like `module`, for messages."""
+        known = {known: path for paths in self._paths.values() for known, path in paths.items()}
+        close = difflib.get_close_matches(flat(module.path), known, n=1, cutoff=0.6)
+        return known[close[0]] if close else None
+
+    def wrapped(self, modules: Iterable[Module]) -> dict[Module, Module]:
+        """Modules without a place, renamed by the one prefix that finds them all: wrappers move a whole model.
+
+        A vision-language model calls `model.layers` `model.language_model.layers`; transformers 5.6 dropped `text_model.`
+        from CLIP. Empty unless exactly one prefix, put before or taken away, places every module of its component.
+        """
+        renamed: dict[Module, Module] = {}
+        by_component: dict[str, list[Module]] = {}
+        for module in modules:
+            by_component.setdefault(module.component, []).append(module)
+        for component, lost in by_component.items():
+            found = [tried for change in self._changes(component, lost[0]) if (tried := self._all_placed(lost, change))]
+            if len(found) == 1:
+                renamed.update(found[0])
+        return renamed
+
+    def _readings(self, module: Module) -> Iterator[Key]:
+        """The component and path as read first; then, for a component that the base does not tell apart, the rest."""
+        path = flat(module.path)
+        yield from ((component, flat(path)) for component, path in readings(module))
+        if module.component == WHOLE:
+            yield from ((component, path) for component in COMPONENTS if component in self._paths)
+            return
+        yield WHOLE, path
+        yield WHOLE, flat(module.stem)
+        if module.component in ENCODERS and module.component not in self._paths:
+            # FLUX's T5 is the second text encoder to diffusers, the third to kohya and ComfyUI.
+            yield from ((component, path) for component in ENCODERS if component in self._paths)
+
+    @cached_property
+    def tied(self) -> str | None:
+        """The embedding that is the output layer too, where the model has one that is not stored."""
+        architectures = self._layout.config().get("architectures") or [""]
+        has_head = str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+        if not has_head or any(name.endswith(f"{HEAD}.weight") for name in self._layout.tensors):
+            return None
+        return next((name for name in self._layout.tensors if name.endswith(EMBEDDINGS)), None)
+
+    def _add(self, name: str) -> None:
+        module, parameter = module_of(name)
+        component, path = module.component, module.path
+        key = component, flat(path)
+        before = self._places[parameter].get(key)
+        if before:
+            self._doubles[key] = before[0].tensor, name
+        self._paths.setdefault(component, {})[flat(path)] = path
+        shape = self._layout.info(name).shape
+        transposed = parameter == WEIGHT and self._is_conv1d(path, shape)
+        rows = shape[1 if transposed else 0] if shape else 1
+        self.own[name] = Place(name, 0, rows, transposed)
+        self._places[parameter][key] = (self.own[name],)
+
+    def _is_conv1d(self, path: str, shape: tuple[int, ...]) -> bool:
+        """GPT-2's layers: known by name, and by a c_attn that is stored three times as wide as high."""
+        block, _, leaf = path.rpartition(".")
+        if leaf not in CONV1D or len(shape) != 2:
+            return False
+        attention = block.replace(".mlp", ".attn") + ".c_attn.weight"
+        stored = self._layout.tensors.get(attention)
+        return stored is not None and stored[1].shape[1:] == (3 * stored[1].shape[0],)
+
+    def _add_links(self, component: str, paths: frozenset[str]) -> None:
+        table, naming = _best_table(component, paths)
+        namings = table.links if table else {}
+        both = (*mixture(paths), *fused(paths, self._heads()))
+        parted = (*namings.get(naming, ()), *both, *meta(paths))
+        joined = (*(link for links in namings.values() for link in links), *both)
+        for places in self._places.values():
+            for link in parted:
+                self._alias_parts(component, link, places)
+            for link in joined:
+                self._alias_whole(component, link, places)
+
+    def _alias_parts(self, component: str, link: Link, places: dict[Key, tuple[Place, ...]]) -> None:
+        """The base is spelled as the original: the parts' names are row ranges of the whole."""
+        stored = places.get((component, flat(link.whole)))
+        if stored is None:
+            return
+        if link.rotary:
+            if width := self._head_width():
+                places[component, flat(link.parts[0])] = tuple(_heads_apart(stored[0], width))
+            return
+        whole = self._transposed(stored[0]) if link.transposed else stored[0]
+        for part, place in zip(link.parts, _cut(whole, link), strict=True):
+            places[component, flat(part)] = _halves_exchanged((place,)) if link.swapped else (place,)
+
+    def _alias_whole(self, component: str, link: Link, places: dict[Key, tuple[Place, ...]]) -> None:
+        """The base is spelled as diffusers: the whole's name is all the parts' weights, one after the other."""
+        parts = [places.get((component, flat(part))) for part in link.parts]
+        joined = tuple(place for part in parts if part for place in part)
+        if all(parts) and not link.transposed:
+            places.setdefault((component, flat(link.whole)), _halves_exchanged(joined) if link.swapped else joined)
+
+    def _transposed(self, place: Place) -> Place:
+        return Place(place.tensor, 0, self._layout.info(place.tensor).shape[-1], transposed=True)
+
+    def _head_width(self) -> int:
+        """Rows in an attention head of a Llama under Meta's names: by its rope.freqs, else its params.json; 0 if unknown."""
+        if "rope.freqs" in self._layout.tensors:
+            return 2 * self._layout.info("rope.freqs").shape[0]
+        folder = self._layout.root if self._layout.is_folder else self._layout.root.parent
+        params = read_json(folder / "params.json") if (folder / "params.json").is_file() else {}
+        dim, heads = params.get("dim"), params.get("n_heads")
+        return dim // heads if isinstance(dim, int) and isinstance(heads, int) and heads > 0 else 0
+
+    def _heads(self) -> tuple[int, int]:
+        """Attention heads of queries, and of keys and values, by the base's config.json; (0, 0) if unknown."""
+        config = self._layout.config()
+        text = config.get("text_config", config)
+        queries = text.get("num_attention_heads") if isinstance(text, dict) else None
+        keys = text.get("num_key_value_heads", queries) if isinstance(text, dict) else None
+        if not isinstance(queries, int) or not isinstance(keys, int) or queries <= 0 or keys <= 0:
+            return 0, 0
+        return queries, keys
+
+    def _changes(self, component: str, module: Module) -> set[tuple[str, str]]:
+        """Prefixes (to take away, to put before) that would place `module`."""
+        path = flat(module.path)
+        changes = set()
+        for known in self._paths.get(component, self._paths.get(WHOLE, {})):
+            if known.endswith(f"_{path}"):
+                changes.add(("", known.removesuffix(path)))
+            elif path.endswith(f"_{known}"):
+                changes.add((path.removesuffix(known), ""))
+        return changes
+
+    def _all_placed(self, modules: list[Module], change: tuple[str, str]) -> dict[Module, Module]:
+        away, before = change
+        renamed = {
+            module: replace(module, path=before + flat(module.path).removeprefix(away))
+            for module in modules
+            if flat(module.path).startswith(away)
+        }
+        placed = all(self.find(new) or self.find(new, BIAS) for new in renamed.values())
+        return renamed if len(renamed) == len(modules) and placed else {}
+
+
+def module_of(name: str) -> tuple[Module, str]:
+    """The module that a base's tensor is of, and whether it is its weight or its bias."""
+    component, _, rest = base_component(name)
+    ending, parameter = next(((ending, parameter) for ending, parameter in ENDINGS if rest.endswith(ending)), ("", WEIGHT))
+    return Module(component, rest.removesuffix(ending), name.removesuffix(ending)), parameter
+
+
+def _best_table(component: str, paths: frozenset[str]) -> tuple[Component | None, str]:
+    """The table that explains the most of a component's module paths, and the naming that these are in: "" for that of
+    diffusers; no table if none explains any."""
+    if component == WHOLE and any(map(is_decoder, paths)):
+        return None, ""
+    candidates = [candidate for arch in ARCHS for candidate in arch.components if _may_be(component, candidate)]
+    # A sample rules most tables out.
+    sample = sorted(paths)[:: max(1, len(paths) // SAMPLED)]
+    scores = [sum(candidate.find(path) is not None for path in sample) for candidate in candidates]
+    best: tuple[int, Component | None, str] = (0, None, "")
+    for candidate, score in zip(candidates, scores, strict=True):
+        if score == max(scores):
+            best = max(best, *_explained(candidate, paths), key=lambda found: found[0])
+    return best[1:]
+
+
+def _may_be(component: str, candidate: Component) -> bool:
+    """Whether a base's component can be `candidate`; text encoders are numbered differently by different tools."""
+    return component in (WHOLE, candidate.name) or {component, candidate.name} <= set(ENCODERS)
+
+
+def _explained(candidate: Component, paths: frozenset[str]) -> Iterator[tuple[int, Component, str]]:
+    """How many paths each naming of `candidate` explains."""
+    for naming, links in candidate.links.items():
+        ours, theirs = (len(side & paths) for side in mentioned(links))
+        yield theirs, candidate, naming
+        yield ours, candidate, ""
+
+
+def _cut(place: Place, link: Link) -> Iterator[Place]:
+    """The row ranges of a stacked weight that its parts take, in the ratio of the link's sizes."""
+    unit = place.rows // sum(link.sizes)
+    start = place.start
+    for size in link.sizes:
+        yield replace(place, start=start, stop=start + size * unit, transposed=place.transposed)
+        start += size * unit
+
+
+def _halves_exchanged(places: tuple[Place, ...]) -> tuple[Place, ...]:
+    """The two halves of a weight in the opposite order; what was exchanged before is back in its own."""
+    if len(places) == 2:
+        return places[1], places[0]
+    middle = places[0].start + places[0].rows // 2
+    return replace(places[0], start=middle), replace(places[0], stop=middle)
+
+
+def _heads_apart(place: Place, width: int) -> Iterator[Place]:
+    """Where Meta's Llama has the first half of each head's rows, and the second: at even places, and at odd ones."""
+    for start in range(place.start, place.stop, width):
+        for half in (0, 1):
+            yield replace(place, start=start + half, stop=start + width, step=2)

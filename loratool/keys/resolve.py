@@ -1,0 +1,217 @@
+"""For which architecture an adapter is to be converted: the one that is asked for, the base's, or all that explain it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from loratool.adapter.load import Adapter
+from loratool.archs import ARCHS, Arch
+from loratool.deltas import ANY
+from loratool.errors import AmbiguousFile, LoratoolError, Unsupported, some
+from loratool.files.layout import Layout, open_layout
+from loratool.formats.leaves import CONTAINER
+from loratool.formats.prefixes import UNET
+from loratool.formats.table import FORMATS, LLM, Format, format_named
+from loratool.keys.detect import explaining, inputs_of, is_language_model, named_like, narrowed
+from loratool.keys.routes import Route, as_named, is_spelled, routes, ways_to
+from loratool.names import ORIGINAL, Link, Module
+
+OF_DIFFUSERS: Final = ("transformer.", "unet.", "prior.", CONTAINER)
+OF_ORIGINALS: Final = ("diffusion_model.", "model.diffusion_model.", "net.")
+"""Prefixes that tell the naming of modules whose architecture has no table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the user says of an adapter: its architecture, the format it is in, and a checkpoint that has its names."""
+
+    arch: str | None = None
+    source: str | None = None
+    base: Path | None = None
+
+
+def choose(adapters: Sequence[Adapter], target: Format, wanted: Wanted) -> tuple[Arch, dict[Module, Route]]:
+    """The architecture that `adapters` are for, all the same one, and where each module goes in `target`.
+
+    Raises `AmbiguousFile` where several architectures explain the modules and have them go different ways, and
+    `LoratoolError` where there is no way.
+    """
+    modules = list(dict.fromkeys(change.module for adapter in adapters for change in adapter.changes))
+    where = " and ".join(str(adapter.path) for adapter in adapters)
+    found = _candidates(adapters, modules, target, wanted)
+    ways: list[tuple[Arch, dict[Module, Route]]] = []
+    problems: list[LoratoolError] = []
+    for candidate in found:
+        try:
+            way = _agreed(modules, candidate, target)
+        except LoratoolError as error:
+            problems.append(error)
+            continue
+        if not any(way == other for _, other in ways):
+            ways.append((candidate, way))
+    if not ways:
+        raise problems[0]
+    if len(ways) > 1:
+        titles = " or ".join(f"{candidate.title} (--arch {candidate.name})" for candidate, _ in ways)
+        raise AmbiguousFile(f"{where}: may be for {titles}, which {target.title} spells differently; choose one")
+    return ways[0]
+
+
+def choose_common(
+    adapters: Sequence[Adapter], target: Format, arch: str | None, base: Path | None
+) -> tuple[Arch, dict[Module, Route]]:
+    """`choose` by the adapters' own names or, where these do not settle it, by those of a base that is there for another
+    reason."""
+    try:
+        return choose(adapters, target, Wanted(arch))
+    except LoratoolError:
+        if base is None:
+            raise
+        return choose(adapters, target, Wanted(arch, None, base))
+
+
+def _agreed(modules: Sequence[Module], arch: Arch, target: Format) -> dict[Module, Route]:
+    """Where modules go, each under its own name where that is right, and where no two adapters have two for one module."""
+    ways, kept = routes(modules, arch, target), ways_to(modules, arch, target)
+    names: dict[tuple[str, tuple[tuple[str, Link | None], ...]], set[str]] = {}
+    for module, way in ways.items():
+        names.setdefault((way.prefix, way.targets), set()).add(module.stem)
+    return kept if all(len(stems) == 1 for stems in names.values()) else ways
+
+
+def own_format(adapter: Adapter) -> Format:
+    """The format that `adapter` is in; raises `LoratoolError` where its keys agree with none."""
+    modules = list(dict.fromkeys(change.module for change in adapter.changes))
+    if any(module.stem.startswith(CONTAINER) for module in modules):
+        return format_named("peft" if adapter.config else "peft-file")
+    if is_language_model(modules):
+        named = [as_named(modules, LLM, "a language model")]
+    else:
+        named = named_like(modules) or [as_named(modules, "unknown", "a model without a table")]
+    for row in FORMATS:
+        alike = all(row.spells(change.module.stem, change.keys) for change in adapter.changes)
+        if alike and any(is_spelled(modules, arch, row) for arch in named):
+            return row
+    raise Unsupported(f"{adapter.path}: is spelled as no one format is; choose with --to how the output is to be")
+
+
+def _candidates(adapters: Sequence[Adapter], modules: Sequence[Module], target: Format, wanted: Wanted) -> list[Arch]:
+    if wanted.arch:
+        found = [next(arch for arch in ARCHS if arch.name == wanted.arch)]
+    elif wanted.base and not is_language_model(modules):
+        found = _of_base(wanted.base, modules, target)
+    else:
+        found = explained(adapters) or [_without_table(adapters, modules, target)]
+    if wanted.source is None:
+        return found
+    source = format_named(wanted.source)
+    spelled = [arch for arch in found if is_spelled(modules, arch, source)]
+    if not spelled:
+        raise LoratoolError(
+            f"{adapters[0].path}: is not spelled as {source.title} spells it; `loratool inspect` shows how it is"
+        )
+    return spelled
+
+
+def explained(adapters: Sequence[Adapter]) -> list[Arch]:
+    """The architectures whose tables explain the names of all adapters: by shapes too, where any does; or a language model,
+    whose names are its own."""
+    modules = list(dict.fromkeys(change.module for adapter in adapters for change in adapter.changes))
+    if is_language_model(modules):
+        return [as_named(modules, LLM, "a language model")]
+    inputs = [(change.module, _width(change.delta.shape)) for adapter in adapters for change in adapter.changes]
+    metadata = {key: value for adapter in reversed(adapters) for key, value in adapter.metadata.items()}
+    named, fitting = explaining(inputs)
+    if fitting:
+        return narrowed(fitting, inputs, metadata)[0]
+    if named:
+        chosen = narrowed(named, inputs, metadata)[0]
+        return [replace(arch, title=f"{arch.title} by its names, not by its shapes") for arch in chosen]
+    return []
+
+
+def _width(shape: tuple[int, ...]) -> int | None:
+    return shape[1] if len(shape) > 1 and shape[1] != ANY else None
+
+
+def placed(
+    modules: Sequence[Module], found: Sequence[Arch], target: Format
+) -> tuple[Arch, dict[Module, Route], dict[Module, str]]:
+    """Of the architectures that a base may be, the one that has most of `modules`; where each goes in `target`, and why the
+    others have no place there. Raises `AmbiguousFile` where two have them go different ways."""
+    ways: list[tuple[Arch, dict[Module, Route], dict[Module, str]]] = []
+    for arch in found:
+        reasons: dict[Module, str] = {}
+        for module in modules:
+            try:
+                routes([module], arch, target)
+            except LoratoolError as error:
+                reasons[module] = str(error)
+        way = routes([module for module in modules if module not in reasons], arch, target)
+        ways.append((arch, way, reasons))
+    best = min(len(reasons) for *_, reasons in ways)
+    first, *others = [way for way in ways if len(way[2]) == best]
+    if any(_names(other[1]) != _names(first[1]) for other in others):
+        titles = " or ".join(f"{arch.title} (--arch {arch.name})" for arch, *_ in (first, *others))
+        raise AmbiguousFile(f"the base may be {titles}, which {target.title} spells differently; choose one")
+    return first
+
+
+def _names(ways: Mapping[Module, Route]) -> dict[Module, tuple[str, tuple[str, ...], bool]]:
+    """What modules become, whichever table says so."""
+    return {
+        module: (way.prefix, tuple(path for path, _ in way.targets), way.renames and not way.swapped)
+        for module, way in ways.items()
+    }
+
+
+def archs_of(layout: Layout, modules: Sequence[Module], wanted: str | None) -> list[Arch]:
+    """What a base may be: the architecture that is `wanted`, those that explain it, or one without a table that calls
+    `modules` what the base calls them."""
+    if wanted:
+        return [next(arch for arch in ARCHS if arch.name == wanted)]
+    inputs = inputs_of(layout)
+    if is_language_model([module for module, _ in inputs]):
+        return [as_named(modules, LLM, "a language model")]
+    named, fitting = explaining(inputs)
+    return narrowed(fitting, inputs, {})[0] or named or [as_named(modules, "base", f"the model in {layout.root.name}")]
+
+
+def _of_base(path: Path, modules: Sequence[Module], target: Format) -> list[Arch]:
+    """The base's architecture; where none explains it, its own names, which only formats of its naming can use."""
+    layout = open_layout(path.expanduser())
+    named = [module for module, _ in inputs_of(layout)]
+    found = archs_of(layout, named, None)
+    if found[0] in ARCHS:
+        return found
+    if found[0].name == LLM:
+        # Norms too are called what Hugging Face calls them.
+        return [as_named([*modules, *named], LLM, found[0].title)]
+    if (ORIGINAL in target.namings) == layout.is_folder and any(module.component == UNET for module in named):
+        raise Unsupported(
+            f"{path}: has no table here, and its names are {'diffusers' if layout.is_folder else 'the original'}'s, "
+            f"which {target.title} does not use"
+        )
+    return found
+
+
+def _without_table(adapters: Sequence[Adapter], modules: Sequence[Module], target: Format) -> Arch:
+    """An architecture of the file's own names, for its own format or, if they are dotted, one of the same naming."""
+    alone = [(adapter.path, found[0].title) for adapter in adapters if (found := explained([adapter]))]
+    if alone and len(adapters) > 1:
+        shown = ", ".join(f"{path} is for {title}" for path, title in alone)
+        raise LoratoolError(f"no one model has the modules of all: {shown}; --arch names it where that is wrong")
+    own = as_named(modules, "unknown", "a model without a table")
+    if is_spelled(modules, own, target):
+        return own
+    expected = OF_ORIGINALS if ORIGINAL in target.namings else OF_DIFFUSERS
+    strange = [module for module in modules if not module.stem.startswith(expected) or "." not in module.path]
+    if strange:
+        raise LoratoolError(
+            f"no table explains {some(map(str, strange), 2)}, so what {target.title} calls them is unknown; "
+            "--arch says for which model they are, --base gives a file that has their names"
+        )
+    return own

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: decompositions, ranks, rounding, devices and threads. Nothing here knows an adapter."""

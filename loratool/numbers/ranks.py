@@ -1,0 +1,234 @@
+"""How much rank to keep: rules that look at one matrix's spectrum, and prices that share one budget over many.
+
+Where kohya's and LyCORIS's tools have a rule of the same name, the definition is theirs and the rank the least that meets it
+(kohya sd-scripts networks/resize_lora.py, whose index is one too high; LyCORIS utils/__init__.py, extract_linear).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from loratool.errors import LoratoolError
+from loratool.numbers.krylov import Spectrum
+
+NUMERICAL: Final = 1e-6
+"""Singular values below so much of the largest are what float32 arithmetic leaves, and nothing else."""
+
+
+PRECISE: Final = 1e-6
+"""Shares of ‖ΔW‖² that float32 products give to no more than some percent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to choose a rank: `rank` of a value and a spectrum, None where more of it must be known.
+
+    `lower` and `upper` bound the value; a `whole` one needs the complete spectrum; `least` is the rank it never goes below.
+    """
+
+    rank: Callable[[float, Spectrum], int | None]
+    lower: float
+    upper: float
+    whole: bool = False
+    least: int = 1
+
+
+def _fixed(value: float, spectrum: Spectrum) -> int | None:
+    return int(value) if len(spectrum.sigma) >= value or spectrum.complete else None
+
+
+def _within(left: float, spectrum: Spectrum) -> int | None:
+    """The least rank that leaves out at most `left` of the sum of squares."""
+    kept = torch.cumsum(spectrum.sigma.square(), 0)
+    enough = torch.nonzero(spectrum.total - kept <= left * spectrum.total)
+    if len(enough):
+        return int(enough[0]) + 1
+    return len(kept) if spectrum.complete else None
+
+
+def _above(limit: float, spectrum: Spectrum) -> int | None:
+    """As many as are larger than `limit`."""
+    count = int((spectrum.sigma > limit).sum())
+    return count if count < len(spectrum.sigma) or spectrum.complete else None
+
+
+def _cumulative(value: float, spectrum: Spectrum) -> int | None:
+    """The least rank whose singular values sum to a share `value` of all."""
+    sums = torch.cumsum(spectrum.sigma, 0)
+    return min(int((sums < value * sums[-1]).sum()) + 1, len(sums)) if spectrum.complete else None
+
+
+def _largest(spectrum: Spectrum) -> float:
+    return float(spectrum.sigma[0]) if len(spectrum.sigma) else 0.0
+
+
+METHODS: Final[Mapping[str, Method]] = {
+    "rank": Method(_fixed, 1, math.inf),
+    "max_error": Method(lambda value, spectrum: _within(value**2, spectrum), 0, 1),
+    "energy": Method(lambda value, spectrum: _within(1 - value, spectrum), 0, 1),
+    "sv_fro": Method(lambda value, spectrum: _within(1 - value**2, spectrum), 0, 1),
+    "sv_ratio": Method(lambda value, spectrum: _above(_largest(spectrum) / value, spectrum), 1, math.inf),
+    "sv_cumulative": Method(_cumulative, 0, 1, whole=True),
+    "threshold": Method(_above, 0, math.inf),
+    "auto": Method(lambda _, spectrum: _above(max(spectrum.noise, NUMERICAL * _largest(spectrum)), spectrum), 0, 0, least=0),
+    "all": Method(lambda _, spectrum: _above(NUMERICAL * _largest(spectrum), spectrum), 0, 0),
+}
+"""`rank` is given; `max_error` is of ‖ΔW‖, `energy` of ‖ΔW‖²; `sv_ratio`, `sv_fro` and `sv_cumulative` are kohya's;
+`threshold` is LyCORIS's, as are `sv_ratio` (its 1 / ratio) and `sv_cumulative` (its quantile); `auto` ends where rounding to
+the stored dtype reaches; `all` is all that is more than float32's noise."""
+
+
+STEPS: Final[Mapping[str, tuple[int, ...]]] = {
+    "vllm": (1, 8, 16, 32, 64, 128, 256, 320, 512),
+    "pow2": tuple(2**power for power in range(15)),
+}
+"""Ranks that servers allow: vLLM's are its max_lora_rank (vllm/config/lora.py)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One of `METHODS` and its value, the rank of convolutions with a kernel where it is another, and bounds of the rank.
+
+    A rank is raised to the next of `steps`, if there are any; with `pad`, factors get zeros for what a matrix has no
+    singular values for. Raises `LoratoolError` where the value is out of the method's range.
+    """
+
+    method: str = "all"
+    value: float = 0.0
+    conv: int | None = None
+    least: int | None = None
+    most: int | None = None
+    steps: tuple[int, ...] = ()
+    pad: bool = False
+
+    def __post_init__(self) -> None:
+        method = METHODS[self.method]
+        if not method.lower <= self.value <= method.upper or not math.isfinite(self.value):
+            raise LoratoolError(f"{self.method} is {self.value:g}, expected {_range(method)}")
+        if self.least is not None and self.most is not None and self.least > self.most:
+            raise LoratoolError(f"the least rank {self.least} is above the largest, {self.most}")
+
+    def of(self, shape: Sequence[int]) -> Rule:
+        """The rule for a weight of `shape`: (out, in, *kernel)."""
+        if self.conv is None or math.prod(shape[2:]) == 1:
+            return self
+        return replace(self, method="rank", value=self.conv, conv=None, least=None, most=None)
+
+    @property
+    def expected(self) -> int | None:
+        """The rank, where it is known before a spectrum is."""
+        if self.method == "rank":
+            return self._raised(int(self.value))
+        return self.most
+
+    def padded(self, rank: int) -> int:
+        """The rank that factors of `rank` are stored at: with `pad`, what was asked for, whatever there is."""
+        asked = max(rank, self.least or 0, int(self.value) if self.method == "rank" else 0)
+        return self._raised(asked) if self.pad and rank else rank
+
+    def _raised(self, rank: int) -> int:
+        """The next of the steps; raises `LoratoolError` above the last."""
+        if not self.steps or not rank:
+            return rank
+        step = next((step for step in self.steps if step >= rank), None)
+        if step is None:
+            raise LoratoolError(f"needs rank {rank}, and the largest that is allowed is {self.steps[-1]}; add --max-rank")
+        return step
+
+    @property
+    def whole(self) -> bool:
+        return METHODS[self.method].whole
+
+    @property
+    def precise(self) -> bool:
+        """Whether it asks for more than products in float32 can tell."""
+        left = {"max_error": self.value**2, "energy": 1 - self.value, "sv_fro": 1 - self.value**2}.get(self.method, 1.0)
+        return left < PRECISE
+
+    def __call__(self, spectrum: Spectrum) -> int | None:
+        """The rank to keep, at most as many as there are; None where more of the spectrum must be known."""
+        method, found = METHODS[self.method], len(spectrum.sigma)
+        least = method.least if self.least is None else self.least
+        rank = method.rank(self.value, spectrum)
+        if rank is None:
+            # What is known already exceeds the limit.
+            return self.most if self.most is not None and found >= self.most else None
+        rank = max(rank, least)
+        return self._raised(rank if self.most is None else min(rank, self.most))
+
+
+def _range(method: Method) -> str:
+    if math.isinf(method.upper):
+        return f"at least {method.lower:g}"
+    return f"between {method.lower:g} and {method.upper:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A module whose rank is to be bought: its leading singular values, whether no other is worth anything, and the bytes
+    that each rank costs; ‖ΔW‖²."""
+
+    sigma: Tensor
+    complete: bool
+    cost: int
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bought:
+    """The ranks bought; the `price`, in squares per byte, below which nothing was; the offers that may hold more."""
+
+    ranks: tuple[int, ...]
+    price: float
+    unsettled: tuple[int, ...]
+
+
+def buy(
+    offers: Sequence[Offer], *, nbytes: float = math.inf, squares: float = math.inf, least: int = 0, fixed: float = 0.0
+) -> Bought:
+    """Spends bytes where each saves most of ‖ΔW − LoRA‖², over all modules: at most `nbytes`, or until `squares` are saved.
+    The first `least` ranks of each are bought before all others; its first takes `fixed` bytes more, for its names.
+
+    Both are optimal but for the last step (the fractional knapsack's greedy order). What is unknown of an offer counts as
+    nothing, so that the price can only rise when more is known.
+    """
+    gains = torch.cat([offer.sigma.square() for offer in offers])
+    costs = torch.cat([torch.full((len(offer.sigma),), offer.cost, dtype=torch.float64) for offer in offers])
+    owners = torch.cat([torch.full((len(offer.sigma),), index) for index, offer in enumerate(offers)])
+    must = torch.cat([torch.arange(len(offer.sigma)) < least for offer in offers])
+    rates = gains / costs
+    order = torch.argsort(torch.where(must, math.inf, rates), descending=True, stable=True)
+    taken = costs + fixed * torch.cat([torch.arange(len(offer.sigma)) == 0 for offer in offers])
+    fit = int((torch.cumsum(taken[order], 0) <= nbytes).sum())
+    count = min(fit, int((torch.cumsum(gains[order], 0) < squares).sum()) + 1)
+    price = float(rates[order[count]]) if count < len(order) else 0.0
+    ranks = torch.bincount(owners[order[:count]], minlength=len(offers))
+    unsettled = [
+        index
+        for index, offer in enumerate(offers)
+        if not offer.complete and (not len(offer.sigma) or float(offer.sigma[-1]) ** 2 > price * offer.cost)
+    ]
+    return Bought(tuple(ranks.tolist()), price, tuple(unsettled))
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """One bound over all modules instead of a rule for each: `nbytes` of the whole output, or the relative `error` of all
+    that changed; with bounds of each module's rank. Raises `LoratoolError` unless exactly one of the two is given."""
+
+    nbytes: int | None = None
+    error: float | None = None
+    least: int = 0
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.nbytes is None) == (self.error is None):
+            raise LoratoolError("a budget is a number of bytes, or a relative error")
+        if self.error is not None and not 0 < self.error < 1:
+            raise LoratoolError(f"the total error is {self.error:g}, expected a share between 0 and 1")

@@ -1,0 +1,110 @@
+"""Work in pieces on a few threads, ended at once by the first error; and the memory that a process takes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+import torch
+
+from loratool.numbers.devices import exact_products
+
+MOST: Final = 8
+THREAD_BYTES: Final = 512 << 20
+"""Memory that there should be for each thread, with what it holds of a model and its adapters."""
+CGROUP_LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+T = TypeVar("T")
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done so far and all there are to do."""
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held so far."""
+    try:
+        # Linux's ru_maxrss may be the parent's, from before this process became its own program.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def tally(total: int, progress: Progress | None) -> Callable[[int], None]:
+    """Tells `progress` of work as it is done, from one thread: call what this returns with each piece's bytes."""
+    done = 0
+
+    def add(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress(done, total)
+
+    return add
+
+
+def cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_limit() -> int:
+    """The bytes that this process may take by its container's limit and its own (ulimit -v); 0 where nothing limits it."""
+    limits = [resource.getrlimit(resource.RLIMIT_AS)[0]]
+    for path in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(path.read_text()))
+    return min((limit for limit in limits if 0 < limit < 1 << 60), default=0)
+
+
+def threads_for(limit: int) -> int:
+    """How many threads work at once where memory is limited to so many bytes, 0 being no limit."""
+    room = limit // THREAD_BYTES if limit else MOST
+    return max(1, min(MOST, cores(), room))
+
+
+def run_all(
+    pieces: Iterable[Callable[[], T]],
+    done: Callable[[int, T], None],
+    stopped: threading.Event,
+    *,
+    threads: int | None = None,
+) -> None:
+    """Calls every piece, and `done` with its number and result, in the order in which they end, in the calling thread.
+
+    Each thread computes with one core: pieces are too small to share, and sums must not depend on how many cores there are.
+    `stopped` is set when an error or an interruption ends it, for pieces that look.
+    """
+    count = threads or threads_for(memory_limit())
+    before, running, numbered = torch.get_num_threads(), dict[Future[T], int](), enumerate(pieces)
+    with exact_products(), ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, 1)) as pool:
+        try:
+            while True:
+                for index, piece in numbered:
+                    running[pool.submit(piece)] = index
+                    if len(running) >= 2 * count:
+                        break
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    done(running.pop(future), future.result())
+        finally:
+            stopped.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(before)
+
+
+def results(pieces: Iterable[Callable[[], T]]) -> list[T]:
+    """What the pieces return, in their order, from `run_all`."""
+    done: dict[int, T] = {}
+    run_all(pieces, done.__setitem__, threading.Event())
+    return [done[number] for number in range(len(done))]

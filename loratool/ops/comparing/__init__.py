@@ -1,1 +1,0 @@
-"""What `compare` is made of: adapters, checkpoints, and merges against what they should be."""

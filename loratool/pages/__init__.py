@@ -1,1 +1,0 @@
-"""Pages about adapters that open in a browser, without a server, a script or a network."""

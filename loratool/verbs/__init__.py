@@ -1,0 +1,1 @@
+"""What loratool does, one function or one package for each verb."""

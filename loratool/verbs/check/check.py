@@ -1,0 +1,261 @@
+"""`check`: will an adapter load in a program, and do there what it does here; and what would make it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.adapter.load import Adapter, Change, load
+from loratool.adapter.spell import NO_LORA
+from loratool.deltas.base import or_one
+from loratool.deltas.lora import Embedding, LoRA
+from loratool.errors import LoratoolError, some
+from loratool.files.layout import open_layout
+from loratool.formats.consumers import CONSUMERS, GLOBAL, SHARED, Consumer
+from loratool.formats.peft import PeftConfig
+from loratool.formats.table import format_named
+from loratool.keys.detect import is_language_model
+from loratool.keys.resolve import explained, own_format
+from loratool.schema import BIAS
+from loratool.verbs.compare.adapters import norm_of
+from loratool.verbs.merge.plan import Choice, make_plan
+
+REFUSED: Final = "refused"
+"""It does not load."""
+DIFFERENT: Final = "different"
+"""It loads, and does something else."""
+COSTLY: Final = "costly"
+"""It loads and does the same, at a price."""
+NOTE: Final = "note"
+"""What one has to know to load it."""
+
+VERDICTS: Final = {
+    REFUSED: "does not load",
+    DIFFERENT: "loads, and is not the same",
+    COSTLY: "loads, at a price",
+}
+"""What the gravest of all findings comes to."""
+SAME: Final = "loads, and is the same"
+
+FACTORED: Final = (LoRA, Embedding)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that a program makes of an adapter: how grave it is, what it is, which modules are concerned, what to do
+    about it, and whether --fix does that. `lost` is ‖ΔW‖ of what a fix leaves out."""
+
+    level: str
+    what: str
+    way: str
+    fixable: bool = True
+    modules: tuple[str, ...] = ()
+    lost: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What a program makes of an adapter, by the `source` of the program; and of a fix, what was done and its error.
+
+    It is `good` where it loads as it is, does the same, and costs nothing; the verdict says so in words.
+    """
+
+    path: str
+    target: str
+    source: str
+    verdict: str
+    good: bool
+    findings: tuple[Finding, ...]
+    out: str | None = None
+    done: tuple[str, ...] = ()
+    error: float = 0.0
+    lost: float = 0.0
+    nbytes: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An adapter before a program."""
+
+    adapter: Adapter
+    consumer: Consumer
+    base: Path | None
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.adapter.config
+
+    @property
+    def language(self) -> bool:
+        return is_language_model([change.module for change in self.adapter.changes])
+
+    def loras(self) -> Iterator[tuple[Change, int, float]]:
+        """Each LoRA, its rank, and what its factors' product is multiplied by."""
+        for change in self.adapter.changes:
+            if isinstance(change.delta, FACTORED):
+                yield change, change.delta.rank, or_one(change.delta.scale)
+
+
+def check(path: str | Path, target: str, *, base: str | Path | None = None) -> CheckReport:
+    """What the program `target` (see `CONSUMERS`) makes of the adapter at `path`, by rules read from its source; with
+    `base`, whether that has all of the adapter's modules. Raises `LoratoolError` where the adapter cannot be read."""
+    return examined(load(path), path, target, base)
+
+
+def examined(adapter: Adapter, path: str | Path, target: str, base: str | Path | None) -> CheckReport:
+    """`check` of an adapter that is loaded already."""
+    case = Case(adapter, CONSUMERS[target], Path(base).expanduser() if base else None)
+    findings = tuple(_unlike_model(case)) or tuple(finding for rule in RULES for finding in rule(case))
+    levels = {finding.level for finding in findings}
+    return CheckReport(
+        path=str(path),
+        target=case.consumer.title,
+        source=case.consumer.source,
+        verdict=next((words for level, words in VERDICTS.items() if level in levels), SAME),
+        good=levels <= {NOTE},
+        findings=findings,
+        warnings=case.adapter.notes,
+    )
+
+
+def norm_or_zero(change: Change) -> float:
+    """‖ΔW‖, or 0 of what is put in a weight's place."""
+    return norm_of(change.delta) if change.delta.additive else 0.0
+
+
+def without_lora(change: Change) -> bool:
+    """Whether no LoRA can stand for a change."""
+    return change.parameter == BIAS or change.delta.kind in NO_LORA
+
+
+def kind_of(change: Change) -> str:
+    """The kind of a change, as a program's row names it."""
+    if change.delta.kind == "full":
+        return "bias" if change.parameter == "bias" else "norm" if len(change.delta.shape) == 1 else "full"
+    return {"input oft": "oft", "input boft": "oft"}.get(change.delta.kind, change.delta.kind)
+
+
+def _unlike_model(case: Case) -> Iterator[Finding]:
+    wants = case.consumer.language
+    if wants is not None and wants != case.language:
+        what, other = ("an image model", "language models") if wants else ("a language model", "image and video models")
+        yield Finding(
+            REFUSED, f"is for {what}; {case.consumer.title} loads adapters of {other}", "use another program", False
+        )
+
+
+def _other_format(case: Case) -> Iterator[Finding]:
+    try:
+        own = own_format(case.adapter).name
+    except LoratoolError:
+        own = ""
+    if own not in case.consumer.reads:
+        called = f"is in {format_named(own).title}'s format" if own else "is in no one format"
+        what = f"{called}, which {case.consumer.title} does not read"
+        yield Finding(REFUSED, what, f"loratool convert --to {case.consumer.writes}")
+    elif case.consumer.unread and (names := case.consumer.unread.get(own)):
+        mine = [arch.title for arch in explained([case.adapter]) if arch.name in names.split()]
+        if mine:
+            what = f"is in {format_named(own).title}'s format, which {case.consumer.title} does not read for {mine[0]}"
+            yield Finding(REFUSED, what, f"loratool convert --to {case.consumer.writes}")
+
+
+def _other_arch(case: Case) -> Iterator[Finding]:
+    found = explained([case.adapter])
+    if case.consumer.archs and found and not any(arch.name in case.consumer.archs for arch in found):
+        what = f"is for {found[0].title}, which {case.consumer.title} does not know"
+        yield Finding(REFUSED, what, "use another program", False)
+
+
+def _other_kinds(case: Case) -> Iterator[Finding]:
+    by_kind: dict[str, list[Change]] = {}
+    for change in case.adapter.changes:
+        if kind_of(change) not in case.consumer.kinds:
+            by_kind.setdefault(kind_of(change), []).append(change)
+    own_tuner = case.consumer.name == "peft" and case.config.get("peft_type") not in (None, "LORA")
+    for kind, changes in by_kind.items():
+        if own_tuner:
+            continue
+        names = tuple(str(change) for change in changes)
+        gone = without_lora(changes[0])
+        lost = math.hypot(*map(norm_or_zero, changes)) if gone else 0.0
+        title = WORDS.get(kind, kind)
+        way = "leave it out" if gone else f"make LoRA of it: loratool convert --to {case.consumer.writes} --to-lora"
+        if not gone and any(not change.delta.additive for change in changes):
+            way += " --base BASE"
+        yield Finding(REFUSED, f"has {title}, which {case.consumer.title} does not have", way, True, names, lost)
+
+
+def _other_scales(case: Case) -> Iterator[Finding]:
+    """Where the program multiplies a module by something else than this adapter means."""
+    if case.consumer.scale not in (GLOBAL, SHARED) or not case.config:
+        return
+    config = PeftConfig.parse(case.config, str(case.adapter.path))
+    alpha, rank = config.alpha or 0.0, config.rank or 1
+    rooted = case.consumer.scale == GLOBAL and config.rslora
+    wrong: list[str] = []
+    worst = 1.0
+    for change, own, scale in case.loras():
+        per = math.sqrt(rank) if rooted else rank if case.consumer.scale == GLOBAL else own
+        theirs = alpha / per if alpha or case.consumer.scale == GLOBAL else 1.0
+        if not math.isclose(theirs, scale, rel_tol=1e-6):
+            wrong.append(str(change))
+            worst = max(worst, theirs / scale if scale else math.inf, scale / theirs if theirs else math.inf, key=abs)
+    if wrong:
+        strength = f"{len(wrong)} modules act at another strength, {worst:.3g} times at worst"
+        what = f"{case.consumer.title} takes {case.consumer.scale}: {strength}"
+        yield Finding(DIFFERENT, what, "fold alpha into the factors, and give all one rank", True, tuple(wrong))
+
+
+def _unread_metadata(case: Case) -> Iterator[Finding]:
+    if case.consumer.ignores_metadata and "lora_adapter_metadata" in case.adapter.metadata:
+        wrong = [str(change) for change, _, scale in case.loras() if scale != 1.0]
+        if wrong:
+            what = f"{case.consumer.title} does not read alphas from metadata: {len(wrong)} modules act at strength 1"
+            yield Finding(DIFFERENT, what, f"loratool convert --to {case.consumer.writes}", True, tuple(wrong))
+
+
+def _ranks(case: Case) -> Iterator[Finding]:
+    ranks = {rank for _, rank, _ in case.loras()}
+    if not case.consumer.ranks or not ranks:
+        return
+    largest = max(ranks)
+    if largest > case.consumer.ranks[-1]:
+        what = f"has rank {largest}; {case.consumer.title} takes {case.consumer.ranks[-1]} at most"
+        yield Finding(REFUSED, what, f"loratool resize --rank {case.consumer.ranks[-1]}", False)
+        return
+    step = next(step for step in case.consumer.ranks if step >= largest)
+    if largest != step and largest > case.consumer.usual_rank:
+        what = f"has rank {largest}, none that --max-lora-rank takes: memory for {step} is allotted"
+        yield Finding(COSTLY, what, f"fill it up to {step}: loratool resize --rank {largest} --round-ranks vllm --pad")
+    if step > case.consumer.usual_rank:
+        what = f"needs --max-lora-rank {step}; without it ranks end at {case.consumer.usual_rank}"
+        yield Finding(NOTE, what, f"start {case.consumer.title} with --max-lora-rank {step}", False)
+
+
+def _unlike_base(case: Case) -> Iterator[Finding]:
+    if case.base is None:
+        return
+    try:
+        plan = make_plan(open_layout(case.base), [(case.adapter, Choice(1.0))], allow_unmatched=True)
+    except LoratoolError as error:
+        yield Finding(REFUSED, str(error), "use the base that it was made for", False)
+        return
+    if plan.unmatched:
+        what = f"{len(plan.unmatched)} modules have no place in {case.base}: {some(plan.unmatched, 3)}"
+        yield Finding(DIFFERENT, what, "use the base that it was made for", False, plan.unmatched)
+
+
+RULES: Final[tuple[Callable[[Case], Iterator[Finding]], ...]] = (
+    _other_arch, _other_format, _other_kinds, _other_scales, _unread_metadata, _ranks, _unlike_base,
+)  # fmt: skip
+"""What is asked of every row of `CONSUMERS` that loads such models at all."""
+WORDS: Final = {
+    "full": "full differences", "replace": "whole weights (modules_to_save)", "lora bias": "biases (lora_bias)",
+    "tokens": "trained tokens", "dora": "DoRA", "bias": "biases", "norm": "norms",
+}  # fmt: skip
+"""What people call a kind."""

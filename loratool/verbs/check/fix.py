@@ -1,0 +1,109 @@
+"""`check --fix`: an adapter that a program takes as it is meant, and what making it took."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from loratool.adapter.approximate import Converted
+from loratool.adapter.load import Adapter, Change, load
+from loratool.adapter.write import write_as
+from loratool.deltas.base import or_one
+from loratool.deltas.lora import Embedding, LoRA
+from loratool.errors import LoratoolError, of_file
+from loratool.files.history import entry, named
+from loratool.formats.consumers import CONSUMERS, OWN, SHARED, Consumer
+from loratool.formats.table import format_named
+from loratool.keys.resolve import Wanted, choose
+from loratool.numbers.ranks import Rule
+from loratool.verbs.check.check import FACTORED, REFUSED, CheckReport, examined, kind_of, norm_or_zero, without_lora
+from loratool.verbs.resize import error_of, lower
+
+
+def fix(
+    path: str | Path, target: str, out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
+) -> CheckReport:
+    """Writes to `out` what `target` loads and takes as it is meant, and says what that took: other kinds become LoRA, what
+    the program has no place for is left out with its norm, scales go into the factors, ranks are filled up.
+
+    Raises `LoratoolError`, and writes nothing, where no such adapter can be made.
+    """
+    adapter = load(path)
+    report = examined(adapter, path, target, base)
+    final = [finding.what for finding in report.findings if finding.level == REFUSED and not finding.fixable]
+    if final:
+        raise LoratoolError(f"{path}: {final[0]}")
+    consumer, done, lost = CONSUMERS[target], list[str](), 0.0
+    adapter, gone = _without(adapter, consumer)
+    if gone:
+        lost = math.hypot(*map(norm_or_zero, gone))
+        done.append(f"left out {len(gone)} changes of {_kinds(gone)}, with ‖ΔW‖ = {lost:.4g}")
+    odd = [change for change in adapter.changes if kind_of(change) not in consumer.kinds]
+    converted: list[Converted] = []
+    if odd:
+        adapter, converted = lower(adapter, Rule(), base=base)
+        done.append(f"made LoRA of {_kinds(odd)}")
+    adapter, words = _scaled(adapter, consumer)
+    done += words
+    error = error_of(converted)
+    with of_file(path):
+        form = format_named(consumer.writes)
+        _, ways = choose([adapter], form, Wanted(None, None, Path(base).expanduser() if base else None))
+        said = entry("check --fix", [named(adapter.path)], adapter.metadata, target=target, error=error)
+        adapter = replace(adapter, metadata={**adapter.metadata, **said})
+        out = Path(out).expanduser()
+        written = write_as(adapter, form, ways, out, inputs=[adapter.path], overwrite=overwrite)
+    return replace(
+        report, out=str(out), done=(f"spelled it as {form.title}", *done), error=error, lost=lost, nbytes=written.nbytes
+    )
+
+
+def _without(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[Change]]:
+    """The adapter without what no LoRA can stand for and the program has no place for."""
+    gone = [change for change in adapter.changes if without_lora(change) and kind_of(change) not in consumer.kinds]
+    kept = tuple(change for change in adapter.changes if change not in gone)
+    if not kept:
+        raise LoratoolError(f"{adapter.path}: nothing of it has a place in {consumer.title}")
+    config = {key: value for key, value in adapter.config.items() if key not in ("modules_to_save", "bias", "lora_bias")}
+    return (replace(adapter, changes=kept, config=config) if gone else adapter), gone
+
+
+def _scaled(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[str]]:
+    """The adapter with ranks and scales as the program reads them: one scale, and one rank where it divides by that."""
+    factored = [change.delta for change in adapter.changes if isinstance(change.delta, FACTORED)]
+    ranks, scales = {delta.rank for delta in factored}, {or_one(delta.scale) for delta in factored}
+    most, done = max(ranks, default=0), list[str]()
+    rank = next((step for step in consumer.ranks if step >= most > consumer.usual_rank), most)
+    if consumer.scale != OWN and len(scales) > 1:
+        done.append("folded alpha into the factors")
+        adapter = _each(adapter, lambda delta: replace(delta.folded(), scale=1.0))
+    if ranks != {rank} and (consumer.scale == SHARED or rank > most):
+        done.append(f"filled ranks up to {rank}")
+        adapter = _each(adapter, lambda delta: _padded(delta, rank))
+    return adapter, done
+
+
+def _each(adapter: Adapter, made: Callable[[LoRA | Embedding], LoRA | Embedding]) -> Adapter:
+    changes = (
+        replace(change, delta=made(change.delta)) if isinstance(change.delta, FACTORED) else change
+        for change in adapter.changes
+    )
+    return replace(adapter, changes=tuple(changes))
+
+
+def _padded(delta: LoRA | Embedding, rank: int) -> LoRA | Embedding:
+    """The same with zeros up to `rank`; Tucker's core stays what it is."""
+    more = rank - delta.rank
+    if not more or (isinstance(delta, LoRA) and delta.mid is not None):
+        return delta
+    down = torch.cat([delta.down, delta.down.new_zeros(more, *delta.down.shape[1:])])
+    up = torch.cat([delta.up, delta.up.new_zeros(len(delta.up), more, *delta.up.shape[2:])], dim=1)
+    return replace(delta, down=down, up=up)
+
+
+def _kinds(changes: Sequence[Change]) -> str:
+    return ", ".join(sorted({kind_of(change) for change in changes}))

@@ -1,0 +1,245 @@
+"""Several adapters as one: what they change, by its place in the output's names, and what that comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+
+import torch
+
+from loratool.adapter.approximate import Converted, Lowered, Lowering, as_lora, lowered_adapter
+from loratool.adapter.load import Adapter, Change
+from loratool.adapter.rename import renamed
+from loratool.adapter.strengths import Strength
+from loratool.adapter.write import size_as
+from loratool.archs import Arch
+from loratool.archs.table import Spot
+from loratool.base.base import Weights
+from loratool.deltas import Delta, ExpertLoRA, Full, LoRA, Replace
+from loratool.deltas.sums import Combined, Merge, summed
+from loratool.errors import LoratoolError, NeedsBase, NonFinite, ShapeMismatch, about, some
+from loratool.files.tensors import DTYPE_NAMES, DTYPES
+from loratool.formats.table import CONFIG, Format
+from loratool.keys.routes import Route
+from loratool.names import DIFFUSERS, Module
+from loratool.numbers.devices import Lanes
+from loratool.numbers.factor import Storage, factored
+from loratool.numbers.linalg import all_finite, bounds, difference_norm
+from loratool.numbers.ranks import Budget, Rule
+from loratool.numbers.threads import results
+from loratool.verbs.resize import KEPT, RESIZED
+
+Described = Callable[[Adapter], Adapter]
+"""Gives an adapter the output's metadata."""
+MergeAt = Callable[[Module, Sequence[int]], Merge]
+"""How terms are merged at a module, that adapters of these numbers change."""
+
+
+def as_sum(module: Module, owners: Sequence[int]) -> Merge:
+    """The exact sum, whatever changes what."""
+    return summed
+
+
+Place = tuple[str, str, str]
+"""A component's prefix, a path and a parameter, as the output calls them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Term:
+    """What one adapter, by its number, adds at a place: a delta of a module of its own, and how strongly."""
+
+    owner: int
+    module: Module
+    delta: Delta
+    weight: float
+
+
+class Combining:
+    """Everything that adapters change, by the place that it has in the output."""
+
+    def __init__(
+        self,
+        target: Format,
+        arch: Arch,
+        ways: Mapping[Module, Route],
+        merge: MergeAt,
+        weights: Weights | None,
+        on: Lanes,
+    ) -> None:
+        self.target, self.arch, self.ways, self.weights = target, arch, ways, weights
+        self.merge, self.lanes = merge, on
+        self.terms: dict[Place, list[_Term]] = {}
+        self.common = 0
+        # PEFT's bias shares the scale of its module's factors, and experts that of all, which must be 1 after a sum.
+        self.biased = False
+        self.warnings: list[str] = []
+
+    def add(self, number: int, adapter: Adapter, strength: Strength) -> None:
+        """The changes of one adapter, under the output's names."""
+        modules = list(dict.fromkeys(change.module for change in adapter.changes))
+        with about(adapter.path):
+            weights = strength.of(modules, self.arch)
+            if unnamed := strength.unnamed(modules, self.arch):
+                shown = some(map(str, unnamed), 2)
+                self.warnings.append(
+                    f"{adapter.path}: {len(unnamed)} modules are in blocks that the vector has no number for: {shown}"
+                )
+            # PEFT alone can hold stacked experts, under the names that they have.
+            together = self.target.alpha == CONFIG
+            changes = [replace(change, apart=()) if together else change for change in adapter.changes]
+            for item in renamed(changes, self.ways):
+                module = item.sources[0].module
+                if item.sources[0].optional and not (self.weights and self.weights.targets.find(module, item.parameter)):
+                    continue
+                self.biased |= "bias_up" in item.delta.leaves() or item.delta.kind == "experts"
+                place = item.prefix, item.path, item.parameter
+                self.terms.setdefault(place, []).append(_Term(number, module, item.delta, weights[module]))
+        self.warnings += adapter.notes
+
+    def made(
+        self, adapters: Sequence[Adapter], rule: Rule | Budget | None, dtype: str | None, described: Described
+    ) -> tuple[Adapter, tuple[Converted, ...]]:
+        """All of it as one adapter, exactly or as a rule says, and what became of each module that is approximated."""
+        self.common = sum(len({term.owner for term in terms}) > 1 for terms in self.terms.values())
+        asked = self._adapter(adapters)
+        self.terms.clear()
+        return self._exact(asked, dtype, described) if rule is None else self._approximated(asked, rule, dtype, described)
+
+    def _adapter(self, adapters: Sequence[Adapter]) -> Adapter:
+        """All places as changes of one adapter, whose deltas are computed when they are asked for."""
+        changes: list[Change] = []
+        for (prefix, path, parameter), terms in self.terms.items():
+            module = Module(terms[0].module.component, path, self.target.stem(prefix, path))
+            with about(module):
+                changes += [Change(module, parameter, delta) for delta in self._combined(module, parameter, terms)]
+        first = adapters[0]
+        passengers: dict[str, torch.Tensor] = {}
+        for adapter in adapters:
+            for name, tensor in adapter.passengers.items():
+                if name in passengers and not torch.equal(passengers[name], tensor):
+                    raise LoratoolError(
+                        f"{adapter.path}: {name} travels with another adapter too, and is not the same there"
+                    )
+                passengers[name] = tensor
+        if not changes:
+            raise LoratoolError("nothing is left: every strength is zero")
+        tied = any(adapter.tied for adapter in adapters)
+        return Adapter(first.path, tuple(changes), {}, tied, passengers, config=first.config)
+
+    def _combined(self, module: Module, parameter: str, terms: Sequence[_Term]) -> list[Delta]:
+        """What one place's terms come to: themselves, where one adapter alone changes it and is to be kept as it is."""
+        alone = self.merge is as_sum and len({term.owner for term in terms}) == 1
+        if alone and all(term.weight == 1 and not (self.biased and term.delta.additive) for term in terms):
+            return [term.delta for term in terms]
+        terms = [term for term in terms if term.weight]
+        if not terms:
+            return []
+        deltas = [term.delta if term.delta.additive else self._effective(term, parameter) for term in terms]
+        # PEFT stores a copy of an embedding beside its LoRA, which changes nothing.
+        kept = [i for i, delta in enumerate(deltas) if delta.kind != "full" or bounds(delta.dense()) != (0, 0)]
+        terms, deltas = [terms[i] for i in kept], [deltas[i] for i in kept]
+        if not terms:
+            return []
+        replaced = next((term.delta for term in terms if isinstance(term.delta, Replace)), None)
+        shapes = {_flat(delta) for delta in deltas}
+        if len(shapes) > 1:
+            raise ShapeMismatch(
+                f"is changed as {' and as '.join(map(str, sorted(shapes)))}: the adapters are for other models"
+            )
+        merge = self.merge(module, [term.owner for term in terms])
+        if merge is summed and self.biased:
+            merge = partial(summed, fold=True)
+        whole = Combined(tuple(deltas), tuple(term.weight for term in terms), merge)
+        if replaced is None or self.weights is None:
+            return [whole]
+        value = self.weights.of(terms[0].module, parameter).float() + whole.dense().reshape(replaced.value.shape)
+        return [replace(replaced, value=value)]
+
+    def _effective(self, term: _Term, parameter: str) -> Delta:
+        """What a delta that is no sum adds to its weight."""
+        if self.weights is None:
+            raise NeedsBase(f"what a delta of kind {term.delta.kind} adds depends on its weight; pass --base")
+        return self.weights.effect(term.delta, term.module, parameter)
+
+    def _exact(self, combined: Adapter, dtype: str | None, described: Described) -> tuple[Adapter, tuple[Converted, ...]]:
+        """Every combination computed, and rounded to another dtype only where one is asked for."""
+        narrow = DTYPES[dtype] if dtype else None
+        done = results(partial(_stored, change, narrow, self.target) for change in combined.changes)
+        changes = [replace(change, delta=delta) for change, (delta, _) in zip(combined.changes, done, strict=True)]
+        rounded = tuple(figures for _, figures in done if figures)
+        return described(replace(combined, changes=tuple(_of_one_rank(changes)))), rounded
+
+    def _approximated(
+        self, combined: Adapter, rule: Rule | Budget, dtype: str | None, described: Described
+    ) -> tuple[Adapter, tuple[Converted, ...]]:
+        """Every combination at the rank that the rule gives."""
+        work = Lowering(combined, dtype, KEPT - RESIZED, self.weights, on=self.lanes)
+
+        def size(imagined: Lowered) -> int:
+            adapter = described(lowered_adapter(work, imagined))
+            return size_as(adapter, self.target, self.ways_of(adapter))
+
+        done = work.lowered(rule) if isinstance(rule, Rule) else work.within(rule, size)
+        adapter = lowered_adapter(work, done)
+        # What was kept may be a combination too.
+        changes = [replace(change, delta=change.delta.made()) for change in adapter.changes]
+        return described(replace(adapter, changes=tuple(changes))), tuple(figures for figures, _ in done.values())
+
+    def ways_of(self, combined: Adapter) -> dict[Module, Route]:
+        """Modules that are called in the output what they are called already."""
+        ways = {}
+        for change in combined.changes:
+            module = change.module
+            prefix = module.stem.removesuffix(self.target.stem("", module.path))
+            ways[module] = Route(prefix, Spot(DIFFUSERS, module.path), DIFFUSERS, ((module.path, None),))
+        return ways
+
+
+def _of_one_rank(changes: Sequence[Change]) -> list[Change]:
+    """Stacked experts padded to one rank, since no pattern of PEFT's config can name them."""
+    rank = max((change.delta.rank for change in changes if isinstance(change.delta, ExpertLoRA)), default=0)
+    return [
+        replace(change, delta=change.delta.padded(rank)) if isinstance(change.delta, ExpertLoRA) else change
+        for change in changes
+    ]
+
+
+def _flat(delta: Delta) -> tuple[int, ...]:
+    """The shape as a matrix, which a linear layer and a 1 × 1 convolution share."""
+    rows, *others = delta.shape
+    return (rows, prod(others)) if others else (rows,)
+
+
+def _stored(change: Change, dtype: torch.dtype | None, target: Format) -> tuple[Delta, Converted | None]:
+    """A change's delta, computed, and in another dtype with what that costs; a difference that the format has no place for
+    becomes the LoRA of all its singular values that are more than noise."""
+    delta = change.delta.made()
+    if isinstance(delta, Full) and len(delta.shape) > 1 and delta.leaf not in target.leaves:
+        with about(change):
+            found = factored(delta.dense().flatten(1), Rule(), Storage(dtype or torch.float32))
+        error = found.error / found.norm if found.norm else 0.0
+        return as_lora(found, delta.shape), Converted(str(change), delta.kind, found.rank, found.norm, error)
+    if dtype is None or not isinstance(delta, LoRA | Full):
+        return delta, None
+    with about(change):
+        return _rounded(str(change), delta, dtype)
+
+
+def _rounded(name: str, delta: LoRA | Full, dtype: torch.dtype) -> tuple[Delta, Converted]:
+    if isinstance(delta, LoRA):
+        up, down = delta.factors()
+        narrow: LoRA | Full = LoRA(
+            down.reshape(-1, *delta.shape[1:]).to(dtype), up.reshape(delta.up.shape).to(dtype), None, 1.0
+        )
+        norm = difference_norm((up, down), (up[:, :0], down[:0]))
+        error = difference_norm((up, down), narrow.factors() or (up, down))
+    else:
+        narrow = Full(delta.dense().to(dtype), delta.leaf)
+        norm = float(delta.dense().double().norm())
+        error = float((delta.dense().double() - narrow.dense().double()).norm())
+    if not all(map(all_finite, narrow.leaves().values())):
+        raise NonFinite(f"overflows {DTYPE_NAMES[dtype]}; choose --dtype float32 or bfloat16")
+    rank = narrow.rank if isinstance(narrow, LoRA) else 0
+    return narrow, Converted(name, delta.kind, rank, norm, error / norm if norm else 0.0)

@@ -1,0 +1,165 @@
+"""Two checkpoints, tensor by tensor: which differ, by how much, and in how many numbers. Read in blocks of some MiB."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from loratool.base.base import Weights
+from loratool.keys.places import Place, module_of
+from loratool.numbers import rounding
+from loratool.numbers.devices import Lanes, sent
+from loratool.numbers.threads import results
+
+BLOCK: Final = 1 << 20
+"""Numbers that are read of either at a time."""
+
+
+@dataclass(slots=True)
+class TensorDifference:
+    """One tensor of both: its shape and dtype in each, ‖A‖, ‖A − B‖, the cosine, how many numbers differ, the largest
+    difference of one, and of how many steps of their common dtype it is (None where they have none)."""
+
+    name: str
+    other_name: str
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    dtypes: tuple[str, str]
+    count: int = 0
+    changed: int = 0
+    norm: float = 0.0
+    difference: float = 0.0
+    largest: float = 0.0
+    ulps: int | None = None
+    cosine: float | None = None
+
+    @property
+    def relative(self) -> float:
+        """‖A − B‖ / ‖A‖; infinite where only B is not zero, or their shapes differ."""
+        if self.shapes[0] != self.shapes[1]:
+            return math.inf
+        return self.difference / self.norm if self.norm else math.inf if self.difference else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointComparison:
+    """Two checkpoints: how many tensors are the same to the bit, those that differ, and those that only one has."""
+
+    one: str
+    other: str
+    identical: int
+    different: tuple[TensorDifference, ...]
+    only_one: tuple[str, ...]
+    only_other: tuple[str, ...]
+    norm: float
+    difference: float
+    tolerance: float
+    same: bool
+    what: str = "checkpoints"
+
+
+def compare_checkpoints(one: Weights, other: Weights, tolerance: float, on: Lanes) -> CheckpointComparison:
+    """Compares all tensors, under the very same names or those of two namings; `same` where nothing is missing and no
+    tensor differs by more than `tolerance` of its norm."""
+    pairs, missing = [], []
+    met: set[str] = set()
+    for name in one.layout.tensors:
+        direct = other.targets.own.get(name)
+        places = (direct,) if direct else other.targets.find(*module_of(name))
+        if places:
+            pairs.append((name, places))
+            met.update(place.tensor for place in places)
+        else:
+            missing.append(name)
+    found = results(partial(on.one, name, partial(_compared, one, other, name, places)) for name, places in pairs)
+    different = tuple(tensor for tensor in found if tensor.changed or tensor.shapes[0] != tensor.shapes[1])
+    only_other = tuple(name for name in other.layout.tensors if name not in met)
+    within = all(tensor.relative <= tolerance for tensor in different)
+    return CheckpointComparison(
+        str(one.layout.root),
+        str(other.layout.root),
+        len(found) - len(different),
+        different,
+        tuple(missing),
+        only_other,
+        math.hypot(*(tensor.norm for tensor in found)),
+        math.hypot(*(tensor.difference for tensor in found)),
+        tolerance,
+        within and not missing and not only_other,
+    )
+
+
+@dataclass(slots=True)
+class _Sums:
+    own: float = 0.0
+    theirs: float = 0.0
+    inner: float = 0.0
+    difference: float = 0.0
+    largest: float = 0.0
+    changed: int = 0
+    steps: list[int] = field(default_factory=list)
+
+
+def _compared(one: Weights, other: Weights, name: str, places: tuple[Place, ...], device: torch.device) -> TensorDifference:
+    mine = (one.targets.own[name],)
+    info, theirs = one.layout.info(name), other.layout.info(places[0].tensor)
+    shapes = one.shape(mine), other.shape(places)
+    result = TensorDifference(name, places[0].tensor, shapes, (info.dtype, theirs.dtype), info.numel)
+    if shapes[0] != shapes[1]:
+        return result
+    sums = _Sums()
+    for before, after in _blocks(one, mine, other, places):
+        _add(sums, sent(before, device), sent(after, device))
+    result.changed, result.largest = sums.changed, sums.largest
+    result.norm, result.difference = math.sqrt(sums.own), math.sqrt(sums.difference)
+    result.ulps = max(sums.steps) if sums.steps else None
+    product = math.sqrt(sums.own * sums.theirs)
+    result.cosine = max(-1.0, min(1.0, sums.inner / product)) if product else None
+    return result
+
+
+def _blocks(
+    one: Weights, mine: tuple[Place, ...], other: Weights, theirs: tuple[Place, ...]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    shape = one.shape(mine)
+    if not shape or not (one.by_rows(mine) and other.by_rows(theirs)):
+        yield one.at(mine), other.at(theirs)
+        return
+    step = max(1, BLOCK // max(math.prod(shape[1:]), 1))
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        yield one.rows(mine, start, stop), other.rows(theirs, start, stop)
+
+
+def _add(sums: _Sums, before: Tensor, after: Tensor) -> None:
+    """Adds a block of both; NaN counts as different from everything but the very same bits."""
+    alike = before.dtype == after.dtype
+    if alike and torch.equal(_bits(before), _bits(after)):
+        if before.is_floating_point():
+            squared = float(before.double().square().sum())
+            sums.own, sums.theirs, sums.inner = sums.own + squared, sums.theirs + squared, sums.inner + squared
+        return
+    wide, other = before.double().flatten(), after.double().flatten()
+    gap = wide - other
+    sums.own, sums.theirs = sums.own + float(wide @ wide), sums.theirs + float(other @ other)
+    sums.inner, sums.difference = sums.inner + float(wide @ other), sums.difference + float(gap @ gap)
+    sums.changed += int((_bits(before) != _bits(after)).sum()) if alike else int((gap != 0).sum())
+    sums.largest = max(sums.largest, float(gap.abs().max()))
+    if alike and before.is_floating_point():
+        sums.steps.append(int((_ordered(before) - _ordered(after)).abs().max()))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(rounding.INTEGERS[tensor.element_size()])
+
+
+def _ordered(tensor: Tensor) -> Tensor:
+    """Floating-point numbers as integers in the same order, neighbours one apart."""
+    bits = _bits(tensor).long()
+    magnitude = bits & ((1 << (8 * tensor.element_size() - 1)) - 1)
+    return torch.where(bits < 0, -magnitude, magnitude)

@@ -1,0 +1,194 @@
+"""`compare`: whether adapters, checkpoints, or a merge and what it should be, are the same, and how far apart they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from loratool.adapter.load import Adapter, load
+from loratool.base.base import Weights
+from loratool.errors import LoratoolError
+from loratool.files.layout import open_layout, require_weights
+from loratool.files.pickles import PICKLE_SUFFIXES
+from loratool.numbers.devices import Lanes, lanes
+from loratool.verbs.compare.adapters import Aligned, Compared, aligned, compared, inner_products
+from loratool.verbs.compare.checkpoints import CheckpointComparison, compare_checkpoints
+from loratool.verbs.compare.merges import MergeComparison, compare_merge
+from loratool.verbs.inspect.inspect import is_adapter
+from loratool.verbs.merge.plan import Choice, make_plan
+from loratool.verbs.merge.write import Source
+
+TOLERANCE: Final = 1e-6
+"""The relative difference that rounding a scale, or its product with a factor, to float32 may make."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompareOptions:
+    """How to compare: the largest relative difference of a module, or a tensor, that counts as the same; a base for kinds
+    that depend on the weight; the architecture where names fit several; where to compute."""
+
+    tolerance: float = TOLERANCE
+    base: str | Path | None = None
+    arch: str | None = None
+    device: str = "cpu"
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterComparison:
+    """Two adapters: ‖ΔW‖ of each, ‖ΔW_A − ΔW_B‖, that relative to the larger norm, and their cosine, over all `modules`.
+
+    `overlap` is the mean squared cosine of the principal angles of what they write to, and of what they read from: 1 for one
+    space inside the other, 0 for spaces at right angles. Norms are None where only a base could tell them.
+    """
+
+    one: str
+    other: str
+    format: str
+    arch: str
+    modules: tuple[Compared, ...]
+    norms: tuple[float | None, float | None]
+    difference: float
+    relative: float
+    cosine: float | None
+    overlap: tuple[float | None, float | None]
+    tolerance: float
+    same: bool
+    warnings: tuple[str, ...] = ()
+    what: str = "adapters"
+
+    @property
+    def worst(self) -> Compared | None:
+        """The module with the largest relative difference."""
+        return max(self.modules, key=lambda module: module.relative, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixComparison:
+    """Several adapters: ‖ΔW‖ of each, and of each pair ‖ΔW_i − ΔW_j‖, and the cosine."""
+
+    paths: tuple[str, ...]
+    norms: tuple[float, ...]
+    differences: tuple[tuple[float, ...], ...]
+    cosines: tuple[tuple[float | None, ...], ...]
+    tolerance: float
+    same: bool
+    warnings: tuple[str, ...] = ()
+    what: str = "matrix"
+
+
+Comparison = AdapterComparison | MatrixComparison | CheckpointComparison
+
+
+def compare(paths: Sequence[str | Path | Adapter], options: CompareOptions | None = None) -> Comparison:
+    """Compares two adapters, whatever their formats and kinds; more than two of them, each with each; or two checkpoints.
+
+    Raises `LoratoolError` where they are not of one sort, or for different models.
+    """
+    options = options or CompareOptions()
+    on = lanes(options.device, doubles=True)
+    if len(paths) < 2:
+        raise LoratoolError("name two or more adapters, or two checkpoints")
+    sorts = {isinstance(path, Adapter) or _is_adapter(Path(path).expanduser()) for path in paths}
+    if len(sorts) > 1:
+        names = ", ".join(str(path) for path in paths if not isinstance(path, Adapter))
+        raise LoratoolError(f"{names}: some are adapters and some are checkpoints; --to compares a merge with its sources")
+    if sorts == {False}:
+        if len(paths) > 2:
+            raise LoratoolError("checkpoints are compared two at a time")
+        one, other = (Weights(Path(path).expanduser()) for path in paths if not isinstance(path, Adapter))
+        return compare_checkpoints(one, other, options.tolerance, on)
+    adapters = [path if isinstance(path, Adapter) else load(path, allow_pickle=options.allow_pickle) for path in paths]
+    base = Weights(Path(options.base).expanduser()) if options.base else None
+    found = aligned(adapters, options.arch, base)
+    if len(adapters) > 2:
+        return _matrix(adapters, found, options.tolerance, on)
+    return _pair(adapters, found, options.tolerance, on)
+
+
+def _is_adapter(path: Path) -> bool:
+    return path.suffix in PICKLE_SUFFIXES or is_adapter(path)
+
+
+def compare_to(
+    merged: str | Path, base: str | Path, sources: Sequence[Source | str | Path], options: CompareOptions | None = None
+) -> MergeComparison:
+    """Compares the checkpoint `merged` with `base` and the adapters that it should be made of, number by number."""
+    options = options or CompareOptions()
+    given = [source if isinstance(source, Source) else Source(source) for source in sources]
+    layout = open_layout(Path(base).expanduser())
+    require_weights(layout, "its numbers are not those that a merge adds to")
+    loaded = [
+        source.adapter if isinstance(source.adapter, Adapter) else load(source.adapter, allow_pickle=options.allow_pickle)
+        for source in given
+    ]
+    choices = [Choice(source.strength) for source in given]
+    plan = make_plan(layout, list(zip(loaded, choices, strict=True)))
+    names = tuple((str(adapter.path), source.strength) for adapter, source in zip(loaded, given, strict=True))
+    return compare_merge(Weights(Path(merged).expanduser()), plan, names, lanes(options.device, doubles=True))
+
+
+def _pair(adapters: Sequence[Adapter], found: Aligned, tolerance: float, on: Lanes) -> AdapterComparison:
+    names = [str(adapter.path) for adapter in adapters]
+    modules = compared(found, on)
+    norms = _norm(modules, "one"), _norm(modules, "other")
+    difference = math.hypot(*(module.difference for module in modules))
+    largest = max((norm for norm in norms if norm), default=0.0)
+    product = (norms[0] or 0.0) * (norms[1] or 0.0)
+    inner = math.fsum((m.cosine or 0.0) * (m.one or 0.0) * (m.other or 0.0) for m in modules)
+    return AdapterComparison(
+        one=names[0],
+        other=names[1],
+        format=found.format.title,
+        arch=found.arch,
+        modules=tuple(modules),
+        norms=norms,
+        difference=difference,
+        relative=difference / largest if largest else 0.0,
+        cosine=max(-1.0, min(1.0, inner / product)) if product else None,
+        overlap=(_overlap([m.outputs for m in modules]), _overlap([m.inputs for m in modules])),
+        tolerance=tolerance,
+        same=all(module.relative <= tolerance for module in modules),
+        warnings=_notes(adapters, on),
+    )
+
+
+def _norm(modules: Sequence[Compared], which: str) -> float | None:
+    norms = [getattr(module, which) for module in modules]
+    return None if None in norms else math.hypot(*norms)
+
+
+def _overlap(angles: Sequence[Sequence[float]]) -> float | None:
+    cosines = [math.cos(math.radians(angle)) ** 2 for each in angles for angle in each]
+    return math.fsum(cosines) / len(cosines) if cosines else None
+
+
+def _matrix(adapters: Sequence[Adapter], found: Aligned, tolerance: float, on: Lanes) -> MatrixComparison:
+    table = inner_products(found, on)
+    norms = table.diagonal().clamp_min(0).sqrt()
+    size = range(len(adapters))
+
+    def apart(i: int, j: int) -> float:
+        """From inner products where they tell it; what they cancel is found module by module."""
+        squared, whole = float(table[i, i] + table[j, j] - 2 * table[i, j]), float(table[i, i] + table[j, j])
+        if i == j or squared > TOLERANCE * whole:
+            return math.sqrt(max(squared, 0.0))
+        return math.hypot(*(module.difference for module in compared(found, on, i, j)))
+
+    differences = tuple(tuple(apart(i, j) for j in size) for i in size)
+    products = norms.outer(norms)
+    ratios = (table / products).clamp(-1, 1)
+    cosines = tuple(tuple(float(ratios[i, j]) if products[i, j] else None for j in size) for i in size)
+    gaps = ((differences[i][j], max(float(norms[i]), float(norms[j]))) for i in size for j in size)
+    largest = max((gap / norm for gap, norm in gaps if gap), default=0.0)
+    paths = tuple(str(adapter.path) for adapter in adapters)
+    return MatrixComparison(
+        paths, tuple(norms.tolist()), differences, cosines, tolerance, largest <= tolerance, _notes(adapters, on)
+    )
+
+
+def _notes(adapters: Sequence[Adapter], on: Lanes) -> tuple[str, ...]:
+    return (*(note for adapter in adapters for note in adapter.notes), *on.notes())

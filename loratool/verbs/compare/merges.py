@@ -1,0 +1,164 @@
+"""A merged checkpoint against what base and adapters say it should be: every number, to half a step of its dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from loratool.base.base import Weights
+from loratool.errors import LoratoolError
+from loratool.files.layout import Layout
+from loratool.files.tensors import TensorFile
+from loratool.numbers import rounding
+from loratool.numbers.devices import Lanes, sent
+from loratool.numbers.threads import results
+from loratool.verbs.merge.blocks import by_blocks, changed_whole
+from loratool.verbs.merge.files import rounded_by_chance
+from loratool.verbs.merge.plan import Plan, TensorPlan
+from loratool.verbs.merge.segments import Segment, matrix, segments_of
+
+BLOCK: Final = 1 << 19
+"""Numbers that are computed at a time."""
+ARITHMETIC: Final = 2.0**-21
+"""What float32 may be off by, relative to the numbers that are added: some of its steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Off:
+    """A tensor with numbers that are not what they should be: how many, the worst one in steps of its dtype, and where."""
+
+    name: str
+    count: int
+    steps: float
+    index: tuple[int, ...]
+    expected: float
+    found: float
+
+
+@dataclass(frozen=True, slots=True)
+class MergeComparison:
+    """How a merged checkpoint compares with base + Σ w · ΔW: `checked` numbers, `worst` the largest distance in steps of the
+    stored dtype (½ is what rounding to nearest may take; `allowed` is 1 for a merge that rounded by chance)."""
+
+    merged: str
+    base: str
+    adapters: tuple[tuple[str, float], ...]
+    tensors: int
+    changed: int
+    checked: int
+    worst: float
+    allowed: float
+    off: tuple[Off, ...]
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    same: bool
+    warnings: tuple[str, ...] = ()
+    what: str = "merge"
+
+
+def compare_merge(merged: Weights, plan: Plan, adapters: tuple[tuple[str, float], ...], on: Lanes) -> MergeComparison:
+    """Compares every tensor of `merged` with the plan of the merge that should have made it."""
+    layout = merged.layout
+    names = [name for name in plan.tensors if name in layout.tensors]
+    allowed = 1.0 if rounded_by_chance(layout) else 0.5
+    found = results(
+        partial(on.one, name, partial(_compared, plan.layout, plan.tensors[name], layout, allowed)) for name in names
+    )
+    off = tuple(tensor for _, tensor in found if tensor)
+    missing = tuple(name for name in plan.tensors if name not in layout.tensors)
+    extra = tuple(name for name in layout.tensors if name not in plan.tensors)
+    return MergeComparison(
+        merged=str(layout.root),
+        base=str(plan.layout.root),
+        adapters=adapters,
+        tensors=len(names),
+        changed=len(plan.changed),
+        checked=sum(layout.info(name).numel for name in names),
+        worst=max((worst for worst, _ in found), default=0.0),
+        allowed=allowed,
+        off=off,
+        missing=missing,
+        extra=extra,
+        same=not (off or missing or extra),
+        warnings=plan.warnings,
+    )
+
+
+def _compared(
+    base: Layout, tensor: TensorPlan, merged: Layout, allowed: float, device: torch.device
+) -> tuple[float, Off | None]:
+    """The worst distance of one tensor, and what is off in it."""
+    file, info = merged.tensors[tensor.name]
+    if info.shape != tensor.shape:
+        raise LoratoolError(f"{tensor.name}: has shape {list(info.shape)} in {merged.root}, expected {list(tensor.shape)}")
+    count, worst = 0, (0.0, 0, 0.0, 0.0)
+    with TensorFile(base.files[tensor.file]) as source, TensorFile(merged.files[file]) as target:
+        stored = target.read(info).reshape(matrix(info.shape)) if info.shape else target.read(info).reshape(1, 1)
+        for start, expected, slack in _expected(tensor, source, device):
+            rows = sent(stored[start : start + len(expected)], device)
+            beyond = _steps_beyond(rows, expected, slack)
+            count += int((beyond > allowed).sum())
+            largest = int(beyond.argmax()) if beyond.numel() else 0
+            if beyond.numel() and float(beyond.flatten()[largest]) > worst[0]:
+                at = largest + start * stored.shape[1]
+                worst = (
+                    float(beyond.flatten()[largest]),
+                    at,
+                    float(expected.flatten()[largest]),
+                    float(rows.flatten()[largest]),
+                )
+    if not count:
+        return worst[0], None
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst[1]), info.shape)) if info.shape else ()
+    return worst[0], Off(tensor.name, count, *worst[:1], index, *worst[2:])
+
+
+def _steps_beyond(found: Tensor, expected: Tensor, slack: Tensor) -> Tensor:
+    """How many steps of its dtype each number is from what it should be, past what arithmetic may be off by."""
+    if not found.is_floating_point():
+        return torch.zeros_like(expected).masked_fill(found.double() != expected, math.inf)
+    wide = found.double()
+    steps = rounding.steps(found).double()
+    gap = ((wide - expected).abs() - slack).clamp_min(0) / steps
+    same = (wide == expected) | (wide.isnan() & expected.isnan())
+    return torch.where(torch.isfinite(wide), gap, math.inf).masked_fill(same, 0.0)
+
+
+def _expected(tensor: TensorPlan, source: TensorFile, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Rows of what a tensor should hold, in float64, from the first on, and by how much float32 may have missed them."""
+    rows, columns = matrix(tensor.shape)
+    if tensor.terms and not by_blocks(tensor):
+        stored = source.read(tensor.source)
+        whole = sent(changed_whole(tensor, stored.double())[0].reshape(rows, columns), device)
+        yield 0, whole, ARITHMETIC * (whole.abs() + whole.abs().mean())
+        return
+    segments = [segment.on(device) for segment in segments_of(tensor, rows, columns)]
+    base = source.read(tensor.source).reshape(rows, columns)
+    step = max(1, BLOCK // max(columns, 1))
+    for start in range(0, rows, step):
+        part = sent(base[start : start + step], device).double()
+        slack = part.abs() if tensor.terms else torch.zeros_like(part)
+        for segment in segments:
+            _add(segment, start, part, slack)
+        yield start, part, ARITHMETIC * slack
+
+
+def _add(segment: Segment, start: int, part: Tensor, slack: Tensor) -> None:
+    """Adds what a segment changes of the rows `part`, from `start` on, and how large the numbers are that it adds."""
+    first, last = max(start, segment.start), min(start + len(part), segment.stop)
+    if first >= last:
+        return
+    here, rows = slice(first - start, last - start), slice(first - segment.start, last - segment.start)
+    if segment.up is not None and segment.down is not None:
+        up, down = segment.up[rows].double(), segment.down.double()
+        part[here] += up @ down
+        slack[here] += torch.outer(up.norm(dim=1), down.norm(dim=0))
+    for whole in segment.whole:
+        part[here] += whole[rows].double()
+        slack[here] += whole[rows].double().abs()

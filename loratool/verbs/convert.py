@@ -1,0 +1,111 @@
+"""`convert --to`: an adapter under another format's names, exactly, and compared with the source once it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loratool.adapter.approximate import Converted
+from loratool.adapter.load import Adapter, Unsaid, load
+from loratool.adapter.same_format import Contents, write
+from loratool.adapter.write import require_room, write_as
+from loratool.errors import of_file
+from loratool.files.header import read_header
+from loratool.files.history import entry, named
+from loratool.files.tensors import TensorFile
+from loratool.formats.peft import CONFIG_NAME
+from loratool.formats.table import Format, format_named
+from loratool.keys.listing import locate
+from loratool.keys.resolve import Wanted, choose
+from loratool.numbers.ranks import Rule
+from loratool.verbs.resize import error_of, lower
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """What a conversion did: into which format, for which architecture, how many modules there were and are, how many of
+    them were cut or stacked, and the largest relative difference of a module that re-reading it found. `lowered` are the
+    modules that became LoRA first, `error` what that left out of all of them."""
+
+    out: str
+    format: str
+    arch: str
+    before: int
+    after: int
+    cut: int
+    stacked: int
+    alpha: str
+    difference: float
+    nbytes: int
+    lowered: tuple[Converted, ...] = ()
+    error: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+
+def convert(
+    path: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    arch: str | None = None,
+    base: str | Path | None = None,
+    rule: Rule | None = None,
+    dtype: str | None = None,
+    source: str | None = None,
+    unsaid: Unsaid | None = None,
+    allow_pickle: bool = False,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> ConvertReport:
+    """Writes the adapter at `path` to `out` in the format called `to`, with the same ΔW, and compares what it wrote.
+
+    `arch` overrides what the file is detected to be for, and `source`, a format's name, narrows it to what is spelled so;
+    `base` is a checkpoint that has the modules' names. With a `rule`, what is no LoRA becomes one first. Raises
+    `LoratoolError`, and writes nothing, where a delta has no exact form or no place there.
+    """
+    with of_file(path):
+        adapter, target = load(path, allow_pickle=allow_pickle, unsaid=unsaid), format_named(to)
+        out = Path(out).expanduser()
+        require_room(target, out)
+        converted: list[Converted] = []
+        if rule is not None:
+            adapter, converted = lower(adapter, rule, dtype, base=base, device=device)
+        elif target.folder and (adapter.path / CONFIG_NAME).exists() and locate(adapter.path)[0].suffix == ".safetensors":
+            return _copied(adapter, target, out, overwrite=overwrite)
+        adapter = replace(adapter, metadata={**adapter.metadata, **_said(adapter, target, converted)})
+        found, ways = choose([adapter], target, Wanted(arch, source, Path(base) if base else None))
+        written = write_as(adapter, target, ways, out, inputs=[adapter.path], overwrite=overwrite)
+        report = _report(adapter, target, out, written.nbytes)
+        return replace(
+            report,
+            arch=found.title,
+            after=len({(item.prefix, item.path) for item in written.moved}),
+            cut=sum(len(way.read.parts) > 1 and not way.renames for way in ways.values()),
+            stacked=sum(len(item.sources) > 1 for item in written.moved),
+            difference=written.difference,
+            lowered=tuple(converted),
+            error=error_of(converted),
+        )
+
+
+def _report(adapter: Adapter, target: Format, out: Path, nbytes: int) -> ConvertReport:
+    """Of a conversion that changed nothing."""
+    count = len({change.module for change in adapter.changes})
+    return ConvertReport(
+        str(out), target.title, "any model", count, count, 0, 0, target.alpha, 0.0, nbytes, warnings=adapter.notes
+    )
+
+
+def _said(adapter: Adapter, target: Format, converted: Sequence[Converted]) -> dict[str, str]:
+    error = {"error": f"{error_of(converted):.4e}"} if converted else {}
+    return entry("convert", [named(adapter.path)], adapter.metadata, to=target.name, **error)
+
+
+def _copied(adapter: Adapter, target: Format, out: Path, *, overwrite: bool) -> ConvertReport:
+    """A PEFT folder as a PEFT folder: all its tensors and its config, whatever its kind."""
+    header = read_header(locate(adapter.path)[0])
+    with TensorFile(header) as file:
+        tensors = {name: file.read(info) for name, info in header.tensors.items()}
+    contents = Contents(tensors, {**adapter.metadata, **_said(adapter, target, [])}, adapter.config)
+    return _report(adapter, target, out, write(contents, [adapter.path], out, overwrite=overwrite))

@@ -1,0 +1,238 @@
+"""`delta`: ΔW itself, of an adapter or between two checkpoints: how large it is and where, and all of it in a file."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loratool.adapter.load import load
+from loratool.base.base import Weights
+from loratool.errors import LoratoolError, of_file
+from loratool.files.append import Appending
+from loratool.files.header import DTYPE_OPTIONS
+from loratool.files.output import Output, Writer
+from loratool.files.pickles import PICKLE_SUFFIXES
+from loratool.files.tensors import DTYPES
+from loratool.numbers.devices import Lanes, lanes
+from loratool.numbers.threads import Progress, peak_bytes, run_all, tally
+from loratool.verbs.delta.file import Naming, naming_of, provenance, room_for_header, stored
+from loratool.verbs.delta.measure import Measured, measured
+from loratool.verbs.delta.sources import OfAdapter, OfCheckpoints, Source
+from loratool.verbs.inspect.inspect import is_adapter
+from loratool.verbs.merge.plan import Choice
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaOptions:
+    """What to compute and how to store it: the base of an adapter whose kind depends on it; the format `to` and the dtype of
+    the file; whether all singular values are wanted."""
+
+    base: str | Path | None = None
+    to: str | None = None
+    arch: str | None = None
+    dtype: str | None = None
+    spectrum: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    device: str = "auto"
+    allow_pickle: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaReport:
+    """What changes: every parameter that does, in order, and how many do not; ‖ΔW‖ of all, and relative to the weights it
+    changes, where a base tells.
+
+    Of a file that was written: its format, its bytes, the relative `error` of rounding to its dtype, and the names of what
+    the format has no place for.
+    """
+
+    what: str
+    modules: tuple[Measured, ...]
+    unchanged: int
+    norm: float
+    relative: float | None
+    device: str
+    seconds: float
+    peak_bytes: int
+    out: str | None = None
+    format: str | None = None
+    nbytes: int = 0
+    error: float = 0.0
+    left_out: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def delta(
+    path: str | Path,
+    tuned: str | Path | None = None,
+    out: str | Path | None = None,
+    options: DeltaOptions | None = None,
+    progress: Progress | None = None,
+) -> DeltaReport:
+    """Measures what the adapter at `path` adds, or what the checkpoint `tuned` changes of that at `path`, and with `out`
+    writes it there, whole: a file of `diff` leaves, one parameter after the other.
+
+    Raises `LoratoolError`, and writes nothing, where a kind depends on its weight and there is no base, where the
+    checkpoints are not of one model, or a number is not finite.
+    """
+    started, options = time.monotonic(), options or DeltaOptions()
+    on = lanes(options.device)
+    source = _source(path, tuned, options, on)
+    with ExitStack() as stack:
+        work = _Work(source, on, options)
+        if out is not None:
+            inputs = [Path(given).expanduser() for given in (path, tuned, options.base) if given is not None]
+            work.open(Path(out).expanduser(), inputs, stack)
+        with of_file(tuned or path):
+            work.run(progress)
+        nbytes = work.finish()
+    report = work.report(f"{tuned} − {path}" if tuned else str(path))
+    return replace(
+        report,
+        out=str(out) if out is not None else None,
+        nbytes=nbytes,
+        seconds=time.monotonic() - started,
+        peak_bytes=peak_bytes(),
+    )
+
+
+def iter_deltas(
+    path: str | Path, tuned: str | Path | None = None, options: DeltaOptions | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The name and ΔW, in float32 and of the weight's shape, of each parameter that an adapter changes, or that differs
+    between two checkpoints: computed one by one, on the device that the options name. Raises `LoratoolError`."""
+    options = options or DeltaOptions()
+    on = lanes(options.device)
+    source = _source(path, tuned, options, on)
+    for number in range(source.count):
+        for dense in on.each(source.name(number), [number], partial(_dense, source)):
+            if dense is not None:
+                yield source.name(number), dense
+
+
+def _dense(source: Source, numbers: Sequence[int], device: torch.device) -> list[Tensor | None]:
+    effects = [source.effect(number, device) for number in numbers]
+    return [effect.dense().cpu() if effect else None for effect in effects]
+
+
+def _source(path: str | Path, tuned: str | Path | None, options: DeltaOptions, on: Lanes) -> Source:
+    first = Path(path).expanduser()
+    takes = Choice(include=options.include, exclude=options.exclude).takes
+    adapter = first.suffix in PICKLE_SUFFIXES or is_adapter(first)
+    if tuned is not None:
+        if adapter:
+            raise LoratoolError(f"{path}: is an adapter; its ΔW is taken by itself, or with --base of its model")
+        return OfCheckpoints(first, Path(tuned).expanduser(), takes, pinned=on.pinned)
+    if not adapter:
+        raise LoratoolError(f"{path}: is no adapter; name the tuned checkpoint too, to have the difference of both")
+    weights = Weights(Path(options.base).expanduser(), pinned=on.pinned) if options.base else None
+    source = OfAdapter(load(first, allow_pickle=options.allow_pickle), takes, weights)
+    if not source.count:
+        raise LoratoolError(f"{path}: nothing is left: --include and --exclude leave no module")
+    return source
+
+
+class _Work:
+    """All changes of a source, measured on a few lanes and, once `open` was called, written."""
+
+    def __init__(self, source: Source, on: Lanes, options: DeltaOptions) -> None:
+        self.source, self.lanes, self.options = source, on, options
+        self.found: dict[int, Measured] = {}
+        self.before: dict[int, float] = {}
+        self.lost: dict[int, float] = {}
+        self.dtype = DTYPES[DTYPE_OPTIONS[options.dtype or "float32"]]
+        self.naming: Naming | None = None
+        self.groups = [[number] for number in range(source.count)]
+
+    def open(self, out: Path, inputs: Sequence[Path], stack: ExitStack) -> None:
+        """Has what is computed written to `out`, which appears when it is finished."""
+        self.naming = naming_of(self.source, self.options.to, self.options.arch)
+        self.groups = self.naming.groups(self.source)
+        written = {number for group in self.groups for number in group}
+        self.groups += [[number] for number in range(self.source.count) if number not in written]
+        nbytes = sum(self.source.nbytes(number) for number in written) * self.dtype.itemsize // 4
+        if not written:
+            raise LoratoolError(f"{out}: {self.naming.title} has a place for nothing of it")
+        self.output = stack.enter_context(
+            Output(out, folder=False, overwrite=self.options.overwrite, nbytes=nbytes, inputs=inputs)
+        )
+        writer = stack.enter_context(Writer(self.output.path(""), 0))
+        self.file = Appending(writer, room_for_header(self.source))
+
+    def run(self, progress: Progress | None) -> None:
+        """Computes everything, a few changes at a time."""
+        sizes = [sum(self.source.nbytes(number) for number in group) for group in self.groups]
+        add = tally(sum(sizes), progress)
+        pieces = (partial(self._group, index) for index in range(len(self.groups)))
+        run_all(pieces, lambda index, _: add(sizes[index]), threading.Event())
+
+    def finish(self) -> int:
+        """Puts the file in its place, if there is one, and returns its size."""
+        if self.naming is None:
+            return 0
+        nbytes = self.file.finish(provenance(of=self._of(), dtype=self.options.dtype or "float32"))
+        self.output.commit()
+        return nbytes
+
+    def report(self, what: str) -> DeltaReport:
+        """What was found."""
+        squares = {number: each.norm**2 for number, each in self.found.items()}
+        whole, before = math.fsum(squares.values()), math.fsum(value**2 for value in self.before.values())
+        shares = {number: square / whole if whole else 0.0 for number, square in squares.items()}
+        naming = self.naming
+        left_out = [number for number in self.found if naming and self.source.place(number)[0] in naming.reasons]
+        return DeltaReport(
+            what=what,
+            modules=tuple(replace(self.found[number], share=shares[number]) for number in sorted(self.found)),
+            unchanged=self.source.count - len(self.found),
+            norm=math.sqrt(whole),
+            relative=math.sqrt(whole / before) if before and len(self.before) == len(self.found) else None,
+            device=self.lanes.title,
+            seconds=0.0,
+            peak_bytes=0,
+            format=naming.title if naming else None,
+            error=math.sqrt(math.fsum(self.lost.values()) / whole) if whole else 0.0,
+            left_out=tuple(self.source.name(number) for number in left_out),
+            warnings=(*self.source.notes, *self.lanes.notes()),
+        )
+
+    def _of(self) -> str:
+        source = self.source
+        if isinstance(source, OfCheckpoints):
+            return f"{source.tuned.layout.root.name[:100]} - {source.base.layout.root.name[:100]}"
+        assert isinstance(source, OfAdapter)
+        return source.adapter.path.name[:100]
+
+    def _group(self, index: int) -> None:
+        group = self.groups[index]
+        self.lanes.each(self.source.name(group[0]), [index], self._computed)
+
+    def _computed(self, indexes: Sequence[int], device: torch.device) -> list[None]:
+        for index in indexes:
+            parts = []
+            for number in self.groups[index]:
+                effect = self.source.effect(number, device)
+                if effect is None:
+                    continue
+                module, parameter = self.source.place(number)
+                self.found[number] = measured(self.source.name(number), effect, spectrum=self.options.spectrum)
+                if effect.before is not None:
+                    self.before[number] = effect.before
+                if self.naming and module not in self.naming.reasons:
+                    parts.append((module, parameter, effect.dense()))
+            if self.naming:
+                held = stored(self.naming, parts, self.dtype)
+                self.lost[index] = held.lost
+                self.file.in_turn(index, held.entries)
+        return [None for _ in indexes]

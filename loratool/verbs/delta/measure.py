@@ -1,0 +1,82 @@
+"""How large a change is, and along how many directions: its norm, its largest singular value, and two ranks of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from loratool.numbers.factor import in_range
+from loratool.numbers.krylov import largest, leading, squares
+from loratool.numbers.linalg import Core, effective_rank
+from loratool.verbs.delta.sources import Effect
+
+SMALL: Final = 512
+"""Smaller side of a matrix up to which its whole spectrum is found, whether it is asked for or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One parameter's change: ‖ΔW‖, its largest singular value σ₁, the stable rank ‖ΔW‖² / σ₁², and the effective rank, the
+    exponential of the entropy of the singular values (None where only some of them were computed); its share of the square
+    of all changes; ‖ΔW‖ / ‖W₀‖ where a base tells; and its singular values, largest first, where they were asked for."""
+
+    name: str
+    shape: tuple[int, ...]
+    norm: float
+    sigma: float
+    stable_rank: float
+    effective_rank: float | None
+    share: float
+    relative: float | None
+    spectrum: tuple[float, ...] = ()
+
+
+def measured(name: str, effect: Effect, *, spectrum: bool) -> Measured:
+    """The figures of one change, but for its share, which only all of them tell."""
+    sigma, norm, complete = _singular_values(effect, whole=spectrum)
+    first = float(sigma[0]) if len(sigma) else 0.0
+    return Measured(
+        name=name,
+        shape=effect.shape,
+        norm=norm,
+        sigma=first,
+        stable_rank=(norm / first) ** 2 if first else 0.0,
+        effective_rank=effective_rank(sigma) if complete else None,
+        share=0.0,
+        relative=norm / effect.before if effect.before else None,
+        spectrum=tuple(sigma.tolist()) if spectrum else (),
+    )
+
+
+def _singular_values(effect: Effect, *, whole: bool) -> tuple[Tensor, float, bool]:
+    """The leading ones, or all; ‖ΔW‖; and whether they are all there are."""
+    if effect.factors:
+        core = Core(*effect.factors)
+        return core.sigma, math.sqrt(float(core.squares.sum())), True
+    dense = effect.dense()
+    if dense.ndim < 2:
+        norm = math.sqrt(squares(dense.reshape(1, -1)))
+        return torch.tensor([norm], dtype=torch.float64), norm, True
+    if dense.ndim == 3:
+        # Stacked experts: their matrices stand beside each other, and their singular values are those of all together.
+        found = [_of_matrix(expert, whole=whole) for expert in dense]
+        sigma = torch.cat([part for part, *_ in found]).sort(descending=True).values
+        return sigma, math.hypot(*(norm for _, norm, _ in found)), all(complete for *_, complete in found)
+    return _of_matrix(dense.flatten(1), whole=whole)
+
+
+def _of_matrix(matrix: Tensor, *, whole: bool) -> tuple[Tensor, float, bool]:
+    low, high = torch.aminmax(matrix)
+    if float(low) == float(high) == 0:
+        return torch.zeros(1, dtype=torch.float64), 0.0, True
+    scaled, exponent = in_range(matrix)
+    back = math.ldexp(1.0, exponent)
+    if not (whole or min(matrix.shape) <= SMALL):
+        sigma = torch.tensor([largest(scaled)], dtype=torch.float64)
+        return sigma * back, math.sqrt(squares(scaled)) * back, False
+    found = leading(scaled, lambda spectrum: 0, whole=True).spectrum
+    return found.sigma.cpu() * back, math.sqrt(found.total) * back, True

@@ -1,0 +1,146 @@
+"""What changes, module by module: by an adapter, or from one checkpoint to another. Only what is asked for is held."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loratool.adapter.load import Adapter, Change
+from loratool.base.base import Weights
+from loratool.base.difference import difference
+from loratool.base.pairs import Pair, Takes, paired
+from loratool.deltas.base import moved, widened
+from loratool.errors import NeedsBase, about
+from loratool.files.layout import require_weights
+from loratool.names import Module
+from loratool.numbers.krylov import squares
+
+QUANTISED = "a difference to it is that of the quantisation; compare the 16-bit originals"
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """ΔW of a parameter of `shape`, as exact factors (out, r) and (r, in · kernel), or whole; `before` is its ‖W₀‖, where a
+    base tells."""
+
+    shape: tuple[int, ...]
+    factors: tuple[Tensor, Tensor] | None
+    whole: Tensor | None
+    before: float | None = None
+
+    def dense(self) -> Tensor:
+        """ΔW in float32, of `shape`."""
+        if self.whole is not None:
+            return self.whole
+        assert self.factors
+        up, down = self.factors
+        return (up @ down).reshape(self.shape)
+
+
+class Source(ABC):
+    """Where changes come from: `count` of them, each with a name, computed when it is asked for."""
+
+    count: int
+    notes: tuple[str, ...]
+
+    @abstractmethod
+    def name(self, number: int) -> str:
+        """What a change is called in reports."""
+
+    @abstractmethod
+    def place(self, number: int) -> tuple[Module, str]:
+        """The module and its parameter."""
+
+    @abstractmethod
+    def nbytes(self, number: int) -> int:
+        """What computing a change costs, in bytes of the whole ΔW."""
+
+    @abstractmethod
+    def effect(self, number: int, device: torch.device) -> Effect | None:
+        """What changes, computed on `device`; None where nothing does. Raises `LoratoolError`."""
+
+
+class OfAdapter(Source):
+    """What an adapter adds; `weights` are those of its base, which some kinds need, and whose norms it is compared with."""
+
+    def __init__(self, adapter: Adapter, takes: Takes, weights: Weights | None) -> None:
+        self.adapter, self.weights = adapter, weights
+        taken = [change for change in adapter.changes if takes(change.module, change.parameter)]
+        self.changes = [change for change in taken if self._is_there(change)]
+        self.count, self.notes = len(self.changes), adapter.notes
+
+    def name(self, number: int) -> str:
+        return str(self.changes[number])
+
+    def place(self, number: int) -> tuple[Module, str]:
+        return self.changes[number].module, self.changes[number].parameter
+
+    def nbytes(self, number: int) -> int:
+        return 4 * max(math.prod(self.changes[number].delta.shape), 1)
+
+    def effect(self, number: int, device: torch.device) -> Effect:
+        change = self.changes[number]
+        with about(f"{self.adapter.path}: {change}"):
+            return self._effect(change, device)
+
+    def _is_there(self, change: Change) -> bool:
+        """Whether an optional change, of a bias that not every layer has, has something to change."""
+        return not change.optional or bool(self.weights and self.weights.targets.find(change.module, change.parameter))
+
+    def _effect(self, change: Change, device: torch.device) -> Effect:
+        weight = self._weight(change)
+        before = None if weight is None else _norm(weight)
+        delta = moved(change.delta.made(), device)
+        if not delta.additive:
+            if self.weights is None or weight is None:
+                raise NeedsBase(f"what a delta of kind {delta.kind} adds depends on its weight; pass --base")
+            whole = self.weights.effect(delta, change.module, change.parameter, device).difference
+            return Effect(tuple(whole.shape), None, whole, before)
+        shape = tuple(weight.shape) if weight is not None and delta.flattened else delta.shape
+        factors = delta.factors() if len(shape) > 1 else None
+        if factors is not None and factors[0].shape[1] <= min(len(factors[0]), factors[1].shape[1]):
+            return Effect(shape, factors, None, before)
+        return Effect(shape, None, delta.dense().reshape(shape), before)
+
+    def _weight(self, change: Change) -> Tensor | None:
+        places = self.weights.targets.find(change.module, change.parameter) if self.weights else ()
+        return self.weights.at(places) if self.weights and places else None
+
+
+class OfCheckpoints(Source):
+    """W' − W₀, for every parameter that both have."""
+
+    def __init__(self, base: Path, tuned: Path, takes: Takes, *, pinned: bool) -> None:
+        self.base, self.tuned = Weights(base, pinned=pinned), Weights(tuned, pinned=pinned)
+        for weights in (self.base, self.tuned):
+            require_weights(weights.layout, QUANTISED)
+        pairing = paired(self.base, self.tuned, takes)
+        self.pairs: Sequence[Pair] = pairing.pairs
+        self.count, self.notes = len(self.pairs), pairing.notes
+
+    def name(self, number: int) -> str:
+        return str(self.pairs[number])
+
+    def place(self, number: int) -> tuple[Module, str]:
+        return self.pairs[number].module, self.pairs[number].parameter
+
+    def nbytes(self, number: int) -> int:
+        return 4 * max(math.prod(self.pairs[number].shape), 1)
+
+    def effect(self, number: int, device: torch.device) -> Effect | None:
+        pair = self.pairs[number]
+        change = difference(self.base, self.tuned, pair, device)
+        if change is None:
+            return None
+        return Effect(tuple(change.dense.shape), None, change.dense, _norm(self.base.at(pair.base)))
+
+
+def _norm(weight: Tensor) -> float:
+    wide = widened(weight)
+    return math.sqrt(squares(wide.flatten(1) if wide.ndim > 1 else wide.reshape(1, -1)))

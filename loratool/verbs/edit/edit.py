@@ -1,0 +1,190 @@
+"""`edit`: an adapter without some of its modules, and with others at another strength; all else stays what it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter.load import Adapter, load
+from loratool.adapter.strengths import Strength
+from loratool.archs import Arch
+from loratool.archs.blocks import block_of
+from loratool.errors import LoratoolError, of_file, some
+from loratool.names import Module
+from loratool.verbs.compare.adapters import norm_of
+from loratool.verbs.edit.rescale import write_edited
+from loratool.verbs.inspect.block_map import architecture, natural
+
+
+@dataclass(frozen=True, slots=True)
+class EditOptions:
+    """What to change: globs of modules to `drop`, or the only ones to `keep`; globs to `scale`, with factors; a `strength`
+    for blocks and components. A glob matches a module's name in the file, its path, or its block (IN04, OUT*)."""
+
+    drop: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    scale: tuple[tuple[str, float], ...] = ()
+    strength: Strength = field(default_factory=Strength)
+    arch: str | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Edited:
+    """One module: its block, ‖ΔW‖ before (None where only its weight could tell), and the factor it got: 0 if dropped."""
+
+    name: str
+    block: str
+    norm: float | None
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block: how many modules it has, its share of ‖ΔW‖² before and after, and the factors of its modules."""
+
+    name: str
+    modules: int
+    before: float
+    after: float
+    factors: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EditReport:
+    """What an edit did, or with `dry_run` would do; `unmeasured` modules are of kinds whose norm depends on the weight."""
+
+    out: str
+    arch: str
+    modules: tuple[Edited, ...]
+    blocks: tuple[Block, ...]
+    unmeasured: int
+    nbytes: int
+    dry_run: bool
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def dropped(self) -> int:
+        return sum(module.factor == 0 for module in self.modules)
+
+    @property
+    def scaled(self) -> int:
+        return sum(module.factor not in (0, 1) for module in self.modules)
+
+
+def edit(path: str | Path, out: str | Path | None, options: EditOptions | None = None) -> EditReport:
+    """Writes the adapter at `path` to `out` without the modules that are dropped, and with the others at their factors.
+
+    Every tensor that no factor is for keeps its bytes. A factor goes into alpha, a tensor's or the config's, and where there
+    is none into the factors. Raises `LoratoolError`, and writes nothing, where a glob matches no module, nothing is left, or
+    a kind has no exact multiple without its base.
+    """
+    options = options or EditOptions()
+    adapter = load(path)
+    modules = list(dict.fromkeys(change.module for change in adapter.changes))
+    arch, blocks = _blocks(adapter, modules, options)
+    factors = _factors(modules, blocks, arch, options)
+    report = _report(adapter, arch, blocks, factors, options)
+    unnamed = options.strength.unnamed(modules, arch)
+    if unnamed:
+        shown = some(map(str, unnamed), 2)
+        note = f"{len(unnamed)} modules are in blocks that the vector has no number for, and keep their strength: {shown}"
+        report = replace(report, warnings=(*report.warnings, note))
+    if options.dry_run or out is None:
+        return replace(report, dry_run=True)
+    target = Path(out).expanduser()
+    with of_file(adapter.path):
+        nbytes = write_edited(adapter, factors, target, _asked(options), overwrite=options.overwrite)
+    return replace(report, out=str(target), nbytes=nbytes)
+
+
+def _asked(options: EditOptions) -> dict[str, Any]:
+    """What was asked for, without what was not."""
+    asked = {
+        "drop": options.drop,
+        "keep": options.keep,
+        "scale": options.scale,
+        "parts": dict(options.strength.parts),
+        "blocks": options.strength.vector,
+    }
+    return {name: value for name, value in asked.items() if value}
+
+
+def _blocks(adapter: Adapter, modules: Sequence[Module], options: EditOptions) -> tuple[Arch, dict[Module, str]]:
+    """The architecture, and each module's block in it."""
+    arch = architecture(adapter, modules, options.arch, len(options.strength.vector))
+    return arch, {module: block_of(arch, module) for module in modules}
+
+
+def _factors(
+    modules: Sequence[Module], blocks: Mapping[Module, str], arch: Arch, options: EditOptions
+) -> dict[Module, float]:
+    """What each module is multiplied by; 0 drops it."""
+    factors = options.strength.of(modules, arch)
+    kept = _matched(modules, blocks, options.keep, "--keep")
+    dropped = _matched(modules, blocks, options.drop, "--drop")
+    for module in modules:
+        if module in dropped or (options.keep and module not in kept):
+            factors[module] = 0.0
+    for glob, factor in options.scale:
+        if not math.isfinite(factor):
+            raise LoratoolError(f"--scale {glob}={factor}: expected a finite number")
+        for module in _matched(modules, blocks, (glob,), "--scale"):
+            factors[module] *= factor
+    if not any(factors.values()):
+        raise LoratoolError("nothing is left: every module is dropped")
+    return factors
+
+
+def _matched(modules: Iterable[Module], blocks: Mapping[Module, str], globs: Sequence[str], option: str) -> set[Module]:
+    """The modules that any of the globs matches; raises `LoratoolError` for one that matches none."""
+    found: set[Module] = set()
+    for glob in globs:
+        mine = {m for m in modules if any(fnmatchcase(name, glob) for name in (m.stem, m.path, blocks[m]))}
+        if not mine:
+            raise LoratoolError(
+                f"{option} {glob}: matches no module; --dry-run shows the blocks, inspect --modules the names"
+            )
+        found |= mine
+    return found
+
+
+def _report(
+    adapter: Adapter, arch: Arch, blocks: Mapping[Module, str], factors: Mapping[Module, float], options: EditOptions
+) -> EditReport:
+    norms: dict[Module, float | None] = {}
+    for change in adapter.changes:
+        before = norms.get(change.module, 0.0)
+        mine = norm_of(change.delta) if change.delta.additive and not change.apart else None
+        norms[change.module] = None if before is None or mine is None else math.hypot(before, mine)
+    modules = [Edited(str(module), blocks[module], norms[module], factor) for module, factor in factors.items()]
+    return EditReport(
+        out="",
+        arch=arch.title,
+        modules=tuple(modules),
+        blocks=tuple(_shares(modules)),
+        unmeasured=sum(norm is None for norm in norms.values()),
+        nbytes=0,
+        dry_run=options.dry_run,
+        warnings=adapter.notes,
+    )
+
+
+def _shares(modules: Sequence[Edited]) -> Iterator[Block]:
+    """Blocks in the order in which they first occur by name, numbers as numbers."""
+    before = math.fsum((module.norm or 0.0) ** 2 for module in modules)
+    after = math.fsum(((module.norm or 0.0) * module.factor) ** 2 for module in modules)
+    by_block: dict[str, list[Edited]] = {}
+    for module in modules:
+        by_block.setdefault(module.block, []).append(module)
+    for name in sorted(by_block, key=natural):
+        mine = by_block[name]
+        squares = math.fsum((module.norm or 0.0) ** 2 for module in mine)
+        left = math.fsum(((module.norm or 0.0) * module.factor) ** 2 for module in mine)
+        factors = tuple(sorted({module.factor for module in mine}))
+        yield Block(name, len(mine), squares / before if before else 0.0, left / after if after else 0.0, factors)

@@ -1,0 +1,159 @@
+"""An adapter at new strengths, module by module, in its own spelling: a factor goes where the scale is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor
+
+from loratool.adapter.load import Adapter, Change, Stored
+from loratool.adapter.same_format import Contents, as_they_were, one_or_dynamic, write
+from loratool.adapter.spell import pattern_of, whole_number
+from loratool.adapter.verify import EXACT, difference, found_in
+from loratool.adapter.write import STALE
+from loratool.deltas import Delta
+from loratool.deltas.base import times
+from loratool.errors import InvalidAdapter, NeedsBase, Unsupported, about, some
+from loratool.files.history import entry, named
+from loratool.formats.leaves import CONTAINER, spelled
+from loratool.names import Module
+
+OF_CONFIG: Final = frozenset({"lora", "embedding", "full"})
+"""Kinds whose scale is in the config of PEFT's LoRA: that of a bias is its module's."""
+
+
+def write_edited(
+    adapter: Adapter, factors: Mapping[Module, float], out: Path, history: Mapping[str, Any], *, overwrite: bool
+) -> int:
+    """Writes `adapter` with each module at its factor, those at 0 left out, and returns the bytes; `history` says in the
+    metadata what was asked for.
+
+    Raises `LoratoolError`, and writes nothing, where a kind has no exact multiple, or what is read back is not what it
+    should be.
+    """
+    kept = [change for change in adapter.changes if factors[change.module]]
+    expected = [(change, _scaled(change, factors[change.module])) for change in kept]
+    tensors = as_they_were(adapter, kept)
+    config = dict(adapter.config) if adapter.config else None
+    for change, factor in ((change, factors[change.module]) for change in kept):
+        if factor != 1:
+            with about(change):
+                _apply(adapter, change, factor, tensors, config)
+    if config is not None and len(kept) < len(adapter.changes):
+        config |= _targets(adapter, kept, config)
+    contents = Contents(tensors, _metadata(adapter, kept, factors, history), config)
+
+    def check(written: Path) -> None:
+        with Stored(written) as again:
+            _compare(expected, again)
+
+    return write(contents, [adapter.path], out, overwrite=overwrite, check=check)
+
+
+def _targets(adapter: Adapter, kept: Sequence[Change], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a PEFT config says of which modules there are, for those that are kept."""
+    by_kind: dict[str, set[str]] = {"replace": set(), "experts": set(), "": set()}
+    for change in kept:
+        kind = change.delta.kind if change.delta.kind in by_kind else ""
+        by_kind[kind].add(change.stem.removeprefix(CONTAINER))
+    saved = {"modules_to_save": sorted(by_kind["replace"] - by_kind[""]) or None} if config.get("modules_to_save") else {}
+    if config.get("target_parameters"):
+        _require_whole_wrappers(adapter, by_kind["experts"])
+        saved["target_parameters"] = sorted(by_kind["experts"]) or None
+    return {"target_modules": sorted(by_kind[""]), **saved}
+
+
+def _require_whole_wrappers(adapter: Adapter, kept: set[str]) -> None:
+    """Raises `Unsupported` where some of a module's stacked parameters go and some stay: PEFT wraps them in each other, and
+    their names say how many there are."""
+    parts: dict[str, set[bool]] = {}
+    for change in adapter.changes:
+        if change.delta.kind == "experts":
+            parts.setdefault(change.module.path.rpartition(".")[0], set()).add(change.module.path in kept)
+    torn = [module for module, fates in parts.items() if len(fates) > 1]
+    if torn:
+        raise Unsupported(
+            f"{some(torn)}: PEFT wraps stacked parameters of one module in each other; drop all of them or none"
+        )
+
+
+def _scaled(change: Change, factor: float) -> Delta:
+    """The delta at its factor; raises `NeedsBase` where that is no delta of its kind."""
+    if factor == 1:
+        return change.delta
+    try:
+        return change.delta.scaled(factor)
+    except NeedsBase as error:
+        raise NeedsBase(
+            f"{change}: what a multiple of a delta of kind {change.delta.kind} is only its weight tells; "
+            "combine FILE:STRENGTH --base BASE computes it"
+        ) from error
+
+
+def _apply(
+    adapter: Adapter, change: Change, factor: float, tensors: dict[str, Tensor], config: dict[str, Any] | None
+) -> None:
+    """Puts a factor where the change's scale is kept: an alpha of its own, the config's, or else its factors."""
+    by_leaf = {found.leaf: key for key in change.keys if (found := spelled(key))}
+    alpha = by_leaf.get("alpha")
+    # Where both sides of a LoKr are whole, alpha is ignored.
+    if alpha is not None and alpha in adapter.alphas and change.delta.scale is not None:
+        tensors[alpha] = times(adapter.alphas[alpha], factor)
+    elif config and config.get("peft_type") == "LORA" and change.delta.kind in OF_CONFIG:
+        config["alpha_pattern"] = _alpha_pattern(change, factor, config)
+    else:
+        tensors |= _folded(change, factor, by_leaf)
+
+
+def _alpha_pattern(change: Change, factor: float, config: Mapping[str, Any]) -> dict[str, float]:
+    """PEFT's alphas, with that of one module before all others; its bias has the alpha of its factors."""
+    before: dict[str, float] = config.get("alpha_pattern") or {}
+    down = next((tensor for leaf, tensor in change.delta.leaves().items() if leaf.endswith("down")), None)
+    if down is None or change.delta.scale is None:
+        return before
+    rank = len(down)
+    pattern = pattern_of(_path(change.module))
+    alpha = change.delta.scale * factor * (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return {pattern: whole_number(alpha), **{key: value for key, value in before.items() if key != pattern}}
+
+
+def _folded(change: Change, factor: float, by_leaf: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of a delta that a factor goes into."""
+    delta: Any = change.delta
+    before = delta.leaves()
+    after = replace(delta, scale=factor).folded().leaves() if "scale" in delta.__slots__ else {}
+    changed = {leaf: tensor for leaf, tensor in after.items() if tensor is not before[leaf]}
+    if not changed or not changed.keys() <= by_leaf.keys():
+        raise Unsupported(f"a delta of kind {delta.kind} has no place for a factor; convert --to-lora makes a LoRA of it")
+    return {by_leaf[leaf]: tensor for leaf, tensor in changed.items()}
+
+
+def _path(module: Module) -> str:
+    return module.stem.removeprefix(CONTAINER)
+
+
+def _metadata(
+    adapter: Adapter, kept: Sequence[Change], factors: Mapping[Module, float], history: Mapping[str, Any]
+) -> dict[str, str]:
+    """The file's own metadata, with what it says of alpha made true and without a hash that is no longer right, and what was
+    done."""
+    metadata = {key: value for key, value in adapter.metadata.items() if key != STALE[0]}
+    if "ss_network_alpha" in metadata and any(factors[change.module] != 1 for change in kept):
+        loras = [change for change in kept if "down" in change.delta.leaves() and change.delta.scale is not None]
+        alphas = [c.delta.scale * len(c.delta.leaves()["down"]) * factors[c.module] for c in loras if c.delta.scale]
+        metadata["ss_network_alpha"] = one_or_dynamic(alphas)
+    return metadata | entry("edit", [named(adapter.path)], adapter.metadata, **history)
+
+
+def _compare(expected: Sequence[tuple[Change, Delta]], again: Stored) -> None:
+    """Raises `InvalidAdapter` where what was written is not what it should be."""
+    for change, delta in expected:
+        with about(change):
+            back = found_in(again, change.stem, change)
+            error = difference(delta, back) if back else math.inf
+            if not error <= EXACT:
+                raise InvalidAdapter(f"differs by {error:.2e} when it is read back: nothing is written")

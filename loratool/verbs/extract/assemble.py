@@ -1,0 +1,72 @@
+"""What was extracted, parameter by parameter, as the changes of one adapter, and what that has to leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+
+from loratool.adapter.approximate import room_for
+from loratool.adapter.load import Change
+from loratool.base.pairs import Pair
+from loratool.deltas import ExpertLoRA, Replace
+from loratool.verbs.extract.forms import BESIDE_LORA, LORA, REPLACED
+from loratool.verbs.extract.outcomes import Extraction, Outcome
+
+NOT_KEPT: Final = "the rule kept no rank of it"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A pair and how the output will hold it; without a `form`, `why` it cannot."""
+
+    pair: Pair
+    form: str | None
+    why: str = ""
+
+
+def assembled(
+    items: Sequence[Item], outcomes: Mapping[int, Outcome], work: Extraction
+) -> tuple[list[Change], dict[int, str]]:
+    """The changes that are held, in the base's order, and by its number why each other item is left out."""
+    lost = {number: items[number].why or NOT_KEPT for number, outcome in outcomes.items() if outcome.delta is None}
+    held = {number for number in outcomes if number not in lost}
+    matrices = {items[number].pair.module for number in held if items[number].form == LORA}
+    changes: list[Change] = []
+    for number in sorted(held):
+        item, delta = items[number], outcomes[number].delta
+        assert delta is not None
+        if item.form == BESIDE_LORA and item.pair.module not in matrices:
+            # PEFT and diffusers hold a bias beside a LoRA only: one that adds nothing.
+            nothing = room_for(_weight_shape(item, items), 1, torch.zeros(1, dtype=delta.dense().dtype))
+            changes.append(Change(item.pair.module, "weight", nothing))
+        changes.append(Change(item.pair.module, item.pair.parameter, delta))
+    return _alike(changes) + _siblings(items, changes, work), lost
+
+
+def _alike(changes: list[Change]) -> list[Change]:
+    """Stacked experts filled up to one rank: PEFT's config has no pattern for them."""
+    ranks = [change.delta.rank for change in changes if isinstance(change.delta, ExpertLoRA)]
+    return [
+        replace(change, delta=change.delta.padded(max(ranks))) if isinstance(change.delta, ExpertLoRA) else change
+        for change in changes
+    ]
+
+
+def _weight_shape(item: Item, items: Sequence[Item]) -> tuple[int, ...]:
+    return next(
+        other.pair.shape for other in items if other.pair.module == item.pair.module and other.pair.parameter == "weight"
+    )
+
+
+def _siblings(items: Sequence[Item], changes: Sequence[Change], work: Extraction) -> list[Change]:
+    """The unchanged parameters of modules of which another is replaced: PEFT's modules_to_save are whole modules."""
+    replaced = {change.module for change in changes if change.delta.kind == "replace"}
+    there = {(change.module, change.parameter) for change in changes}
+    return [
+        Change(pair.module, pair.parameter, Replace(work.tuned.at(pair.tuned), item.form))
+        for item in items
+        if (pair := item.pair).module in replaced and item.form in REPLACED and (pair.module, pair.parameter) not in there
+    ]

@@ -1,0 +1,293 @@
+"""`extract`: the best low-rank adapter of W' − W₀, its error measured, and nothing left out without a word."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from loratool import __version__
+from loratool.adapter.write import require_room, write_as
+from loratool.archs import ARCHS, Arch
+from loratool.base.base import Weights
+from loratool.base.pairs import Pair, Pairing, paired
+from loratool.errors import LoratoolError, OutputError, ShapeMismatch, of_file, some
+from loratool.files.header import DTYPE_OPTIONS
+from loratool.files.layout import require_weights
+from loratool.files.output import check_target
+from loratool.files.tensors import DTYPES
+from loratool.formats.leaves import CONTAINER
+from loratool.formats.prefixes import VAE
+from loratool.formats.table import Format, format_named
+from loratool.keys.resolve import archs_of, placed
+from loratool.keys.routes import as_named
+from loratool.names import Module
+from loratool.numbers.devices import Lanes, lanes
+from loratool.numbers.factor import Split
+from loratool.numbers.ranks import Budget, Rule
+from loratool.numbers.threads import Progress, peak_bytes
+from loratool.schema import WEIGHT
+from loratool.verbs.extract.assemble import Item, assembled
+from loratool.verbs.extract.forms import EXPERTS, LORA, form_of, no_place
+from loratool.verbs.extract.job import Job
+from loratool.verbs.extract.journal import Journal
+from loratool.verbs.extract.outcomes import Extracted, Extraction, Outcome
+from loratool.verbs.merge.plan import Choice
+
+DIFFERENCES: Final = ("diff", "diff_b", "w_norm", "b_norm")
+"""Leaves that not everybody reads."""
+SIDEWAYS: Final = ("gpt_oss", "llama4", "llama4_text")
+"""Models whose stacked experts are stored as (experts, in, out), which PEFT knows by their classes (is_transposed)."""
+QUANTISED: Final = "a difference to it is that of the quantisation; extract from the 16-bit originals"
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractOptions:
+    """What to extract and how to store it: `to`, a format's name, `arch`, the base's where its names fit several, the dtype
+    of factors (None: as the tuned weights), the side of the singular values, and a quantile that kohya's tools cut at."""
+
+    to: str | None = None
+    arch: str | None = None
+    dtype: str | None = None
+    split: Split = "even"
+    clamp: float | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    device: str = "auto"
+    dry_run: bool = False
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A change that the output does not hold: why, ‖W' − W₀‖ of it, and its share of the square of all."""
+
+    name: str
+    why: str
+    norm: float
+    share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractReport:
+    """What an extraction found: every parameter that changed and how it is held, what is left out, how many did not change.
+
+    `norm` is ‖W' − W₀‖ over all that was compared, and `error` the relative error of it with what is left out counted as
+    wholly lost. With `dry_run`, `modules` are those that would be extracted if they changed, and `nbytes` the size at most
+    (0: the rule tells no rank before it sees a spectrum).
+    """
+
+    out: str
+    format: str
+    arch: str
+    modules: tuple[Extracted, ...]
+    left_out: tuple[LeftOut, ...]
+    unchanged: int
+    excluded: int
+    norm: float
+    error: float
+    nbytes: int
+    seconds: float
+    peak_bytes: int
+    device: str
+    dry_run: bool
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> Extracted | None:
+        """The module with the largest relative error."""
+        return max(self.modules, key=lambda module: module.error, default=None)
+
+
+def extract(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    rule: Rule | Budget,
+    options: ExtractOptions | None = None,
+    progress: Progress | None = None,
+) -> ExtractReport:
+    """Writes to `out` the adapter that makes the checkpoint `tuned` of `base`, as well as its rank allows.
+
+    Each is a safetensors file, a folder of Hugging Face or one of diffusers; their names may differ by a prefix, or be those
+    of one architecture in two namings. Differences are taken in float32. The best approximation at each rank is found by
+    `krylov.leading`; `rule` says the rank of each module, or shares a budget over all.
+
+    Raises `LoratoolError` and leaves nothing behind where they are not the same model, a number is not finite, nothing
+    changed, or the output cannot be written.
+    """
+    started, options, out = time.monotonic(), options or ExtractOptions(), Path(out).expanduser()
+    on = lanes(options.device)
+    weights = (Weights(Path(base).expanduser(), pinned=on.pinned), Weights(Path(tuned).expanduser(), pinned=on.pinned))
+    for each in weights:
+        require_weights(each.layout, QUANTISED)
+    pairing = paired(*weights, Choice(include=options.include, exclude=options.exclude).takes)
+    job = _job(weights, pairing.pairs, out, rule, options, on, progress)
+    if options.dry_run:
+        return _foreseen(job, pairing, out)
+    journal = Journal(out, _said(job, options)) if options.resume else None
+    job = replace(job, journal=journal)
+    try:
+        with of_file(weights[1].layout.root):
+            report = _extracted(job, pairing, out, options)
+    except LoratoolError as error:
+        # What is wrong with the input will be so the next time; a disk may have room again.
+        if journal and not isinstance(error, OutputError):
+            journal.discard()
+        raise
+    if journal:
+        journal.discard()
+    return replace(report, seconds=time.monotonic() - started, peak_bytes=peak_bytes())
+
+
+def _extracted(job: Job, pairing: Pairing, out: Path, options: ExtractOptions) -> ExtractReport:
+    outcomes = job.run()
+    changes, lost = assembled(job.items, outcomes, job.work)
+    report = _report(job, pairing, out, outcomes, lost)
+    roots = job.work.base.layout.root, job.work.tuned.layout.root
+    if not changes:
+        raise LoratoolError(_nothing(report, *roots))
+    adapter = job.adapter(changes, outcomes, lost)
+    written = write_as(adapter, job.target, job.ways, out, inputs=roots, overwrite=options.overwrite)
+    return replace(report, nbytes=written.nbytes)
+
+
+def _said(job: Job, options: ExtractOptions) -> str:
+    """All that outcomes depend on: the files, the rule and the options."""
+    files = [
+        [str(header.path), header.identity]
+        for weights in (job.work.base, job.work.tuned)
+        for header in weights.layout.files.values()
+    ]
+    document = {"version": __version__, "files": files, "rule": asdict(job.rule), "options": asdict(options)}
+    return json.dumps(document, default=str)
+
+
+def _job(
+    weights: tuple[Weights, Weights],
+    pairs: Sequence[Pair],
+    out: Path,
+    rule: Rule | Budget,
+    options: ExtractOptions,
+    on: Lanes,
+    progress: Progress | None,
+) -> Job:
+    """What is to be done, with everything checked that can be before a tensor is read."""
+    base, tuned = weights
+    modules = list(dict.fromkeys(pair.module for pair in pairs if pair.module.component != VAE))
+    found = archs_of(base.layout, modules, options.arch)
+    target = format_named(options.to or _usual(found[0], base))
+    if target.whole == CONTAINER and base.layout.config().get("architectures") and not options.arch:
+        # What transformers saved is called in PEFT what it is called there: of one CLIP, several tables say other things.
+        found = [
+            as_named(modules, found[0].name, found[0].title if len(found) == 1 else f"the model in {base.layout.root.name}")
+        ]
+    require_room(target, out)
+    inputs = [base.layout.root, tuned.layout.root]
+    check_target(out, folder=target.folder, overwrite=options.overwrite, inputs=inputs)
+    arch, ways, reasons = placed(modules, found, target)
+    matrices = {pair.module.stem for pair in pairs if len(pair.shape) > 1 and pair.parameter == WEIGHT and not pair.raw}
+    items = tuple(_item(base, pair, target, matrices, reasons) for pair in pairs)
+    _require_alike(items, weights)
+    dtype = DTYPES[DTYPE_OPTIONS[options.dtype]] if options.dtype else None
+    work = Extraction(base, tuned, on, dtype, options.split, options.clamp)
+    return Job(work, items, rule, arch, target, ways, progress)
+
+
+def _usual(arch: Arch, base: Weights) -> str:
+    """The format that a model's users expect: PEFT for what transformers saved, and for what has no table; kohya for image
+    models in one file."""
+    if arch not in ARCHS or base.layout.config().get("architectures"):
+        return "peft"
+    return "diffusers" if base.layout.is_folder else "kohya"
+
+
+def _item(base: Weights, pair: Pair, target: Format, matrices: Container[str], reasons: Mapping[Module, str]) -> Item:
+    form, what = form_of(pair, target, matrices)
+    if form == EXPERTS and base.layout.config().get("model_type") in SIDEWAYS:
+        return Item(pair, None, "PEFT takes its stacked experts to be stored as (in, out), which is not looked into here")
+    if form is None or pair.module.component == VAE:
+        return Item(pair, None, no_place(pair, target, what))
+    return Item(pair, None, reasons[pair.module]) if pair.module in reasons else Item(pair, form)
+
+
+def _require_alike(items: Sequence[Item], weights: tuple[Weights, Weights]) -> None:
+    """Raises `ShapeMismatch` for parameters of unlike shapes, but for vocabularies of unlike length."""
+    unlike = [
+        f"{pair} is {list(pair.shape)} in {weights[0].layout.root} and {list(pair.tuned_shape)} in {weights[1].layout.root}"
+        for item in items
+        if (pair := item.pair).shape != pair.tuned_shape and (pair.shape[1:] != pair.tuned_shape[1:] or item.form == LORA)
+    ]
+    if unlike:
+        raise ShapeMismatch(f"{some(unlike, 3)}; both must be the same model, or leave these out with --exclude")
+
+
+def _report(
+    job: Job, pairing: Pairing, out: Path, outcomes: Mapping[int, Outcome], lost: Mapping[int, str]
+) -> ExtractReport:
+    squares = {number: outcome.figures.norm**2 for number, outcome in outcomes.items()}
+    whole = math.fsum(squares.values())
+    held = [outcome.figures for number, outcome in outcomes.items() if number not in lost]
+    missing = math.fsum((figures.error * figures.norm) ** 2 for figures in held) + math.fsum(
+        squares[number] for number in lost
+    )
+    left_out = [
+        LeftOut(str(job.items[number].pair), why, outcomes[number].figures.norm, squares[number] / whole if whole else 0.0)
+        for number, why in lost.items()
+    ]
+    return ExtractReport(
+        out=str(out),
+        format=job.target.title,
+        arch=job.arch.title,
+        modules=tuple(held),
+        left_out=tuple(sorted(left_out, key=lambda item: -item.norm)),
+        unchanged=len(job.items) - len(outcomes),
+        excluded=len(pairing.excluded),
+        norm=math.sqrt(whole),
+        error=math.sqrt(missing / whole) if whole else 0.0,
+        nbytes=0,
+        seconds=0.0,
+        peak_bytes=0,
+        device=job.work.lanes.title,
+        dry_run=False,
+        warnings=(*pairing.notes, *_read_by_few(held), *job.work.lanes.notes()),
+    )
+
+
+def _read_by_few(held: Sequence[Extracted]) -> Iterator[str]:
+    count = sum(figures.held in DIFFERENCES for figures in held)
+    if count:
+        yield (
+            f"{count} biases and norms are held as differences (diff_b, w_norm), which ComfyUI, A1111 and LyCORIS read; "
+            "diffusers refuses the file, others ignore them: --exclude '*.bias' --exclude '*norm*' leaves them out"
+        )
+
+
+def _foreseen(job: Job, pairing: Pairing, out: Path) -> ExtractReport:
+    """What would be extracted if every parameter had changed, from the headers alone."""
+    outcomes = {number: job.imagined(number, _rank(job, item)) for number, item in enumerate(job.items)}
+    lost = {number: item.why for number, item in enumerate(job.items) if not item.form}
+    known = all(outcome.delta for number, outcome in outcomes.items() if number not in lost)
+    report = _report(job, pairing, out, outcomes, lost)
+    return replace(report, nbytes=job.size(outcomes, {}) if known else 0, dry_run=True)
+
+
+def _rank(job: Job, item: Item) -> int:
+    """The rank that an item will have, where the rule tells it before it sees a spectrum; else 0."""
+    rule = job.rule.of(item.pair.shape) if isinstance(job.rule, Rule) else None
+    return int(rule.value) if rule and rule.method == "rank" else 0
+
+
+def _nothing(report: ExtractReport, base: Path, tuned: Path) -> str:
+    if not report.left_out:
+        return f"{tuned}: nothing differs from {base} in the {report.unchanged} parameters that were compared"
+    reasons: dict[str, list[str]] = {}
+    for left in report.left_out:
+        reasons.setdefault(left.why, []).append(left.name)
+    why = "; ".join(f"{some(names, 2)}: {why}" for why, names in reasons.items())
+    return f"{tuned}: differs from {base}, but nothing of it can be written as {report.format}: {why}"

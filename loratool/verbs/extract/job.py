@@ -1,0 +1,221 @@
+"""One extraction: what is to be done, settled before a tensor is read, and the doing of it, by a rule or within a budget."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import TypeVar
+
+import torch
+
+from loratool.adapter.approximate import room_for
+from loratool.adapter.load import Adapter, Change
+from loratool.adapter.same_format import one_or_dynamic
+from loratool.adapter.write import size_as
+from loratool.archs import Arch
+from loratool.deltas import Delta, Full, Replace
+from loratool.errors import Unsupported
+from loratool.files.history import entry
+from loratool.formats.table import Format
+from loratool.keys.routes import Route
+from loratool.names import Module
+from loratool.numbers.budgets import Market, within_error
+from loratool.numbers.devices import AT_ONCE
+from loratool.numbers.ranks import Budget, Offer, Rule
+from loratool.numbers.threads import Progress, run_all, tally
+from loratool.verbs.extract.assemble import Item, assembled
+from loratool.verbs.extract.forms import BESIDE_LORA, EXPERTS, LORA, REPLACED
+from loratool.verbs.extract.journal import Journal
+from loratool.verbs.extract.outcomes import Extracted, Extraction, Outcome, Task
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Every item with its form, the rule, and where each module goes in the format."""
+
+    work: Extraction
+    items: tuple[Item, ...]
+    rule: Rule | Budget
+    arch: Arch
+    target: Format
+    ways: Mapping[Module, Route]
+    progress: Progress | None = None
+    journal: Journal | None = None
+
+    def run(self) -> dict[int, Outcome]:
+        """What became of every item that changed, by its number; raises `LoratoolError`."""
+        numbers = range(len(self.items))
+        if isinstance(self.rule, Rule):
+            return self._outcomes(dict.fromkeys(numbers, self.rule))
+        if any(item.form == EXPERTS for item in self.items):
+            raise Unsupported(
+                "a budget cannot be shared with stacked experts; give --rank or --max-error, or --exclude them"
+            )
+        others = self._outcomes({number: Rule() for number in numbers if self.items[number].form != LORA})
+        market = Market([number for number in numbers if self.items[number].form == LORA], self._offers, self.rule)
+        if self.rule.nbytes is not None:
+            return others | self._at(market.within_bytes(self.rule.nbytes, partial(self.size, others)), market)
+        return self._within_error(others, market, self.rule.error or 0.0)
+
+    def size(self, others: Mapping[int, Outcome], ranks: Mapping[int, int]) -> int:
+        """The bytes of an output whose low-rank modules have these ranks."""
+        outcomes = {**others, **{number: self.imagined(number, rank) for number, rank in ranks.items()}}
+        changes, lost = assembled(self.items, outcomes, self.work)
+        return size_as(self.adapter(changes, outcomes, lost), self.target, self.ways)
+
+    def imagined(self, number: int, rank: int) -> Outcome:
+        """What will become of an item, with sizes and without numbers; of a LoRA whose rank is 0, nothing."""
+        pair, form = self.items[number].pair, self.items[number].form
+        nothing = torch.zeros(1, dtype=self.work.stored_as(pair))
+        delta: Delta | None = None
+        if form == LORA and rank:
+            rank = min(rank, pair.shape[0], math.prod(pair.shape[1:]))
+            delta = room_for(pair.shape, rank, nothing)
+        elif form in REPLACED:
+            delta = Replace(nothing.expand(pair.tuned_shape), form)
+        elif form and form not in (LORA, EXPERTS):
+            delta = Full(nothing.expand(pair.shape), form, 1.0 if form == BESIDE_LORA else None)
+        return Outcome(delta, Extracted(str(pair), form or "", rank if form == LORA else 0, 0.0, 0.0, 0.0, 0.0, None))
+
+    def adapter(self, changes: Sequence[Change], outcomes: Mapping[int, Outcome], lost: Mapping[int, str]) -> Adapter:
+        """The adapter to write, with what its readers want to know."""
+        layout = self.work.base.layout
+        config = layout.config()
+        about = {"base_model_name_or_path": config.get("_name_or_path") or str(layout.root)}
+        if str((config.get("architectures") or [""])[0]).endswith("ForCausalLM"):
+            about["task_type"] = "CAUSAL_LM"
+        ranks = [outcome.figures.rank for number, outcome in outcomes.items() if number not in lost and outcome.figures.rank]
+        metadata = self._provenance(outcomes, lost) | {"format": "pt"}
+        if self.target.flat:
+            metadata |= _network(ranks)
+        return Adapter(layout.root, tuple(changes), metadata, config=about)
+
+    def _within_error(self, others: Mapping[int, Outcome], market: Market, error: float) -> dict[int, Outcome]:
+        """The fewest bytes at a total error, which what is stored must meet with its rounding."""
+        whole = market.total + math.fsum(outcome.figures.norm**2 for outcome in others.values())
+        lost = _left(others)
+
+        def spent(allowed: float) -> dict[int, Outcome]:
+            return {**others, **self._at(market.within_error(max(allowed - lost, 0.0)), market)}
+
+        return within_error(error, whole, spent, _left)
+
+    def _at(self, ranks: Mapping[int, int], market: Market) -> dict[int, Outcome]:
+        """The outcomes at given ranks; what got none is only measured."""
+        return self._outcomes({number: Rule("rank", ranks[number]) if number in ranks else None for number in market.offers})
+
+    def _outcomes(self, rules: Mapping[int, Rule | None]) -> dict[int, Outcome]:
+        kept = {number: self._kept(number, rule) for number, rule in rules.items()}
+        rest = {number: rule for number, rule in rules.items() if kept[number] is None}
+
+        def done(number: int, outcome: Outcome) -> None:
+            if self.journal:
+                self.journal.put(_key(number, rules[number]), outcome)
+
+        found = self._each(rest, self.work.outcomes, done)
+        return dict(sorted({**{number: each for number, each in kept.items() if each}, **found}.items()))
+
+    def _kept(self, number: int, rule: Rule | None) -> Outcome | None:
+        """What an interrupted run left of an item."""
+        return self.journal.get(_key(number, rule)) if self.journal else None
+
+    def _offers(self, rules: Mapping[int, Rule]) -> dict[int, Offer]:
+        return self._each(rules, self.work.offers)
+
+    def _each(
+        self,
+        rules: Mapping[int, Rule | None],
+        compute: Callable[[Sequence[Task], torch.device], list[T | None]],
+        done: Callable[[int, T], None] = lambda number, result: None,
+    ) -> dict[int, T]:
+        """What `compute` makes of each item, the largest first, those of one shape together where the device gains by it; in
+        order, without those that come to nothing."""
+        found: dict[int, T] = {}
+        sizes = {number: self.work.nbytes(self.items[number].pair) for number in rules}
+        batches = self._batches(rules)
+        add = tally(sum(sizes.values()), self.progress)
+
+        def piece(numbers: Sequence[int]) -> list[T | None]:
+            tasks = [Task(self.items[number].pair, self.items[number].form, rules[number]) for number in numbers]
+            results = self.work.lanes.each(str(tasks[0].pair), tasks, compute)
+            for number, result in zip(numbers, results, strict=True):
+                if result is not None:
+                    done(number, result)
+            return results
+
+        def finished(index: int, results: list[T | None]) -> None:
+            for number, result in zip(batches[index], results, strict=True):
+                if result is not None:
+                    found[number] = result
+            add(sum(sizes[number] for number in batches[index]))
+
+        run_all((partial(piece, numbers) for numbers in batches), finished, threading.Event())
+        return {number: found[number] for number in sorted(found)}
+
+    def _batches(self, rules: Mapping[int, Rule | None]) -> list[list[int]]:
+        """Numbers of items, the largest first: one by one, or on a device that numbers travel to as many of one shape and
+        rule as it is given at once."""
+
+        def size(number: int) -> int:
+            return self.work.nbytes(self.items[number].pair)
+
+        def alike(number: int) -> tuple[object, ...]:
+            rule = rules[number]
+            return size(number), self.items[number].pair.shape, self.items[number].form, rule and rule.expected
+
+        ordered = sorted(rules, key=lambda number: (-size(number), str(alike(number))))
+        batches: list[list[int]] = []
+        for _, group in groupby(ordered, key=alike):
+            numbers = list(group)
+            each = 4 * max(math.prod(self.items[numbers[0]].pair.shape), 1)
+            count = max(1, AT_ONCE // each) if self.work.lanes.staged else 1
+            batches += [numbers[start : start + count] for start in range(0, len(numbers), count)]
+        return batches
+
+    def _provenance(self, outcomes: Mapping[int, Outcome], lost: Mapping[int, str]) -> dict[str, str]:
+        """A short account, without times or paths, so that equal runs write equal bytes, and with numbers of equal width, so
+        that its length is known before they are."""
+        held = {str(self.items[number].pair): outcome.figures for number, outcome in outcomes.items() if number not in lost}
+        document = {
+            "base": self.work.base.layout.root.name[:100],
+            "tuned": self.work.tuned.layout.root.name[:100],
+            "rule": dict(_rule(self.rule)),
+            "columns": ["held", "rank", "norm", "error"],
+            "modules": {
+                name: f"{figures.held} {figures.rank} {figures.norm:.4e} {figures.error:.4e}"
+                for name, figures in held.items()
+            },
+            "left_out": {str(self.items[number].pair): f"{outcomes[number].figures.norm:.4e}" for number in lost},
+        }
+        return entry("extract", (), {}, **document)
+
+
+def _key(number: int, rule: Rule | None) -> str:
+    """What an outcome is called in the journal."""
+    return f"{number}-{rule.method if rule else 'none'}-{rule.value if rule else 0:g}"
+
+
+def _left(outcomes: Mapping[int, Outcome]) -> float:
+    """The square of what outcomes leave out."""
+    return math.fsum((outcome.figures.error * outcome.figures.norm) ** 2 for outcome in outcomes.values())
+
+
+def _rule(rule: Rule | Budget) -> Iterator[tuple[str, float]]:
+    if isinstance(rule, Rule):
+        yield rule.method, rule.value
+    elif rule.nbytes is not None:
+        yield "size", rule.nbytes
+    elif rule.error is not None:
+        yield "total_error", rule.error
+
+
+def _network(ranks: Sequence[int]) -> dict[str, str]:
+    """What kohya's tools look for in the metadata."""
+    rank = one_or_dynamic(ranks)
+    return {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}

@@ -1,0 +1,80 @@
+"""Outcomes that are kept beside the output until it is complete, so that an extraction that was cut off can go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+from safetensors.torch import save_file
+
+from loratool.deltas import Delta, ExpertLoRA, Full, LoRA, Replace
+from loratool.errors import OutputError
+from loratool.files.header import read_header
+from loratool.files.tensors import TensorFile
+from loratool.verbs.extract.outcomes import Extracted, Outcome
+
+SUFFIX: Final = ".partial"
+JOB: Final = "job.json"
+
+
+class Journal:
+    """The folder of one job's outcomes: those of an earlier run of the same `job`, if there was one, and this one's.
+
+    `job` says all that outcomes depend on; a folder of another job is emptied. Raises `OutputError` for one of anybody else.
+    """
+
+    def __init__(self, out: Path, job: str) -> None:
+        self.folder = out.with_name(out.name + SUFFIX)
+        said = self.folder / JOB
+        if self.folder.exists() and not said.is_file():
+            raise OutputError(
+                f"{self.folder}: exists and is not what an extraction left behind; move it, or choose another OUT"
+            )
+        if not said.is_file() or said.read_text() != job:
+            self.discard()
+            self.folder.mkdir()
+            said.write_text(job)
+
+    def get(self, key: str) -> Outcome | None:
+        """The outcome kept under `key`; None where there is none."""
+        path = self._path(key)
+        if not path.exists():
+            return None
+        header = read_header(path)
+        with TensorFile(header) as file:
+            tensors = {name: file.read(info) for name, info in header.tensors.items()}
+        said = json.loads(header.metadata["outcome"])
+        kind, rank = said.pop("kind"), said["figures"]["rank"]
+        builders: dict[str, Callable[[], Delta]] = {
+            "lora": lambda: LoRA.from_leaves(tensors, 1.0),
+            "experts": lambda: ExpertLoRA.of(tensors, rank, 1.0),
+            "replace": lambda: Replace.from_leaves(tensors, None),
+            "full": lambda: Full.from_leaves(tensors, said["scale"]),
+        }
+        delta = builders[kind]() if kind else None
+        return Outcome(delta, Extracted(**said["figures"]))
+
+    def put(self, key: str, outcome: Outcome) -> None:
+        """Keeps an outcome, wholly or not at all."""
+        delta, path = outcome.delta, self._path(key)
+        said = {
+            "kind": delta.kind if delta else "",
+            "scale": delta.scale if delta else None,
+            "figures": asdict(outcome.figures),
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in delta.leaves().items()} if delta else {}
+        beside = path.with_suffix(".tmp")
+        save_file(tensors, beside, {"outcome": json.dumps(said)})
+        os.replace(beside, path)
+
+    def discard(self) -> None:
+        """Removes the folder and all that is kept."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"

@@ -1,0 +1,83 @@
+"""Where in a network an adapter acts: ‖ΔW‖ by block and by what its modules are called there."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from loratool.adapter.load import Adapter
+from loratool.archs import ARCHS, Arch
+from loratool.archs.blocks import LENGTHS, block_of
+from loratool.keys.resolve import explained
+from loratool.keys.routes import as_named
+from loratool.names import Module
+from loratool.verbs.compare.adapters import norm_of
+
+REPEATED: Final = re.compile(r".*\b(?:\w*blocks?|layers?|resnets|attentions|h|refiner)\.\d+\.")
+"""What stands before the name that a module has in every block of its sort."""
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """‖ΔW‖ of each block (`rows`) and sort of module (`columns`); None where there is no such module. What no factor tells
+    the norm of without a base is counted as `unmeasured`."""
+
+    arch: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    cells: tuple[tuple[float | None, ...], ...]
+    unmeasured: int
+
+    @property
+    def largest(self) -> float:
+        return max((cell for row in self.cells for cell in row if cell is not None), default=0.0)
+
+
+def architecture(adapter: Adapter, modules: Sequence[Module], name: str | None = None, length: int = 0) -> Arch:
+    """The architecture that blocks are named by: the one asked for, else one that explains all modules. Of look-alikes,
+    which have the same blocks, it is one that has a vector of `length` block weights."""
+    if name:
+        return next(arch for arch in ARCHS if arch.name == name)
+    found = explained([adapter]) or [as_named(modules, "unknown", "a model without a table")]
+    return next((arch for arch in found if length in LENGTHS.get(arch.name, ())), found[0])
+
+
+def sort_of(arch: Arch, module: Module) -> str:
+    """What a module is called in each block that has one like it: attn1.to_q."""
+    places = arch.places(module)
+    path = places[0][1].parts[0] if places else module.path
+    found = REPEATED.match(path)
+    return path[found.end() :] if found else path
+
+
+def map_of(adapter: Adapter) -> Map:
+    """The map of an adapter, from its factors; raises `LoratoolError`."""
+    modules = list(dict.fromkeys(change.module for change in adapter.changes))
+    arch = architecture(adapter, modules)
+    squares: dict[tuple[str, str], float] = {}
+    unmeasured = 0
+    for change in adapter.changes:
+        norm = norm_of(change.delta) if change.delta.additive and not change.apart else None
+        if norm is None:
+            unmeasured += 1
+            continue
+        cell = block_of(arch, change.module), sort_of(arch, change.module)
+        squares[cell] = squares.get(cell, 0.0) + norm**2
+    return _laid_out(arch.title, squares, unmeasured)
+
+
+def _laid_out(arch: str, squares: Mapping[tuple[str, str], float], unmeasured: int) -> Map:
+    rows = tuple(sorted({row for row, _ in squares}, key=natural))
+    columns = tuple(sorted({column for _, column in squares}))
+    cells = tuple(
+        tuple(math.sqrt(squares[row, column]) if (row, column) in squares else None for column in columns) for row in rows
+    )
+    return Map(arch, rows, columns, cells, unmeasured)
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts numbers inside names by their value."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

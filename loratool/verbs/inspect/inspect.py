@@ -1,0 +1,263 @@
+"""`inspect`: what a file is and why, from its header alone. No torch, unless values are asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import isfinite, prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.errors import InvalidAdapter
+from loratool.files.header import Header
+from loratool.files.history import chain_of
+from loratool.files.layout import INDEX_SUFFIX, PIPELINE, SINGLE_NAMES, Layout, open_layout
+from loratool.formats.prefixes import base_component
+from loratool.formats.recognise import refusal, trainer
+from loratool.keys.detect import Verdict, detect, inputs_of
+from loratool.keys.listing import Group, Listing, is_adapter_folder, read_listing
+from loratool.verbs.inspect.describe import format_of, leaves_of, summarised, suspicions
+
+if TYPE_CHECKING:
+    from loratool.verbs.inspect.values import Values
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleReport:
+    """One delta of one module: the shape of its weight where known, its rank, alpha, and scale (alpha over
+    rank, or over its root for rsLoRA; 1 without an alpha)."""
+
+    name: str
+    component: str
+    kind: str
+    shape: tuple[int, ...] | None
+    rank: int | None
+    alpha: float | None
+    scale: float | None
+    dtype: str
+    nbytes: int
+    values: Values | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReport:
+    """What `inspect` finds in an adapter. Bytes are those of tensors; `share` is of the weights it changes; `history` is
+    what loratool did to it, the last command first."""
+
+    path: str
+    format: str
+    trainer: str | None
+    arch: Verdict
+    components: Mapping[str, int]
+    kinds: Mapping[str, int]
+    ranks: Mapping[int, int]
+    alphas: Mapping[str, int]
+    dtypes: Mapping[str, int]
+    nbytes: int
+    parameters: int
+    share: float | None
+    metadata: Mapping[str, str]
+    history: tuple[Mapping[str, Any], ...]
+    suspicions: tuple[str, ...]
+    modules: tuple[ModuleReport, ...]
+    what: str = "adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointReport:
+    """What `inspect` finds in a base checkpoint."""
+
+    path: str
+    format: str
+    arch: Verdict
+    components: Mapping[str, int]
+    dtypes: Mapping[str, int]
+    nbytes: int
+    parameters: int
+    tensors: int
+    files: tuple[str, ...]
+    metadata: Mapping[str, str]
+    history: tuple[Mapping[str, Any], ...]
+    suspicions: tuple[str, ...]
+    what: str = "checkpoint"
+
+
+def inspect(path: str | Path, *, values: bool = False, base: str | Path | None = None) -> AdapterReport | CheckpointReport:
+    """Says what the adapter or checkpoint at `path` is; with `values`, reads its tensors too (this imports torch).
+
+    `base`, a checkpoint, makes the adapter's share of parameters one of that whole base. Raises `LoratoolError`.
+    """
+    path = Path(path)
+    found = _listing(path)
+    if found is None:
+        return _checkpoint(open_layout(path))
+    whole = sum(info.numel for _, info in open_layout(Path(base)).tensors.values()) if base else None
+    return _adapter(found, whole, values=values)
+
+
+def adapters_in(folder: Path) -> list[Path] | None:
+    """The adapters in a folder that is only where they are kept, in order; None for a model's folder, or an adapter's."""
+    if not folder.is_dir() or is_adapter_folder(folder):
+        return None
+    names = {entry.name for entry in folder.iterdir()}
+    if names & {*SINGLE_NAMES, PIPELINE, "config.json"} or any(name.endswith(INDEX_SUFFIX) for name in names):
+        return None
+    found = [entry for entry in folder.iterdir() if entry.suffix == ".safetensors" or is_adapter_folder(entry)]
+    if not found or (len(found) == 1 and found[0].is_file()):
+        return None
+    return sorted(found, key=lambda entry: entry.name.casefold())
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether `path` is an adapter and no checkpoint, by its header or what is in the folder."""
+    return _listing(path) is not None
+
+
+def _listing(path: Path) -> Listing | None:
+    """What an adapter's header says; None for a checkpoint."""
+    if (path.is_dir() and not is_adapter_folder(path)) or path.name.endswith(".index.json"):
+        return None
+    found = read_listing(path)
+    return found if found.groups else None
+
+
+def _adapter(found: Listing, whole: int | None, *, values: bool) -> AdapterReport:
+    tensors = found.header.tensors.values()
+    verdict = detect([(group.module, group.width) for group in found.groups], found.header.metadata)
+    measured = _measure(found) if values else {}
+    modules, problems = _modules(found, measured)
+    parameters = sum(info.numel for leaf, info in leaves_of(found) if leaf != "alpha")
+    touched = sum(prod(module.shape) for module in modules if module.shape)
+    return AdapterReport(
+        path=str(found.path),
+        format=format_of(found, verdict),
+        trainer=trainer(found.header.metadata),
+        arch=verdict,
+        components=Counter(group.module.component or "model" for group in found.groups),
+        kinds=Counter(module.kind for module in modules),
+        ranks=dict(sorted(Counter(module.rank for module in modules if module.rank is not None).items())),
+        alphas=Counter(_alpha_text(module.alpha) for module in modules if module.rank is not None),
+        dtypes=Counter(info.dtype for info in tensors),
+        nbytes=sum(info.nbytes for info in tensors),
+        parameters=parameters,
+        share=parameters / (whole or touched) if whole or touched else None,
+        metadata=summarised(found.header.metadata),
+        history=tuple(chain_of(found.header.metadata)),
+        suspicions=(*problems, *suspicions(found)),
+        modules=modules,
+    )
+
+
+def _measure(found: Listing) -> Mapping[str, Values]:
+    from loratool.verbs.inspect.values import measure
+
+    return measure(found)
+
+
+def _modules(found: Listing, measured: Mapping[str, Values]) -> tuple[tuple[ModuleReport, ...], list[str]]:
+    modules: list[ModuleReport] = []
+    problems: list[str] = []
+    scalars = _scalars(found, problems)
+    for group in found.groups:
+        try:
+            parts = group.parts()
+        except InvalidAdapter as error:
+            problems.append(f"{group.module}: {error}")
+            continue
+        for part in parts:
+            infos = [group.leaves[leaf] for leaf in part.leaves]
+            name = group.name_of(part)
+            alpha, scale = _alpha(found, group, part.rank, scalars)
+            modules.append(
+                ModuleReport(
+                    name=name,
+                    component=group.module.component,
+                    kind=part.label,
+                    shape=part.shape,
+                    rank=part.rank,
+                    alpha=alpha,
+                    scale=scale,
+                    dtype="+".join(sorted({info.dtype for leaf, info in group.leaves.items() if leaf != "alpha"})),
+                    nbytes=sum(info.nbytes for info in infos),
+                    values=measured.get(name),
+                )
+            )
+    return tuple(modules), problems
+
+
+def _scalars(found: Listing, problems: list[str]) -> dict[str, float]:
+    """The alphas that the file itself holds, by tensor name; those that are no number go to `problems`."""
+    scalars = {}
+    for name, value in found.alphas().items():
+        if value is None or not isfinite(value):
+            problems.append(f"{name}: alpha is {'not one number' if value is None else value}")
+        else:
+            scalars[name] = value
+    return scalars
+
+
+def _alpha(
+    found: Listing, group: Group, rank: int | None, scalars: Mapping[str, float]
+) -> tuple[float | None, float | None]:
+    """(alpha, scale) of a module: the file's own alpha, else the config's; None where there is no rank to divide by."""
+    info = group.leaves.get("alpha")
+    if rank is None:
+        return None, None
+    if info is not None:
+        alpha = scalars.get(info.name)
+        return alpha, None if alpha is None else alpha / rank
+    config = found.config(group.module)
+    if config is None or config.alpha_of(group.module.path) is None:
+        return None, 1.0
+    return config.alpha_of(group.module.path), config.scale(group.module.path, rank)
+
+
+def _checkpoint(layout: Layout) -> CheckpointReport:
+    tensors = [info for _, info in layout.tensors.values()]
+    components = Counter(_component(name) for name in layout.tensors)
+    return CheckpointReport(
+        path=str(layout.root),
+        format=_layout_name(layout),
+        arch=_checkpoint_arch(layout),
+        components=components,
+        dtypes=Counter(info.dtype for info in tensors),
+        nbytes=sum(info.nbytes for info in tensors),
+        parameters=sum(info.numel for info in tensors),
+        tensors=len(tensors),
+        files=tuple(layout.files),
+        metadata=summarised(_first_metadata(layout.files.values())),
+        history=tuple(chain_of(_first_metadata(layout.files.values()))),
+        suspicions=(
+            *(why for why in [refusal(layout.tensors)] if why),
+            *(f"{name} is not part of the model and is left alone" for name in layout.left_out),
+        ),
+    )
+
+
+def _layout_name(layout: Layout) -> str:
+    if not layout.is_folder:
+        return "one safetensors file"
+    if len({name.rpartition("/")[0] for name in layout.files}) > 1:
+        return "diffusers folder"
+    return f"{len(layout.files)} shards with an index" if layout.indexes else "folder with one safetensors file"
+
+
+def _checkpoint_arch(layout: Layout) -> Verdict:
+    config = layout.config()
+    if isinstance(config.get("model_type"), str):
+        return Verdict("llm", config["model_type"], "config.json says so (model_type)")
+    return detect(inputs_of(layout), _first_metadata(layout.files.values()))
+
+
+def _component(name: str) -> str:
+    component, prefix, _ = base_component(name)
+    return component or prefix or "model"
+
+
+def _first_metadata(headers: Iterable[Header]) -> Mapping[str, str]:
+    return next((header.metadata for header in headers if header.metadata), {})
+
+
+def _alpha_text(alpha: float | None) -> str:
+    return "none" if alpha is None else f"{alpha:g}"

@@ -1,0 +1,68 @@
+"""What the tensors of an adapter hold: norms and spectra from the factors, NaN, and factors that are all zero."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loratool.adapter.load import delta_of, scale_of
+from loratool.errors import LoratoolError
+from loratool.files.tensors import TensorFile
+from loratool.keys.listing import Group, Listing
+from loratool.numbers.linalg import effective_rank, singular_values
+from loratool.schema import Part
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """One delta measured: ‖ΔW‖_F, its largest singular value, its effective rank, and what is wrong with it, if anything."""
+
+    norm: float
+    largest: float
+    effective_rank: float
+    remark: str = ""
+
+
+def measure(found: Listing) -> dict[str, Values]:
+    """Reads every tensor of the adapter once, module by module; keys are names as `inspect` lists them."""
+    alphas = found.alphas()
+    measured = {}
+    with TensorFile(found.header) as file:
+        for group in found.groups:
+            for part in _parts(group):
+                measured[group.name_of(part)] = _measured(found, group, part, file, alphas)
+    return measured
+
+
+def _parts(group: Group) -> tuple[Part, ...]:
+    try:
+        return group.parts()
+    except LoratoolError:
+        return ()
+
+
+def _measured(found: Listing, group: Group, part: Part, file: TensorFile, alphas: Mapping[str, float | None]) -> Values:
+    tensors = {leaf: file.read(group.leaves[leaf]) for leaf in part.leaves if leaf != "alpha"}
+    remark = _remark(tensors)
+    if remark.startswith("NaN"):
+        return Values(float("nan"), float("nan"), float("nan"), remark)
+    try:
+        delta = delta_of(found, group.module, part, tensors, scale_of(found, group, part, part.rank, alphas))
+        factors = delta.factors()
+        if factors is None:
+            return Values(float(delta.dense().double().norm()), 0.0, 0.0, remark)
+    except LoratoolError as error:
+        return Values(0.0, 0.0, 0.0, str(error))
+    sigma = singular_values(*factors)
+    return Values(float(sigma.norm()), float(sigma.max()), effective_rank(sigma), remark)
+
+
+def _remark(tensors: Mapping[str, Tensor]) -> str:
+    bad = [leaf for leaf, tensor in tensors.items() if not bool(torch.isfinite(tensor.float()).all())]
+    if bad:
+        return f"NaN or Inf in {', '.join(bad)}"
+    zero = [leaf for leaf, tensor in tensors.items() if not bool((tensor.float() != 0).any())]
+    return f"all zero: {', '.join(zero)}" if zero else ""

@@ -1,0 +1,240 @@
+"""What a merge is going to do, settled before the first byte is written: every change has its place, or is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from math import isfinite, prod
+from typing import Any, Final
+
+from loratool.adapter.load import Adapter, Change
+from loratool.deltas import Enlarge
+from loratool.errors import LoratoolError, UnmatchedModules, Unsupported, some
+from loratool.files.header import BITS, TensorInfo
+from loratool.files.layout import Layout
+from loratool.files.tensors import FLOATS
+from loratool.keys.detect import detect
+from loratool.keys.places import EMBEDDINGS, HEAD, Place, Targets
+from loratool.names import Module
+from loratool.schema import WEIGHT
+from loratool.verbs.merge.terms import Term, check_overlap, grows, terms_of
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which of an adapter's changes are merged, and how strongly.
+
+    Globs match a module's name in the file, or its path. `components` multiplies the strength of whole components.
+    """
+
+    strength: float = 1.0
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    components: Mapping[str, float] = field(default_factory=dict)
+
+    def takes(self, module: Module, parameter: str = WEIGHT) -> bool:
+        """Whether the globs let this parameter of `module` through."""
+        names = (module.stem, module.path, f"{module.path}.{parameter}")
+        included = not self.include or _any_match(names, self.include)
+        return included and not _any_match(names, self.exclude)
+
+    def strength_of(self, module: Module) -> float:
+        """The strength at which `module` is merged."""
+        return self.strength * self.components.get(module.component or "model", 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """One tensor of the output: where its values come from, its new dtype and shape, and the terms it receives."""
+
+    name: str
+    file: str
+    source: TensorInfo
+    dtype: str
+    shape: tuple[int, ...]
+    terms: tuple[Term, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Its name inside its file, which in a diffusers folder lacks the component's folder."""
+        folder, slash, _ = self.file.rpartition("/")
+        return self.name.removeprefix(folder + slash)
+
+    @property
+    def touched(self) -> bool:
+        return bool(self.terms) or self.dtype != self.source.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * BITS[self.dtype] // 8
+
+
+CONTROL_INPUTS: Final = ("img_in", "x_embedder")
+"""FLUX's input layer in its two namings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole merge: every tensor of the output, what found no place, and what configs must say afterwards."""
+
+    layout: Layout
+    tensors: Mapping[str, TensorPlan]
+    matched: int
+    unmatched: tuple[str, ...]
+    config: Mapping[str, Any]
+    warnings: tuple[str, ...]
+
+    @property
+    def changed(self) -> tuple[TensorPlan, ...]:
+        return tuple(tensor for tensor in self.tensors.values() if tensor.terms)
+
+
+def make_plan(
+    layout: Layout, adapters: Sequence[tuple[Adapter, Choice]], *, dtype: str | None = None, allow_unmatched: bool = False
+) -> Plan:
+    """Finds the place of every change; raises `UnmatchedModules`, `ShapeMismatch` or another `LoratoolError`."""
+    draft = _Draft(layout)
+    for adapter, choice in adapters:
+        draft.add(adapter, choice)
+    if draft.unmatched and not (allow_unmatched and draft.matched):
+        raise UnmatchedModules(_unmatched_message(draft, adapters))
+    if not draft.matched:
+        raise LoratoolError("nothing to merge: --include and --exclude leave no module of any adapter")
+    tensors = draft.tensors(dtype)
+    warnings = [f"{name} is not part of the model and is left out of the output" for name in layout.left_out]
+    if any(name.startswith("model_ema.") for name in layout.tensors):
+        warnings.append("the base's model_ema copies are left as they were")
+    return Plan(layout, tensors, draft.matched, tuple(map(str, draft.unmatched)), draft.config, tuple(warnings))
+
+
+class _Draft:
+    """Terms by tensor, as they are collected from one adapter after the other."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.targets = Targets(layout)
+        self.terms: dict[str, list[Term]] = {}
+        self.added: dict[str, str] = {}
+        self.unmatched: list[Module] = []
+        self.matched = 0
+        self.config: dict[str, Any] = {}
+
+    def add(self, adapter: Adapter, choice: Choice) -> None:
+        taken = [part for change in adapter.changes if choice.takes(change.module) for part in self._as_stored(change)]
+        lost = {
+            change.module for change in taken if not change.optional and not self._places(change.module, change.parameter)
+        }
+        renamed = self.targets.wrapped(sorted(lost)) if lost else {}
+        mine: dict[str, list[Term]] = {}
+        for change in self._untied(adapter, taken):
+            module = renamed.get(change.module, change.module)
+            places = self._places(module, change.parameter)
+            if not places:
+                if not change.optional:
+                    self.unmatched.append(change.module)
+                continue
+            self.matched += 1
+            stored = self._stored(places[0].tensor)
+            fitted = self._fitted(change, stored.shape)
+            for name, term in terms_of(stored.shape, fitted, places, choice.strength_of(change.module)):
+                mine.setdefault(name, []).append(term)
+        for name, terms in mine.items():
+            check_overlap(adapter, name, terms)
+            self.terms.setdefault(name, []).extend(terms)
+
+    def _fitted(self, change: Change, base: tuple[int, ...]) -> Change:
+        """FLUX's control LoRAs see twice the channels: the base's input layer is padded with zeros first, as ComfyUI does
+        (comfy/lora.py). In a folder of diffusers a config would have to say so too, and there it stays an error."""
+        delta, inputs = change.delta, change.module.path.endswith(CONTROL_INPUTS)
+        if not inputs or delta.kind != "lora" or self.layout.is_folder or delta.shape != (base[0], 2 * base[-1]):
+            return change
+        return replace(change, delta=Enlarge(delta, delta.shape))
+
+    def _as_stored(self, change: Change) -> tuple[Change, ...]:
+        """The change itself, or its parts where the base stores each expert's weights by themselves."""
+        together = not change.apart or self._places(change.module, change.parameter)
+        return (change,) if together else change.apart
+
+    def tensors(self, dtype: str | None) -> dict[str, TensorPlan]:
+        plans = {}
+        for name, (file, info) in self.layout.tensors.items():
+            plans[name] = self._tensor(name, file, info, dtype)
+        for name, source in self.added.items():
+            file, info = self.layout.tensors[source]
+            plans[name] = self._tensor(name, file, info, dtype)
+        return plans
+
+    def _tensor(self, name: str, file: str, info: TensorInfo, dtype: str | None) -> TensorPlan:
+        terms = tuple(self.terms.get(name, ()))
+        if terms and info.dtype not in FLOATS:
+            raise Unsupported(f"{self.layout.root}: {name} is stored as {info.dtype}; an adapter cannot be added to it")
+        stored = dtype if dtype and info.dtype in FLOATS else info.dtype
+        shape = next((term.delta.shape for term in terms if grows(term, info)), info.shape)
+        if shape != info.shape and any(term.delta.kind == "replace" for term in terms):
+            self.config["vocab_size"] = shape[0]
+        return TensorPlan(name, file, info, stored, shape, terms)
+
+    def _untied(self, adapter: Adapter, changes: list[Change]) -> list[Change]:
+        """Keeps tied embeddings what they were in training: the head sees no change that is the embedding's alone.
+
+        Where the adapter itself is tied (PEFT's ensure_weight_tying) the head's copy of the change is left out instead.
+        """
+        for ending in EMBEDDINGS:
+            embedding = ending.removesuffix(".weight")
+            # Trained rows of single tokens are the head's too: PEFT ties them wherever the model does.
+            inputs = [
+                change for change in changes if change.module.path.endswith(embedding) and change.delta.kind != "tokens"
+            ]
+            outputs = [change for change in changes if change.module.path.endswith(HEAD)]
+            places = self.targets.find(inputs[0].module) if inputs else ()
+            if not places or not self.targets.tied:
+                continue
+            if adapter.tied:
+                self.matched += len(outputs)
+                return [change for change in changes if change not in outputs]
+            self._untie(places[0].tensor)
+        return changes
+
+    def _places(self, module: Module, parameter: str) -> tuple[Place, ...]:
+        """Where the base has `module`, a head that is not stored because it is tied to the embedding included."""
+        found = self.targets.find(module, parameter)
+        embedding = self.targets.tied if not found and module.path.endswith(HEAD) else None
+        return (Place(f"{HEAD}.weight", 0, self.layout.info(embedding).shape[0]),) if embedding else found
+
+    def _stored(self, tensor: str) -> TensorInfo:
+        """What the base says of a tensor; asking for a tied head is what unties it."""
+        embedding = self.targets.tied
+        if tensor not in self.layout.tensors and embedding:
+            self._untie(embedding)
+        return self.layout.info(self.added.get(tensor, tensor))
+
+    def _untie(self, embedding: str) -> None:
+        self.added[f"{HEAD}.weight"] = embedding
+        self.config["tie_word_embeddings"] = False
+
+
+def _unmatched_message(draft: _Draft, adapters: Sequence[tuple[Adapter, Choice]]) -> str:
+    count = len(draft.unmatched)
+    pairs = []
+    for module in draft.unmatched[:5]:
+        near = draft.targets.nearest(module)
+        pairs.append(f"{module} (nearest: {near})" if near else str(module))
+    more = f" and {count - 5} more" if count > 5 else ""
+    total = count + draft.matched
+    message = f"{count} of {total} modules have no target in {draft.layout.root}: {'; '.join(pairs)}{more}"
+    verdicts = {detect([(change.module, None) for change in adapter.changes]).title for adapter, _ in adapters}
+    families = f"; the adapter looks like one for {some(sorted(verdicts))}" if verdicts - {"unknown", "undecided"} else ""
+    way_out = "--allow-unmatched leaves them out" if draft.matched else "is the adapter for another model?"
+    return f"{message}{families}; {way_out}"
+
+
+def _any_match(names: tuple[str, ...], globs: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, glob) for name in names for glob in globs)
+
+
+def check_strength(value: float, what: str) -> float:
+    """`value`, if it is finite; raises `LoratoolError` naming `what`."""
+    if not isfinite(value):
+        raise LoratoolError(f"{what}: strength {value} is not a finite number")
+    return value

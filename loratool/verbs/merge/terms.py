@@ -1,0 +1,100 @@
+"""One change cut to its places in the base: nothing is broadcast, and what does not fit is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Final
+
+from loratool.adapter.load import Adapter, Change
+from loratool.deltas import ANY, Delta
+from loratool.errors import LoratoolError, ShapeMismatch
+from loratool.files.header import TensorInfo
+from loratool.keys.places import Place
+
+RESHAPING: Final = frozenset({"replace", "enlarge"})
+"""Kinds after which a weight may have another shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One delta, or a part of one, on output rows `start` to `stop` by `step` of a tensor."""
+
+    change: str
+    delta: Delta
+    strength: float
+    start: int
+    stop: int
+    transposed: bool
+    step: int = 1
+
+
+def terms_of(
+    base: tuple[int, ...], change: Change, places: tuple[Place, ...], strength: float
+) -> Iterable[tuple[str, Term]]:
+    """A change cut to its places in tensors of shape `base`; raises `ShapeMismatch` unless it fits them exactly."""
+    rows = sum(place.rows for place in places)
+    delta, shape = change.delta, change.delta.shape
+    wanted = (rows, *base[1:]) if not places[0].transposed else (rows, *base[:1])
+    if delta.kind in RESHAPING and len(places) == 1:
+        place = places[0]
+        if _may_become(delta, base):
+            return [(place.tensor, Term(str(change), delta, strength, 0, shape[0], transposed=False))]
+    if not _fits(delta, wanted):
+        raise ShapeMismatch(
+            f"{change}: is a change of {_shown(shape)}, its target {places[0].tensor} takes {list(wanted)}: "
+            "the adapter is for another model"
+        )
+    parts = [delta] if len(places) == 1 else delta.split([place.rows for place in places])
+    return [
+        (place.tensor, Term(str(change), part, strength, place.start, place.stop, place.transposed, place.step))
+        for place, part in zip(places, parts, strict=True)
+    ]
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join("any" if size == ANY else str(size) for size in shape) + "]"
+
+
+def _may_become(delta: Delta, base: tuple[int, ...]) -> bool:
+    """Whether a weight of shape `base` may take the delta's: a vocabulary may grow, an enlarged weight in any dimension."""
+    if delta.kind == "replace":
+        return delta.shape[1:] == base[1:]
+    return len(delta.shape) == len(base) and all(new >= old for new, old in zip(delta.shape, base, strict=True))
+
+
+def _fits(delta: Delta, wanted: tuple[int, ...]) -> bool:
+    """Whether a delta can change a weight of exactly the shape `wanted`; nothing is ever broadcast."""
+    if ANY in delta.shape:
+        inputs = (wanted[1], prod(wanted[1:])) if len(wanted) > 1 else (1,)
+        return delta.shape[0] in (ANY, wanted[0]) and (delta.shape[1] == ANY or delta.shape[1] in inputs)
+    if delta.flattened:
+        return (delta.shape[0], prod(delta.shape[1:])) == (wanted[0], prod(wanted[1:]))
+    return _same_but_ones(delta.shape, wanted)
+
+
+def _same_but_ones(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two shapes differ at most in trailing dimensions of 1: a linear layer, and a 1×1 convolution."""
+    return _without_ones(one) == _without_ones(other)
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    kept = list(shape)
+    while len(kept) > 2 and kept[-1] == 1:
+        kept.pop()
+    return tuple(kept)
+
+
+def grows(term: Term, info: TensorInfo) -> bool:
+    """Whether a term leaves its weight with another shape than the stored one."""
+    return term.delta.kind in RESHAPING and term.delta.shape != info.shape
+
+
+def check_overlap(adapter: Adapter, name: str, terms: list[Term]) -> None:
+    """One adapter changes no row twice, but for a replaced weight that receives a LoRA on top."""
+    added = sorted((term for term in terms if term.delta.kind != "replace"), key=lambda term: term.start)
+    for one, other in pairwise(added):
+        if other.start < one.stop and one.change != other.change:
+            raise LoratoolError(f"{adapter.path}: {one.change} and {other.change} both go to {name}; use --exclude for one")

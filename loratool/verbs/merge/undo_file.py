@@ -1,0 +1,238 @@
+"""The undo file of a merge: what leads back from the merged checkpoint to its base, to the bit, without the base.
+
+A safetensors file that holds the adapters as they were read, the headers of the base's files, and for each piece of each
+changed tensor how far the base was from what taking the adapters away again gives: mostly nothing, since that is rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from math import ceil
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from loratool import __version__
+from loratool.adapter.load import Adapter, Unsaid
+from loratool.errors import InvalidFile, Unsupported, some
+from loratool.files.append import ENTRY_BYTES, Appending, Entry
+from loratool.files.header import Header, TensorInfo, open_regular, read_header
+from loratool.files.history import METADATA_KEY
+from loratool.files.output import Output, Writer
+from loratool.files.pickles import PICKLE_SUFFIXES
+from loratool.files.strict_json import strict_json
+from loratool.files.tensors import DTYPES, TensorFile, tensor_bytes
+from loratool.keys.listing import locate
+from loratool.numbers.residuals import packed
+from loratool.numbers.threads import results
+from loratool.verbs.merge import blocks as streaming
+from loratool.verbs.merge.added import Added, rows_of
+from loratool.verbs.merge.blocks import Job
+from loratool.verbs.merge.plan import Choice, Plan, TensorPlan
+from loratool.verbs.merge.segments import matrix
+
+HASH_BYTES: Final = 8 << 20
+"""Bytes of a file that are hashed at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """An adapter of a merge, and all that its terms depend on."""
+
+    adapter: Adapter
+    choice: Choice
+    unsaid: Unsaid
+
+
+class UndoFile:
+    """An undo file on its way out: `follow` each job of the merge, then `finish`. Use it in a `with`."""
+
+    def __init__(self, path: Path, plan: Plan, merged: Sequence[Merged], dtype: str | None, *, overwrite: bool) -> None:
+        self.plan, self.merged, self.dtype = plan, merged, dtype
+        for each in merged:
+            if locate(each.adapter.path)[0].suffix in PICKLE_SUFFIXES:
+                raise Unsupported(f"{each.adapter.path}: is a pickle, which an undo file does not hold; convert it first")
+        inputs = [plan.layout.root, *(each.adapter.path for each in merged)]
+        self._output = Output(path, folder=False, overwrite=overwrite, nbytes=0, inputs=inputs)
+        self._stack = ExitStack()
+        self._numbers = count()
+        pieces = [tensor for tensor in plan.tensors.values() if tensor.touched]
+        self._room = 4096 + sum(_most(tensor) * (len(json.dumps(tensor.name)) + ENTRY_BYTES) for tensor in pieces)
+        # JSON inside JSON: what is escaped in one is escaped again in the other.
+        self._room += sum(len(json.dumps(json.dumps(self._of(each)))) + 4 * ENTRY_BYTES for each in merged)
+        self._room += sum(3 * len(json.dumps(file)) + 4 * ENTRY_BYTES for file in plan.layout.files)
+
+    def __enter__(self) -> UndoFile:
+        output = self._stack.enter_context(self._output)
+        self._file = Appending(self._stack.enter_context(Writer(output.path(""), 0)), self._room)
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._stack.__exit__(*raised)
+
+    def follow(self, job: Job, added: Added) -> Callable[[], None]:
+        """What is to be done once a job is: to keep what leads back from what it wrote."""
+        if job.tensor.name not in self.plan.layout.tensors:
+            return lambda: None
+        return partial(self._keep, next(self._numbers), job, added)
+
+    def finish(self, files: Sequence[str]) -> int:
+        """Writes all the rest, `files` being those that the merge rewrote, and returns the size. The file is complete then,
+        and takes its place with `commit`."""
+        layout = self.plan.layout
+        digests = results(partial(sha256, layout.root / file if file else layout.root) for file in files)
+        of = dict(zip(files, digests, strict=True))
+        for file in files:
+            header = layout.files[file]
+            with TensorFile(header) as source:
+                self._file.copy(f"header/{file}", source.descriptor, header.data_start)
+        kept = [name for name in (*layout.indexes, "config.json") if layout.is_folder and (layout.root / name).is_file()]
+        for name in kept:
+            self._file.append(_bytes(f"file/{name}", (layout.root / name).read_bytes()))
+        for number, each in enumerate(self.merged):
+            for path in filter(None, locate(each.adapter.path)):
+                self._copy_file(f"adapter/{number}/{path.name}", path)
+        document = {
+            "version": __version__,
+            "command": "undo",
+            "dtype": self.dtype,
+            "files": {file: {"sha256": of[file], "size": layout.files[file].size} for file in files},
+            "adapters": [self._of(each) for each in self.merged],
+        }
+        return self._file.finish({METADATA_KEY: json.dumps(document)})
+
+    def commit(self) -> None:
+        """Puts the file in its place."""
+        self._output.commit()
+
+    def withdraw(self) -> None:
+        """Takes it away again, where the merge that it is of did not come to be."""
+        self._output.target.unlink(missing_ok=True)
+
+    def _keep(self, number: int, job: Job, added: Added) -> None:
+        base, merged = _rows(job)
+        raw = packed(base.flatten(), added.taken_from(merged, job.start))
+        self._file.in_turn(number, [_bytes(f"rows/{job.tensor.name}/{job.start}", raw)])
+
+    def _copy_file(self, name: str, path: Path) -> None:
+        descriptor = open_regular(path)
+        try:
+            self._file.copy(name, descriptor, os.fstat(descriptor).st_size)
+        finally:
+            os.close(descriptor)
+
+    def _of(self, each: Merged) -> dict[str, Any]:
+        choice, (_, config) = each.choice, locate(each.adapter.path)
+        return {
+            "name": each.adapter.path.name,
+            "strength": choice.strength,
+            "include": list(choice.include),
+            "exclude": list(choice.exclude),
+            "components": dict(choice.components),
+            "alpha": each.unsaid.alpha,
+            "slots": list(each.unsaid.slots),
+            "folder": config is not None or each.adapter.path.is_dir(),
+        }
+
+
+def _bytes(name: str, raw: bytes) -> Entry:
+    return Entry(name, "U8", (len(raw),), raw)
+
+
+def _most(tensor: TensorPlan) -> int:
+    """As many jobs as a tensor is ever cut into."""
+    return 1 + ceil(tensor.nbytes / streaming.TASK_BYTES)
+
+
+def _rows(job: Job) -> tuple[Tensor, Tensor]:
+    """The rows of a job in the base, and as they were written."""
+    tensor, columns = job.tensor, matrix(job.tensor.shape)[1]
+    merged = torch.empty(job.stop - job.start, columns, dtype=DTYPES[tensor.dtype])
+    job.target.read_into(tensor_bytes(merged), job.offset + job.start * job.row_bytes)
+    # What is changed whole may have another shape than it had.
+    return rows_of(job, tensor.source) if job.by_blocks else job.source.read(tensor.source), merged
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as model hubs show it."""
+    with open(path, "rb", buffering=0) as file:
+        digest, buffer = hashlib.sha256(), bytearray(HASH_BYTES)
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An adapter in an undo file: what it was called, how it was merged, and whether it was a folder."""
+
+    name: str
+    choice: Choice
+    unsaid: Unsaid
+    folder: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Undo:
+    """An undo file as it was read: the dtype of the merge, the files of the base that it led away from, with their sizes and
+    hashes, and the adapters."""
+
+    header: Header
+    dtype: str | None
+    files: Mapping[str, tuple[int, str]]
+    adapters: tuple[Held, ...]
+
+    def starts(self) -> dict[str, list[int]]:
+        """The first row of each piece that is kept of a tensor, in order, by its name."""
+        found: dict[str, list[int]] = {}
+        for name in self.names("rows/"):
+            tensor, _, row = name.rpartition("/")
+            if row.isdecimal():
+                found.setdefault(tensor, []).append(int(row))
+        return {tensor: sorted(rows) for tensor, rows in found.items()}
+
+    def names(self, prefix: str) -> dict[str, TensorInfo]:
+        """What is kept below a prefix, by the rest of its name."""
+        return {name.removeprefix(prefix): info for name, info in self.header.tensors.items() if name.startswith(prefix)}
+
+
+def read_undo(path: Path) -> Undo:
+    """Reads what an undo file says of itself; raises `InvalidFile`."""
+    header = read_header(path)
+    try:
+        document = strict_json(header.metadata.get(METADATA_KEY, "{}").encode())
+        if document.get("command") != "undo":
+            raise InvalidFile(f"{path}: is not an undo file; merge --undo writes one")
+        files = {name: (int(facts["size"]), str(facts["sha256"])) for name, facts in document["files"].items()}
+        adapters = tuple(_adapter(each) for each in document["adapters"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InvalidFile(f"{path}: is not an undo file that this version reads: {error}") from error
+    undo = Undo(header, document.get("dtype"), files, adapters)
+    if any(info.dtype != "U8" or len(info.shape) != 1 for info in header.tensors.values()):
+        raise InvalidFile(f"{path}: is not an undo file that this version reads")
+    whole = set(files) == {""}
+    unsafe = [name for name in (*files, *undo.names("file/")) if not (_inside(name) or (whole and not name))]
+    if unsafe:
+        raise InvalidFile(f"{path}: would write {some(map(repr, unsafe))}, which does not lie in the output")
+    return undo
+
+
+def _inside(name: str) -> bool:
+    """Whether a name leads to somewhere below the folder that it is put behind."""
+    return bool(name) and not {"", ".", ".."} & set(name.split("/")) and "\\" not in name and "\0" not in name
+
+
+def _adapter(said: Mapping[str, Any]) -> Held:
+    components = {str(name): float(factor) for name, factor in said["components"].items()}
+    choice = Choice(float(said["strength"]), tuple(map(str, said["include"])), tuple(map(str, said["exclude"])), components)
+    alpha = None if said["alpha"] is None else float(said["alpha"])
+    return Held(str(said["name"]), choice, Unsaid(alpha, tuple(map(bool, said["slots"]))), bool(said["folder"]))

@@ -1,0 +1,172 @@
+"""The doing of a merge, once it is planned: configs, files that are copied and files that are computed, and what leads
+back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loratool.adapter.load import Adapter, Unsaid, load
+from loratool.errors import OutputError, of_file
+from loratool.files.header import DTYPE_OPTIONS, read_json
+from loratool.files.history import METADATA_KEY, entry, history_of, named
+from loratool.files.in_place import Clones
+from loratool.files.output import Output, copy_file
+from loratool.numbers.devices import Lanes
+from loratool.numbers.threads import Progress
+from loratool.verbs.merge.blocks import Measure, Rounding
+from loratool.verbs.merge.files import Follow, OutputFile, rewritten_files, run
+from loratool.verbs.merge.plan import Choice, Plan, check_strength
+from loratool.verbs.merge.undo_file import Merged, UndoFile
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An adapter and how strongly to merge it."""
+
+    adapter: Adapter | str | Path
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to merge: which modules, how strongly per component, how results are stored and where they are computed; and where
+    to write what leads back to the base (`undo`)."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    components: Mapping[str, float] = field(default_factory=dict)
+    dtype: str | None = None
+    stochastic: bool = False
+    seed: int = 0
+    allow_unmatched: bool = False
+    allow_pickle: bool = False
+    unsaid: Unsaid = field(default_factory=Unsaid)
+    device: str = "auto"
+    undo: str | Path | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+def loaded(source: Source | str | Path, options: Options) -> Merged:
+    """An adapter as it will be merged; raises `LoratoolError`."""
+    source = source if isinstance(source, Source) else Source(source)
+    adapter = source.adapter
+    if not isinstance(adapter, Adapter):
+        adapter = load(adapter, allow_pickle=options.allow_pickle, unsaid=options.unsaid)
+    strength = check_strength(source.strength, str(adapter.path))
+    return Merged(adapter, Choice(strength, options.include, options.exclude, options.components), options.unsaid)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A planned merge, to be written."""
+
+    plan: Plan
+    merged: Sequence[Merged]
+    options: Options
+    lanes: Lanes
+    command: str = "merge"
+    follow: Follow | None = None
+
+    def write(self, target: Path | None, progress: Progress | None) -> tuple[Measure, tuple[str, ...], int | None]:
+        """Writes the output to `target`, or with None into the base itself; returns what was measured, what is to be said
+        of it, and the size of the undo file, if one was asked for."""
+        plan, options, rewritten = self.plan, self.options, rewritten_files(self.plan)
+        with ExitStack() as stack:
+            undo = None
+            if options.undo:
+                dtype = DTYPE_OPTIONS[options.dtype] if options.dtype else None
+                path = Path(options.undo).expanduser()
+                if target and (path == target or target in path.parents):
+                    raise OutputError(f"{path}: is, or lies in, the output of this very run; choose another place")
+                undo = stack.enter_context(UndoFile(path, plan, self.merged, dtype, overwrite=options.overwrite))
+            clone = target is None
+            output = Clones(plan.layout.root, rewritten) if target is None else self._output(target)
+            stack.enter_context(output)
+            if isinstance(output, Output):
+                self._copy(output, rewritten)
+            with ExitStack() as opened:
+                follow = undo.follow if undo else self.follow
+                files = [
+                    OutputFile(plan, file, tensors, output.path(file), opened, clone=clone, follow=follow)
+                    for file, tensors in rewritten.items()
+                ]
+                adapters = ", ".join(str(each.adapter.path) for each in self.merged)
+                with of_file(f"{adapters} into {plan.layout.root}"):
+                    measure = run(files, Rounding(options.stochastic, options.seed), self.lanes, progress)
+                provenance = _provenance(self.command, self.merged, self._said(), options, measure)
+                silent = [file for file in files if not file.finish(provenance)]
+            nbytes = None
+            if undo:
+                nbytes = undo.finish(list(rewritten))
+                undo.commit()
+            try:
+                output.commit()
+            except BaseException:
+                if undo and output.temporary.exists():
+                    undo.withdraw()
+                raise
+        root, no_room = plan.layout.root, "its header has no room to say what was merged into it; nothing else is missing"
+        notes = [f"{root}: {no_room}"] if silent else []
+        return measure, (*notes, *self.lanes.notes()), nbytes
+
+    def _said(self) -> Mapping[str, str]:
+        """What the base says of itself: its files say alike where they come from."""
+        return next((header.metadata for header in self.plan.layout.files.values() if history_of(header.metadata)), {})
+
+    def _output(self, target: Path) -> Output:
+        layout = self.plan.layout
+        inputs = [layout.root, *(each.adapter.path for each in self.merged)]
+        needed = sum(tensor.nbytes for tensor in self.plan.tensors.values()) + (1 << 20)
+        return Output(target, folder=layout.is_folder, overwrite=self.options.overwrite, nbytes=needed, inputs=inputs)
+
+    def _copy(self, output: Output, rewritten: Container[str]) -> None:
+        """What does not change: other files, and configs that stay true."""
+        layout = self.plan.layout
+        for name in (*layout.other_files(), *(file for file in layout.files if file not in rewritten)):
+            copy_file(layout.root / name, output.path(name))
+        _write_configs(self.plan, output, self.options)
+
+
+def _write_configs(plan: Plan, output: Output, options: Options) -> None:
+    """Rewrites the copies of shard indexes and config.json where the tensors are no longer those of the base."""
+    layout = plan.layout
+    added = {name: tensor.file for name, tensor in plan.tensors.items() if name not in layout.tensors}
+    for name, weight_map in layout.indexes.items():
+        mine = [tensor for tensor in plan.tensors.values() if tensor.file in _files_of(weight_map, name)]
+        total = sum(tensor.nbytes for tensor in mine)
+        if added or total != sum(tensor.source.nbytes for tensor in mine):
+            document = read_json(layout.root / name)
+            document["weight_map"] = dict(sorted({**weight_map, **added}.items()))
+            document["metadata"] = {**(document.get("metadata") or {}), "total_size": total}
+            output.path(name).write_text(json.dumps(document, indent=2) + "\n")
+    config = layout.config()
+    dtypes = {key: options.dtype for key in ("torch_dtype", "dtype") if options.dtype and key in config}
+    if config and (plan.config or dtypes):
+        output.path("config.json").write_text(json.dumps({**config, **plan.config, **dtypes}, indent=2) + "\n")
+
+
+def _files_of(weight_map: Mapping[str, str], index: str) -> set[str]:
+    folder = index.rpartition("/")[0]
+    return {f"{folder}/{shard}" if folder else shard for shard in weight_map.values()}
+
+
+def _provenance(command: str, merged: Sequence[Merged], base: Mapping[str, str], options: Options, measure: Measure) -> str:
+    """A short account for the output's metadata, without times or paths, so that equal runs write equal bytes."""
+    said = entry(
+        command,
+        [named(each.adapter.path, strength=each.choice.strength) for each in merged],
+        base,
+        round=f"stochastic, seed {options.seed}" if options.stochastic else "nearest",
+        realised_strength=_figure(measure.along, measure.wanted),
+        unchanged=_figure(measure.unchanged, measure.elements),
+    )
+    return said[METADATA_KEY]
+
+
+def _figure(part: float, whole: float) -> float | None:
+    return round(part / whole, 6) if whole else None

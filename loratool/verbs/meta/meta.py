@@ -1,0 +1,172 @@
+"""`meta`: what a file says of itself, changed without touching a byte of its tensors. No torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Final
+
+from loratool.errors import InvalidFile, LoratoolError, OutputError, of_file
+from loratool.files.hashes import LENGTHS, file_hashes, legacy_hash
+from loratool.files.header import ADAPTER_HEADER_BYTES, Header, encode_header, identity, open_regular, read_header
+from loratool.files.history import METADATA_KEY as HISTORY
+from loratool.files.output import Output, Writer, copy_file
+from loratool.formats import modelspec
+from loratool.formats.peft import METADATA_KEY
+from loratool.keys.listing import locate
+from loratool.verbs.meta.private import without_private
+
+NEEDED: Final = frozenset({METADATA_KEY, "format", "software"})
+"""Without these readers make something else of a file: diffusers keeps alphas in one, transformers asks for another, and
+ai-toolkit's name tells a difference from a factor."""
+OWN: Final = frozenset({*LENGTHS, HISTORY, "modelspec.hash_sha256"})
+"""What is true of one file alone, and is not copied to another."""
+
+
+@dataclass(frozen=True, slots=True)
+class MetaReport:
+    """What became of a file's metadata: the keys that were added, changed and removed."""
+
+    out: str
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def metadata_of(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file, or of a PEFT folder's weights; raises `LoratoolError`."""
+    return dict(read_header(locate(Path(path).expanduser())[0]).metadata)
+
+
+def set_metadata(
+    path: str | Path, values: Mapping[str, str], out: str | Path | None = None, *, overwrite: bool = False
+) -> MetaReport:
+    """Gives `path`, or the copy `out` of it, these values; those of `modelspec.*` as their specification has them.
+
+    Raises `LoratoolError`, and changes nothing, where a value is not allowed, or a hash is not the file's.
+    """
+    with of_file(path):
+        modelspec.check(values)
+        if (
+            "modelspec.hash_sha256" in values
+            and (true := f"0x{file_hashes(path).autov3}") != values["modelspec.hash_sha256"]
+        ):
+            raise LoratoolError(f"modelspec.hash_sha256: the file's is {true}")
+    return _written(path, metadata_of(path) | dict(values), out, overwrite=overwrite)
+
+
+def delete_metadata(
+    path: str | Path, globs: Sequence[str], out: str | Path | None = None, *, overwrite: bool = False
+) -> MetaReport:
+    """Takes the keys that `globs` match; raises `LoratoolError` for a glob that matches none, and for what readers need."""
+    before = metadata_of(path)
+    gone = _matched(path, before, globs)
+    needed = sorted(gone & NEEDED - {"format"})
+    if needed:
+        raise LoratoolError(
+            f"{path}: without {needed[0]} the adapter would be read as another; convert it to kohya's format first"
+        )
+    return _written(path, {key: value for key, value in before.items() if key not in gone}, out, overwrite=overwrite)
+
+
+def copy_metadata(
+    source: str | Path,
+    path: str | Path,
+    globs: Sequence[str] = (),
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+) -> MetaReport:
+    """Gives `path` the metadata of `source`, or what `globs` match of it; hashes and histories are each file's own, and
+    so is what readers need."""
+    theirs = metadata_of(source)
+    chosen = _matched(source, theirs, globs) if globs else theirs.keys()
+    copied = {key: theirs[key] for key in theirs if key in chosen and key not in OWN | NEEDED}
+    return _written(path, metadata_of(path) | copied, out, overwrite=overwrite)
+
+
+def strip_metadata(
+    path: str | Path, out: str | Path | None = None, *, private: bool = False, overwrite: bool = False
+) -> MetaReport:
+    """Takes all metadata but what readers need; or, with `private`, only paths and the names of datasets and users."""
+    before = metadata_of(path)
+    kept = without_private(before) if private else {key: value for key, value in before.items() if key in NEEDED}
+    return _written(path, kept, out, overwrite=overwrite)
+
+
+def _matched(path: str | Path, metadata: Mapping[str, str], globs: Sequence[str]) -> set[str]:
+    found: set[str] = set()
+    for glob in globs:
+        mine = {key for key in metadata if fnmatchcase(key, glob)}
+        if not mine:
+            raise LoratoolError(f"{path}: has no metadata called {glob}; meta show lists what there is")
+        found |= mine
+    return found
+
+
+def _written(path: str | Path, metadata: dict[str, str], out: str | Path | None, *, overwrite: bool) -> MetaReport:
+    """Writes the file, or in `out` its copy, with other metadata and kohya's hash of it made true."""
+    path = Path(path).expanduser()
+    target = Path(out).expanduser() if out else None
+    header = read_header(locate(path)[0])
+    before = header.metadata
+    if "sshs_legacy_hash" in metadata:
+        metadata["sshs_legacy_hash"] = legacy_hash(header, metadata)
+    raw = encode_header(header.tensors, metadata)
+    if len(raw) > max(ADAPTER_HEADER_BYTES, header.data_start):
+        raise LoratoolError(f"{path}: metadata of {len(raw)} bytes is more than readers allow ({ADAPTER_HEADER_BYTES})")
+    if target is None and metadata != before:
+        _replace(header, header.path, raw, overwrite=True, inputs=[])
+    elif target is not None and path.is_dir():
+        _copy_folder(path, header, raw, target, overwrite=overwrite)
+    elif target is not None:
+        _replace(header, target, raw, overwrite=overwrite, inputs=[path])
+    return MetaReport(
+        out=str(target or path),
+        added=tuple(sorted(metadata.keys() - before.keys())),
+        changed=tuple(sorted(key for key in metadata.keys() & before.keys() if metadata[key] != before[key])),
+        removed=tuple(sorted(before.keys() - metadata.keys())),
+        warnings=tuple(modelspec.remarks(metadata)),
+    )
+
+
+def _replace(header: Header, target: Path, raw: bytes, *, overwrite: bool, inputs: Sequence[Path]) -> None:
+    nbytes = len(raw) + header.size - header.data_start
+    with Output(target, folder=False, overwrite=overwrite, nbytes=nbytes, inputs=inputs) as output:
+        _write(header, output.path(""), raw)
+        shutil.copymode(header.path, output.path(""))
+        output.commit()
+
+
+def _copy_folder(path: Path, header: Header, raw: bytes, target: Path, *, overwrite: bool) -> None:
+    with Output(target, folder=True, overwrite=overwrite, nbytes=header.size + len(raw), inputs=[path]) as output:
+        for name in _others(path, header.path.name):
+            copy_file(path / name, output.path(name))
+        _write(header, output.path(header.path.name), raw)
+        output.commit()
+
+
+def _others(folder: Path, weights: str) -> Iterator[str]:
+    for entry in sorted(folder.iterdir()):
+        if entry.name != weights and entry.is_file() and not entry.name.startswith("."):
+            yield entry.name
+
+
+def _write(header: Header, path: Path, raw: bytes) -> None:
+    """The file with another header; its tensors are copied by the kernel, in their order."""
+    source = open_regular(header.path)
+    try:
+        with Writer(path, len(raw) + header.size - header.data_start) as writer:
+            writer.write(raw, 0)
+            writer.copy(source, header.data_start, header.size - header.data_start, len(raw))
+        if identity(source) != header.identity:
+            raise InvalidFile(f"{header.path}: was changed while it was read")
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror}") from error
+    finally:
+        os.close(source)

@@ -1,0 +1,105 @@
+"""What a report says of one adapter, gathered from the verbs that know it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.adapter.load import load
+from loratool.errors import InvalidFile, LoratoolError
+from loratool.files.hashes import Hashes, file_hashes
+from loratool.text import count
+from loratool.verbs.delta.delta import DeltaOptions, DeltaReport, delta
+from loratool.verbs.inspect.block_map import Map, map_of
+from loratool.verbs.inspect.describe import composition
+from loratool.verbs.inspect.inspect import AdapterReport, inspect
+from loratool.verbs.meta.meta import metadata_of
+from loratool.verbs.resize import FrontierReport, frontier
+
+TRAINING: Final[Mapping[str, str]] = {
+    "modelspec.title": "title", "modelspec.author": "author", "modelspec.date": "date", "modelspec.license": "licence",
+    "modelspec.trigger_phrase": "trigger phrase", "modelspec.usage_hint": "usage", "ss_sd_model_name": "trained on",
+    "ss_base_model_version": "base", "ss_network_module": "network", "ss_network_args": "its arguments",
+    "ss_num_train_images": "images", "ss_num_epochs": "epochs", "ss_steps": "steps", "ss_learning_rate": "learning rate",
+    "ss_unet_lr": "of the U-Net", "ss_text_encoder_lr": "of the text encoder", "ss_optimizer": "optimizer",
+    "ss_lr_scheduler": "schedule", "ss_resolution": "resolution", "ss_clip_skip": "clip skip",
+    "ss_noise_offset": "noise offset", "ss_mixed_precision": "precision", "ss_seed": "seed",
+    "ss_training_comment": "comment",
+}  # fmt: skip
+"""What people want to know of a training, and how it is called in words."""
+TAGS: Final = 60
+"""Tags in the cloud."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One adapter: its file's bytes, what `inspect` says, its map, its changes with their spectra and its frontier; or why
+    one of these could not be had. `tags` are the most frequent ones of its training."""
+
+    path: Path
+    report: AdapterReport
+    nbytes: int
+    about: tuple[tuple[str, str], ...]
+    training: tuple[tuple[str, str], ...]
+    tags: tuple[tuple[str, int], ...]
+    map: Map
+    delta: DeltaReport | str
+    frontier: FrontierReport | str
+
+
+def facts_of(path: Path, base: Path | None) -> Facts:
+    """Reads one adapter; raises `LoratoolError` where it is none, or cannot be read."""
+    report = inspect(path)
+    if not isinstance(report, AdapterReport):
+        raise InvalidFile(f"{path}: is a checkpoint; a report is about adapters")
+    metadata, hashes = metadata_of(path), file_hashes(path)
+    training = [
+        (name, metadata[key]) for key, name in TRAINING.items() if metadata.get(key, "None") not in ("None", "{}", "")
+    ]
+    return Facts(
+        path=path,
+        report=report,
+        nbytes=hashes.size,
+        about=tuple(_about(report, hashes)),
+        training=tuple(training),
+        tags=tuple(_tags(metadata).most_common(TAGS)),
+        map=map_of(load(path)),
+        delta=_or_why(lambda: delta(path, options=DeltaOptions(base=base, spectrum=True))),
+        frontier=_or_why(lambda: frontier(path, base=base)),
+    )
+
+
+def _or_why(work: Any) -> Any:
+    """What `work` returns, or why it cannot."""
+    try:
+        return work()
+    except LoratoolError as error:
+        return str(error)
+
+
+def _about(report: AdapterReport, hashes: Hashes) -> Iterator[tuple[str, str]]:
+    yield "format", report.format
+    yield "trainer", report.trainer or "not said in its metadata"
+    yield "for", f"{report.arch.title}: {report.arch.reason}"
+    yield from composition(report)
+    yield "parameters", count(report.parameters)
+    yield "AutoV3", hashes.letters or ""
+    yield "SHA-256", hashes.sha256
+
+
+def _tags(metadata: Mapping[str, str]) -> Counter[str]:
+    """kohya's counts of tags, over all folders (ss_tag_frequency: folder to tag to count)."""
+    found: Counter[str] = Counter()
+    try:
+        document = json.loads(metadata.get("ss_tag_frequency", "{}"))
+    except (ValueError, RecursionError):
+        return found
+    for tags in document.values() if isinstance(document, dict) else ():
+        for tag, times in tags.items() if isinstance(tags, dict) else ():
+            if isinstance(times, int) and times > 0:
+                found[tag.strip()] += times
+    return found

@@ -1,0 +1,228 @@
+"""`report`: one file that opens offline and shows what an adapter is, where it acts, and what being smaller would cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Final
+
+from loratool import __version__
+from loratool.errors import LoratoolError
+from loratool.files.output import Output, Writer, check_target
+from loratool.text import message, safe, size
+from loratool.verbs.compare.compare import AdapterComparison, CompareOptions, MatrixComparison, compare
+from loratool.verbs.report import charts
+from loratool.verbs.report.facts import Facts, facts_of
+
+STYLE: Final = """
+:root { color-scheme: light dark; --ink: #1f2937; --dim: #6b7280; --paper: #fff; --line: #e5e7eb; --card: #f9fafb; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e5e7eb; --dim: #9ca3af; --paper: #111827; --line: #374151; --card: #1f2937; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; color: var(--ink); background: var(--paper);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.25rem; margin: 3rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line);
+  overflow-wrap: anywhere; }
+h3 { font-size: 1rem; margin: 2rem 0 .5rem; }
+p, li { max-width: 46rem; }
+p.dim, figcaption { color: var(--dim); font-size: .9rem; }
+figure { margin: 0; overflow-x: auto; }
+figcaption { margin-top: .25rem; max-width: 46rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0; }
+dt { color: var(--dim); }
+dd { margin: 0; overflow-wrap: anywhere; }
+.note { background: var(--card); border-left: 3px solid #f97316; padding: .5rem .75rem; margin: .5rem 0;
+  overflow-wrap: anywhere; }
+.tags { display: flex; flex-wrap: wrap; gap: .1rem .7rem; align-items: baseline; line-height: 1.4; }
+.tags span { max-width: 100%; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th { text-align: left; font-weight: 500; color: var(--dim); }
+td, th { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+td.n, th.n { text-align: right; }
+svg text { font-family: system-ui, sans-serif !important; }
+@media (max-width: 32rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4rem; } }
+"""
+POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+"""What the page may do: nothing but show itself."""
+LARGEST: Final = 15
+"""Modules that a table lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageReport:
+    """What was written: for which adapters, how many charts, and how many bytes."""
+
+    out: str
+    adapters: tuple[str, ...]
+    charts: int
+    nbytes: int
+    warnings: tuple[str, ...] = ()
+
+
+def report(
+    paths: Sequence[str | Path], out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
+) -> PageReport:
+    """Writes an HTML page about the adapters at `paths` to `out`: facts, a map of ‖ΔW‖, spectra, the frontier of size and
+    error, what its training says of itself, and for several their cosines. `base` is for kinds that depend on it.
+
+    The page is one file, asks nothing of the network and runs no script. Equal adapters make equal pages. Raises
+    `LoratoolError`, and writes nothing, where an adapter cannot be read or matplotlib is missing.
+    """
+    charts.require_matplotlib()
+    inputs, target = [Path(path).expanduser() for path in paths], Path(out).expanduser()
+    check_target(target, folder=False, overwrite=overwrite, inputs=inputs)
+    found = [facts_of(path, Path(base).expanduser() if base else None) for path in inputs]
+    text = "\n".join(_page(found, base))
+    raw = text.encode(errors="backslashreplace")
+    with Output(target, folder=False, overwrite=overwrite, nbytes=len(raw), inputs=inputs) as output:
+        with Writer(output.path(""), len(raw)) as writer:
+            writer.write(raw, 0)
+        output.commit()
+    why = [part for facts in found for part in (facts.delta, facts.frontier) if isinstance(part, str)]
+    return PageReport(str(out), tuple(map(str, inputs)), text.count("<svg"), len(raw), tuple(dict.fromkeys(why)))
+
+
+def _page(found: Sequence[Facts], base: str | Path | None) -> Iterator[str]:
+    names = [_name(facts.path) for facts in found]
+    title = names[0] if len(names) == 1 else f"{len(names)} adapters"
+    yield "<!doctype html>"
+    yield '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    yield f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    yield f"<title>{title}</title><style>{STYLE}</style></head><body>"
+    yield f'<header><h1>{title}</h1><p class="dim">made by loratool {__version__}</p></header>'
+    if len(found) > 1:
+        yield from _compared(found, base)
+    for facts in found:
+        yield "<section>"
+        if len(found) > 1:
+            yield f"<h2>{_name(facts.path)}</h2>"
+        yield from _adapter(facts)
+        yield "</section>"
+    yield "</body></html>"
+
+
+def _adapter(facts: Facts) -> Iterator[str]:
+    yield _list(facts.about)
+    for note in facts.report.suspicions:
+        yield f'<p class="note">{_text(note)}</p>'
+    yield "<h3>Where it acts</h3>"
+    if facts.map.cells:
+        yield _figure(
+            charts.heat_map(facts.map),
+            "‖ΔW‖ of each block by sort of module: bright is strong, and where nothing is drawn there is no module.",
+        )
+    if facts.map.unmeasured:
+        yield f'<p class="note">Left out, since what they add only the base could tell: {facts.map.unmeasured}.</p>'
+    yield from _spectra(facts)
+    yield from _frontier(facts)
+    if facts.training:
+        yield "<h3>Training, as the file tells it</h3>"
+        yield _list(facts.training)
+    if facts.tags:
+        yield "<h3>Tags</h3>"
+        yield _cloud(facts.tags)
+
+
+def _spectra(facts: Facts) -> Iterator[str]:
+    yield "<h3>Directions</h3>"
+    if isinstance(facts.delta, str):
+        yield f'<p class="note">{_text(facts.delta)}</p>'
+        return
+    modules = [module for module in facts.delta.modules if module.norm]
+    yield f"<p>‖ΔW‖ = {facts.delta.norm:.4g} over {len(modules)} modules.</p>"
+    several = [module.spectrum for module in modules if len(module.spectrum) > 1]
+    if several:
+        yield _figure(
+            charts.spectra(several),
+            "Singular values of each module's ΔW, relative to its first: the line is the median module, the bands hold half "
+            "and four fifths of them. What falls off quickly can be resized without much loss.",
+        )
+        ranks = [module.effective_rank for module in modules if module.effective_rank is not None]
+        stored = max(facts.report.ranks, default=max(map(len, several)))
+        yield _figure(
+            charts.effective_ranks(ranks, stored),
+            "How many directions each module really uses (the exponential of its singular values' entropy), beside the rank "
+            "that it is stored with.",
+        )
+    yield _largest(facts)
+
+
+def _largest(facts: Facts) -> str:
+    assert not isinstance(facts.delta, str)
+    ordered = sorted(facts.delta.modules, key=lambda module: -module.norm)[:LARGEST]
+    rows = []
+    for module in ordered:
+        shape = "×".join(map(str, module.shape))
+        figures = (shape, f"{module.norm:.4g}", f"{module.share:.2%}", f"{module.sigma:.4g}", f"{module.stable_rank:.3g}")
+        cells = "".join(f"<td class=n>{figure}</td>" for figure in figures)
+        rows.append(f"<tr><td>{_text(module.name)}</td>{cells}</tr>")
+    head = "<tr><th>largest changes</th><th class=n>shape</th><th class=n>‖ΔW‖</th><th class=n>share</th><th class=n>σ₁</th>"
+    return f'<div class="scroll"><table>{head}<th class=n>stable rank</th></tr>{"".join(rows)}</table></div>'
+
+
+def _frontier(facts: Facts) -> Iterator[str]:
+    yield "<h3>What it would cost to be smaller</h3>"
+    if isinstance(facts.frontier, str):
+        yield f'<p class="note">{_text(facts.frontier)}</p>'
+        return
+    choices = [(choice.nbytes / 1e6, choice.error, choice.shared, choice.rank) for choice in facts.frontier.choices]
+    if choices:
+        yield _figure(
+            charts.frontier(choices),
+            f"It has {size(facts.nbytes)} now. Points are ranks; the dashed line spends the same bytes where they "
+            "save most: <code>loratool resize --size</code>.",
+        )
+
+
+def _compared(found: Sequence[Facts], base: str | Path | None) -> Iterator[str]:
+    yield "<h3>Each with each</h3>"
+    try:
+        result = compare([facts.path for facts in found], CompareOptions(base=base))
+    except LoratoolError as error:
+        yield f'<p class="note">They cannot be compared: {_text(error)}</p>'
+        return
+    cosines: Sequence[Sequence[float | None]] = ()
+    if isinstance(result, MatrixComparison):
+        cosines = result.cosines
+    elif isinstance(result, AdapterComparison):
+        cosines = ((1.0, result.cosine), (result.cosine, 1.0))
+    yield _figure(
+        charts.matrix([safe(_plain_name(facts.path), 40) for facts in found], cosines),
+        "The cosine of their ΔW: 1 is the same direction, 0 has nothing in common, −1 takes back what the other adds.",
+    )
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>{svg}<figcaption>{caption}</figcaption></figure>"
+
+
+def _list(facts: Sequence[tuple[str, str]]) -> str:
+    return f"<dl>{''.join(f'<dt>{_text(name)}</dt><dd>{_text(what)}</dd>' for name, what in facts)}</dl>"
+
+
+def _cloud(tags: Sequence[tuple[str, int]]) -> str:
+    """Tags by the alphabet, the more frequent the larger."""
+    most = max(times for _, times in tags)
+    words = []
+    for tag, times in sorted(tags):
+        height = 0.75 + 1.25 * (times / most) ** 0.5
+        words.append(f'<span style="font-size:{height:.2f}rem" title="{times:,}">{_text(safe(tag, 60))}</span>')
+    return f'<div class="tags">{"".join(words)}</div>'
+
+
+def _plain_name(path: Path) -> str:
+    return path.name or str(path)
+
+
+def _name(path: Path) -> str:
+    return _text(_plain_name(path))
+
+
+def _text(text: object) -> str:
+    """Text from outside: made safe, and no markup."""
+    return escape(message(str(text)))

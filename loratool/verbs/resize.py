@@ -1,0 +1,215 @@
+"""`convert --to-lora` and `resize`: deltas as the best LoRA of some rank or error, and what that leaves out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from torch import Tensor
+
+from loratool.adapter.approximate import Converted, Lowered, Lowering, lowered_adapter
+from loratool.adapter.load import Adapter, Unsaid, load
+from loratool.adapter.same_format import Contents, as_they_were, size_of, write
+from loratool.base.base import Weights
+from loratool.errors import of_file
+from loratool.files.history import entry, named
+from loratool.numbers.budgets import Market
+from loratool.numbers.devices import lanes
+from loratool.numbers.ranks import NUMERICAL, Budget, Offer, Rule
+
+KEPT: Final = frozenset({"lora", "embedding", "enlarge", "replace", "tokens"})
+"""Kinds that a LoRA file holds as they are."""
+RESIZED: Final = frozenset({"lora"})
+"""Of these, the kind whose rank can be another."""
+LADDER: Final = (1, *(step for power in range(1, 15) for step in (2**power, 3 * 2 ** (power - 1))))
+"""The ranks of a frontier: 1, 2, 3, 4, 6, 8, 12, 16 …"""
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankReport:
+    """What a conversion did: every module that changed its kind, how many did not, and the error over all of them; `weighed`
+    is the error with each module's square divided by that of the weight it changes, where that was asked for."""
+
+    out: str
+    modules: tuple[Converted, ...]
+    kept: int
+    error: float
+    nbytes: int
+    warnings: tuple[str, ...] = ()
+    weighed: float | None = None
+
+    @property
+    def worst(self) -> Converted | None:
+        """The module with the largest error."""
+        return max(self.modules, key=lambda module: module.error, default=None)
+
+
+def to_lora(
+    path: str | Path,
+    out: str | Path,
+    rule: Rule | None = None,
+    *,
+    dtype: str | None = None,
+    base: str | Path | None = None,
+    unsaid: Unsaid | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> LowRankReport:
+    """Writes the adapter at `path` to `out` with every delta on a matrix or a kernel as a LoRA.
+
+    What is a LoRA already keeps its bytes. Kinds that depend on the weight (DoRA, OFT, (IA)³ …) need `base`. Errors are
+    those of the factors as stored. Raises `LoratoolError`.
+    """
+    work = Lowering(load(path, unsaid=unsaid), dtype, KEPT, _weights(base), on=lanes(device, doubles=True))
+    return _written("convert", work, rule or Rule(), Path(out), overwrite=overwrite)
+
+
+def resize(
+    path: str | Path,
+    out: str | Path,
+    rule: Rule | Budget,
+    *,
+    dtype: str | None = None,
+    base: str | Path | None = None,
+    weigh: bool = False,
+    unsaid: Unsaid | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> LowRankReport:
+    """Writes the adapter at `path` to `out` with every LoRA, and every other kind as a LoRA, of the rank that `rule` gives.
+
+    The best approximation at that rank (Eckart and Young 1936), from QR of the factors and the spectrum of their small core.
+    A budget is shared over all modules; one that no rank of is worth its bytes is dropped, and has rank 0 in the report.
+    With `weigh`, a budget's errors count relative to the weights in `base` that they are errors of.
+    """
+    on = lanes(device, doubles=True)
+    work = Lowering(load(path, unsaid=unsaid), dtype, KEPT - RESIZED, _weights(base), on=on, weigh=weigh)
+    report = _written("resize", work, rule, Path(out), overwrite=overwrite)
+    if not weigh:
+        return report
+    worths = work.worth.values()
+    return replace(
+        report,
+        weighed=error_of([replace(m, norm=m.norm * worth) for m, worth in zip(report.modules, worths, strict=True)]),
+    )
+
+
+def _weights(base: str | Path | None) -> Weights | None:
+    return Weights(Path(base).expanduser()) if base else None
+
+
+def _written(command: str, work: Lowering, rule: Rule | Budget, out: Path, *, overwrite: bool) -> LowRankReport:
+    adapter = work.adapter
+    kept, said = as_they_were(adapter, work.kept), _said(command, adapter)
+    with of_file(adapter.path):
+        if isinstance(rule, Rule):
+            done = work.lowered(rule)
+        else:
+            done = work.within(rule, lambda imagined: size_of(_contents(said, work, imagined, kept)))
+    nbytes = write(_contents(said, work, done, kept), [adapter.path], out.expanduser(), overwrite=overwrite)
+    figures = tuple(figures for figures, _ in done.values())
+    notes = (*adapter.notes, *work.lanes.notes())
+    return LowRankReport(str(out), figures, len(work.kept), error_of(figures), nbytes, notes)
+
+
+Said = Callable[[float], dict[str, str]]
+"""The metadata that tells of a command, of the error that it made."""
+
+
+def _said(command: str, adapter: Adapter) -> Said:
+    """In as many letters whatever the error is; the input is hashed once, however often that is asked."""
+    made_of = [named(adapter.path)]
+    return lambda error: entry(command, made_of, adapter.metadata, error=f"{error:.4e}")
+
+
+def _contents(said: Said, work: Lowering, done: Lowered, kept: Mapping[str, Tensor]) -> Contents:
+    """What is written, and what it says of itself."""
+    contents = work.contents(done, kept)
+    error = error_of([figures for figures, _ in done.values()])
+    return replace(contents, metadata={**contents.metadata, **said(error)})
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What one rank for all modules comes to: the bytes of the output, the error over all, and that of the worst module;
+    and the error over all at `shared`, where as many bytes are spent where each saves most."""
+
+    rank: int
+    nbytes: int
+    error: float
+    worst: float
+    shared: float
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierReport:
+    """What each size costs in error, before anything is rounded to a dtype."""
+
+    modules: int
+    norm: float
+    choices: tuple[Choice, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def frontier(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    base: str | Path | None = None,
+    unsaid: Unsaid | None = None,
+    device: str = "cpu",
+) -> FrontierReport:
+    """Size against error against rank of the adapter at `path`, for ranks from 1 to the largest that any module has. All of
+    it is in the spectra; nothing is written. Raises `LoratoolError`."""
+    adapter = load(path, unsaid=unsaid)
+    work = Lowering(adapter, dtype, KEPT - RESIZED, _weights(base), on=lanes(device, doubles=True))
+    kept, said = as_they_were(adapter, work.kept), _said("resize", adapter)
+    spectra = work.offers(dict.fromkeys(work.numbers, Rule()))
+    market = Market(work.numbers, lambda rules: {number: spectra[number] for number in rules}, Budget(nbytes=1))
+    total = math.sqrt(market.total)
+
+    def size(ranks: Mapping[int, int]) -> int:
+        return size_of(_contents(said, work, work.imagined(ranks), kept))
+
+    def choice(rank: int) -> Choice:
+        ranks = {number: min(rank, _effective(offer)) for number, offer in spectra.items()}
+        left = {number: _left(spectra[number], rank) for number, rank in ranks.items()}
+        nbytes = size(ranks)
+        spent = market.within_bytes(nbytes, size)
+        shared = math.hypot(*(_left(offer, spent.get(number, 0)) for number, offer in spectra.items()))
+        worst = max(left[number] / math.sqrt(offer.total) for number, offer in spectra.items() if offer.total)
+        return Choice(rank, nbytes, math.hypot(*left.values()) / total, worst, shared / total)
+
+    largest = max(map(_effective, spectra.values()), default=0)
+    ranks = [rank for rank in LADDER if rank < largest] + [largest] if total else []
+    return FrontierReport(len(spectra), total, tuple(map(choice, ranks)), adapter.notes)
+
+
+def _effective(offer: Offer) -> int:
+    """How many singular values are more than what arithmetic leaves."""
+    return int((offer.sigma > NUMERICAL * offer.sigma[:1]).sum())
+
+
+def _left(offer: Offer, rank: int) -> float:
+    """What a module lacks at `rank`."""
+    return float(offer.sigma[rank:].norm())
+
+
+def lower(
+    adapter: Adapter, rule: Rule, dtype: str | None = None, *, base: str | Path | None = None, device: str = "cpu"
+) -> tuple[Adapter, list[Converted]]:
+    """The adapter with every delta on a matrix or a kernel that a LoRA file cannot hold as a LoRA of scale 1, and what
+    became of each."""
+    work = Lowering(adapter, dtype, KEPT, _weights(base), on=lanes(device, doubles=True))
+    done = work.lowered(rule)
+    return lowered_adapter(work, done), [figures for figures, _ in done.values()]
+
+
+def error_of(converted: Sequence[Converted]) -> float:
+    """The relative error over all modules."""
+    left = sum((module.error * module.norm) ** 2 for module in converted) ** 0.5
+    whole = sum(module.norm**2 for module in converted) ** 0.5
+    return left / whole if whole else 0.0

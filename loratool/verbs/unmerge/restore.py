@@ -1,0 +1,182 @@
+"""The base of a merge again, to the bit: its headers, what its undo file keeps, and what the merge left as it was."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from loratool.adapter.load import Adapter, load
+from loratool.errors import InvalidFile, LoratoolError, about
+from loratool.files.header import TensorInfo
+from loratool.files.layout import Layout, open_layout
+from loratool.files.output import Output, Writer, copy_file, remove, temporary_in
+from loratool.files.tensors import TensorFile, tensor_bytes
+from loratool.numbers.residuals import unpacked
+from loratool.numbers.threads import Progress, results, run_all, tally
+from loratool.verbs.merge.added import Added, rows_of
+from loratool.verbs.merge.blocks import Job, by_blocks
+from loratool.verbs.merge.plan import Choice, Plan, TensorPlan, make_plan
+from loratool.verbs.merge.segments import matrix
+from loratool.verbs.merge.undo_file import Undo, read_undo, sha256
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What was written: the plan of the merge that is undone, its adapters, and the SHA-256 of each file that it rewrote."""
+
+    plan: Plan
+    adapters: tuple[tuple[str, float], ...]
+    sha256: Mapping[str, str]
+    nbytes: int
+
+
+def restored(merged: Path, out: Path, undo_path: Path, *, overwrite: bool, progress: Progress | None) -> Restored:
+    """Writes to `out` the base that the checkpoint `merged` was made of; raises `LoratoolError`, and leaves nothing behind,
+    where the undo file is of another one."""
+    undo, layout = read_undo(undo_path), open_layout(merged)
+    if ("" in undo.files) == layout.is_folder or (not layout.is_folder and undo.names("file/")):
+        kind = "one file" if "" in undo.files else "a folder"
+        raise InvalidFile(f"{undo_path}: is of a merge into {kind}, {merged} is not")
+    nbytes = sum(size for size, _ in undo.files.values())
+    with ExitStack() as stack:
+        kept = stack.enter_context(TensorFile(undo.header))
+        output = stack.enter_context(
+            Output(out, folder=layout.is_folder, overwrite=overwrite, nbytes=nbytes, inputs=[merged, undo_path])
+        )
+        _copy_others(layout, undo, kept, output)
+        writers = {file: stack.enter_context(_begun(file, undo, kept, output)) for file in undo.files}
+        adapters = stack.enter_context(_adapters(undo, kept, out.parent))
+        with about(undo_path):
+            plan = make_plan(open_layout(output.temporary), adapters, dtype=undo.dtype, allow_unmatched=True)
+        _fill(Restoring(plan, layout, undo, kept, writers), progress)
+        digests = _checked(merged, undo, output)
+        output.commit()
+    pairs = tuple((held.name, held.choice.strength) for held in undo.adapters)
+    return Restored(plan, pairs, digests, nbytes)
+
+
+def _checked(merged: Path, undo: Undo, output: Output) -> dict[str, str]:
+    """The hashes of what was written; raises `LoratoolError` where they are not those of the base."""
+    digests = dict(zip(undo.files, results(partial(sha256, output.path(file)) for file in undo.files), strict=True))
+    for file, digest in digests.items():
+        wanted = undo.files[file][1]
+        if digest != wanted:
+            raise LoratoolError(
+                f"{merged}: does not lead back to the base: {file or 'it'} gets SHA-256 {digest}, the base had {wanted}, "
+                f"so it is not the checkpoint that {undo.header.path} was written with, or was changed since"
+            )
+    return digests
+
+
+def _copy_others(layout: Layout, undo: Undo, kept: TensorFile, output: Output) -> None:
+    """What the merge copied as it was, and what it rewrote that is no tensor."""
+    for name in (*layout.other_files(), *(file for file in layout.files if file not in undo.files)):
+        copy_file(layout.root / name, output.path(name))
+    for name, info in undo.names("file/").items():
+        path = output.path(name)
+        path.unlink(missing_ok=True)
+        with Writer(path, 0) as writer:
+            writer.copy(kept.descriptor, info.start, info.nbytes, 0)
+
+
+def _begun(file: str, undo: Undo, kept: TensorFile, output: Output) -> Writer:
+    """A file of the base with its header, and room for the rest."""
+    header = undo.header.tensors.get(f"header/{file}")
+    if header is None:
+        raise InvalidFile(f"{undo.header.path}: lacks the header of {file}")
+    writer = Writer(output.path(file), max(undo.files[file][0], header.nbytes))
+    writer.copy(kept.descriptor, header.start, header.nbytes, 0)
+    return writer
+
+
+@contextmanager
+def _adapters(undo: Undo, kept: TensorFile, folder: Path) -> Iterator[list[tuple[Adapter, Choice]]]:
+    """The adapters that an undo file holds, read from a folder where they lie for the time."""
+    place = temporary_in(folder)
+    try:
+        found = []
+        for number, held in enumerate(undo.adapters):
+            for name, info in undo.names(f"adapter/{number}/").items():
+                if Path(name).name != name:
+                    raise InvalidFile(f"{undo.header.path}: holds an adapter's file called {name}")
+                path = place / str(number) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with Writer(path, info.nbytes) as writer:
+                    writer.copy(kept.descriptor, info.start, info.nbytes, 0)
+            files = sorted((place / str(number)).glob("*"))
+            if not files:
+                raise InvalidFile(f"{undo.header.path}: lacks its adapter {number + 1}")
+            with about(undo.header.path):
+                found.append((load(files[0].parent if held.folder else files[0], unsaid=held.unsaid), held.choice))
+        yield found
+    finally:
+        remove(place)
+
+
+@dataclass(frozen=True, slots=True)
+class Restoring:
+    """The plan of the merge that is undone, the checkpoint it made, what is `kept` of the base, and where to write it."""
+
+    plan: Plan
+    merged: Layout
+    undo: Undo
+    kept: TensorFile
+    writers: Mapping[str, Writer]
+
+    def pieces(self, stack: ExitStack) -> Iterator[Callable[[], int]]:
+        """The work on each tensor of the files that the merge rewrote; each piece returns the bytes it wrote."""
+        opened = {file: stack.enter_context(TensorFile(self.merged.files[file])) for file in self.writers}
+        kept = self.undo.starts()
+        for tensor in self.plan.tensors.values():
+            if tensor.file not in self.writers or tensor.name not in self.plan.layout.tensors:
+                continue
+            info = self._merged(tensor)
+            if not tensor.touched:
+                yield partial(self._copy, tensor, info, opened[tensor.file])
+                continue
+            added, starts = Added(tensor), kept.get(tensor.name, [])
+            if tensor.source.nbytes and starts[:1] != [0]:
+                raise InvalidFile(f"{self.undo.header.path}: holds nothing of {tensor.name}")
+            for start, stop in pairwise([*starts, matrix(tensor.shape)[0]]):
+                job = Job(tensor, opened[tensor.file], self.writers[tensor.file], 0, (), start, stop, by_blocks(tensor))
+                yield partial(self._undo, job, info, added)
+
+    def _merged(self, tensor: TensorPlan) -> TensorInfo:
+        """What the merge made of a tensor; raises `InvalidFile` where the checkpoint does not hold that."""
+        _, info = self.merged.tensors.get(tensor.name, (None, None))
+        if info is None or (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
+            there = f"is {info.dtype} {list(info.shape)}" if info else "is not there"
+            raise InvalidFile(
+                f"{self.merged.root}: {tensor.name} {there}, the merge of {self.undo.header.path} made it "
+                f"{tensor.dtype} {list(tensor.shape)}: it is of another checkpoint"
+            )
+        return info
+
+    def _copy(self, tensor: TensorPlan, info: TensorInfo, source: TensorFile) -> int:
+        self.writers[tensor.file].copy(source.descriptor, info.start, info.nbytes, tensor.source.start)
+        return info.nbytes
+
+    def _undo(self, job: Job, info: TensorInfo, added: Added) -> int:
+        guess = added.taken_from(rows_of(job, info), job.start)
+        kept = self.undo.header.tensors[f"rows/{job.tensor.name}/{job.start}"]
+        raw = torch.empty(kept.nbytes, dtype=torch.uint8)
+        self.kept.read_into(tensor_bytes(raw), kept.start)
+        with about(f"{self.undo.header.path}: {kept.name}"):
+            base = unpacked(raw.numpy().tobytes(), guess)
+        row = job.tensor.source.nbytes // max(matrix(job.tensor.source.shape)[0], 1)
+        job.target.write(tensor_bytes(base), job.tensor.source.start + job.start * row)
+        return base.numel() * base.element_size()
+
+
+def _fill(work: Restoring, progress: Progress | None) -> None:
+    """Runs all the work on a few threads."""
+    add = tally(sum(tensor.source.nbytes for tensor in work.plan.tensors.values()), progress)
+    with ExitStack() as stack:
+        run_all(work.pieces(stack), lambda index, nbytes: add(nbytes), threading.Event())

@@ -1,0 +1,154 @@
+"""`unmerge`: the base again, to the bit with the undo file of the merge, and by subtraction without it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from loratool.adapter.load import Adapter
+from loratool.errors import LoratoolError, Unsupported
+from loratool.files.history import history_of
+from loratool.files.layout import Layout, open_layout
+from loratool.numbers.devices import lanes
+from loratool.numbers.threads import Progress, peak_bytes
+from loratool.verbs.merge.added import Added, rows_of
+from loratool.verbs.merge.blocks import Job
+from loratool.verbs.merge.files import rounded_by_chance
+from loratool.verbs.merge.plan import Plan, make_plan
+from loratool.verbs.merge.write import Options, Source, Work, loaded
+from loratool.verbs.unmerge.restore import restored
+
+
+@dataclass(frozen=True, slots=True)
+class UnmergeReport:
+    """What an unmerge did. `exact` says that the base is there again to the bit, by the SHA-256 of its files in `sha256`;
+    otherwise `doubtful` of the `numbers` that were changed may be off by a rounding."""
+
+    out: str
+    adapters: tuple[tuple[str, float], ...]
+    exact: bool
+    sha256: Mapping[str, str]
+    changed: int
+    numbers: int
+    doubtful: int
+    nbytes: int
+    seconds: float
+    peak_bytes: int
+    warnings: tuple[str, ...] = ()
+
+
+def unmerge(
+    merged: str | Path,
+    out: str | Path,
+    adapters: Sequence[Source | str | Path] = (),
+    *,
+    undo: str | Path | None = None,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> UnmergeReport:
+    """Writes to `out` what the checkpoint `merged` was before a merge.
+
+    With the file that `merge` wrote to its `undo`, that is the very base, checked by the hashes of its files. Without it,
+    `adapters` are subtracted, each at the strength at which it was merged.
+
+    Raises `LoratoolError`, and leaves nothing behind, where the undo file is of another checkpoint, or where an adapter's
+    change is no sum and cannot be subtracted.
+    """
+    started, options = time.monotonic(), options or Options()
+    source, target = Path(merged).expanduser(), Path(out).expanduser()
+    if bool(adapters) == bool(undo):
+        raise LoratoolError(f"{merged}: give either the adapters to subtract, or the undo file of the merge")
+    if undo:
+        found = restored(source, target, Path(undo).expanduser(), overwrite=options.overwrite, progress=progress)
+        report = _report(target, found.plan, found.adapters, found.nbytes, sha256=found.sha256)
+    else:
+        report = _subtracted(source, target, adapters, options, progress)
+    return replace(report, seconds=time.monotonic() - started, peak_bytes=peak_bytes())
+
+
+def _subtracted(
+    merged: Path, out: Path, adapters: Sequence[Source | str | Path], options: Options, progress: Progress | None
+) -> UnmergeReport:
+    layout = open_layout(merged)
+    given = [loaded(taken_out(source), options) for source in adapters]
+    for each in given:
+        require_sums(each.adapter)
+    plan = make_plan(layout, [(each.adapter, each.choice) for each in given], allow_unmatched=options.allow_unmatched)
+    doubt = _Doubt(by_chance=rounded_by_chance(layout))
+    work = Work(plan, given, options, lanes(options.device), "unmerge", doubt.follow)
+    _, notes, _ = work.write(out, progress)
+    pairs = tuple((str(each.adapter.path), -each.choice.strength) for each in given)
+    report = _report(out, plan, pairs, layout.nbytes, doubtful=doubt.count)
+    return replace(report, warnings=(*said_otherwise(layout, pairs), *notes))
+
+
+def _report(
+    out: Path,
+    plan: Plan,
+    adapters: tuple[tuple[str, float], ...],
+    nbytes: int,
+    *,
+    sha256: Mapping[str, str] | None = None,
+    doubtful: int = 0,
+) -> UnmergeReport:
+    return UnmergeReport(
+        out=str(out),
+        adapters=adapters,
+        exact=bool(sha256),
+        sha256=sha256 or {},
+        changed=len(plan.changed),
+        numbers=sum(tensor.source.numel for tensor in plan.changed),
+        doubtful=doubtful,
+        nbytes=nbytes,
+        seconds=0.0,
+        peak_bytes=0,
+    )
+
+
+def taken_out(source: Source | str | Path) -> Source:
+    """An adapter to be subtracted: the same at the opposite strength."""
+    source = source if isinstance(source, Source) else Source(source)
+    return replace(source, strength=-source.strength)
+
+
+def require_sums(adapter: Adapter) -> None:
+    """Raises `Unsupported` for an adapter whose changes cannot be subtracted."""
+    for change in adapter.changes:
+        if not change.delta.additive:
+            raise Unsupported(
+                f"{adapter.path}: {change}: what a delta of kind {change.delta.kind} changed depends on the weight before; "
+                "only the undo file of the merge (merge --undo) leads back"
+            )
+
+
+def said_otherwise(layout: Layout, adapters: Sequence[tuple[str, float]]) -> Iterator[str]:
+    """What the checkpoint says of itself, where that is not that these adapters were merged into it."""
+    for header in layout.files.values():
+        known = history_of(header.metadata).get("adapters")
+        if isinstance(known, list) and known:
+            merged = {(str(each.get("name")), each.get("strength")) for each in known if isinstance(each, dict)}
+            for path, strength in adapters:
+                if (Path(path).name[:100], strength) not in merged:
+                    listed = ", ".join(f"{name}:{at}" for name, at in sorted(merged, key=str))
+                    yield f"{layout.root} says that {listed} was merged into it, not {Path(path).name}:{strength:g}"
+            return
+
+
+class _Doubt:
+    """Counts the numbers that subtraction may not have found again."""
+
+    def __init__(self, *, by_chance: bool) -> None:
+        self.count, self.by_chance = 0, by_chance
+        self._lock = threading.Lock()
+
+    def follow(self, job: Job, added: Added) -> Callable[[], None]:
+        return partial(self._look, job, added)
+
+    def _look(self, job: Job, added: Added) -> None:
+        found = added.doubtful(rows_of(job, job.tensor.source), job.start, by_chance=self.by_chance)
+        with self._lock:
+            self.count += found
