@@ -115,7 +115,7 @@ def names() -> Iterator[str]:
     yield ""
     for name in loratool.__all__:
         yield from (
-            f"::: {loratool._HOMES[name]}.{name}",
+            f"::: {getattr(loratool, name).__module__}.{name}",
             "    options:",
             f"      heading: loratool.{name}",
             f"      toc_label: {name}",

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from loratool import __version__
+from loratool._version import __version__
 from loratool.cli.check import check_command
 from loratool.cli.combine import combine_command
 from loratool.cli.compare import compare_command

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from loratool import __version__
+from loratool._version import __version__
 from loratool.files.hashes import short_hash
 
 METADATA_KEY: Final = "loratool"

@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from loratool import __version__
+from loratool._version import __version__
 from loratool.numbers.threads import cores, memory_limit
 
 LIBRARIES: Final = ("torch", "safetensors", "numpy", "click", "rich", "peft", "diffusers", "transformers")

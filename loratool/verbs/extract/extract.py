@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from loratool import __version__
+from loratool._version import __version__
 from loratool.adapter.write import require_room, write_as
 from loratool.archs import ARCHS, Arch
 from loratool.base.base import Weights

@@ -21,7 +21,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from loratool import __version__
+from loratool._version import __version__
 from loratool.adapter.load import Adapter, Unsaid
 from loratool.errors import InvalidFile, Unsupported, some
 from loratool.files.append import ENTRY_BYTES, Appending, Entry

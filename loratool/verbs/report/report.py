@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
-from loratool import __version__
+from loratool._version import __version__
 from loratool.errors import LoratoolError
 from loratool.files.output import Output, Writer, check_target
 from loratool.text import message, safe, size
