@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import common
-from loratool.adapter.load import Change, load
+from loratool.adapter.adapter import Change
+from loratool.adapter.load import load
 from loratool.numbers.factor import Storage, refactored
 from loratool.numbers.ranks import Rule
 

@@ -12,14 +12,16 @@ from pathlib import Path
 import click
 
 import loratool
+from loratool.adapter.approximate import KEPT, RESIZED
 from loratool.archs import ARCHS
 from loratool.cli import cli
-from loratool.deltas import KINDS, Delta, DoRA
+from loratool.deltas.base import Delta
+from loratool.deltas.dora import DoRA
+from loratool.deltas.registry import KINDS
 from loratool.formats.consumers import CONSUMERS
 from loratool.formats.recognise import KNOWN
 from loratool.formats.table import FORMATS, LLM
 from loratool.keys.routes import example
-from loratool.verbs.resize import KEPT, RESIZED
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))

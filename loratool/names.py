@@ -1,9 +1,9 @@
-"""The vocabulary of architecture tables: how one model's modules are called in two naming schemes. No tensors."""
+"""What modules are called: the namings, the components of a model, the prefixes that name them, and `Module`. No tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 DIFFUSERS: Final = "diffusers"
@@ -26,74 +26,63 @@ XLABS: Final = "XLabs"
 CHECKPOINT: Final = "checkpoint"
 """One that stands in checkpoints only, and in no adapter: OpenCLIP's."""
 
+CONTAINER: Final = "base_model.model."
+"""What PEFT puts before every key of a wrapped model."""
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """`parts`, stacked along the output dimension in the ratio `sizes`, are `whole`.
+UNET: Final = "unet"
+TE1: Final = "te1"
+TE2: Final = "te2"
+TE3: Final = "te3"
+CONDITIONER: Final = "conditioner"
+"""Anima's adapter of its language model: inside the transformer in its checkpoint, beside it in diffusers."""
+VAE: Final = "vae"
+EMA: Final = "ema"
+WHOLE: Final = ""
+"""The component of a model that has no others: a language model, a bare transformer."""
 
-    `parts` are module paths of diffusers or transformers, `whole` one of the original checkpoint.
-    With `swapped` the two halves of the output stand in the opposite order (adaLN's scale and shift);
-    with `transposed` the original stores the weight as (in, out); with `rotary` it interleaves the two halves of each
-    attention head, as Meta's Llama does.
-    """
+ENCODERS: Final = (TE1, TE2, TE3)
+COMPONENTS: Final = (UNET, CONDITIONER, *ENCODERS)
 
-    parts: tuple[str, ...]
-    whole: str
-    sizes: tuple[int, ...] = (1,)
-    swapped: bool = False
-    transposed: bool = False
-    rotary: bool = False
+COMFY_ENCODERS: Final = {
+    "clip_l": TE1, "clip_h": TE1, "clip_g": TE2, "t5xxl": TE3, "umt5xxl": TE1, "llama": TE1, "qwen25_7b": TE1,
+    "qwen3_06b": TE1, "qwen3_4b": TE1, "qwen3_8b": TE1, "gemma2_2b": TE1,
+}  # fmt: skip
+"""What ComfyUI calls text encoders (comfy/text_encoders)."""
 
+ADAPTER_PREFIXES: Final[Sequence[tuple[str, str]]] = (
+    # flattened: kohya and those who follow it
+    ("lora_unet_llm_adapter_", CONDITIONER), ("lora_unet_net_", UNET), ("lora_unet__", UNET), ("lora_unet_", UNET),
+    ("lora_transformer_", UNET), ("lora_prior_unet_", UNET),
+    ("lora_te1_", TE1), ("lora_te2_", TE2), ("lora_te3_", TE3), ("lora_te_", TE1), ("lora_prior_te_", TE1),
+    ("oft_unet_", UNET), ("lycoris_", WHOLE),
+    # dotted: diffusers pipelines, ComfyUI, OneTrainer's OMI
+    ("diffusion_model.llm_adapter.", CONDITIONER), ("text_conditioner.", CONDITIONER),
+    ("unet.", UNET), ("transformer.", UNET), ("model.diffusion_model.", UNET), ("diffusion_model.", UNET), ("prior.", UNET),
+    ("net.", UNET), ("text_encoder.", TE1), ("text_encoder_2.", TE2), ("text_encoder_3.", TE3),
+    *((f"text_encoders.{name}.transformer.", component) for name, component in COMFY_ENCODERS.items()),
+    ("clip_l.", TE1), ("clip_g.", TE2), ("t5.", TE3),
+)  # fmt: skip
+"""What adapters put before a module's path, longest first where one begins with another."""
 
-def rename(parts: str, whole: str, table: Mapping[str, str]) -> Iterator[Link]:
-    """One link for each row of `table`, below the block `parts` here and `whole` there."""
-    for ours, theirs in table.items():
-        yield Link((_join(parts, ours),), _join(whole, theirs))
-
-
-def fuse(block: str, parts: str, whole: str, sizes: tuple[int, ...] | None = None) -> Link:
-    """The link that stacks the space-separated `parts` of `block` into `whole`; equal sizes unless given."""
-    names = tuple(_join(block, part) for part in parts.split())
-    return Link(names, whole, sizes or (1,) * len(names))
-
-
-def same(block: str, names: str) -> Iterator[Link]:
-    """One link for each of the space-separated `names` of `block`, which both namings call alike."""
-    for name in names.split():
-        yield Link((_join(block, name),), _join(block, name))
-
-
-def swap(parts: str, whole: str) -> Link:
-    """The link of an adaLN whose scale and shift stand in the opposite order in the two namings."""
-    return Link((parts,), whole, swapped=True)
-
-
-def apart(links: Iterable[Link], instead: Mapping[str, str] | None = None) -> Iterator[Link]:
-    """The naming that numbers the parts of a stack behind its name: OMI's, of OneTrainer (modules/util/convert/lora).
-
-    `instead` are names of wholes that it calls differently.
-    """
-    for link in links:
-        whole = (instead or {}).get(link.whole, link.whole)
-        if len(link.parts) == 1:
-            yield replace(link, whole=whole)
-        else:
-            yield from (Link((part,), f"{whole}.{number}") for number, part in enumerate(link.parts))
+BASE_PREFIXES: Final[Sequence[tuple[str, str]]] = (
+    # diffusers folders, one per component
+    ("unet/", UNET), ("transformer/", UNET), ("prior/", UNET), ("text_conditioner/", CONDITIONER),
+    ("text_encoder/", TE1), ("text_encoder_2/", TE2), ("text_encoder_3/", TE3), ("vae/", VAE),
+    # single-file checkpoints: LDM (SD1, SD2), SGM (SDXL), ComfyUI
+    ("model.diffusion_model.llm_adapter.", CONDITIONER), ("net.llm_adapter.", CONDITIONER),
+    ("model.diffusion_model.", UNET), ("net.", UNET),
+    ("cond_stage_model.transformer.", TE1), ("cond_stage_model.model.", TE1),
+    ("conditioner.embedders.0.transformer.", TE1), ("conditioner.embedders.0.model.", TE1),
+    ("conditioner.embedders.1.model.", TE2),
+    *((f"text_encoders.{name}.transformer.", component) for name, component in COMFY_ENCODERS.items()),
+    ("first_stage_model.", VAE), ("vae.", VAE), ("model_ema.", EMA),
+)  # fmt: skip
+"""What checkpoints put before the names of one component's tensors."""
 
 
 def flat(path: str) -> str:
     """kohya's spelling of a module path: dots become underscores."""
     return path.replace(".", "_")
-
-
-def mentioned(links: Iterable[Link]) -> tuple[set[str], set[str]]:
-    """All module paths of the one naming, and all of the other."""
-    rows = list(links)
-    return {part for link in rows for part in link.parts}, {link.whole for link in rows}
-
-
-def _join(block: str, name: str) -> str:
-    return f"{block}.{name}" if block and name else block or name
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -107,3 +96,30 @@ class Module:
 
     def __str__(self) -> str:
         return self.stem
+
+
+def adapter_component(stem: str) -> tuple[str, str]:
+    """(component, module path) of an adapter's stem; behind PEFT's container the path is the wrapped model's own."""
+    if stem.startswith(CONTAINER):
+        return WHOLE, stem.removeprefix(CONTAINER)
+    for prefix, component in ADAPTER_PREFIXES:
+        if stem.startswith(prefix):
+            return component, stem.removeprefix(prefix)
+    return WHOLE, stem
+
+
+def base_component(name: str) -> tuple[str, str, str]:
+    """(component, prefix, name behind the prefix) of a base checkpoint's tensor."""
+    for prefix, component in BASE_PREFIXES:
+        if name.startswith(prefix):
+            return component, prefix, name.removeprefix(prefix)
+    return WHOLE, "", name
+
+
+def readings(module: Module) -> Iterator[tuple[str, str]]:
+    """The component and path that a module's name may mean: as its prefix says, then by a prefix behind PEFT's container."""
+    yield module.component, module.path
+    if module.component == WHOLE:
+        component, path = adapter_component(module.path)
+        if component != WHOLE:
+            yield component, path

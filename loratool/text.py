@@ -46,3 +46,8 @@ def histogram(counts: Mapping[Any, int], shown: int = 8) -> str:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape", errors="backslashreplace").decode("ascii", errors="backslashreplace")
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts numbers inside names by their value."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from loratool.archs import ARCHS, Arch, Component
+from loratool.archs.links import Link, fuse, mentioned, rename
 from loratool.archs.sd import SD1, SDXL
-from loratool.names import Link, flat, fuse, mentioned, rename
+from loratool.names import flat
 from tests.architectures import BEYOND, CONVERTERS, converted, shapes
 from tests.models import SD1_UNET, SDXL_UNET, clip, clip_tensors, original_names, unet
 

@@ -31,7 +31,7 @@ from loratool import (
     merge,
 )
 from loratool.archs.flux import FLUX1
-from loratool.deltas import LoRA
+from loratool.deltas.lora import LoRA
 from loratool.deltas.methods import core_space, elected, knots_space, merged, trimmed
 from loratool.errors import NeedsBase, ShapeMismatch
 from loratool.files.hashes import short_hash

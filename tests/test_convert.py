@@ -17,11 +17,12 @@ from torch import Tensor
 from loratool.adapter.load import load
 from loratool.adapter.rename import renamed
 from loratool.archs import ARCHS, Arch, Component
+from loratool.archs.links import Link
 from loratool.errors import AmbiguousFile, LoratoolError, OutputError, Unsupported
 from loratool.files.header import read_header
 from loratool.formats.table import FORMATS, Format, format_named
 from loratool.keys.resolve import Wanted, choose
-from loratool.names import DIFFUSERS, Link
+from loratool.names import DIFFUSERS
 from loratool.verbs.convert import convert
 from loratool.verbs.inspect.inspect import AdapterReport, inspect
 from tests.conftest import FIXTURES, Run

@@ -28,8 +28,7 @@ from loratool import (
     to_lora,
     unmerge,
 )
-from loratool.deltas import Delta
-from loratool.deltas.base import moved
+from loratool.deltas.base import Delta, moved
 from loratool.numbers.devices import CPU, Lanes, devices_named, exact_products, lanes
 from loratool.verbs.compare.compare import AdapterComparison
 from loratool.verbs.merge import blocks as streaming

@@ -13,8 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from loratool.files.hashes import LETTERS, file_hashes, legacy_hash, short_hash
+from loratool.files.hashes import LETTERS, legacy_hash, short_hash
 from loratool.files.header import read_header
+from loratool.verbs.hash import file_hashes
 from tests.conftest import FIXTURES, Run
 from tests.models import kohya, save
 

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from loratool.adapter.load import load
 from loratool.adapter.verify import difference
-from loratool.deltas import Delta
+from loratool.deltas.base import Delta
 from loratool.errors import Unsupported
 from loratool.files.layout import open_layout
 from loratool.formats.table import FORMATS, Format
-from loratool.keys.detect import detect, inputs_of, named_like
+from loratool.keys.detect import detect, named_like
 from loratool.keys.listing import read_listing
+from loratool.keys.places import inputs_of
 from loratool.verbs.convert import convert
 from tests.conftest import FIXTURES
 from tests.models import save

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loratool import LoratoolError, inspect
-from loratool.files.hashes import file_hashes
 from loratool.files.header import read_header
+from loratool.verbs.hash import file_hashes
 from loratool.verbs.meta.meta import copy_metadata, delete_metadata, metadata_of, set_metadata, strip_metadata
 from tests.conftest import FIXTURES, Run, examples
 from tests.models import kohya

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from loratool import Checkpoint, LoratoolError, Options, Source, delta, load, merge, unmerge
+from loratool.adapter.selection import Choice
 from loratool.errors import InvalidFile, OutputError, Unsupported
 from loratool.files.layout import open_layout
 from loratool.numbers.residuals import packed, unpacked
 from loratool.numbers.rounding import INTEGERS, neighbours
 from loratool.verbs.merge import blocks as streaming
 from loratool.verbs.merge.added import Added
-from loratool.verbs.merge.plan import Choice, make_plan
+from loratool.verbs.merge.plan import make_plan
 from tests.conftest import examples
 from tests.models import Tensors, kohya, llm, peft_adapter, save
 from tests.test_merge import STEMS, base_tensors

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from loratool.adapter.load import Adapter, Change
-from loratool.adapter.same_format import Contents, biases, like_source, named
-from loratool.base.base import Weights
-from loratool.deltas import Delta, Embedding, LoRA
+from loratool.adapter.adapter import Adapter, Change
+from loratool.base.base import Weights, open_base
+from loratool.deltas.base import Delta
+from loratool.deltas.lora import Embedding, LoRA
+from loratool.deltas.schema import BIAS, WEIGHT
 from loratool.errors import NeedsBase, Unsupported, about, of_file
 from loratool.files.tensors import DTYPES
 from loratool.numbers.budgets import Market, within_error
-from loratool.numbers.devices import Lanes, sent
+from loratool.numbers.devices import Lanes, lanes, sent
 from loratool.numbers.factor import Factored, Storage, factored, offered, refactored
 from loratool.numbers.linalg import Core
 from loratool.numbers.ranks import Budget, Offer, Rule
 from loratool.numbers.threads import results
-from loratool.schema import BIAS, WEIGHT
 
 NOTHING: Final = Rule("rank", 1, most=0)
 """Keeps nothing of a module."""
@@ -97,16 +98,6 @@ class Lowering:
             lambda allowed: self._at(market.within_error(allowed)),
             lambda done: sum((figures.error * figures.norm * self.worth[i]) ** 2 for i, (figures, _) in done.items()),
         )
-
-    def contents(self, done: Lowered, kept: Mapping[str, Tensor]) -> Contents:
-        """What is to be written, with the tensors of what is `kept` as they were."""
-        tensors = dict(kept)
-        tensors |= biases(self.kept, {figures.name for figures, _ in done.values()})
-        for number, (figures, delta) in done.items():
-            if figures.rank:
-                tensors |= named(Change(self.adapter.changes[number].module, WEIGHT, delta))
-        ranks = [figures.rank for figures, _ in done.values() if figures.rank]
-        return like_source(self.adapter, tensors, self.kept, ranks)
 
     def _stored_as(self, change: Change) -> torch.dtype:
         """The dtype of new factors: where nobody says, that of the change's own, the widest where they differ."""
@@ -241,3 +232,26 @@ def as_lora(found: Factored, shape: tuple[int, ...]) -> LoRA:
 def _dense(delta: _Effective) -> Tensor:
     assert delta.dense is not None
     return delta.dense
+
+
+KEPT: Final = frozenset({"lora", "embedding", "enlarge", "replace", "tokens"})
+"""Kinds that a LoRA file holds as they are."""
+RESIZED: Final = frozenset({"lora"})
+"""Of these, the kind whose rank can be another."""
+
+
+def lower(
+    adapter: Adapter, rule: Rule, dtype: str | None = None, *, base: str | Path | None = None, device: str = "cpu"
+) -> tuple[Adapter, list[Converted]]:
+    """The adapter with every delta on a matrix or a kernel that a LoRA file cannot hold as a LoRA of scale 1, and what
+    became of each."""
+    work = Lowering(adapter, dtype, KEPT, open_base(base), on=lanes(device, doubles=True))
+    done = work.lowered(rule)
+    return lowered_adapter(work, done), [figures for figures, _ in done.values()]
+
+
+def error_of(converted: Sequence[Converted]) -> float:
+    """The relative error over all modules."""
+    left = sum((module.error * module.norm) ** 2 for module in converted) ** 0.5
+    whole = sum(module.norm**2 for module in converted) ** 0.5
+    return left / whole if whole else 0.0

@@ -3,75 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from torch import Tensor
 
-from loratool.deltas import IA3, KINDS, Delta, DoRA, Enlarge, ExpertLoRA, InputOFT, LoRALib, TokenRows
+from loratool.adapter.adapter import Adapter, Change
+from loratool.deltas.base import Delta
+from loratool.deltas.dora import DoRA
+from loratool.deltas.experts import ExpertLoRA
+from loratool.deltas.full import Enlarge, TokenRows
+from loratool.deltas.loralib import LoRALib
+from loratool.deltas.multiply import IA3
+from loratool.deltas.orthogonal import InputOFT
+from loratool.deltas.registry import KINDS
+from loratool.deltas.schema import Part
 from loratool.errors import InvalidAdapter, NonFinite, Unsupported, about, some
+from loratool.files.adapter_files import CONFIG_NAME, PICKLE_SUFFIXES, locate
 from loratool.files.header import TensorInfo, read_json
-from loratool.files.pickles import PICKLE_SUFFIXES, unpickled
+from loratool.files.pickles import unpickled
 from loratool.files.tensors import FLOATS, TensorFile
-from loratool.formats.leaves import CONTAINER
-from loratool.formats.peft import CONFIG_NAME, PeftConfig
+from loratool.formats.peft import PeftConfig
 from loratool.keys.detect import is_language_model
-from loratool.keys.listing import Group, Listing, listing, locate, read_listing, require_adapter
-from loratool.names import Module
+from loratool.keys.listing import Group, Listing, listing, read_listing, require_adapter
+from loratool.names import CONTAINER, Module
 from loratool.numbers.linalg import all_finite, bounds
 from loratool.numbers.threads import results
-from loratool.schema import Part
 
 INTEGERS: Final = (".on_input", ".reshape_weight")
 """Leaves that hold whole numbers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One delta and what it acts on: `parameter` is "weight" or "bias".
-
-    An `optional` one may lack its target. `apart` is the same change for a base that stores experts one by one.
-    `keys` are the names of its tensors in the file. A `zero` one is a sum that certainly comes to nothing.
-    """
-
-    module: Module
-    parameter: str
-    delta: Delta
-    optional: bool = False
-    apart: tuple[Change, ...] = ()
-    keys: tuple[str, ...] = ()
-    zero: bool = False
-
-    @property
-    def stem(self) -> str:
-        """The stem that names it: of stacked experts not that of its tensors, which is the module's that holds them."""
-        return CONTAINER + self.module.path if self.delta.kind == "experts" else self.module.stem
-
-    def __str__(self) -> str:
-        return str(self.module) if self.parameter == "weight" else f"{self.module} (bias)"
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """The changes that an adapter makes, in the order in which those to one weight are to be made.
-
-    `tied` says that its embedding and head are one (PEFT's ensure_weight_tying). `passengers` are tensors that travel with
-    it and change no weight, `alphas` the file's own, both by key. `config` is PEFT's adapter_config.json, if there is one.
-    """
-
-    path: Path
-    changes: tuple[Change, ...]
-    metadata: Mapping[str, str]
-    tied: bool = False
-    passengers: Mapping[str, Tensor] = field(default_factory=dict)
-    alphas: Mapping[str, Tensor] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

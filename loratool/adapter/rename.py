@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 
-from loratool.adapter.load import Change
-from loratool.deltas import ANY, Delta, stack
+from loratool.adapter.adapter import Change
+from loratool.archs.links import Link
+from loratool.deltas.base import Delta, stack
+from loratool.deltas.schema import ANY
 from loratool.errors import InvalidAdapter, Unsupported, about
 from loratool.keys.routes import Route
-from loratool.names import Link, Module
+from loratool.names import Module
 
 
 @dataclass(frozen=True, slots=True)

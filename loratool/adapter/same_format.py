@@ -1,26 +1,22 @@
-"""Writes adapters: tensors in safetensors' own order, metadata that is true of them, and PEFT's config beside them."""
+"""An adapter in the spelling of the file it came from: what stays keeps its bytes, and what says so is made true."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from loratool.adapter.load import Adapter, Change
-from loratool.adapter.spell import lora_config
+from loratool.adapter.adapter import Adapter, Change
 from loratool.deltas.base import or_one
-from loratool.files.hashes import LENGTHS, hashes
-from loratool.files.header import TensorInfo, encode_header, read_header, stored_order
-from loratool.files.output import Output, Writer
-from loratool.files.tensors import DTYPE_NAMES, TensorFile, tensor_bytes
-from loratool.formats.leaves import CONTAINER
-from loratool.formats.peft import CONFIG_NAME
-from loratool.keys.listing import WEIGHTS, locate
+from loratool.files.adapter_files import locate
+from loratool.files.adapter_writer import Contents
+from loratool.files.header import read_header
+from loratool.files.tensors import TensorFile
+from loratool.formats.kohya import kohya_metadata
+from loratool.formats.peft import lora_config
+from loratool.names import CONTAINER
 
 LEAF_NAMES: Final[Mapping[bool, tuple[str, str]]] = {
     False: ("lora_down.weight", "lora_up.weight"),
@@ -36,66 +32,7 @@ CARRIED: Final = (
 """What a LoRA's config says that a conversion does not change."""
 
 
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """What an adapter's file is to hold, and the config of a PEFT folder; None for a single file."""
-
-    tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, str]
-    config: Mapping[str, Any] | None = field(default=None)
-
-
-def write(
-    contents: Contents, inputs: Sequence[Path], out: Path, *, overwrite: bool, check: Callable[[Path], None] | None = None
-) -> int:
-    """Writes an adapter to `out`, a file or a PEFT folder, and returns its bytes.
-
-    `check` is given what was written before it takes its place, and raises where that is not right.
-    """
-    infos, position = _laid_out(contents.tensors)
-    parts = [tensor_bytes(contents.tensors[name].contiguous()) for name in infos]
-    metadata = dict(contents.metadata)
-    metadata |= hashes(infos, parts, metadata)
-    raw = encode_header(infos, metadata)
-    nbytes, folder = len(raw) + position, contents.config is not None
-    with Output(out, folder=folder, overwrite=overwrite, nbytes=nbytes, inputs=inputs) as output:
-        path = output.path(WEIGHTS[0] if folder else "")
-        with Writer(path, nbytes) as writer:
-            writer.write(raw, 0)
-            for info, part in zip(infos.values(), parts, strict=True):
-                writer.write(part, len(raw) + info.start)
-        if contents.config is not None:
-            output.path(CONFIG_NAME).write_text(_text(contents.config))
-        if check:
-            check(path.parent if folder else path)
-        output.commit()
-    return nbytes
-
-
-def size_of(contents: Contents) -> int:
-    """The bytes that `write` would write of tensors of these shapes, the config's included."""
-    infos, position = _laid_out(contents.tensors)
-    config = "" if contents.config is None else _text(contents.config)
-    metadata = dict(contents.metadata) | {key: "0" * length for key, length in LENGTHS.items()}
-    return len(encode_header(infos, metadata)) + position + len(config.encode())
-
-
-def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, TensorInfo], int]:
-    """Where each tensor lies, and the end of the last, in safetensors' own order: hashes depend on it."""
-    infos, position = {}, 0
-    for name in sorted(tensors, key=lambda name: stored_order(DTYPE_NAMES[tensors[name].dtype], name)):
-        tensor = tensors[name]
-        size = tensor.numel() * tensor.element_size()
-        infos[name] = TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), position, position + size)
-        position += size
-    return infos, position
-
-
-def _text(config: Mapping[str, Any]) -> str:
-    return json.dumps(config, indent=2) + "\n"
-
-
-def named(change: Change) -> dict[str, Tensor]:
+def named_tensors(change: Change) -> dict[str, Tensor]:
     """A new LoRA's tensors under the names that the adapter's own spelling of the module calls for."""
     stem, leaves = change.module.stem, change.delta.leaves()
     if "embedding_down" in leaves:
@@ -126,22 +63,6 @@ def like_source(adapter: Adapter, tensors: Mapping[str, Tensor], kept: Sequence[
     """`tensors` as an adapter like the one they came from; `kept` are the changes that stayed what they were, `ranks`
     those of the new factors."""
     return Contents(tensors, dict(kohya_metadata(adapter.metadata, ranks)), _config(adapter, tensors, kept))
-
-
-def kohya_metadata(metadata: Mapping[str, str], ranks: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """The metadata of the source, with what it says of the network true of factors of `ranks`, whose scale is 1."""
-    yield from metadata.items()
-    if "ss_network_module" in metadata:
-        yield "ss_network_module", "networks.lora"
-        yield "ss_network_dim", one_or_dynamic(ranks)
-        yield "ss_network_alpha", metadata.get("ss_network_alpha", "") if not ranks else "Dynamic"
-        yield "ss_network_args", "{}"
-
-
-def one_or_dynamic(values: Iterable[float]) -> str:
-    """kohya's word for ranks or alphas: the one that all modules have, or Dynamic."""
-    distinct = set(values)
-    return f"{min(distinct):g}" if len(distinct) == 1 else "Dynamic"
 
 
 def before(adapter: Adapter) -> dict[str, Any]:

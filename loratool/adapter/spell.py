@@ -3,22 +3,23 @@ keeps one."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from loratool.adapter.load import Adapter
+from loratool.adapter.adapter import Adapter
 from loratool.adapter.rename import Moved
 from loratool.archs.llm import is_embedding
-from loratool.deltas import Delta, ExpertLoRA
+from loratool.deltas.base import Delta
+from loratool.deltas.experts import ExpertLoRA
+from loratool.deltas.schema import Part, explain
 from loratool.errors import LoratoolError, Unsupported, about
-from loratool.formats.leaves import CONTAINER
 from loratool.formats.peft import wrapping
 from loratool.formats.table import FOLDED, TENSOR, Format
-from loratool.schema import Part, explain
+from loratool.names import CONTAINER
 
 NO_LORA: Final = frozenset({"replace", "tokens", "lora bias"})
 """Kinds that no LoRA can stand for: values that are put in a weight's place, and changes of a bias."""
@@ -118,40 +119,3 @@ def _alpha(item: Moved, delta: Delta, part: Part, adapter: Adapter) -> Tensor | 
     exact = torch.tensor(delta.scale * part.rank, dtype=torch.float64)
     narrow = exact.to(stored[0].dtype if stored else next(iter(delta.leaves().values())).dtype)
     return narrow if narrow.double() == exact else exact.float()
-
-
-def lora_config(ranks: Mapping[str, int], scales: Mapping[str, float | None], usual: int | None = None) -> dict[str, object]:
-    """r, lora_alpha and their patterns for modules of these ranks and scales; without a scale, alpha is the rank. `usual` is
-    the rank of what no pattern can name."""
-    alphas = {
-        path: whole_number(rank * scale) if (scale := scales[path]) is not None else rank for path, rank in ranks.items()
-    }
-    usual_rank = _commonest(ranks.values(), 1) if usual is None else usual
-    usual_alpha = _commonest(alphas.values(), 1) if usual is None else usual
-    return {
-        "r": usual_rank,
-        "lora_alpha": usual_alpha,
-        "target_modules": sorted(map(_named, ranks)),
-        "rank_pattern": {pattern_of(path): rank for path, rank in sorted(ranks.items()) if rank != usual_rank},
-        "alpha_pattern": {pattern_of(path): alpha for path, alpha in sorted(alphas.items()) if alpha != usual_alpha},
-    }
-
-
-def _named(path: str) -> str:
-    """A target module's name. Without CLIP's `text_model.`, which transformers 5.6 dropped: an ending matches both ways."""
-    return path.removeprefix("text_model.")
-
-
-def pattern_of(path: str) -> str:
-    """The pattern of one module, from its beginning on where that is sure."""
-    return f"^{path}" if _named(path) == path else _named(path)
-
-
-def whole_number(alpha: float) -> float:
-    """An alpha as an integer where it is one, but for the rounding of its division by the rank and back."""
-    return round(alpha) if abs(alpha - round(alpha)) <= 1e-12 * abs(alpha) else alpha
-
-
-def _commonest(values: Iterable[float], otherwise: float) -> float:
-    counted = list(values)
-    return max(counted, key=counted.count, default=otherwise)

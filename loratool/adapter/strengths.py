@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import isfinite
 
-from loratool.archs import Arch
-from loratool.archs.blocks import block_of, weighted
+from loratool.adapter.adapter import Adapter
+from loratool.archs import ARCHS, Arch
+from loratool.archs.blocks import LENGTHS, block_of, weighted
 from loratool.errors import LoratoolError
-from loratool.formats.prefixes import COMPONENTS, WHOLE
-from loratool.names import Module
+from loratool.keys.resolve import explained
+from loratool.keys.routes import as_named
+from loratool.names import COMPONENTS, WHOLE, Module
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +60,12 @@ def _is_part(part: str, module: Module, block: str) -> bool:
     if part in (*COMPONENTS, "model"):
         return part == (module.component if module.component != WHOLE else "model")
     return fnmatchcase(block, part)
+
+
+def architecture(adapter: Adapter, modules: Sequence[Module], name: str | None = None, length: int = 0) -> Arch:
+    """The architecture that blocks are named by: the one asked for, else one that explains all modules. Of look-alikes,
+    which have the same blocks, it is one that has a vector of `length` block weights."""
+    if name:
+        return next(arch for arch in ARCHS if arch.name == name)
+    found = explained([adapter]) or [as_named(modules, "unknown", "a model without a table")]
+    return next((arch for arch in found if length in LENGTHS.get(arch.name, ())), found[0])

@@ -10,14 +10,16 @@ from typing import Final
 
 import torch
 
-from loratool.adapter.load import Adapter, Change, Stored
+from loratool.adapter.adapter import Adapter, Change
+from loratool.adapter.load import Stored
 from loratool.adapter.rename import cut, exchanged, joined, turned
-from loratool.deltas import ANY, Delta
-from loratool.deltas.base import identical
+from loratool.archs.links import Link
+from loratool.deltas.base import Delta, identical
+from loratool.deltas.schema import ANY
 from loratool.errors import InvalidAdapter, about
 from loratool.formats.table import Format
 from loratool.keys.routes import Route
-from loratool.names import Link, Module
+from loratool.names import Module
 from loratool.numbers.linalg import difference_norm, singular_values
 from loratool.numbers.threads import results
 

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.adapter.load import Adapter, Stored
+from loratool.adapter.adapter import Adapter
+from loratool.adapter.load import Stored
 from loratool.adapter.rename import Moved, renamed
-from loratool.adapter.same_format import Contents, before, one_or_dynamic, size_of, write
-from loratool.adapter.spell import Spelled, lora_config, spelled
+from loratool.adapter.same_format import before
+from loratool.adapter.spell import Spelled, spelled
 from loratool.adapter.verify import compared
 from loratool.errors import OutputError, Unsupported
-from loratool.formats.leaves import CONTAINER
-from loratool.formats.peft import METADATA_KEY
+from loratool.files.adapter_writer import Contents, size_of, write
+from loratool.formats.kohya import one_or_dynamic
+from loratool.formats.peft import METADATA_KEY, lora_config
 from loratool.formats.table import FOLDED, METADATA, Format
 from loratool.keys.routes import Route
-from loratool.names import Module
+from loratool.names import CONTAINER, Module
 
 STALE: Final = ("modelspec.hash_sha256", METADATA_KEY)
 """Metadata that is no longer true of a file of other tensors."""

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from loratool.archs.links import Link, rename, swap
 from loratool.archs.table import Arch, Component
 from loratool.archs.text_encoders import t5_xxl
-from loratool.formats.prefixes import TE1, UNET
-from loratool.names import ORIGINAL, Link, rename, swap
+from loratool.names import ORIGINAL, TE1, UNET
 
 TOP = {
     "context_embedder": "cond_seq_linear",

@@ -13,8 +13,7 @@ from typing import Final
 
 from loratool.archs.table import Arch
 from loratool.errors import LoratoolError
-from loratool.formats.prefixes import ENCODERS
-from loratool.names import ORIGINAL, Module
+from loratool.names import ENCODERS, ORIGINAL, Module
 
 BASE: Final = "BASE"
 """All text encoders."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from loratool.archs.links import Link, apart, fuse, rename, same
 from loratool.archs.table import Arch, Component
 from loratool.archs.text_encoders import open_clip
-from loratool.formats.prefixes import TE1, UNET
-from loratool.names import CHECKPOINT, OMI, ORIGINAL, Link, apart, fuse, rename, same
+from loratool.names import CHECKPOINT, OMI, ORIGINAL, TE1, UNET
 
 LEVELS = (("down_blocks.0", 8), ("down_blocks.1", 24), ("up_blocks.0", 24), ("up_blocks.1", 8))
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from loratool.archs.links import Link, rename, same
 from loratool.archs.table import Arch, Component
 from loratool.archs.text_encoders import language_model
-from loratool.formats.prefixes import CONDITIONER, UNET
-from loratool.names import ORIGINAL, Link, rename, same
+from loratool.names import CONDITIONER, ORIGINAL, UNET
 
 TOP = {
     "patch_embed.proj": "x_embedder.proj.1",

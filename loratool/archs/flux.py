@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from loratool.archs.links import Link, apart, fuse, rename, swap
 from loratool.archs.table import Arch, Component
 from loratool.archs.text_encoders import clip_l, language_model, t5_xxl
-from loratool.formats.prefixes import TE1, TE2, UNET
-from loratool.names import OMI, ORIGINAL, XLABS, Link, apart, fuse, rename, swap
+from loratool.names import OMI, ORIGINAL, TE1, TE2, UNET, XLABS
 
 IMAGE = "attn.to_q attn.to_k attn.to_v"
 TEXT = "attn.add_q_proj attn.add_k_proj attn.add_v_proj"

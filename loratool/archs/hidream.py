@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from loratool.archs.links import Link, same
 from loratool.archs.table import Arch, Component
 from loratool.archs.text_encoders import clip_l, open_clip, t5_xxl
-from loratool.formats.prefixes import TE3, UNET
-from loratool.names import ORIGINAL, Link, same
+from loratool.names import ORIGINAL, TE3, UNET
 
 TOP = (
     "t_embedder.timestep_embedder.linear_1 t_embedder.timestep_embedder.linear_2 "

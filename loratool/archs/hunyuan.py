@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from loratool.archs.flux import IMAGE, TEXT
+from loratool.archs.links import Link, fuse, rename, swap
 from loratool.archs.table import Arch, Component
 from loratool.archs.text_encoders import clip_l, language_model
-from loratool.formats.prefixes import TE2, UNET
-from loratool.names import COMFYUI, ORIGINAL, Link, fuse, rename, swap
+from loratool.names import COMFYUI, ORIGINAL, TE2, UNET
 
 DOUBLE = {
     "attn.to_out.0": "img_attn_proj",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from loratool.archs.links import Link, rename
 from loratool.archs.table import Arch, Component
-from loratool.formats.prefixes import UNET
-from loratool.names import ORIGINAL, Link, rename
+from loratool.names import ORIGINAL, UNET
 
 TOP = {
     "img_in": "first",

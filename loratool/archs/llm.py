@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from loratool.names import Link, fuse, rename
+from loratool.archs.links import Link, fuse, rename
 
 DECODER: Final = re.compile(
     r"(?!.*\bencoder\.)(?:.*\.)?(?:layers\.\d+\.(?:self_attn|mlp|block_sparse_moe|linear_attn)|h\.\d+\.(?:attn|mlp))\..*"

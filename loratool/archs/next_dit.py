@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from loratool.archs.links import Link, fuse, rename, same
 from loratool.archs.table import Arch, Component
 from loratool.archs.text_encoders import language_model
-from loratool.formats.prefixes import UNET
-from loratool.names import DIFFUSERS, KOHYA, ORIGINAL, Link, fuse, rename, same
+from loratool.names import DIFFUSERS, KOHYA, ORIGINAL, UNET
 
 REFINERS = (("noise_refiner", 2), ("context_refiner", 2))
 

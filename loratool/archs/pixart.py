@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from loratool.archs.links import Link, apart, fuse, rename
 from loratool.archs.table import Arch, Component
 from loratool.archs.text_encoders import t5_xxl
-from loratool.formats.prefixes import TE1, UNET
-from loratool.names import OMI, ORIGINAL, Link, apart, fuse, rename
+from loratool.names import OMI, ORIGINAL, TE1, UNET
 
 EMBEDDERS = {"timestep": "t_embedder", "resolution": "csize_embedder", "aspect_ratio": "ar_embedder"}
 TOP = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from loratool.archs.links import Link, same
 from loratool.archs.table import Arch, Component
 from loratool.archs.text_encoders import language_model
-from loratool.formats.prefixes import UNET
-from loratool.names import ORIGINAL, Link, same
+from loratool.names import ORIGINAL, UNET
 
 TOP = (
     "time_text_embed.timestep_embedder.linear_1 time_text_embed.timestep_embedder.linear_2 "

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
+from loratool.archs.links import Link, rename
 from loratool.archs.table import Arch, Component
 from loratool.archs.text_encoders import clip_l, open_clip
-from loratool.formats.prefixes import TE1, UNET
-from loratool.names import DIFFUSERS, KOHYA, ORIGINAL, Link, rename
+from loratool.names import DIFFUSERS, KOHYA, ORIGINAL, TE1, UNET
 
 TOP = {
     "conv_in": "input_blocks.0.0",

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from loratool.archs.links import Link, apart, fuse, rename, swap
 from loratool.archs.table import Arch, Component
 from loratool.archs.text_encoders import clip_l, open_clip, t5_xxl
-from loratool.formats.prefixes import TE3, UNET
-from loratool.names import OMI, ORIGINAL, Link, apart, fuse, rename, swap
+from loratool.names import OMI, ORIGINAL, TE3, UNET
 
 TOP = {
     "context_embedder": "context_embedder",

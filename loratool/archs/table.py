@@ -7,8 +7,22 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from typing import Final
 
-from loratool.formats.prefixes import CONDITIONER, ENCODERS, TE1, TE2, TE3, UNET, WHOLE, readings
-from loratool.names import CHECKPOINT, DIFFUSERS, ORIGINAL, Link, Module, flat
+from loratool.archs.links import Link
+from loratool.names import (
+    CHECKPOINT,
+    CONDITIONER,
+    DIFFUSERS,
+    ENCODERS,
+    ORIGINAL,
+    TE1,
+    TE2,
+    TE3,
+    UNET,
+    WHOLE,
+    Module,
+    flat,
+    readings,
+)
 
 Rows = Callable[[], Iterable[Link]]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache, partial
 
+from loratool.archs.links import Link, fuse, rename, same
 from loratool.archs.table import Component
-from loratool.formats.prefixes import TE1, TE2
-from loratool.names import CHECKPOINT, COMFYUI, TRANSFORMERS_5, UNWRAPPED, Link, fuse, rename, same
+from loratool.names import CHECKPOINT, COMFYUI, TE1, TE2, TRANSFORMERS_5, UNWRAPPED
 
 EMBEDDINGS = {
     "embeddings.token_embedding": "token_embedding",

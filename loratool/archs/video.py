@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from loratool.archs.links import Link, rename, same
 from loratool.archs.table import Arch, Component
 from loratool.archs.text_encoders import t5_xxl
-from loratool.formats.prefixes import TE1, UNET
-from loratool.names import ORIGINAL, Link, rename, same
+from loratool.names import ORIGINAL, TE1, UNET
 
 LINEAR = "to_q to_k to_v to_out.0"
 LTX_TOP = {

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loratool.deltas import Delta, Full
+from loratool.deltas.base import Delta
+from loratool.deltas.full import Full
+from loratool.deltas.schema import WEIGHT
 from loratool.errors import LoratoolError, ShapeMismatch
 from loratool.files.tensors import Checkpoint
 from loratool.keys.places import Place, Targets
 from loratool.names import Module
 from loratool.numbers.devices import CPU, sent
-from loratool.schema import WEIGHT
 
 
 class Weights:
@@ -78,3 +79,8 @@ class Weights:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def open_base(path: str | Path | None, *, pinned: bool = False) -> Weights | None:
+    """The checkpoint at `path`, None without one; raises `LoratoolError`."""
+    return Weights(Path(path).expanduser(), pinned=pinned) if path else None

@@ -10,14 +10,13 @@ from typing import Final
 import torch
 
 from loratool.base.base import Weights
+from loratool.deltas.schema import WEIGHT
 from loratool.errors import LoratoolError, UnmatchedModules, some
 from loratool.files.layout import Layout
 from loratool.files.tensors import DTYPES, FLOATS
-from loratool.formats.prefixes import EMA, WHOLE
-from loratool.keys.detect import detect, inputs_of
-from loratool.keys.places import HEAD, Place, module_of
-from loratool.names import Module
-from loratool.schema import WEIGHT
+from loratool.keys.detect import detect
+from loratool.keys.places import HEAD, Place, inputs_of, module_of
+from loratool.names import EMA, WHOLE, Module
 
 BUFFERS: Final = re.compile(
     r"(?:.*\.)?(?:position_ids|inv_freq|freqs|logit_scale|num_batches_tracked|pos_embed\.pos_embed)"

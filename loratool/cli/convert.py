@@ -15,9 +15,9 @@ from loratool.cli.rank_options import rule_of
 from loratool.cli.render import print_facts, told, warn
 from loratool.cli.resize import print_converted, rank_options, run_low_rank
 from loratool.errors import LoratoolError
+from loratool.files.adapter_files import is_adapter_folder
 from loratool.files.header import DTYPE_OPTIONS
 from loratool.formats.table import FORMATS, format_named
-from loratool.keys.listing import is_adapter_folder
 from loratool.text import histogram, size
 
 if TYPE_CHECKING:

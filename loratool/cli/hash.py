@@ -14,7 +14,7 @@ from loratool.cli.render import print_facts, print_json, warn
 from loratool.text import safe, size
 
 if TYPE_CHECKING:
-    from loratool.files.hashes import Hashes
+    from loratool.verbs.hash import Hashes
 
 
 @click.command("hash", short_help="Print the hashes that sites and tools know a file by.")
@@ -33,7 +33,7 @@ def hash_command(context: click.Context, files: tuple[Path, ...], check: bool, a
       loratool hash style.safetensors
       loratool hash --check style.safetensors
     """
-    from loratool.files.hashes import file_hashes
+    from loratool.verbs.hash import file_hashes
 
     found = [file_hashes(path) for path in files]
     if as_json:

@@ -119,14 +119,12 @@ def _shade(cell: float | None, largest: float) -> str:
 
 
 def _adapter(report: AdapterReport) -> Iterator[tuple[str, str]]:
-    from loratool.verbs.inspect.describe import composition
-
     yield "format", safe(report.format)
     yield "trainer", report.trainer or "not said in its metadata"
     yield "base", f"{report.arch.title}: {safe(report.arch.reason)}"
     if report.arch.candidates:
         yield "candidates", ", ".join(report.arch.candidates)
-    yield from composition(report)
+    yield from report.lines()
     share = f" ({report.share:.2%} of those they change)" if report.share is not None else ""
     yield "parameters", f"{count(report.parameters)}{share}"
     yield from _metadata(report.metadata)

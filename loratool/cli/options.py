@@ -10,7 +10,7 @@ import click
 from loratool.cli.inputs import found, there
 from loratool.errors import LoratoolError
 from loratool.files import hub
-from loratool.formats.prefixes import COMPONENTS
+from loratool.names import COMPONENTS
 
 KEEPING = ("sv_ratio", "sv_fro", "sv_cumulative", "threshold")
 """Rules of other tools, which --keep takes by their names."""

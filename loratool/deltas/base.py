@@ -20,8 +20,6 @@ from loratool.errors import Unsupported
 from loratool.numbers.devices import sent
 
 Leaves = Mapping[str, Tensor]
-ANY = -1
-"""In a delta's shape: a dimension that it leaves to the weight."""
 
 
 class Delta(ABC):

@@ -14,7 +14,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import ANY, Delta, Leaves, cut, stack, widened
+from loratool.deltas.base import Delta, Leaves, cut, stack, widened
+from loratool.deltas.schema import ANY
 from loratool.errors import InvalidAdapter, NeedsBase, Unsupported
 
 

@@ -9,7 +9,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import ANY, Delta, Leaves, cut, or_one, times, widened
+from loratool.deltas.base import Delta, Leaves, cut, or_one, times, widened
+from loratool.deltas.schema import ANY
 from loratool.errors import InvalidAdapter, NeedsBase, Unsupported
 
 

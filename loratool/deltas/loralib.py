@@ -13,8 +13,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import ANY, Delta, Leaves, cut, stack, widened
+from loratool.deltas.base import Delta, Leaves, cut, stack, widened
 from loratool.deltas.lora import Embedding, LoRA
+from loratool.deltas.schema import ANY
 from loratool.errors import InvalidAdapter, NeedsBase, ShapeMismatch, Unsupported
 
 SLOTS: dict[int, tuple[bool, ...]] = {2: (True, False, True), 3: (True, True, True)}

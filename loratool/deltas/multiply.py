@@ -12,7 +12,8 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from loratool.deltas.base import ANY, Delta, Leaves, cut, or_one, times, widened
+from loratool.deltas.base import Delta, Leaves, cut, or_one, times, widened
+from loratool.deltas.schema import ANY
 from loratool.errors import NeedsBase, Unsupported
 
 

@@ -13,15 +13,14 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 from loratool.errors import InvalidFile
+from loratool.files.adapter_files import locate
 from loratool.files.header import Header, TensorInfo, encode_header, identity, open_regular, read_header, stored_order
-from loratool.keys.listing import locate
 
 LEGACY_START: Final = 0x100000
 LEGACY_BYTES: Final = 0x10000
@@ -30,79 +29,12 @@ LETTERS: Final = 12
 BLOCK: Final = 8 << 20
 LENGTHS: Final[Mapping[str, int]] = {"sshs_model_hash": 64, "sshs_legacy_hash": 8}
 """kohya's keys, and how long their values are."""
-CLAIMS: Final[Mapping[str, tuple[str, str]]] = {
-    "sshs_model_hash": ("sshs_model_hash", ""),
-    "sshs_legacy_hash": ("sshs_legacy_hash", ""),
-    "modelspec.hash_sha256": ("autov3", "0x"),
-}
-"""What a file may say of its own hashes: which hash it is, and what stands before it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hashes:
-    """The hashes of one file, in hexadecimal. `autov3` and kohya's are None of what is no safetensors file, and `blake3`
-    without its library. `claims` maps what the file says of its own hashes to whether that is true."""
-
-    path: str
-    size: int
-    autov1: str
-    autov2: str
-    autov3: str | None
-    sha256: str
-    blake3: str | None
-    crc32: str
-    sshs_model_hash: str | None
-    sshs_legacy_hash: str | None
-    claims: Mapping[str, bool]
-
-    @property
-    def letters(self) -> str | None:
-        """AutoV3 as it is shown."""
-        return self.autov3[:LETTERS].upper() if self.autov3 else None
-
-    @property
-    def true(self) -> bool:
-        """Whether nothing that the file says of its hashes is wrong."""
-        return all(self.claims.values())
-
-
-def file_hashes(path: str | Path) -> Hashes:
-    """Hashes the file at `path`, or the weights of the PEFT folder; raises `LoratoolError`."""
-    file = locate(Path(path).expanduser())[0]
-    header = _header(file)
-    descriptor = open_regular(file)
-    try:
-        before = identity(descriptor)
-        digests = _digests(descriptor, header)
-        old = hashlib.sha256(os.pread(descriptor, LEGACY_BYTES, LEGACY_START)).hexdigest()[:8]
-        kohyas = _kohyas(descriptor, header, digests["autov3"]) if header else {}
-        if identity(descriptor) != before:
-            raise InvalidFile(f"{file}: was changed while it was read")
-        size = os.fstat(descriptor).st_size
-    except OSError as error:
-        raise InvalidFile(f"{file}: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
-    found = {"autov3": digests["autov3"], **kohyas}
-    return Hashes(
-        path=str(path),
-        size=size,
-        autov1=old,
-        autov2=digests["sha256"][:10],
-        autov3=digests["autov3"] if header else None,
-        sha256=digests["sha256"],
-        blake3=digests.get("blake3"),
-        crc32=digests["crc32"],
-        sshs_model_hash=kohyas.get("sshs_model_hash"),
-        sshs_legacy_hash=kohyas.get("sshs_legacy_hash"),
-        claims=dict(_claims(header, found)) if header else {},
-    )
 
 
 def short_hash(path: Path) -> str | None:
     """The first letters of an adapter's AutoV3, by which an output names it; None of no safetensors file."""
     file = locate(path)[0]
-    header = _header(file)
+    header = header_or_none(file)
     return _data_hash(header.path, header.data_start, header.identity)[:LETTERS] if header else None
 
 
@@ -142,7 +74,7 @@ def legacy_hash(header: Header, metadata: Mapping[str, str]) -> str:
         os.close(descriptor)
 
 
-def _header(file: Path) -> Header | None:
+def header_or_none(file: Path) -> Header | None:
     """The header of a safetensors file; None of any other: a damaged download has hashes too."""
     try:
         return read_header(file)
@@ -150,7 +82,7 @@ def _header(file: Path) -> Header | None:
         return None
 
 
-def _digests(descriptor: int, header: Header | None) -> dict[str, str]:
+def digest_file(descriptor: int, header: Header | None) -> dict[str, str]:
     """One pass over the file: each hash on a thread of its own, all of one block before the next is read."""
     whole, data = hashlib.sha256(), hashlib.sha256()
     crc, modern = [0], _blake3()
@@ -185,7 +117,7 @@ def _blake3() -> Any:
     return blake3()
 
 
-def _kohyas(descriptor: int, header: Header, autov3: str) -> dict[str, str]:
+def kohya_hashes(descriptor: int, header: Header, autov3: str) -> dict[str, str]:
     """kohya's hashes of the file, whose tensors may lie in another order than the one they are hashed in."""
     ordered = _canonical(header)
     if list(ordered) != list(header.tensors):
@@ -220,9 +152,3 @@ def _canonical(header: Header) -> dict[str, TensorInfo]:
 def _training_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     return encode_header(infos, training, always=True)
-
-
-def _claims(header: Header, found: Mapping[str, str]) -> Iterator[tuple[str, bool]]:
-    for key, (name, prefix) in CLAIMS.items():
-        if said := header.metadata.get(key):
-            yield key, said.lower().removeprefix(prefix) == found[name]

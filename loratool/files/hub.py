@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from loratool.errors import InvalidFile, LoratoolError, some
+from loratool.files.adapter_files import CONFIG_NAME, WEIGHTS
 from loratool.files.layout import INDEX_SUFFIX, PIPELINE, SINGLE_NAMES
-from loratool.formats.peft import CONFIG_NAME
-from loratool.keys.listing import WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.errors import InvalidConfig, InvalidFile, Unsupported, some
+from loratool.files.adapter_files import PICKLE_SUFFIXES
 from loratool.files.header import Header, TensorInfo, read_header, read_index, read_json
 from loratool.files.in_place import finish
 
@@ -74,7 +75,7 @@ def open_layout(path: Path) -> Layout:
         return _folder(path)
     if path.name.endswith(INDEX_SUFFIX):
         return _folder(path.parent)
-    if path.suffix in (".ckpt", ".bin", ".pt", ".pth"):
+    if path.suffix in PICKLE_SUFFIXES:
         raise Unsupported(f"{path}: a pickle can run code when it is opened; save it as safetensors first")
     header = read_header(path)
     return Layout(path, {"": header}, {}, {name: ("", info) for name, info in header.tensors.items()}, ())

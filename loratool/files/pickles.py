@@ -20,7 +20,6 @@ from typing import Final
 from loratool.errors import InvalidFile
 from loratool.files.header import ADAPTER_HEADER_BYTES, Header, open_regular, read_header
 
-PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 SECONDS: Final = 60
 SPARE_BYTES: Final = 6 << 30
 """Address space that importing torch takes, and room to copy."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from loratool.names import CONTAINER
+
 KOHYA: Final = "kohya"
 PEFT: Final = "PEFT"
 DIFFUSERS_OLD: Final = "old diffusers"
@@ -85,8 +87,6 @@ ABSOLUTE: Final[Mapping[str, str]] = {
 SHARED: Final[Mapping[str, str]] = {"base_model.vera_A": "vera_a", "base_model.vera_B": "vera_b"}
 """Tensors that every module of a kind shares: PEFT's VeRA projections."""
 
-CONTAINER: Final = "base_model.model."
-"""What PEFT puts before every key of a wrapped model."""
 
 _NAMED = re.compile(
     r"(.*\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save))\.(?!weight$|bias$)[^.]+(.*)"

@@ -1,6 +1,6 @@
 """The formats that loratool writes, as data: one row is one combination of prefix, naming, dots, leaves and alpha. No torch.
 
-Reading takes the four apart (`prefixes`, `leaves`, `reading`) and so also reads files that mix them; a row is what `--to`
+Reading takes the four apart (`names`, `leaves`, `keys.listing`) and so also reads files that mix them; a row is what `--to`
 writes, and the name of a file whose keys all agree with it.
 """
 
@@ -13,9 +13,7 @@ from typing import Final
 
 from loratool.errors import Unsupported
 from loratool.formats import leaves
-from loratool.formats.leaves import CONTAINER
-from loratool.formats.prefixes import ENCODERS, UNET, WHOLE
-from loratool.names import COMFYUI, OMI, ORIGINAL, TRANSFORMERS_5, XLABS, flat
+from loratool.names import COMFYUI, CONTAINER, ENCODERS, OMI, ORIGINAL, TRANSFORMERS_5, UNET, WHOLE, XLABS, flat
 from loratool.names import KOHYA as KOHYA_NAMES
 
 TENSOR: Final = "tensor"

@@ -11,9 +11,7 @@ from typing import Final
 from loratool.archs import ARCHS, Arch
 from loratool.archs.llm import is_decoder, is_meta
 from loratool.errors import some
-from loratool.files.layout import Layout
-from loratool.formats.prefixes import WHOLE, base_component
-from loratool.names import Module
+from loratool.names import WHOLE, Module
 
 Input = tuple[Module, int | None]
 """A module and the width of its input, where the shapes tell it."""
@@ -141,13 +139,3 @@ def _named(arch: Arch, name: str, naming: str) -> Iterable[str]:
 
 def _kind(path: str) -> str:
     return re.sub(r"\d+", "#", path)
-
-
-def inputs_of(layout: Layout) -> list[Input]:
-    """The modules of a base that have a weight, and the widths of their inputs."""
-    found: list[Input] = []
-    for name, (_, info) in layout.tensors.items():
-        component, prefix, rest = base_component(name)
-        if rest.endswith(".weight") and len(info.shape) > 1 and not prefix.startswith(("vae", "first_stage", "model_ema")):
-            found.append((Module(component, rest.removesuffix(".weight"), prefix + rest), info.shape[1]))
-    return found

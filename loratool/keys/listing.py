@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from loratool.errors import InvalidAdapter, InvalidConfig, InvalidFile, LoratoolError, Unsupported, some
+from loratool.deltas.schema import WEIGHT, Part, explain
+from loratool.errors import InvalidAdapter, InvalidConfig, LoratoolError, Unsupported, some
+from loratool.files.adapter_files import PICKLE_SUFFIXES, locate
 from loratool.files.header import ADAPTER_HEADER_BYTES, Header, TensorInfo, read_header, read_json, read_scalars
-from loratool.formats.leaves import CONTAINER, SHARED, spelled
-from loratool.formats.peft import CONFIG_NAME, PeftConfig, from_metadata
-from loratool.formats.prefixes import ADAPTER_PREFIXES, adapter_component
+from loratool.formats.leaves import SHARED, spelled
+from loratool.formats.peft import PeftConfig, from_metadata
 from loratool.formats.recognise import folds_whole_weights, refusal
-from loratool.names import Module
-from loratool.schema import WEIGHT, Part, explain
+from loratool.names import ADAPTER_PREFIXES, CONTAINER, Module, adapter_component
 
-WEIGHTS: Final = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-PICKLES: Final = ("adapter_model.bin",)
 WIDE: Final = ("down", "hada_w1_b", "diff", "b2")
 """Leaves whose second dimension is the input's."""
 MARKS: Final = {"LOHA": "hada_", "LOKR": "lokr_", "IA3": "ia3_", "VERA": "vera_"}
@@ -82,27 +80,10 @@ class Listing:
         return Counter(_prefix(group.module.stem) for group in self.groups)
 
 
-def locate(path: Path) -> tuple[Path, Path | None]:
-    """The tensors' file and the config's, if any, of an adapter given as a file or as a folder."""
-    if not path.is_dir():
-        beside = path.parent / CONFIG_NAME
-        return path, beside if path.name in (*WEIGHTS, *PICKLES) and beside.exists() else None
-    config = path / CONFIG_NAME
-    for name in (*WEIGHTS, *PICKLES):
-        if (path / name).exists():
-            return path / name, config if config.exists() else None
-    raise InvalidFile(f"{path}: a folder without {WEIGHTS[0]}: not an adapter")
-
-
-def is_adapter_folder(path: Path) -> bool:
-    """Whether `path` is a folder that holds an adapter."""
-    return path.is_dir() and any((path / name).exists() for name in (CONFIG_NAME, *WEIGHTS, *PICKLES))
-
-
 def read_listing(path: Path) -> Listing:
     """Lists the adapter at `path`, a safetensors file or a PEFT folder; raises `LoratoolError`."""
     weights, config = locate(path)
-    if weights.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+    if weights.suffix in PICKLE_SUFFIXES:
         raise Unsupported(
             f"{weights}: a pickle can run code when it is opened; load it with PEFT and save_pretrained it as safetensors, "
             "or pass --allow-pickle if you trust where it comes from"

@@ -13,13 +13,14 @@ from functools import cached_property
 from typing import Final
 
 from loratool.archs import ARCHS, Component
+from loratool.archs.links import Link, mentioned
 from loratool.archs.llm import CONV1D, fused, is_decoder, meta, mixture
+from loratool.deltas.schema import BIAS, WEIGHT
 from loratool.errors import LoratoolError
 from loratool.files.header import read_json
 from loratool.files.layout import Layout
-from loratool.formats.prefixes import COMPONENTS, ENCODERS, WHOLE, base_component, readings
-from loratool.names import Link, Module, flat, mentioned
-from loratool.schema import BIAS, WEIGHT
+from loratool.keys.detect import Input
+from loratool.names import COMPONENTS, ENCODERS, WHOLE, Module, base_component, flat, readings
 
 Key = tuple[str, str]
 """(component, flattened module path)"""
@@ -29,8 +30,6 @@ SAMPLED: Final = 64
 
 ENDINGS: Final = ((".weight", WEIGHT), (".bias", BIAS), (".scale", WEIGHT), ("_weight", WEIGHT), ("_bias", BIAS))
 """Behind a dot for modules, behind an underscore for raw parameters like OpenCLIP's in_proj_weight."""
-
-
 HEAD: Final = "lm_head"
 """The output layer that may be tied to the input embedding, and what the embedding's weight is called."""
 EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight")
@@ -279,3 +278,13 @@ def _heads_apart(place: Place, width: int) -> Iterator[Place]:
     for start in range(place.start, place.stop, width):
         for half in (0, 1):
             yield replace(place, start=start + half, stop=start + width, step=2)
+
+
+def inputs_of(layout: Layout) -> list[Input]:
+    """The modules of a base that have a weight, and the widths of their inputs."""
+    found: list[Input] = []
+    for name, (_, info) in layout.tensors.items():
+        component, prefix, rest = base_component(name)
+        if rest.endswith(".weight") and len(info.shape) > 1 and not prefix.startswith(("vae", "first_stage", "model_ema")):
+            found.append((Module(component, rest.removesuffix(".weight"), prefix + rest), info.shape[1]))
+    return found

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from loratool.adapter.load import Adapter
+from loratool.adapter.adapter import Adapter
 from loratool.archs import ARCHS, Arch
-from loratool.deltas import ANY
+from loratool.archs.links import Link
+from loratool.deltas.schema import ANY
 from loratool.errors import AmbiguousFile, LoratoolError, Unsupported, some
 from loratool.files.layout import Layout, open_layout
-from loratool.formats.leaves import CONTAINER
-from loratool.formats.prefixes import UNET
 from loratool.formats.table import FORMATS, LLM, Format, format_named
-from loratool.keys.detect import explaining, inputs_of, is_language_model, named_like, narrowed
+from loratool.keys.detect import explaining, is_language_model, named_like, narrowed
+from loratool.keys.places import inputs_of
 from loratool.keys.routes import Route, as_named, is_spelled, routes, ways_to
-from loratool.names import ORIGINAL, Link, Module
+from loratool.names import CONTAINER, ORIGINAL, UNET, Module
 
 OF_DIFFUSERS: Final = ("transformer.", "unet.", "prior.", CONTAINER)
 OF_ORIGINALS: Final = ("diffusion_model.", "model.diffusion_model.", "net.")

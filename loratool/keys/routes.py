@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from loratool.archs import ARCHS
 from loratool.archs.flux import FLUX1
+from loratool.archs.links import Link
 from loratool.archs.table import Arch, Component, Spot, plain
 from loratool.errors import LoratoolError, Unsupported
 from loratool.formats.table import Format
-from loratool.names import DIFFUSERS, TRANSFORMERS_5, UNWRAPPED, Link, Module
+from loratool.names import DIFFUSERS, TRANSFORMERS_5, UNWRAPPED, Module
 
 
 @dataclass(frozen=True, slots=True)

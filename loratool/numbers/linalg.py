@@ -22,6 +22,11 @@ def bounds(tensor: Tensor) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """What users call a dtype: float32, bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether it holds neither NaN nor Inf: the fastest of torch's ways to tell."""
     return all(map(math.isfinite, bounds(tensor)))

@@ -6,20 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loratool.adapter.approximate import Converted
-from loratool.adapter.load import Adapter, Unsaid, load
-from loratool.adapter.same_format import Contents, write
+from loratool.adapter.adapter import Adapter
+from loratool.adapter.approximate import Converted, error_of, lower
+from loratool.adapter.load import Unsaid, load
 from loratool.adapter.write import require_room, write_as
 from loratool.errors import of_file
+from loratool.files.adapter_files import CONFIG_NAME, locate
+from loratool.files.adapter_writer import Contents, write
 from loratool.files.header import read_header
 from loratool.files.history import entry, named
 from loratool.files.tensors import TensorFile
-from loratool.formats.peft import CONFIG_NAME
 from loratool.formats.table import Format, format_named
-from loratool.keys.listing import locate
 from loratool.keys.resolve import Wanted, choose
 from loratool.numbers.ranks import Rule
-from loratool.verbs.resize import error_of, lower
 
 
 @dataclass(frozen=True, slots=True)

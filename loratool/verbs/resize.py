@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from torch import Tensor
 
-from loratool.adapter.approximate import Converted, Lowered, Lowering, lowered_adapter
-from loratool.adapter.load import Adapter, Unsaid, load
-from loratool.adapter.same_format import Contents, as_they_were, size_of, write
-from loratool.base.base import Weights
+from loratool.adapter.adapter import Adapter, Change
+from loratool.adapter.approximate import KEPT, RESIZED, Converted, Lowered, Lowering, error_of
+from loratool.adapter.load import Unsaid, load
+from loratool.adapter.same_format import as_they_were, biases, like_source, named_tensors
+from loratool.base.base import open_base
+from loratool.deltas.schema import WEIGHT
 from loratool.errors import of_file
+from loratool.files.adapter_writer import Contents, size_of, write
 from loratool.files.history import entry, named
 from loratool.numbers.budgets import Market
 from loratool.numbers.devices import lanes
 from loratool.numbers.ranks import NUMERICAL, Budget, Offer, Rule
 
-KEPT: Final = frozenset({"lora", "embedding", "enlarge", "replace", "tokens"})
-"""Kinds that a LoRA file holds as they are."""
-RESIZED: Final = frozenset({"lora"})
-"""Of these, the kind whose rank can be another."""
 LADDER: Final = (1, *(step for power in range(1, 15) for step in (2**power, 3 * 2 ** (power - 1))))
 """The ranks of a frontier: 1, 2, 3, 4, 6, 8, 12, 16 …"""
 
@@ -63,7 +62,7 @@ def to_lora(
     What is a LoRA already keeps its bytes. Kinds that depend on the weight (DoRA, OFT, (IA)³ …) need `base`. Errors are
     those of the factors as stored. Raises `LoratoolError`.
     """
-    work = Lowering(load(path, unsaid=unsaid), dtype, KEPT, _weights(base), on=lanes(device, doubles=True))
+    work = Lowering(load(path, unsaid=unsaid), dtype, KEPT, open_base(base), on=lanes(device, doubles=True))
     return _written("convert", work, rule or Rule(), Path(out), overwrite=overwrite)
 
 
@@ -86,7 +85,7 @@ def resize(
     With `weigh`, a budget's errors count relative to the weights in `base` that they are errors of.
     """
     on = lanes(device, doubles=True)
-    work = Lowering(load(path, unsaid=unsaid), dtype, KEPT - RESIZED, _weights(base), on=on, weigh=weigh)
+    work = Lowering(load(path, unsaid=unsaid), dtype, KEPT - RESIZED, open_base(base), on=on, weigh=weigh)
     report = _written("resize", work, rule, Path(out), overwrite=overwrite)
     if not weigh:
         return report
@@ -95,10 +94,6 @@ def resize(
         report,
         weighed=error_of([replace(m, norm=m.norm * worth) for m, worth in zip(report.modules, worths, strict=True)]),
     )
-
-
-def _weights(base: str | Path | None) -> Weights | None:
-    return Weights(Path(base).expanduser()) if base else None
 
 
 def _written(command: str, work: Lowering, rule: Rule | Budget, out: Path, *, overwrite: bool) -> LowRankReport:
@@ -127,7 +122,13 @@ def _said(command: str, adapter: Adapter) -> Said:
 
 def _contents(said: Said, work: Lowering, done: Lowered, kept: Mapping[str, Tensor]) -> Contents:
     """What is written, and what it says of itself."""
-    contents = work.contents(done, kept)
+    tensors = dict(kept)
+    tensors |= biases(work.kept, {figures.name for figures, _ in done.values()})
+    for number, (figures, delta) in done.items():
+        if figures.rank:
+            tensors |= named_tensors(Change(work.adapter.changes[number].module, WEIGHT, delta))
+    ranks = [figures.rank for figures, _ in done.values() if figures.rank]
+    contents = like_source(work.adapter, tensors, work.kept, ranks)
     error = error_of([figures for figures, _ in done.values()])
     return replace(contents, metadata={**contents.metadata, **said(error)})
 
@@ -165,7 +166,7 @@ def frontier(
     """Size against error against rank of the adapter at `path`, for ranks from 1 to the largest that any module has. All of
     it is in the spectra; nothing is written. Raises `LoratoolError`."""
     adapter = load(path, unsaid=unsaid)
-    work = Lowering(adapter, dtype, KEPT - RESIZED, _weights(base), on=lanes(device, doubles=True))
+    work = Lowering(adapter, dtype, KEPT - RESIZED, open_base(base), on=lanes(device, doubles=True))
     kept, said = as_they_were(adapter, work.kept), _said("resize", adapter)
     spectra = work.offers(dict.fromkeys(work.numbers, Rule()))
     market = Market(work.numbers, lambda rules: {number: spectra[number] for number in rules}, Budget(nbytes=1))
@@ -196,20 +197,3 @@ def _effective(offer: Offer) -> int:
 def _left(offer: Offer, rank: int) -> float:
     """What a module lacks at `rank`."""
     return float(offer.sigma[rank:].norm())
-
-
-def lower(
-    adapter: Adapter, rule: Rule, dtype: str | None = None, *, base: str | Path | None = None, device: str = "cpu"
-) -> tuple[Adapter, list[Converted]]:
-    """The adapter with every delta on a matrix or a kernel that a LoRA file cannot hold as a LoRA of scale 1, and what
-    became of each."""
-    work = Lowering(adapter, dtype, KEPT, _weights(base), on=lanes(device, doubles=True))
-    done = work.lowered(rule)
-    return lowered_adapter(work, done), [figures for figures, _ in done.values()]
-
-
-def error_of(converted: Sequence[Converted]) -> float:
-    """The relative error over all modules."""
-    left = sum((module.error * module.norm) ** 2 for module in converted) ** 0.5
-    whole = sum(module.norm**2 for module in converted) ** 0.5
-    return left / whole if whole else 0.0

@@ -12,8 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loratool.deltas import ANY, KINDS, Delta, DoRA, Enlarge, ExpertLoRA, TokenRows, stack
+from loratool.deltas.base import Delta, stack
+from loratool.deltas.dora import DoRA
+from loratool.deltas.experts import ExpertLoRA
+from loratool.deltas.full import Enlarge, TokenRows
 from loratool.deltas.lora import LoRA
+from loratool.deltas.registry import KINDS
+from loratool.deltas.schema import ANY
 from loratool.errors import LoratoolError, NeedsBase, Unsupported
 from tests.conftest import examples
 

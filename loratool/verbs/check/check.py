@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.adapter.load import Adapter, Change, load
+from loratool.adapter.adapter import Adapter, Change
+from loratool.adapter.load import load
+from loratool.adapter.selection import Choice
 from loratool.adapter.spell import NO_LORA
 from loratool.deltas.base import or_one
 from loratool.deltas.lora import Embedding, LoRA
+from loratool.deltas.relations import norm_of
+from loratool.deltas.schema import BIAS
 from loratool.errors import LoratoolError, some
 from loratool.files.layout import open_layout
 from loratool.formats.consumers import CONSUMERS, GLOBAL, SHARED, Consumer
@@ -19,9 +23,7 @@ from loratool.formats.peft import PeftConfig
 from loratool.formats.table import format_named
 from loratool.keys.detect import is_language_model
 from loratool.keys.resolve import explained, own_format
-from loratool.schema import BIAS
-from loratool.verbs.compare.adapters import norm_of
-from loratool.verbs.merge.plan import Choice, make_plan
+from loratool.verbs.merge.plan import make_plan
 
 REFUSED: Final = "refused"
 """It does not load."""

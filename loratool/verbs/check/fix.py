@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from loratool.adapter.approximate import Converted
-from loratool.adapter.load import Adapter, Change, load
+from loratool.adapter.adapter import Adapter, Change
+from loratool.adapter.approximate import Converted, error_of, lower
+from loratool.adapter.load import load
 from loratool.adapter.write import write_as
 from loratool.deltas.base import or_one
 from loratool.deltas.lora import Embedding, LoRA
@@ -21,7 +22,6 @@ from loratool.formats.table import format_named
 from loratool.keys.resolve import Wanted, choose
 from loratool.numbers.ranks import Rule
 from loratool.verbs.check.check import FACTORED, REFUSED, CheckReport, examined, kind_of, norm_or_zero, without_lora
-from loratool.verbs.resize import error_of, lower
 
 
 def fix(

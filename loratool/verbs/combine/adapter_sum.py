@@ -9,27 +9,29 @@ from math import prod
 
 import torch
 
-from loratool.adapter.approximate import Converted, Lowered, Lowering, as_lora, lowered_adapter
-from loratool.adapter.load import Adapter, Change
+from loratool.adapter.adapter import Adapter, Change
+from loratool.adapter.approximate import KEPT, RESIZED, Converted, Lowered, Lowering, as_lora, lowered_adapter
 from loratool.adapter.rename import renamed
 from loratool.adapter.strengths import Strength
 from loratool.adapter.write import size_as
 from loratool.archs import Arch
 from loratool.archs.table import Spot
 from loratool.base.base import Weights
-from loratool.deltas import Delta, ExpertLoRA, Full, LoRA, Replace
+from loratool.deltas.base import Delta
+from loratool.deltas.experts import ExpertLoRA
+from loratool.deltas.full import Full, Replace
+from loratool.deltas.lora import LoRA
 from loratool.deltas.sums import Combined, Merge, summed
 from loratool.errors import LoratoolError, NeedsBase, NonFinite, ShapeMismatch, about, some
-from loratool.files.tensors import DTYPE_NAMES, DTYPES
+from loratool.files.tensors import DTYPES
 from loratool.formats.table import CONFIG, Format
 from loratool.keys.routes import Route
 from loratool.names import DIFFUSERS, Module
 from loratool.numbers.devices import Lanes
 from loratool.numbers.factor import Storage, factored
-from loratool.numbers.linalg import all_finite, bounds, difference_norm
+from loratool.numbers.linalg import all_finite, bounds, difference_norm, dtype_name
 from loratool.numbers.ranks import Budget, Rule
 from loratool.numbers.threads import results
-from loratool.verbs.resize import KEPT, RESIZED
 
 Described = Callable[[Adapter], Adapter]
 """Gives an adapter the output's metadata."""
@@ -240,6 +242,6 @@ def _rounded(name: str, delta: LoRA | Full, dtype: torch.dtype) -> tuple[Delta, 
         norm = float(delta.dense().double().norm())
         error = float((delta.dense().double() - narrow.dense().double()).norm())
     if not all(map(all_finite, narrow.leaves().values())):
-        raise NonFinite(f"overflows {DTYPE_NAMES[dtype]}; choose --dtype float32 or bfloat16")
+        raise NonFinite(f"overflows {dtype_name(dtype)}; choose --dtype float32 or bfloat16")
     rank = narrow.rank if isinstance(narrow, LoRA) else 0
     return narrow, Converted(name, delta.kind, rank, norm, error / norm if norm else 0.0)

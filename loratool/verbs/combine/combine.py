@@ -10,26 +10,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.adapter.approximate import Converted
-from loratool.adapter.load import Adapter, load
-from loratool.adapter.same_format import kohya_metadata
+from loratool.adapter.adapter import Adapter
+from loratool.adapter.approximate import Converted, error_of
+from loratool.adapter.load import load
 from loratool.adapter.strengths import Strength
 from loratool.adapter.write import require_room, write_as
-from loratool.base.base import Weights
-from loratool.deltas import LoRA
+from loratool.base.base import open_base
+from loratool.deltas.lora import LoRA
 from loratool.deltas.methods import METHODS, merged
 from loratool.deltas.sums import Merge
 from loratool.errors import LoratoolError
 from loratool.files.header import DTYPE_OPTIONS
 from loratool.files.history import METADATA_KEY, entry, named
 from loratool.files.output import check_target
+from loratool.formats.kohya import kohya_metadata
 from loratool.formats.table import format_named
 from loratool.keys.resolve import choose_common, own_format
 from loratool.names import Module
 from loratool.numbers.devices import lanes
 from loratool.numbers.ranks import Budget, Rule
 from loratool.verbs.combine.adapter_sum import Combining, MergeAt, as_sum
-from loratool.verbs.resize import error_of
 
 SUM: Final = "sum"
 
@@ -135,14 +135,10 @@ def _collected(parts: Sequence[Part], out: Path, options: CombineOptions) -> tup
     check_target(out, folder=target.folder, overwrite=options.overwrite, inputs=inputs)
     arch, ways = choose_common(adapters, target, options.arch, Path(options.base).expanduser() if options.base else None)
     on = lanes(options.device, doubles=True)
-    combining = Combining(target, arch, ways, _merge_at(options), _weights(options), on)
+    combining = Combining(target, arch, ways, _merge_at(options), open_base(options.base), on)
     for number, (adapter, part) in enumerate(zip(adapters, parts, strict=True)):
         combining.add(number, adapter, part.strength)
     return combining, [replace(adapter, changes=()) for adapter in adapters]
-
-
-def _weights(options: CombineOptions) -> Weights | None:
-    return Weights(Path(options.base).expanduser()) if options.base else None
 
 
 def _merge_at(options: CombineOptions) -> MergeAt:

@@ -10,20 +10,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from loratool.adapter.load import Adapter
+from loratool.adapter.adapter import Adapter
 from loratool.adapter.rename import Moved, renamed
 from loratool.adapter.verify import same_bytes
 from loratool.base.base import Weights
-from loratool.deltas import Delta, LoRA
-from loratool.deltas.base import moved, or_one
+from loratool.deltas.base import Delta, moved
+from loratool.deltas.relations import _factors, norm_of, related, require_alike
+from loratool.deltas.schema import WEIGHT
 from loratool.deltas.sums import Combined, summed
-from loratool.errors import NeedsBase, ShapeMismatch, Unsupported, about
+from loratool.errors import NeedsBase, Unsupported, about
 from loratool.formats.table import Format, format_named
 from loratool.keys.resolve import choose_common, own_format
 from loratool.numbers.devices import CPU, Lanes
-from loratool.numbers.linalg import Relation, relation
+from loratool.numbers.linalg import Relation
 from loratool.numbers.threads import results
-from loratool.schema import WEIGHT
 
 Place = tuple[str, str, str, bool]
 """A component's prefix, a path, a parameter, and whether its value is replaced."""
@@ -182,48 +182,6 @@ def _of_relation(name: str, found: Relation, *, identical: bool) -> Compared:
         found.outputs,
         found.inputs,
     )
-
-
-def related(one: Delta, other: Delta, *, angles: bool = True) -> Relation | None:
-    """How two deltas are related, from their factors where that is less work than their products; None where a weight would
-    have to be known."""
-    if not (one.additive and other.additive):
-        return None
-    require_alike([one, other])
-    factors = _factors(one), _factors(other)
-    if factors[0] and factors[1]:
-        ranks = factors[0][0].shape[1], factors[1][0].shape[1]
-        if sum(ranks) <= min(one.shape[0], math.prod(one.shape[1:])):
-            return relation(factors[0], factors[1], angles=angles)
-    return _dense(one.dense().double().flatten(), other.dense().double().flatten())
-
-
-def require_alike(deltas: Sequence[Delta]) -> None:
-    """Raises `ShapeMismatch` unless all change weights of one shape, whatever kernels are flattened."""
-    shapes = {(delta.shape[0], math.prod(delta.shape[1:])): delta.shape for delta in deltas}
-    if len(shapes) > 1:
-        shown = " and of ".join(str(list(shape)) for shape in shapes.values())
-        raise ShapeMismatch(f"changes weights of {shown}: the adapters are for other models")
-
-
-def _factors(delta: Delta) -> tuple[Tensor, Tensor] | None:
-    """Exact factors; of a LoRA with its scale in float64, so that no change of a number is lost in it."""
-    made = delta.made()
-    if isinstance(made, LoRA) and made.mid is None:
-        return made.up.flatten(1).double() * or_one(made.scale), made.down.flatten(1)
-    return made.factors()
-
-
-def _dense(one: Tensor, other: Tensor) -> Relation:
-    inner, difference = float(one @ other), float((one - other).norm())
-    return Relation(float(one.norm()), float(other.norm()), inner, difference)
-
-
-def norm_of(delta: Delta) -> float:
-    """‖ΔW‖ of an additive delta."""
-    found = related(delta, delta, angles=False)
-    assert found
-    return found.one
 
 
 def inner_products(aligned: Aligned, on: Lanes) -> Tensor:

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from loratool.adapter.load import Adapter, load
-from loratool.base.base import Weights
+from loratool.adapter.adapter import Adapter
+from loratool.adapter.load import load
+from loratool.adapter.selection import Choice
+from loratool.base.base import Weights, open_base
 from loratool.errors import LoratoolError
+from loratool.files.adapter_files import PICKLE_SUFFIXES
 from loratool.files.layout import open_layout, require_weights
-from loratool.files.pickles import PICKLE_SUFFIXES
 from loratool.numbers.devices import Lanes, lanes
 from loratool.verbs.compare.adapters import Aligned, Compared, aligned, compared, inner_products
 from loratool.verbs.compare.checkpoints import CheckpointComparison, compare_checkpoints
 from loratool.verbs.compare.merges import MergeComparison, compare_merge
 from loratool.verbs.inspect.inspect import is_adapter
-from loratool.verbs.merge.plan import Choice, make_plan
+from loratool.verbs.merge.plan import make_plan
 from loratool.verbs.merge.write import Source
 
 TOLERANCE: Final = 1e-6
@@ -102,7 +104,7 @@ def compare(paths: Sequence[str | Path | Adapter], options: CompareOptions | Non
         one, other = (Weights(Path(path).expanduser()) for path in paths if not isinstance(path, Adapter))
         return compare_checkpoints(one, other, options.tolerance, on)
     adapters = [path if isinstance(path, Adapter) else load(path, allow_pickle=options.allow_pickle) for path in paths]
-    base = Weights(Path(options.base).expanduser()) if options.base else None
+    base = open_base(options.base)
     found = aligned(adapters, options.arch, base)
     if len(adapters) > 2:
         return _matrix(adapters, found, options.tolerance, on)

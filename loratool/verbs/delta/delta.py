@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from loratool.adapter.load import load
-from loratool.base.base import Weights
+from loratool.adapter.selection import Choice
+from loratool.base.base import open_base
 from loratool.errors import LoratoolError, of_file
+from loratool.files.adapter_files import PICKLE_SUFFIXES
 from loratool.files.append import Appending
 from loratool.files.header import DTYPE_OPTIONS
 from loratool.files.output import Output, Writer
-from loratool.files.pickles import PICKLE_SUFFIXES
 from loratool.files.tensors import DTYPES
 from loratool.numbers.devices import Lanes, lanes
 from loratool.numbers.threads import Progress, peak_bytes, run_all, tally
@@ -28,7 +29,6 @@ from loratool.verbs.delta.file import Naming, naming_of, provenance, room_for_he
 from loratool.verbs.delta.measure import Measured, measured
 from loratool.verbs.delta.sources import OfAdapter, OfCheckpoints, Source
 from loratool.verbs.inspect.inspect import is_adapter
-from loratool.verbs.merge.plan import Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def _source(path: str | Path, tuned: str | Path | None, options: DeltaOptions, o
         return OfCheckpoints(first, Path(tuned).expanduser(), takes, pinned=on.pinned)
     if not adapter:
         raise LoratoolError(f"{path}: is no adapter; name the tuned checkpoint too, to have the difference of both")
-    weights = Weights(Path(options.base).expanduser(), pinned=on.pinned) if options.base else None
+    weights = open_base(options.base, pinned=on.pinned)
     source = OfAdapter(load(first, allow_pickle=options.allow_pickle), takes, weights)
     if not source.count:
         raise LoratoolError(f"{path}: nothing is left: --include and --exclude leave no module")

@@ -11,24 +11,22 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loratool.adapter.load import Adapter, Change
+from loratool.adapter.adapter import Adapter, Change
 from loratool.adapter.rename import renamed
 from loratool.adapter.spell import spelled
 from loratool.archs import ARCHS, Arch
-from loratool.deltas import Full
+from loratool.deltas.full import Full
+from loratool.deltas.schema import BIAS
 from loratool.errors import LoratoolError, NonFinite, Unsupported, about
 from loratool.files.append import ENTRY_BYTES, Entry
 from loratool.files.history import entry
 from loratool.files.tensors import DTYPE_NAMES, tensor_bytes
-from loratool.formats.leaves import CONTAINER
-from loratool.formats.prefixes import ENCODERS
 from loratool.formats.table import LLM, Format, format_named
 from loratool.keys.resolve import Wanted, archs_of, choose, own_format, placed
 from loratool.keys.routes import Route
-from loratool.names import Module
+from loratool.names import CONTAINER, ENCODERS, Module
 from loratool.numbers.krylov import squares
-from loratool.numbers.linalg import all_finite
-from loratool.schema import BIAS
+from loratool.numbers.linalg import all_finite, dtype_name
 from loratool.verbs.delta.sources import OfAdapter, OfCheckpoints, Source
 
 USUAL: Final = "kohya"
@@ -133,7 +131,7 @@ def stored(naming: Naming, parts: Sequence[tuple[Module, str, Tensor]], dtype: t
         narrow = tensor.to(dtype)
         with about(name):
             if not all_finite(narrow):
-                raise NonFinite(f"overflows {DTYPE_NAMES[dtype]}; choose --dtype float32")
+                raise NonFinite(f"overflows {dtype_name(dtype)}; choose --dtype float32")
         lost += squares((tensor - narrow.to(tensor.dtype)).reshape(1, -1))
         raw = tensor_bytes(narrow.contiguous().cpu())
         entries.append(Entry(name, DTYPE_NAMES[dtype], tuple(narrow.shape), raw))

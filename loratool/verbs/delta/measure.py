@@ -9,10 +9,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from loratool.base.effects import Effect
 from loratool.numbers.factor import in_range
 from loratool.numbers.krylov import largest, leading, squares
 from loratool.numbers.linalg import Core, effective_rank
-from loratool.verbs.delta.sources import Effect
 
 SMALL: Final = 512
 """Smaller side of a matrix up to which its whole spectrum is found, whether it is asked for or not."""

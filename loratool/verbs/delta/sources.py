@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from loratool.adapter.load import Adapter, Change
+from loratool.adapter.adapter import Adapter, Change
 from loratool.base.base import Weights
 from loratool.base.difference import difference
+from loratool.base.effects import Effect
 from loratool.base.pairs import Pair, Takes, paired
 from loratool.deltas.base import moved, widened
 from loratool.errors import NeedsBase, about
@@ -22,25 +22,6 @@ from loratool.names import Module
 from loratool.numbers.krylov import squares
 
 QUANTISED = "a difference to it is that of the quantisation; compare the 16-bit originals"
-
-
-@dataclass(frozen=True, slots=True)
-class Effect:
-    """ΔW of a parameter of `shape`, as exact factors (out, r) and (r, in · kernel), or whole; `before` is its ‖W₀‖, where a
-    base tells."""
-
-    shape: tuple[int, ...]
-    factors: tuple[Tensor, Tensor] | None
-    whole: Tensor | None
-    before: float | None = None
-
-    def dense(self) -> Tensor:
-        """ΔW in float32, of `shape`."""
-        if self.whole is not None:
-            return self.whole
-        assert self.factors
-        up, down = self.factors
-        return (up @ down).reshape(self.shape)
 
 
 class Source(ABC):

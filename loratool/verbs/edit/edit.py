@@ -9,15 +9,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter.load import Adapter, load
-from loratool.adapter.strengths import Strength
+from loratool.adapter.adapter import Adapter
+from loratool.adapter.load import load
+from loratool.adapter.strengths import Strength, architecture
 from loratool.archs import Arch
 from loratool.archs.blocks import block_of
+from loratool.deltas.relations import norm_of
 from loratool.errors import LoratoolError, of_file, some
 from loratool.names import Module
-from loratool.verbs.compare.adapters import norm_of
+from loratool.text import natural
 from loratool.verbs.edit.rescale import write_edited
-from loratool.verbs.inspect.block_map import architecture, natural
 
 
 @dataclass(frozen=True, slots=True)

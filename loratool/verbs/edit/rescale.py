@@ -10,17 +10,19 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from loratool.adapter.load import Adapter, Change, Stored
-from loratool.adapter.same_format import Contents, as_they_were, one_or_dynamic, write
-from loratool.adapter.spell import pattern_of, whole_number
+from loratool.adapter.adapter import Adapter, Change
+from loratool.adapter.load import Stored
+from loratool.adapter.same_format import as_they_were
 from loratool.adapter.verify import EXACT, difference, found_in
 from loratool.adapter.write import STALE
-from loratool.deltas import Delta
-from loratool.deltas.base import times
+from loratool.deltas.base import Delta, times
 from loratool.errors import InvalidAdapter, NeedsBase, Unsupported, about, some
+from loratool.files.adapter_writer import Contents, write
 from loratool.files.history import entry, named
-from loratool.formats.leaves import CONTAINER, spelled
-from loratool.names import Module
+from loratool.formats.kohya import one_or_dynamic
+from loratool.formats.leaves import spelled
+from loratool.formats.peft import pattern_of, whole_number
+from loratool.names import CONTAINER, Module
 
 OF_CONFIG: Final = frozenset({"lora", "embedding", "full"})
 """Kinds whose scale is in the config of PEFT's LoRA: that of a bias is its module's."""

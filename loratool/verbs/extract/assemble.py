@@ -8,10 +8,11 @@ from typing import Final
 
 import torch
 
+from loratool.adapter.adapter import Change
 from loratool.adapter.approximate import room_for
-from loratool.adapter.load import Change
 from loratool.base.pairs import Pair
-from loratool.deltas import ExpertLoRA, Replace
+from loratool.deltas.experts import ExpertLoRA
+from loratool.deltas.full import Replace
 from loratool.verbs.extract.forms import BESIDE_LORA, LORA, REPLACED
 from loratool.verbs.extract.outcomes import Extraction, Outcome
 

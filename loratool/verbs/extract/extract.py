@@ -11,32 +11,30 @@ from pathlib import Path
 from typing import Final
 
 from loratool._version import __version__
+from loratool.adapter.selection import Choice
 from loratool.adapter.write import require_room, write_as
 from loratool.archs import ARCHS, Arch
 from loratool.base.base import Weights
 from loratool.base.pairs import Pair, Pairing, paired
+from loratool.deltas.schema import WEIGHT
 from loratool.errors import LoratoolError, OutputError, ShapeMismatch, of_file, some
 from loratool.files.header import DTYPE_OPTIONS
 from loratool.files.layout import require_weights
 from loratool.files.output import check_target
 from loratool.files.tensors import DTYPES
-from loratool.formats.leaves import CONTAINER
-from loratool.formats.prefixes import VAE
 from loratool.formats.table import Format, format_named
 from loratool.keys.resolve import archs_of, placed
 from loratool.keys.routes import as_named
-from loratool.names import Module
+from loratool.names import CONTAINER, VAE, Module
 from loratool.numbers.devices import Lanes, lanes
 from loratool.numbers.factor import Split
 from loratool.numbers.ranks import Budget, Rule
 from loratool.numbers.threads import Progress, peak_bytes
-from loratool.schema import WEIGHT
 from loratool.verbs.extract.assemble import Item, assembled
 from loratool.verbs.extract.forms import EXPERTS, LORA, form_of, no_place
 from loratool.verbs.extract.job import Job
 from loratool.verbs.extract.journal import Journal
 from loratool.verbs.extract.outcomes import Extracted, Extraction, Outcome
-from loratool.verbs.merge.plan import Choice
 
 DIFFERENCES: Final = ("diff", "diff_b", "w_norm", "b_norm")
 """Leaves that not everybody reads."""

@@ -7,10 +7,10 @@ from typing import Final
 
 from loratool.archs.llm import is_embedding
 from loratool.base.pairs import Pair
-from loratool.formats.prefixes import VAE
+from loratool.deltas.schema import BIAS
 from loratool.formats.table import Format
 from loratool.keys.places import HEAD
-from loratool.schema import BIAS
+from loratool.names import VAE
 
 LORA: Final = "lora"
 EXPERTS: Final = "experts"

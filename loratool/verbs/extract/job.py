@@ -12,14 +12,15 @@ from typing import TypeVar
 
 import torch
 
+from loratool.adapter.adapter import Adapter, Change
 from loratool.adapter.approximate import room_for
-from loratool.adapter.load import Adapter, Change
-from loratool.adapter.same_format import one_or_dynamic
 from loratool.adapter.write import size_as
 from loratool.archs import Arch
-from loratool.deltas import Delta, Full, Replace
+from loratool.deltas.base import Delta
+from loratool.deltas.full import Full, Replace
 from loratool.errors import Unsupported
 from loratool.files.history import entry
+from loratool.formats.kohya import one_or_dynamic
 from loratool.formats.table import Format
 from loratool.keys.routes import Route
 from loratool.names import Module

@@ -12,7 +12,10 @@ from typing import Final
 
 from safetensors.torch import save_file
 
-from loratool.deltas import Delta, ExpertLoRA, Full, LoRA, Replace
+from loratool.deltas.base import Delta
+from loratool.deltas.experts import ExpertLoRA
+from loratool.deltas.full import Full, Replace
+from loratool.deltas.lora import LoRA
 from loratool.errors import OutputError
 from loratool.files.header import read_header
 from loratool.files.tensors import TensorFile

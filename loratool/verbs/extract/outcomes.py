@@ -15,13 +15,15 @@ from loratool.adapter.approximate import as_lora
 from loratool.base.base import Weights
 from loratool.base.difference import Difference, difference
 from loratool.base.pairs import Pair
-from loratool.deltas import Delta, ExpertLoRA, Full, Replace
-from loratool.deltas.base import widened
+from loratool.deltas.base import Delta, widened
+from loratool.deltas.experts import ExpertLoRA
+from loratool.deltas.full import Full, Replace
 from loratool.errors import LoratoolError, NonFinite, about
-from loratool.files.tensors import DTYPE_NAMES, DTYPES
+from loratool.files.tensors import DTYPES
 from loratool.numbers.devices import Lanes
 from loratool.numbers.factor import Factored, Split, Storage, factored, factored_each, offered_each
 from loratool.numbers.krylov import squares
+from loratool.numbers.linalg import dtype_name
 from loratool.numbers.ranks import Offer, Rule
 from loratool.verbs.extract.forms import BESIDE_LORA, EXPERTS, LORA, REPLACED
 
@@ -156,7 +158,7 @@ class Extraction:
             return Outcome(None, _figures(change, pair, "", change.norm))
         stored = change.dense.to(storage.dtype)
         if not bool(stored.isfinite().all()):
-            raise NonFinite(f"overflows {DTYPE_NAMES[storage.dtype]}; choose --dtype float32 or bfloat16")
+            raise NonFinite(f"overflows {dtype_name(storage.dtype)}; choose --dtype float32 or bfloat16")
         error = math.sqrt(squares((change.dense - widened(stored)).reshape(1, -1)))
         delta = Full(stored.cpu(), form, 1.0 if form == BESIDE_LORA else None)
         return Outcome(delta, _figures(change, pair, form, error))

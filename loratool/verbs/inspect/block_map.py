@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from loratool.adapter.load import Adapter
-from loratool.archs import ARCHS, Arch
-from loratool.archs.blocks import LENGTHS, block_of
-from loratool.keys.resolve import explained
-from loratool.keys.routes import as_named
+from loratool.adapter.adapter import Adapter
+from loratool.adapter.strengths import architecture
+from loratool.archs import Arch
+from loratool.archs.blocks import block_of
+from loratool.deltas.relations import norm_of
 from loratool.names import Module
-from loratool.verbs.compare.adapters import norm_of
+from loratool.text import natural
 
 REPEATED: Final = re.compile(r".*\b(?:\w*blocks?|layers?|resnets|attentions|h|refiner)\.\d+\.")
 """What stands before the name that a module has in every block of its sort."""
@@ -34,15 +34,6 @@ class Map:
     @property
     def largest(self) -> float:
         return max((cell for row in self.cells for cell in row if cell is not None), default=0.0)
-
-
-def architecture(adapter: Adapter, modules: Sequence[Module], name: str | None = None, length: int = 0) -> Arch:
-    """The architecture that blocks are named by: the one asked for, else one that explains all modules. Of look-alikes,
-    which have the same blocks, it is one that has a vector of `length` block weights."""
-    if name:
-        return next(arch for arch in ARCHS if arch.name == name)
-    found = explained([adapter]) or [as_named(modules, "unknown", "a model without a table")]
-    return next((arch for arch in found if length in LENGTHS.get(arch.name, ())), found[0])
 
 
 def sort_of(arch: Arch, module: Module) -> str:
@@ -76,8 +67,3 @@ def _laid_out(arch: str, squares: Mapping[tuple[str, str], float], unmeasured: i
         tuple(math.sqrt(squares[row, column]) if (row, column) in squares else None for column in columns) for row in rows
     )
     return Map(arch, rows, columns, cells, unmeasured)
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts numbers inside names by their value."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

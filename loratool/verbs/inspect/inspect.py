@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import InvalidAdapter
+from loratool.files.adapter_files import is_adapter_folder
 from loratool.files.header import Header
 from loratool.files.history import chain_of
 from loratool.files.layout import INDEX_SUFFIX, PIPELINE, SINGLE_NAMES, Layout, open_layout
-from loratool.formats.prefixes import base_component
 from loratool.formats.recognise import refusal, trainer
-from loratool.keys.detect import Verdict, detect, inputs_of
-from loratool.keys.listing import Group, Listing, is_adapter_folder, read_listing
-from loratool.verbs.inspect.describe import format_of, leaves_of, summarised, suspicions
+from loratool.keys.detect import Verdict, detect
+from loratool.keys.identify import format_of
+from loratool.keys.listing import Group, Listing, read_listing
+from loratool.keys.places import inputs_of
+from loratool.names import base_component
+from loratool.text import histogram, size
+from loratool.verbs.inspect.describe import leaves_of, summarised, suspicions
 
 if TYPE_CHECKING:
     from loratool.verbs.inspect.values import Values
@@ -62,6 +66,15 @@ class AdapterReport:
     suspicions: tuple[str, ...]
     modules: tuple[ModuleReport, ...]
     what: str = "adapter"
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """What the adapter is made up of, in words: its modules, kinds, ranks, alphas and bytes."""
+        yield "modules", histogram(self.components)
+        yield "kinds", histogram(self.kinds)
+        if self.ranks:
+            yield "rank", histogram(self.ranks)
+            yield "alpha", histogram(self.alphas)
+        yield "size", f"{size(self.nbytes)} in {histogram(self.dtypes)}"
 
 
 @dataclass(frozen=True, slots=True)

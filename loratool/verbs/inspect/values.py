@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from loratool.adapter.load import delta_of, scale_of
+from loratool.deltas.schema import Part
 from loratool.errors import LoratoolError
 from loratool.files.tensors import TensorFile
 from loratool.keys.listing import Group, Listing
 from loratool.numbers.linalg import effective_rank, singular_values
-from loratool.schema import Part
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from loratool.adapter.load import Adapter
+from loratool.adapter.adapter import Adapter
+from loratool.adapter.selection import Choice
 from loratool.errors import Unsupported, some
 from loratool.files.header import DTYPE_OPTIONS, TensorInfo
 from loratool.files.layout import Layout, open_layout, require_weights
 from loratool.numbers.devices import lanes
 from loratool.numbers.threads import Progress, peak_bytes
 from loratool.verbs.merge.blocks import Measure
-from loratool.verbs.merge.plan import Choice, Plan, make_plan
+from loratool.verbs.merge.plan import Plan, make_plan
 from loratool.verbs.merge.undo_file import Merged
 from loratool.verbs.merge.write import Options, Source, Work, loaded
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from math import isfinite, prod
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Final
 
-from loratool.adapter.load import Adapter, Change
-from loratool.deltas import Enlarge
+from loratool.adapter.adapter import Adapter, Change
+from loratool.adapter.selection import Choice
+from loratool.deltas.full import Enlarge
 from loratool.errors import LoratoolError, UnmatchedModules, Unsupported, some
 from loratool.files.header import BITS, TensorInfo
 from loratool.files.layout import Layout
@@ -17,31 +17,7 @@ from loratool.files.tensors import FLOATS
 from loratool.keys.detect import detect
 from loratool.keys.places import EMBEDDINGS, HEAD, Place, Targets
 from loratool.names import Module
-from loratool.schema import WEIGHT
 from loratool.verbs.merge.terms import Term, check_overlap, grows, terms_of
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Which of an adapter's changes are merged, and how strongly.
-
-    Globs match a module's name in the file, or its path. `components` multiplies the strength of whole components.
-    """
-
-    strength: float = 1.0
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    components: Mapping[str, float] = field(default_factory=dict)
-
-    def takes(self, module: Module, parameter: str = WEIGHT) -> bool:
-        """Whether the globs let this parameter of `module` through."""
-        names = (module.stem, module.path, f"{module.path}.{parameter}")
-        included = not self.include or _any_match(names, self.include)
-        return included and not _any_match(names, self.exclude)
-
-    def strength_of(self, module: Module) -> float:
-        """The strength at which `module` is merged."""
-        return self.strength * self.components.get(module.component or "model", 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,14 +203,3 @@ def _unmatched_message(draft: _Draft, adapters: Sequence[tuple[Adapter, Choice]]
     families = f"; the adapter looks like one for {some(sorted(verdicts))}" if verdicts - {"unknown", "undecided"} else ""
     way_out = "--allow-unmatched leaves them out" if draft.matched else "is the adapter for another model?"
     return f"{message}{families}; {way_out}"
-
-
-def _any_match(names: tuple[str, ...], globs: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, glob) for name in names for glob in globs)
-
-
-def check_strength(value: float, what: str) -> float:
-    """`value`, if it is finite; raises `LoratoolError` naming `what`."""
-    if not isfinite(value):
-        raise LoratoolError(f"{what}: strength {value} is not a finite number")
-    return value

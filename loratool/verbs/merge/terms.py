@@ -8,8 +8,9 @@ from itertools import pairwise
 from math import prod
 from typing import Final
 
-from loratool.adapter.load import Adapter, Change
-from loratool.deltas import ANY, Delta
+from loratool.adapter.adapter import Adapter, Change
+from loratool.deltas.base import Delta
+from loratool.deltas.schema import ANY
 from loratool.errors import LoratoolError, ShapeMismatch
 from loratool.files.header import TensorInfo
 from loratool.keys.places import Place

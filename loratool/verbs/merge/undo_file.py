@@ -22,22 +22,23 @@ import torch
 from torch import Tensor
 
 from loratool._version import __version__
-from loratool.adapter.load import Adapter, Unsaid
+from loratool.adapter.adapter import Adapter
+from loratool.adapter.load import Unsaid
+from loratool.adapter.selection import Choice
 from loratool.errors import InvalidFile, Unsupported, some
+from loratool.files.adapter_files import PICKLE_SUFFIXES, locate
 from loratool.files.append import ENTRY_BYTES, Appending, Entry
 from loratool.files.header import Header, TensorInfo, open_regular, read_header
 from loratool.files.history import METADATA_KEY
 from loratool.files.output import Output, Writer
-from loratool.files.pickles import PICKLE_SUFFIXES
 from loratool.files.strict_json import strict_json
 from loratool.files.tensors import DTYPES, TensorFile, tensor_bytes
-from loratool.keys.listing import locate
 from loratool.numbers.residuals import packed
 from loratool.numbers.threads import results
 from loratool.verbs.merge import blocks as streaming
 from loratool.verbs.merge.added import Added, rows_of
 from loratool.verbs.merge.blocks import Job
-from loratool.verbs.merge.plan import Choice, Plan, TensorPlan
+from loratool.verbs.merge.plan import Plan, TensorPlan
 from loratool.verbs.merge.segments import matrix
 
 HASH_BYTES: Final = 8 << 20

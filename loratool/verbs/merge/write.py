@@ -9,7 +9,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loratool.adapter.load import Adapter, Unsaid, load
+from loratool.adapter.adapter import Adapter
+from loratool.adapter.load import Unsaid, load
+from loratool.adapter.selection import Choice, check_strength
 from loratool.errors import OutputError, of_file
 from loratool.files.header import DTYPE_OPTIONS, read_json
 from loratool.files.history import METADATA_KEY, entry, history_of, named
@@ -19,7 +21,7 @@ from loratool.numbers.devices import Lanes
 from loratool.numbers.threads import Progress
 from loratool.verbs.merge.blocks import Measure, Rounding
 from loratool.verbs.merge.files import Follow, OutputFile, rewritten_files, run
-from loratool.verbs.merge.plan import Choice, Plan, check_strength
+from loratool.verbs.merge.plan import Plan
 from loratool.verbs.merge.undo_file import Merged, UndoFile
 
 

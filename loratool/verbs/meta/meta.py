@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Final
 
 from loratool.errors import InvalidFile, LoratoolError, OutputError, of_file
-from loratool.files.hashes import LENGTHS, file_hashes, legacy_hash
+from loratool.files.adapter_files import locate
+from loratool.files.hashes import LENGTHS, legacy_hash
 from loratool.files.header import ADAPTER_HEADER_BYTES, Header, encode_header, identity, open_regular, read_header
 from loratool.files.history import METADATA_KEY as HISTORY
 from loratool.files.output import Output, Writer, copy_file
 from loratool.formats import modelspec
 from loratool.formats.peft import METADATA_KEY
-from loratool.keys.listing import locate
+from loratool.verbs.hash import file_hashes
 from loratool.verbs.meta.private import without_private
 
 NEEDED: Final = frozenset({METADATA_KEY, "format", "software"})

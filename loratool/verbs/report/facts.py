@@ -11,11 +11,10 @@ from typing import Any, Final
 
 from loratool.adapter.load import load
 from loratool.errors import InvalidFile, LoratoolError
-from loratool.files.hashes import Hashes, file_hashes
 from loratool.text import count
 from loratool.verbs.delta.delta import DeltaOptions, DeltaReport, delta
+from loratool.verbs.hash import Hashes, file_hashes
 from loratool.verbs.inspect.block_map import Map, map_of
-from loratool.verbs.inspect.describe import composition
 from loratool.verbs.inspect.inspect import AdapterReport, inspect
 from loratool.verbs.meta.meta import metadata_of
 from loratool.verbs.resize import FrontierReport, frontier
@@ -85,7 +84,7 @@ def _about(report: AdapterReport, hashes: Hashes) -> Iterator[tuple[str, str]]:
     yield "format", report.format
     yield "trainer", report.trainer or "not said in its metadata"
     yield "for", f"{report.arch.title}: {report.arch.reason}"
-    yield from composition(report)
+    yield from report.lines()
     yield "parameters", count(report.parameters)
     yield "AutoV3", hashes.letters or ""
     yield "SHA-256", hashes.sha256

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from loratool.adapter.load import Adapter, load
+from loratool.adapter.adapter import Adapter
+from loratool.adapter.load import load
+from loratool.adapter.selection import Choice
 from loratool.errors import InvalidFile, LoratoolError, about
 from loratool.files.header import TensorInfo
 from loratool.files.layout import Layout, open_layout
@@ -22,7 +24,7 @@ from loratool.numbers.residuals import unpacked
 from loratool.numbers.threads import Progress, results, run_all, tally
 from loratool.verbs.merge.added import Added, rows_of
 from loratool.verbs.merge.blocks import Job, by_blocks
-from loratool.verbs.merge.plan import Choice, Plan, TensorPlan, make_plan
+from loratool.verbs.merge.plan import Plan, TensorPlan, make_plan
 from loratool.verbs.merge.segments import matrix
 from loratool.verbs.merge.undo_file import Undo, read_undo, sha256
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from loratool.adapter.load import Adapter
+from loratool.adapter.adapter import Adapter
 from loratool.errors import LoratoolError, Unsupported
 from loratool.files.history import history_of
 from loratool.files.layout import Layout, open_layout

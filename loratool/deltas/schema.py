@@ -18,6 +18,8 @@ Shapes = Mapping[str, Shape]
 
 WEIGHT: Final = "weight"
 BIAS: Final = "bias"
+ANY: Final = -1
+"""In a delta's shape: a dimension that it leaves to the weight."""
 
 MAX_KERNEL: Final = 3
 

@@ -1,0 +1,56 @@
+"""An adapter in memory: every module's deltas, whatever format the file had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from loratool.deltas.base import Delta
+from loratool.names import CONTAINER, Module
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One delta and what it acts on: `parameter` is "weight" or "bias".
+
+    An `optional` one may lack its target. `apart` is the same change for a base that stores experts one by one.
+    `keys` are the names of its tensors in the file. A `zero` one is a sum that certainly comes to nothing.
+    """
+
+    module: Module
+    parameter: str
+    delta: Delta
+    optional: bool = False
+    apart: tuple[Change, ...] = ()
+    keys: tuple[str, ...] = ()
+    zero: bool = False
+
+    @property
+    def stem(self) -> str:
+        """The stem that names it: of stacked experts not that of its tensors, which is the module's that holds them."""
+        return CONTAINER + self.module.path if self.delta.kind == "experts" else self.module.stem
+
+    def __str__(self) -> str:
+        return str(self.module) if self.parameter == "weight" else f"{self.module} (bias)"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """The changes that an adapter makes, in the order in which those to one weight are to be made.
+
+    `tied` says that its embedding and head are one (PEFT's ensure_weight_tying). `passengers` are tensors that travel with
+    it and change no weight, `alphas` the file's own, both by key. `config` is PEFT's adapter_config.json, if there is one.
+    """
+
+    path: Path
+    changes: tuple[Change, ...]
+    metadata: Mapping[str, str]
+    tied: bool = False
+    passengers: Mapping[str, Tensor] = field(default_factory=dict)
+    alphas: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)

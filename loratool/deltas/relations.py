@@ -1,0 +1,55 @@
+"""How deltas on one weight are related: norms, inner products and angles, from factors where they have them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from loratool.deltas.base import Delta, or_one
+from loratool.deltas.lora import LoRA
+from loratool.errors import ShapeMismatch
+from loratool.numbers.linalg import Relation, relation
+
+
+def related(one: Delta, other: Delta, *, angles: bool = True) -> Relation | None:
+    """How two deltas are related, from their factors where that is less work than their products; None where a weight would
+    have to be known."""
+    if not (one.additive and other.additive):
+        return None
+    require_alike([one, other])
+    factors = _factors(one), _factors(other)
+    if factors[0] and factors[1]:
+        ranks = factors[0][0].shape[1], factors[1][0].shape[1]
+        if sum(ranks) <= min(one.shape[0], math.prod(one.shape[1:])):
+            return relation(factors[0], factors[1], angles=angles)
+    return _dense(one.dense().double().flatten(), other.dense().double().flatten())
+
+
+def require_alike(deltas: Sequence[Delta]) -> None:
+    """Raises `ShapeMismatch` unless all change weights of one shape, whatever kernels are flattened."""
+    shapes = {(delta.shape[0], math.prod(delta.shape[1:])): delta.shape for delta in deltas}
+    if len(shapes) > 1:
+        shown = " and of ".join(str(list(shape)) for shape in shapes.values())
+        raise ShapeMismatch(f"changes weights of {shown}: the adapters are for other models")
+
+
+def _factors(delta: Delta) -> tuple[Tensor, Tensor] | None:
+    """Exact factors; of a LoRA with its scale in float64, so that no change of a number is lost in it."""
+    made = delta.made()
+    if isinstance(made, LoRA) and made.mid is None:
+        return made.up.flatten(1).double() * or_one(made.scale), made.down.flatten(1)
+    return made.factors()
+
+
+def _dense(one: Tensor, other: Tensor) -> Relation:
+    inner, difference = float(one @ other), float((one - other).norm())
+    return Relation(float(one.norm()), float(other.norm()), inner, difference)
+
+
+def norm_of(delta: Delta) -> float:
+    """‖ΔW‖ of an additive delta."""
+    found = related(delta, delta, angles=False)
+    assert found
+    return found.one
