@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 
 class LoratoolError(Exception):
@@ -42,12 +44,28 @@ class Unsupported(LoratoolError):
     """Something recognised that cannot be done; the message says why, and what to do instead."""
 
 
+class UnknownName(LoratoolError):
+    """A format, an architecture, a method, a rule or a program that there is not; the message lists those that there are."""
+
+
 class AmbiguousFile(LoratoolError):
     """A file that can be read in several ways which differ; the message says how to choose."""
 
 
 class OutputError(LoratoolError):
     """An output that cannot be written, or must not be."""
+
+
+T = TypeVar("T")
+
+
+def look_up(table: Mapping[str, T], name: str, what: str) -> T:
+    """The row of `table` called `name`; raises `UnknownName`, which lists all rows, where there is none."""
+    if name in table:
+        return table[name]
+    close = difflib.get_close_matches(str(name), table, n=1)
+    guess = f" (did you mean {close[0]}?)" if close else ""
+    raise UnknownName(f"there is no {what} called {name!r}{guess}; there are {', '.join(table)}")
 
 
 def some(names: Iterable[str], shown: int = 5) -> str:

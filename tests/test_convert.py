@@ -91,7 +91,7 @@ def parts_of(path: Path, arch: Arch) -> dict[tuple[str, str], Tensor]:
     """ΔW of every module of diffusers' naming that the adapter changes, by the tables; zeros left out."""
     adapter = load(path)
     target = format_named("diffusers")
-    _, ways = choose([adapter], target, Wanted(arch.name))
+    _, ways = choose([adapter.keys], target, Wanted(arch.name))
     moved = renamed(adapter.changes, ways)
     return {(item.prefix, item.path): item.delta.dense() for item in moved if bool(item.delta.dense().any())}
 

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from loratool.deltas.base import Delta
+from loratool.deltas.schema import ANY
+from loratool.keys.listing import AdapterKeys
 from loratool.names import CONTAINER, Module
 
 
@@ -54,3 +56,20 @@ class Adapter:
     alphas: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        """The modules that it changes, each once, in order."""
+        return tuple(dict.fromkeys(change.module for change in self.changes))
+
+    @property
+    def keys(self) -> AdapterKeys:
+        """The names in the file that it was read from, and the widths of the weights that it changes."""
+        widths: dict[Module, int | None] = {}
+        keys: dict[Module, tuple[str, ...]] = {}
+        for change in self.changes:
+            shape = change.delta.shape
+            width = shape[1] if len(shape) > 1 and shape[1] != ANY else None
+            widths[change.module] = widths.get(change.module) or width
+            keys[change.module] = (*keys.get(change.module, ()), *change.keys)
+        return AdapterKeys(self.path, widths, keys, self.metadata, has_config=bool(self.config))

@@ -8,11 +8,11 @@ from fnmatch import fnmatchcase
 from math import isfinite
 
 from loratool.adapter.adapter import Adapter
-from loratool.archs import ARCHS, Arch
+from loratool.archs import Arch, arch_named
 from loratool.archs.blocks import LENGTHS, block_of, weighted
 from loratool.errors import LoratoolError
-from loratool.keys.resolve import explained
-from loratool.keys.routes import as_named
+from loratool.keys.identify import archs_of_adapters
+from loratool.keys.routes import without_table
 from loratool.names import COMPONENTS, WHOLE, Module
 
 
@@ -66,6 +66,6 @@ def architecture(adapter: Adapter, modules: Sequence[Module], name: str | None =
     """The architecture that blocks are named by: the one asked for, else one that explains all modules. Of look-alikes,
     which have the same blocks, it is one that has a vector of `length` block weights."""
     if name:
-        return next(arch for arch in ARCHS if arch.name == name)
-    found = explained([adapter]) or [as_named(modules, "unknown", "a model without a table")]
+        return arch_named(name)
+    found = archs_of_adapters([adapter.keys]) or [without_table(modules)]
     return next((arch for arch in found if length in LENGTHS.get(arch.name, ())), found[0])

@@ -20,6 +20,7 @@ from loratool.archs.sd3 import SD3_MEDIUM, SD35_LARGE
 from loratool.archs.table import Arch, Component, Spot
 from loratool.archs.video import COGVIDEOX_2B, COGVIDEOX_5B, LTX_VIDEO
 from loratool.archs.wan import WAN_1_3B, WAN_5B, WAN_14B
+from loratool.errors import look_up
 
 ARCHS: Final[Sequence[Arch]] = (
     SD1, SD2, SDXL, SDXL_REFINER, SSD1B, VEGA, SD3_MEDIUM, SD35_LARGE,
@@ -28,4 +29,10 @@ ARCHS: Final[Sequence[Arch]] = (
     HUNYUAN_IMAGE, HUNYUAN_VIDEO, WAN_1_3B, WAN_5B, WAN_14B, LTX_VIDEO, COGVIDEOX_2B, COGVIDEOX_5B,
 )  # fmt: skip
 
-__all__ = ["ARCHS", "Arch", "Component", "Spot"]
+
+def arch_named(name: str) -> Arch:
+    """The architecture that is called `name`; raises `UnknownName`."""
+    return look_up({arch.name: arch for arch in ARCHS}, name, "architecture")
+
+
+__all__ = ["ARCHS", "Arch", "Component", "Spot", "arch_named"]

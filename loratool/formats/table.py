@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from loratool.errors import Unsupported
+from loratool.errors import Unsupported, look_up
 from loratool.formats import leaves
 from loratool.names import COMFYUI, CONTAINER, ENCODERS, OMI, ORIGINAL, TRANSFORMERS_5, UNET, WHOLE, XLABS, flat
 from loratool.names import KOHYA as KOHYA_NAMES
@@ -165,5 +165,5 @@ FORMATS: Final[Sequence[Format]] = (
 
 
 def format_named(name: str) -> Format:
-    """The row called `name`."""
-    return next(row for row in FORMATS if row.name == name)
+    """The row called `name`; raises `UnknownName`."""
+    return look_up({row.name: row for row in FORMATS}, name, "format")

@@ -1,46 +1,54 @@
-"""Which format an adapter is in: the rows that every key agrees with. No torch."""
+"""What an adapter is by its names: the models whose tables explain it, the formats that every key agrees with. No torch."""
 
 from __future__ import annotations
 
-from loratool.archs import ARCHS, Arch
-from loratool.formats.recognise import trainer
-from loratool.formats.table import FORMATS, LLM, Format
-from loratool.keys.detect import Verdict, named_like
-from loratool.keys.listing import Listing
-from loratool.keys.routes import as_named, is_spelled
-from loratool.names import CONTAINER
+from collections.abc import Sequence
+from dataclasses import replace
+
+from loratool.archs import Arch
+from loratool.errors import Unsupported
+from loratool.formats.table import FORMATS, Format, format_named
+from loratool.keys.detect import explaining, is_language_model, narrowed
+from loratool.keys.listing import AdapterKeys
+from loratool.keys.routes import is_spelled, language_model, without_table
+from loratool.names import CONTAINER, Module
 
 
-def format_of(found: Listing, verdict: Verdict) -> str:
-    """Whose format it is, in words: the rows that every key agrees with, else how its keys are made up."""
-    prefixes = [prefix for prefix, _ in found.prefix_counts.most_common()]
-    shown = ", ".join(prefix + "…" for prefix in prefixes if prefix)
-    if CONTAINER in prefixes:
-        alone = "in a single file" if found.configs else "names without a config"
-        return f"PEFT {'folder' if found.path.is_dir() else alone}"
-    archs = _archs(found, verdict)
-    agreeing = [row.title for row in FORMATS if any(_agrees(found, row, arch) for arch in archs)]
-    if agreeing:
-        # Several write the same keys: the trainer's own name for them, else the best known.
-        title = next((title for title in agreeing if title == trainer(found.header.metadata)), agreeing[0])
-        return f"{title} ({shown})" if shown else f"{title}, bare names"
-    families = " and ".join(sorted({family for group in found.groups for family in group.families}))
-    if len({prefix.endswith("_") for prefix in prefixes}) > 1:
-        return f"a mixture of {', '.join(prefix or 'bare names' for prefix in prefixes)}, {families} leaves"
-    return f"{shown or 'bare module names'}, {families} leaves"
+def archs_of_adapters(adapters: Sequence[AdapterKeys]) -> list[Arch]:
+    """The architectures whose tables explain the names of all adapters: by shapes too, where any does; or a language model,
+    whose names are its own. Empty where no table explains them."""
+    inputs: dict[Module, int | None] = {}
+    for adapter in adapters:
+        for module, width in adapter.modules.items():
+            inputs[module] = inputs.get(module) or width
+    if is_language_model(list(inputs)):
+        return [language_model(inputs)]
+    metadata = {key: value for adapter in reversed(adapters) for key, value in adapter.metadata.items()}
+    named, fitting = explaining(list(inputs.items()))
+    if fitting:
+        return narrowed(fitting, list(inputs.items()), metadata)[0]
+    chosen = narrowed(named, list(inputs.items()), metadata)[0]
+    return [replace(arch, title=f"{arch.title} by its names, not by its shapes") for arch in chosen]
 
 
-def _archs(found: Listing, verdict: Verdict) -> list[Arch]:
-    """What the names may be read by."""
-    modules = [group.module for group in found.groups]
-    if verdict.arch == LLM:
-        return [as_named(modules, LLM, verdict.title)]
-    named = [arch for arch in ARCHS if arch.name == verdict.arch or arch.title in verdict.candidates]
-    return named or named_like(modules) or [as_named(modules, "unknown", "a model without a table")]
+def matching_formats(adapter: AdapterKeys) -> list[Format]:
+    """The formats that would call every key what it is called, in the order of the table; none behind PEFT's container,
+    where names alone do not tell a folder from a file."""
+    modules = list(adapter.modules)
+    archs = archs_of_adapters([adapter]) or [without_table(modules)]
+    return [
+        row
+        for row in FORMATS
+        if all(row.spells(module.stem, keys) for module, keys in adapter.keys.items())
+        and any(is_spelled(modules, arch, row) for arch in archs)
+    ]
 
 
-def _agrees(found: Listing, row: Format, arch: Arch) -> bool:
-    """Whether every key is what the format would call it."""
-    if not all(row.spells(group.module.stem, [info.name for info in group.leaves.values()]) for group in found.groups):
-        return False
-    return is_spelled([group.module for group in found.groups], arch, row)
+def format_of(adapter: AdapterKeys) -> Format:
+    """The format that an adapter is in; raises `Unsupported` where its keys agree with none."""
+    if any(module.stem.startswith(CONTAINER) for module in adapter.modules):
+        return format_named("peft" if adapter.has_config else "peft-file")
+    matching = matching_formats(adapter)
+    if not matching:
+        raise Unsupported(f"{adapter.path}: is spelled as no one format is; choose with --to how the output is to be")
+    return matching[0]

@@ -49,6 +49,21 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterKeys:
+    """The names in an adapter, whoever has it: the listing of its file, or the adapter in memory.
+
+    `modules` maps each module to the width of its weight's input, None where no shape tells it, and `keys` to the names of
+    its tensors in the file.
+    """
+
+    path: Path
+    modules: Mapping[Module, int | None]
+    keys: Mapping[Module, tuple[str, ...]]
+    metadata: Mapping[str, str]
+    has_config: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Listing:
     """An adapter as its header and config describe it."""
 
@@ -64,6 +79,17 @@ class Listing:
         """The config that speaks of `module`: the folder's, or its component's in diffusers' metadata."""
         component = module.stem.partition(".")[0]
         return self.configs.get("") or self.configs.get(component)
+
+    @property
+    def keys(self) -> AdapterKeys:
+        """The names in the file."""
+        return AdapterKeys(
+            self.path,
+            {group.module: group.width for group in self.groups},
+            {group.module: tuple(info.name for info in group.leaves.values()) for group in self.groups},
+            self.header.metadata,
+            has_config=bool(self.configs),
+        )
 
     def alphas(self) -> dict[str, float | None]:
         """The alphas that the file itself holds, by tensor name; None for one that is not a single number."""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from loratool.adapter.adapter import Adapter
-from loratool.archs import ARCHS, Arch
+from loratool.archs import ARCHS, Arch, arch_named
 from loratool.archs.links import Link
-from loratool.deltas.schema import ANY
 from loratool.errors import AmbiguousFile, LoratoolError, Unsupported, some
 from loratool.files.layout import Layout, open_layout
-from loratool.formats.table import FORMATS, LLM, Format, format_named
-from loratool.keys.detect import explaining, is_language_model, named_like, narrowed
+from loratool.formats.table import LLM, Format, format_named
+from loratool.keys.detect import explaining, is_language_model, narrowed
+from loratool.keys.identify import archs_of_adapters
+from loratool.keys.listing import AdapterKeys
 from loratool.keys.places import inputs_of
-from loratool.keys.routes import Route, as_named, is_spelled, routes, ways_to
+from loratool.keys.routes import Route, as_named, is_spelled, language_model, routes, ways_to, without_table
 from loratool.names import CONTAINER, ORIGINAL, UNET, Module
 
 OF_DIFFUSERS: Final = ("transformer.", "unet.", "prior.", CONTAINER)
@@ -33,13 +33,13 @@ class Wanted:
     base: Path | None = None
 
 
-def choose(adapters: Sequence[Adapter], target: Format, wanted: Wanted) -> tuple[Arch, dict[Module, Route]]:
+def choose(adapters: Sequence[AdapterKeys], target: Format, wanted: Wanted) -> tuple[Arch, dict[Module, Route]]:
     """The architecture that `adapters` are for, all the same one, and where each module goes in `target`.
 
     Raises `AmbiguousFile` where several architectures explain the modules and have them go different ways, and
     `LoratoolError` where there is no way.
     """
-    modules = list(dict.fromkeys(change.module for adapter in adapters for change in adapter.changes))
+    modules = list(dict.fromkeys(module for adapter in adapters for module in adapter.modules))
     where = " and ".join(str(adapter.path) for adapter in adapters)
     found = _candidates(adapters, modules, target, wanted)
     ways: list[tuple[Arch, dict[Module, Route]]] = []
@@ -61,7 +61,7 @@ def choose(adapters: Sequence[Adapter], target: Format, wanted: Wanted) -> tuple
 
 
 def choose_common(
-    adapters: Sequence[Adapter], target: Format, arch: str | None, base: Path | None
+    adapters: Sequence[AdapterKeys], target: Format, arch: str | None, base: Path | None
 ) -> tuple[Arch, dict[Module, Route]]:
     """`choose` by the adapters' own names or, where these do not settle it, by those of a base that is there for another
     reason."""
@@ -82,29 +82,13 @@ def _agreed(modules: Sequence[Module], arch: Arch, target: Format) -> dict[Modul
     return kept if all(len(stems) == 1 for stems in names.values()) else ways
 
 
-def own_format(adapter: Adapter) -> Format:
-    """The format that `adapter` is in; raises `LoratoolError` where its keys agree with none."""
-    modules = list(dict.fromkeys(change.module for change in adapter.changes))
-    if any(module.stem.startswith(CONTAINER) for module in modules):
-        return format_named("peft" if adapter.config else "peft-file")
-    if is_language_model(modules):
-        named = [as_named(modules, LLM, "a language model")]
-    else:
-        named = named_like(modules) or [as_named(modules, "unknown", "a model without a table")]
-    for row in FORMATS:
-        alike = all(row.spells(change.module.stem, change.keys) for change in adapter.changes)
-        if alike and any(is_spelled(modules, arch, row) for arch in named):
-            return row
-    raise Unsupported(f"{adapter.path}: is spelled as no one format is; choose with --to how the output is to be")
-
-
-def _candidates(adapters: Sequence[Adapter], modules: Sequence[Module], target: Format, wanted: Wanted) -> list[Arch]:
+def _candidates(adapters: Sequence[AdapterKeys], modules: Sequence[Module], target: Format, wanted: Wanted) -> list[Arch]:
     if wanted.arch:
-        found = [next(arch for arch in ARCHS if arch.name == wanted.arch)]
+        found = [arch_named(wanted.arch)]
     elif wanted.base and not is_language_model(modules):
         found = _of_base(wanted.base, modules, target)
     else:
-        found = explained(adapters) or [_without_table(adapters, modules, target)]
+        found = archs_of_adapters(adapters) or [_without_table(adapters, modules, target)]
     if wanted.source is None:
         return found
     source = format_named(wanted.source)
@@ -114,27 +98,6 @@ def _candidates(adapters: Sequence[Adapter], modules: Sequence[Module], target: 
             f"{adapters[0].path}: is not spelled as {source.title} spells it; `loratool inspect` shows how it is"
         )
     return spelled
-
-
-def explained(adapters: Sequence[Adapter]) -> list[Arch]:
-    """The architectures whose tables explain the names of all adapters: by shapes too, where any does; or a language model,
-    whose names are its own."""
-    modules = list(dict.fromkeys(change.module for adapter in adapters for change in adapter.changes))
-    if is_language_model(modules):
-        return [as_named(modules, LLM, "a language model")]
-    inputs = [(change.module, _width(change.delta.shape)) for adapter in adapters for change in adapter.changes]
-    metadata = {key: value for adapter in reversed(adapters) for key, value in adapter.metadata.items()}
-    named, fitting = explaining(inputs)
-    if fitting:
-        return narrowed(fitting, inputs, metadata)[0]
-    if named:
-        chosen = narrowed(named, inputs, metadata)[0]
-        return [replace(arch, title=f"{arch.title} by its names, not by its shapes") for arch in chosen]
-    return []
-
-
-def _width(shape: tuple[int, ...]) -> int | None:
-    return shape[1] if len(shape) > 1 and shape[1] != ANY else None
 
 
 def placed(
@@ -172,10 +135,10 @@ def archs_of(layout: Layout, modules: Sequence[Module], wanted: str | None) -> l
     """What a base may be: the architecture that is `wanted`, those that explain it, or one without a table that calls
     `modules` what the base calls them."""
     if wanted:
-        return [next(arch for arch in ARCHS if arch.name == wanted)]
+        return [arch_named(wanted)]
     inputs = inputs_of(layout)
     if is_language_model([module for module, _ in inputs]):
-        return [as_named(modules, LLM, "a language model")]
+        return [language_model(modules)]
     named, fitting = explaining(inputs)
     return narrowed(fitting, inputs, {})[0] or named or [as_named(modules, "base", f"the model in {layout.root.name}")]
 
@@ -198,13 +161,13 @@ def _of_base(path: Path, modules: Sequence[Module], target: Format) -> list[Arch
     return found
 
 
-def _without_table(adapters: Sequence[Adapter], modules: Sequence[Module], target: Format) -> Arch:
+def _without_table(adapters: Sequence[AdapterKeys], modules: Sequence[Module], target: Format) -> Arch:
     """An architecture of the file's own names, for its own format or, if they are dotted, one of the same naming."""
-    alone = [(adapter.path, found[0].title) for adapter in adapters if (found := explained([adapter]))]
+    alone = [(adapter.path, found[0].title) for adapter in adapters if (found := archs_of_adapters([adapter]))]
     if alone and len(adapters) > 1:
         shown = ", ".join(f"{path} is for {title}" for path, title in alone)
         raise LoratoolError(f"no one model has the modules of all: {shown}; --arch names it where that is wrong")
-    own = as_named(modules, "unknown", "a model without a table")
+    own = without_table(modules)
     if is_spelled(modules, own, target):
         return own
     expected = OF_ORIGINALS if ORIGINAL in target.namings else OF_DIFFUSERS

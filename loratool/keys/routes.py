@@ -10,7 +10,7 @@ from loratool.archs.flux import FLUX1
 from loratool.archs.links import Link
 from loratool.archs.table import Arch, Component, Spot, plain
 from loratool.errors import LoratoolError, Unsupported
-from loratool.formats.table import Format
+from loratool.formats.table import LLM, Format
 from loratool.names import DIFFUSERS, TRANSFORMERS_5, UNWRAPPED, Module
 
 
@@ -134,6 +134,16 @@ def as_named(modules: Iterable[Module], name: str, title: str) -> Arch:
     for module in modules:
         paths.setdefault(module.component, []).append(module.path)
     return Arch(name, title, tuple(plain(component, tuple(names)) for component, names in paths.items()))
+
+
+def without_table(modules: Iterable[Module]) -> Arch:
+    """The architecture of modules that no table explains, by their own names."""
+    return as_named(modules, "unknown", "a model without a table")
+
+
+def language_model(modules: Iterable[Module]) -> Arch:
+    """The architecture of a language model, whose names are its own."""
+    return as_named(modules, LLM, "a language model")
 
 
 def example(target: Format) -> str:

@@ -73,7 +73,7 @@ def convert(
         elif target.folder and (adapter.path / CONFIG_NAME).exists() and locate(adapter.path)[0].suffix == ".safetensors":
             return _copied(adapter, target, out, overwrite=overwrite)
         adapter = replace(adapter, metadata={**adapter.metadata, **_said(adapter, target, converted)})
-        found, ways = choose([adapter], target, Wanted(arch, source, Path(base) if base else None))
+        found, ways = choose([adapter.keys], target, Wanted(arch, source, Path(base) if base else None))
         written = write_as(adapter, target, ways, out, inputs=[adapter.path], overwrite=overwrite)
         report = _report(adapter, target, out, written.nbytes)
         return replace(

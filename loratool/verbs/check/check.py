@@ -22,7 +22,7 @@ from loratool.formats.consumers import CONSUMERS, GLOBAL, SHARED, Consumer
 from loratool.formats.peft import PeftConfig
 from loratool.formats.table import format_named
 from loratool.keys.detect import is_language_model
-from loratool.keys.resolve import explained, own_format
+from loratool.keys.identify import archs_of_adapters, format_of
 from loratool.verbs.merge.plan import make_plan
 
 REFUSED: Final = "refused"
@@ -152,7 +152,7 @@ def _unlike_model(case: Case) -> Iterator[Finding]:
 
 def _other_format(case: Case) -> Iterator[Finding]:
     try:
-        own = own_format(case.adapter).name
+        own = format_of(case.adapter.keys).name
     except LoratoolError:
         own = ""
     if own not in case.consumer.reads:
@@ -160,14 +160,14 @@ def _other_format(case: Case) -> Iterator[Finding]:
         what = f"{called}, which {case.consumer.title} does not read"
         yield Finding(REFUSED, what, f"loratool convert --to {case.consumer.writes}")
     elif case.consumer.unread and (names := case.consumer.unread.get(own)):
-        mine = [arch.title for arch in explained([case.adapter]) if arch.name in names.split()]
+        mine = [arch.title for arch in archs_of_adapters([case.adapter.keys]) if arch.name in names.split()]
         if mine:
             what = f"is in {format_named(own).title}'s format, which {case.consumer.title} does not read for {mine[0]}"
             yield Finding(REFUSED, what, f"loratool convert --to {case.consumer.writes}")
 
 
 def _other_arch(case: Case) -> Iterator[Finding]:
-    found = explained([case.adapter])
+    found = archs_of_adapters([case.adapter.keys])
     if case.consumer.archs and found and not any(arch.name in case.consumer.archs for arch in found):
         what = f"is for {found[0].title}, which {case.consumer.title} does not know"
         yield Finding(REFUSED, what, "use another program", False)

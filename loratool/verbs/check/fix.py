@@ -52,7 +52,7 @@ def fix(
     error = error_of(converted)
     with of_file(path):
         form = format_named(consumer.writes)
-        _, ways = choose([adapter], form, Wanted(None, None, Path(base).expanduser() if base else None))
+        _, ways = choose([adapter.keys], form, Wanted(None, None, Path(base).expanduser() if base else None))
         said = entry("check --fix", [named(adapter.path)], adapter.metadata, target=target, error=error)
         adapter = replace(adapter, metadata={**adapter.metadata, **said})
         out = Path(out).expanduser()

@@ -80,7 +80,7 @@ class Combining:
 
     def add(self, number: int, adapter: Adapter, strength: Strength) -> None:
         """The changes of one adapter, under the output's names."""
-        modules = list(dict.fromkeys(change.module for change in adapter.changes))
+        modules = adapter.modules
         with about(adapter.path):
             weights = strength.of(modules, self.arch)
             if unnamed := strength.unnamed(modules, self.arch):

@@ -25,7 +25,8 @@ from loratool.files.history import METADATA_KEY, entry, named
 from loratool.files.output import check_target
 from loratool.formats.kohya import kohya_metadata
 from loratool.formats.table import format_named
-from loratool.keys.resolve import choose_common, own_format
+from loratool.keys.identify import format_of
+from loratool.keys.resolve import choose_common
 from loratool.names import Module
 from loratool.numbers.devices import lanes
 from loratool.numbers.ranks import Budget, Rule
@@ -129,11 +130,12 @@ def combine(
 def _collected(parts: Sequence[Part], out: Path, options: CombineOptions) -> tuple[Combining, list[Adapter]]:
     """What all parts change, and the adapters without their changes, so that nothing holds these twice."""
     adapters = [_loaded(part.adapter, options) for part in parts]
-    target = format_named(options.to) if options.to else own_format(adapters[0])
+    target = format_named(options.to) if options.to else format_of(adapters[0].keys)
     require_room(target, out)
     inputs = [adapter.path for adapter in adapters]
     check_target(out, folder=target.folder, overwrite=options.overwrite, inputs=inputs)
-    arch, ways = choose_common(adapters, target, options.arch, Path(options.base).expanduser() if options.base else None)
+    names = [adapter.keys for adapter in adapters]
+    arch, ways = choose_common(names, target, options.arch, Path(options.base).expanduser() if options.base else None)
     on = lanes(options.device, doubles=True)
     combining = Combining(target, arch, ways, _merge_at(options), open_base(options.base), on)
     for number, (adapter, part) in enumerate(zip(adapters, parts, strict=True)):

@@ -20,7 +20,8 @@ from loratool.deltas.schema import WEIGHT
 from loratool.deltas.sums import Combined, summed
 from loratool.errors import NeedsBase, Unsupported, about
 from loratool.formats.table import Format, format_named
-from loratool.keys.resolve import choose_common, own_format
+from loratool.keys.identify import format_of
+from loratool.keys.resolve import choose_common
 from loratool.numbers.devices import CPU, Lanes
 from loratool.numbers.linalg import Relation
 from loratool.numbers.threads import results
@@ -77,7 +78,9 @@ def aligned(adapters: Sequence[Adapter], arch: str | None, base: Weights | None)
     problem: Exception | None = None
     for target in _formats(adapters):
         try:
-            found_arch, ways = choose_common(adapters, target, arch, base.layout.root if base else None)
+            found_arch, ways = choose_common(
+                [adapter.keys for adapter in adapters], target, arch, base.layout.root if base else None
+            )
             moved = [renamed(adapter.changes, ways) for adapter in adapters]
         except Unsupported as error:
             problem = problem or error
@@ -98,7 +101,7 @@ def _formats(adapters: Sequence[Adapter]) -> Iterator[Format]:
     seen = set()
     for adapter in adapters:
         try:
-            found = own_format(adapter)
+            found = format_of(adapter.keys)
         except Unsupported:
             continue
         if found.name not in seen:

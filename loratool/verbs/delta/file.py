@@ -22,7 +22,8 @@ from loratool.files.append import ENTRY_BYTES, Entry
 from loratool.files.history import entry
 from loratool.files.tensors import DTYPE_NAMES, tensor_bytes
 from loratool.formats.table import LLM, Format, format_named
-from loratool.keys.resolve import Wanted, archs_of, choose, own_format, placed
+from loratool.keys.identify import format_of
+from loratool.keys.resolve import Wanted, archs_of, choose, placed
 from loratool.keys.routes import Route
 from loratool.names import CONTAINER, ENCODERS, Module
 from loratool.numbers.krylov import squares
@@ -103,14 +104,14 @@ def _of_adapter(source: OfAdapter, target: Format | None, arch: str | None) -> N
     adapter = replace(source.adapter, changes=tuple(source.changes))
     if target is None:
         try:
-            own = own_format(adapter)
+            own = format_of(adapter.keys)
         except LoratoolError:
             own = format_named(USUAL)
         target = own if "diff" in own.leaves else format_named(USUAL)
         if own.whole is not None and any(change.module.stem.startswith(CONTAINER) for change in source.changes):
             return Naming(None, "a language model")
     found: Arch
-    found, ways = choose([adapter], target, Wanted(arch))
+    found, ways = choose([adapter.keys], target, Wanted(arch))
     if found.name == LLM and not target.holds(LLM):
         return Naming(None, found.title)
     return Naming(target, found.title, ways)

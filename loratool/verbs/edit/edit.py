@@ -87,7 +87,7 @@ def edit(path: str | Path, out: str | Path | None, options: EditOptions | None =
     """
     options = options or EditOptions()
     adapter = load(path)
-    modules = list(dict.fromkeys(change.module for change in adapter.changes))
+    modules = adapter.modules
     arch, blocks = _blocks(adapter, modules, options)
     factors = _factors(modules, blocks, arch, options)
     report = _report(adapter, arch, blocks, factors, options)

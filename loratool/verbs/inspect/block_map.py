@@ -46,7 +46,7 @@ def sort_of(arch: Arch, module: Module) -> str:
 
 def map_of(adapter: Adapter) -> Map:
     """The map of an adapter, from its factors; raises `LoratoolError`."""
-    modules = list(dict.fromkeys(change.module for change in adapter.changes))
+    modules = adapter.modules
     arch = architecture(adapter, modules)
     squares: dict[tuple[str, str], float] = {}
     unmeasured = 0

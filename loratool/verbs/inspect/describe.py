@@ -8,9 +8,11 @@ from typing import Any, Final
 
 from loratool.errors import some
 from loratool.files.header import TensorInfo
-from loratool.formats.recognise import refusal
+from loratool.formats.recognise import refusal, trainer
 from loratool.keys.detect import is_language_model
+from loratool.keys.identify import matching_formats
 from loratool.keys.listing import Listing
+from loratool.names import CONTAINER
 
 FEW: Final = 200
 """Longest text of one metadata value that is shown."""
@@ -31,6 +33,24 @@ def _summary(value: str) -> str:
     if isinstance(document, dict | list):
         return f"JSON, {len(document)} entries, {len(value):,} characters"
     return f"{value[:FEW]}… ({len(value):,} characters)"
+
+
+def described_format(found: Listing) -> str:
+    """Whose format it is, in words: that of the rows that every key agrees with, else how its keys are made up."""
+    prefixes = [prefix for prefix, _ in found.prefix_counts.most_common()]
+    shown = ", ".join(prefix + "…" for prefix in prefixes if prefix)
+    if CONTAINER in prefixes:
+        alone = "in a single file" if found.configs else "names without a config"
+        return f"PEFT {'folder' if found.path.is_dir() else alone}"
+    titles = [row.title for row in matching_formats(found.keys)]
+    if titles:
+        # Several write the same keys: the trainer's own name for them, else the best known.
+        title = next((title for title in titles if title == trainer(found.header.metadata)), titles[0])
+        return f"{title} ({shown})" if shown else f"{title}, bare names"
+    families = " and ".join(sorted({family for group in found.groups for family in group.families}))
+    if len({prefix.endswith("_") for prefix in prefixes}) > 1:
+        return f"a mixture of {', '.join(prefix or 'bare names' for prefix in prefixes)}, {families} leaves"
+    return f"{shown or 'bare module names'}, {families} leaves"
 
 
 def suspicions(found: Listing) -> list[str]:

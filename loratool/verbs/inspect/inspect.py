@@ -16,12 +16,11 @@ from loratool.files.history import chain_of
 from loratool.files.layout import INDEX_SUFFIX, PIPELINE, SINGLE_NAMES, Layout, open_layout
 from loratool.formats.recognise import refusal, trainer
 from loratool.keys.detect import Verdict, detect
-from loratool.keys.identify import format_of
 from loratool.keys.listing import Group, Listing, read_listing
 from loratool.keys.places import inputs_of
 from loratool.names import base_component
 from loratool.text import histogram, size
-from loratool.verbs.inspect.describe import leaves_of, summarised, suspicions
+from loratool.verbs.inspect.describe import described_format, leaves_of, summarised, suspicions
 
 if TYPE_CHECKING:
     from loratool.verbs.inspect.values import Values
@@ -144,7 +143,7 @@ def _adapter(found: Listing, whole: int | None, *, values: bool) -> AdapterRepor
     touched = sum(prod(module.shape) for module in modules if module.shape)
     return AdapterReport(
         path=str(found.path),
-        format=format_of(found, verdict),
+        format=described_format(found),
         trainer=trainer(found.header.metadata),
         arch=verdict,
         components=Counter(group.module.component or "model" for group in found.groups),
