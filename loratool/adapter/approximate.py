@@ -14,13 +14,14 @@ from torch import Tensor
 
 from loratool.adapter.adapter import Adapter, Change
 from loratool.base.base import Weights, open_base
+from loratool.base.effects import Effect, effect_of
 from loratool.deltas.base import Delta
 from loratool.deltas.lora import Embedding, LoRA
 from loratool.deltas.schema import BIAS, WEIGHT
 from loratool.errors import NeedsBase, Unsupported, about, of_file
 from loratool.files.tensors import DTYPES
 from loratool.numbers.budgets import Market, within_error
-from loratool.numbers.devices import Lanes, lanes, sent
+from loratool.numbers.devices import Lanes, lanes
 from loratool.numbers.factor import Factored, Storage, factored, offered, refactored
 from loratool.numbers.linalg import Core
 from loratool.numbers.ranks import Budget, Offer, Rule
@@ -80,7 +81,7 @@ class Lowering:
             storage = Storage(self._stored_as(change))
 
             def compute(device: torch.device) -> tuple[Converted, Delta]:
-                delta, figures = _low_rank(change, _effective(change, self.weights).on(device), mine, storage)
+                delta, figures = _low_rank(change, _effect(change, self.weights, device), mine, storage)
                 return figures, delta
 
             return self.lanes.one(str(change), compute)
@@ -129,14 +130,14 @@ class Lowering:
 
     def _offered(self, number: int, rule: Rule, device: torch.device) -> Offer:
         change = self.adapter.changes[number]
-        delta = _effective(change, self.weights).on(device)
+        delta = _effect(change, self.weights, device)
         each, worth = self._stored_as(change).itemsize, self.worth[number]
         if delta.factors:
             core = Core(*delta.factors)
             cost = len(delta.factors[0]) + delta.factors[1].shape[1]
             return Offer(core.sigma.cpu() * worth, True, cost * each, float(core.squares.sum()) * worth**2)
         seen = replace(rule, value=rule.value / worth) if rule.method == "threshold" and worth else rule
-        offer = offered(_dense(delta), seen, each)
+        offer = offered(delta.dense().flatten(1), seen, each)
         return replace(offer, sigma=offer.sigma * worth, total=offer.total * worth**2)
 
     def imagined(self, ranks: Mapping[int, int]) -> Lowered:
@@ -145,7 +146,7 @@ class Lowering:
         for number, asked in ranks.items():
             change = self.adapter.changes[number]
             flattened = self.weights is not None and change.delta.flattened
-            shape = tuple(self.weights.of(change.module).shape) if flattened and self.weights else change.delta.shape
+            shape = self.weights.shape_of(change.module) if flattened and self.weights else change.delta.shape
             nothing = torch.zeros(1, dtype=self._stored_as(change))
             rank = min(asked, shape[0], math.prod(shape[1:]))
             done[number] = Converted(str(change), change.delta.kind, rank, 0.0, 0.0), room_for(shape, rank, nothing)
@@ -170,42 +171,22 @@ def _refuse_bias(change: Change, weights: Weights | None) -> None:
         raise Unsupported(f"{change}: (IA)³ multiplies this layer's bias too, which a LoRA cannot hold; merge it instead")
 
 
-@dataclass(frozen=True, slots=True)
-class _Effective:
-    """What a delta adds, as exact factors or as a dense matrix, and the shape of the weight."""
-
-    shape: tuple[int, ...]
-    factors: tuple[Tensor, Tensor] | None
-    dense: Tensor | None
-
-    def on(self, device: torch.device) -> _Effective:
-        """The same on a device."""
-        factors = self.factors and (sent(self.factors[0], device), sent(self.factors[1], device))
-        return replace(self, factors=factors, dense=None if self.dense is None else sent(self.dense, device))
-
-
-def _effective(change: Change, weights: Weights | None) -> _Effective:
-    delta = change.delta.made()
-    if delta.kind == "experts":
-        raise Unsupported(f"{change}: is a LoRA on stacked experts, which only PEFT's target_parameters can hold")
-    if delta.additive:
-        shape = tuple(weights.of(change.module).shape) if weights and delta.flattened else delta.shape
-        factors = delta.factors()
-        if factors is not None and factors[0].shape[1] <= min(factors[0].shape[0], factors[1].shape[1]):
-            return _Effective(shape, factors, None)
-        return _Effective(shape, None, delta.dense().flatten(1))
-    if weights is None:
-        raise NeedsBase(f"{change}: what a delta of kind {delta.kind} adds depends on its weight; pass --base")
+def _effect(change: Change, weights: Weights | None, device: torch.device) -> Effect:
+    """What a change of a weight adds to it."""
     with about(change):
-        added = weights.effect(delta, change.module)
-    return _Effective(added.shape, None, added.dense().flatten(1))
+        delta = change.delta.made()
+        if delta.kind == "experts":
+            raise Unsupported("is a LoRA on stacked experts, which only PEFT's target_parameters can hold")
+        return effect_of(delta, change.module, change.parameter, weights, device)
 
 
-def _low_rank(change: Change, delta: _Effective, rule: Rule, storage: Storage) -> tuple[Delta, Converted]:
+def _low_rank(change: Change, delta: Effect, rule: Rule, storage: Storage) -> tuple[Delta, Converted]:
     """A LoRA as it is to be stored, and how far its product is from the delta."""
     rule = rule.of(delta.shape)
     with about(change):
-        found = refactored(*delta.factors, rule, storage) if delta.factors else factored(_dense(delta), rule, storage)
+        found = (
+            refactored(*delta.factors, rule, storage) if delta.factors else factored(delta.dense().flatten(1), rule, storage)
+        )
         found = found.padded(rule.padded(found.rank))
     error = found.error / found.norm if found.norm else 0.0
     figures = Converted(str(change), change.delta.kind, found.rank, found.norm, error)
@@ -227,11 +208,6 @@ def as_lora(found: Factored, shape: tuple[int, ...]) -> LoRA:
     ones = (1,) * len(kernel)
     down = found.down.reshape(found.rank, found.down.shape[1] // math.prod(kernel), *kernel).contiguous()
     return LoRA(down, found.up.reshape(*found.up.shape, *ones).contiguous(), None, 1.0)
-
-
-def _dense(delta: _Effective) -> Tensor:
-    assert delta.dense is not None
-    return delta.dense
 
 
 KEPT: Final = frozenset({"lora", "embedding", "enlarge", "replace", "tokens"})

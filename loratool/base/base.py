@@ -8,14 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta
-from loratool.deltas.full import Full
 from loratool.deltas.schema import WEIGHT
-from loratool.errors import LoratoolError, ShapeMismatch
+from loratool.errors import LoratoolError
 from loratool.files.tensors import Checkpoint
 from loratool.keys.places import Place, Targets
 from loratool.names import Module
-from loratool.numbers.devices import CPU, sent
 
 
 class Weights:
@@ -28,20 +25,17 @@ class Weights:
 
     def of(self, module: Module, parameter: str = WEIGHT) -> Tensor:
         """The module's weight, (out, in, *kernel), or its bias; raises `LoratoolError` where there is none."""
+        return self.at(self._places(module, parameter))
+
+    def shape_of(self, module: Module, parameter: str = WEIGHT) -> tuple[int, ...]:
+        """The shape of what `of` reads, from the header alone."""
+        return self.shape(self._places(module, parameter))
+
+    def _places(self, module: Module, parameter: str) -> tuple[Place, ...]:
         places = self.targets.find(module, parameter)
         if not places:
             raise LoratoolError(f"{module}: has no {parameter} in {self.layout.root}")
-        return self.at(places)
-
-    def effect(self, delta: Delta, module: Module, parameter: str = WEIGHT, device: torch.device = CPU) -> Full:
-        """What a delta that depends on its weight, and lies on `device`, adds to it, in float32; raises `LoratoolError`
-        where it does not fit."""
-        weight = sent(self.of(module, parameter), device).float()
-        try:
-            added = delta.apply(weight) - weight
-        except RuntimeError as error:
-            raise ShapeMismatch(f"does not fit its weight of {list(weight.shape)}: is the base another model?") from error
-        return Full(added, "diff" if parameter == WEIGHT else "diff_b")
+        return places
 
     def at(self, places: Sequence[Place]) -> Tensor:
         """What lies at `places`, one below the other."""

@@ -1,21 +1,32 @@
-"""What a delta adds to its weight: exact factors, or the whole matrix."""
+"""What a delta adds to its weight: exact factors, or the whole matrix. The one place that asks a base for it."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from loratool.base.base import Weights
+from loratool.deltas.base import Delta, moved, widened
+from loratool.deltas.full import Full
+from loratool.deltas.schema import WEIGHT
+from loratool.errors import NeedsBase, ShapeMismatch
+from loratool.names import Module
+from loratool.numbers.devices import CPU, sent
+from loratool.numbers.krylov import squares
 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """ΔW of a parameter of `shape`, as exact factors (out, r) and (r, in · kernel), or whole; `before` is its ‖W₀‖, where a
-    base tells."""
+    """ΔW of a parameter of `shape`, as exact factors (out, r) and (r, in · kernel), or whole; `weight_norm` is ‖W₀‖, where a
+    base tells and somebody asked."""
 
     shape: tuple[int, ...]
     factors: tuple[Tensor, Tensor] | None
     whole: Tensor | None
-    before: float | None = None
+    weight_norm: float | None = None
 
     def dense(self) -> Tensor:
         """ΔW in float32, of `shape`."""
@@ -24,3 +35,51 @@ class Effect:
         assert self.factors
         up, down = self.factors
         return (up @ down).reshape(self.shape)
+
+    def as_delta(self, parameter: str) -> Full:
+        """The same as a difference that is stored whole."""
+        return Full(self.dense(), "diff" if parameter == WEIGHT else "diff_b")
+
+
+def effect_of(
+    delta: Delta,
+    module: Module,
+    parameter: str,
+    base: Weights | None,
+    device: torch.device = CPU,
+    *,
+    measure_weight: bool = False,
+) -> Effect:
+    """What `delta` adds to the weight or the bias of `module`, computed on `device`.
+
+    Factors are given where they are smaller than what they make. `base` tells kernels that a file flattens, and what kinds
+    add that depend on their weight. Raises `NeedsBase` for such a kind without a base, `ShapeMismatch` where it does not fit
+    its weight, and `LoratoolError` where the base has none.
+    """
+    delta = moved(delta.made(), device)
+    weight = base.of(module, parameter) if base and (measure_weight or not delta.additive) else None
+    norm = weight_norm(weight) if weight is not None and measure_weight else None
+    if not delta.additive:
+        if weight is None:
+            raise NeedsBase(f"what a delta of kind {delta.kind} adds depends on its weight; pass --base")
+        whole = _added(delta, sent(weight, device).float())
+        return Effect(tuple(whole.shape), None, whole, norm)
+    shape = base.shape_of(module, parameter) if base and delta.flattened else delta.shape
+    factors = delta.factors() if len(shape) > 1 else None
+    if factors is not None and factors[0].shape[1] <= min(len(factors[0]), factors[1].shape[1]):
+        return Effect(shape, factors, None, norm)
+    return Effect(shape, None, delta.dense().reshape(shape), norm)
+
+
+def weight_norm(weight: Tensor) -> float:
+    """‖W‖, its squares summed in float64."""
+    wide = widened(weight)
+    return math.sqrt(squares(wide.flatten(1) if wide.ndim > 1 else wide.reshape(1, -1)))
+
+
+def _added(delta: Delta, weight: Tensor) -> Tensor:
+    """W' − W in float32."""
+    try:
+        return delta.apply(weight) - weight
+    except RuntimeError as error:
+        raise ShapeMismatch(f"does not fit its weight of {list(weight.shape)}: is the base another model?") from error

@@ -17,12 +17,13 @@ from loratool.adapter.write import size_as
 from loratool.archs import Arch
 from loratool.archs.table import Spot
 from loratool.base.base import Weights
+from loratool.base.effects import effect_of
 from loratool.deltas.base import Delta
 from loratool.deltas.experts import ExpertLoRA
 from loratool.deltas.full import Full, Replace
 from loratool.deltas.lora import LoRA
 from loratool.deltas.sums import Combined, Merge, summed
-from loratool.errors import LoratoolError, NeedsBase, NonFinite, ShapeMismatch, about, some
+from loratool.errors import LoratoolError, NonFinite, ShapeMismatch, about, some
 from loratool.files.tensors import DTYPES
 from loratool.formats.table import CONFIG, Format
 from loratool.keys.routes import Route
@@ -138,7 +139,12 @@ class Combining:
         terms = [term for term in terms if term.weight]
         if not terms:
             return []
-        deltas = [term.delta if term.delta.additive else self._effective(term, parameter) for term in terms]
+        deltas = [
+            term.delta
+            if term.delta.additive
+            else effect_of(term.delta, term.module, parameter, self.weights).as_delta(parameter)
+            for term in terms
+        ]
         # PEFT stores a copy of an embedding beside its LoRA, which changes nothing.
         kept = [i for i, delta in enumerate(deltas) if delta.kind != "full" or bounds(delta.dense()) != (0, 0)]
         terms, deltas = [terms[i] for i in kept], [deltas[i] for i in kept]
@@ -158,12 +164,6 @@ class Combining:
             return [whole]
         value = self.weights.of(terms[0].module, parameter).float() + whole.dense().reshape(replaced.value.shape)
         return [replace(replaced, value=value)]
-
-    def _effective(self, term: _Term, parameter: str) -> Delta:
-        """What a delta that is no sum adds to its weight."""
-        if self.weights is None:
-            raise NeedsBase(f"what a delta of kind {term.delta.kind} adds depends on its weight; pass --base")
-        return self.weights.effect(term.delta, term.module, parameter)
 
     def _exact(self, combined: Adapter, dtype: str | None, described: Described) -> tuple[Adapter, tuple[Converted, ...]]:
         """Every combination computed, and rounded to another dtype only where one is asked for."""

@@ -14,6 +14,7 @@ from loratool.adapter.adapter import Adapter
 from loratool.adapter.rename import Moved, renamed
 from loratool.adapter.verify import same_bytes
 from loratool.base.base import Weights
+from loratool.base.effects import effect_of
 from loratool.deltas.base import Delta, moved
 from loratool.deltas.relations import _factors, norm_of, related, require_alike
 from loratool.deltas.schema import WEIGHT
@@ -123,7 +124,7 @@ def _placed(adapter: Adapter, items: Sequence[Moved], base: Weights | None) -> I
             if base and not delta.additive:
                 if len(item.sources) > 1:
                     raise Unsupported("is one of several that make a stacked module, whose weight they do not have")
-                delta = base.effect(delta, source.module, item.parameter)
+                delta = effect_of(delta, source.module, item.parameter, base).as_delta(item.parameter)
         replaces = delta.kind == "replace"
         found.setdefault((item.prefix, item.path, item.parameter, replaces), []).append(delta)
     for place, deltas in found.items():

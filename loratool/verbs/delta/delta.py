@@ -227,8 +227,8 @@ class _Work:
                     continue
                 module, parameter = self.source.place(number)
                 self.found[number] = measured(self.source.name(number), effect, spectrum=self.options.spectrum)
-                if effect.before is not None:
-                    self.before[number] = effect.before
+                if effect.weight_norm is not None:
+                    self.before[number] = effect.weight_norm
                 if self.naming and module not in self.naming.reasons:
                     parts.append((module, parameter, effect.dense()))
             if self.naming:

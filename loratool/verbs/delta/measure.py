@@ -47,7 +47,7 @@ def measured(name: str, effect: Effect, *, spectrum: bool) -> Measured:
         stable_rank=(norm / first) ** 2 if first else 0.0,
         effective_rank=effective_rank(sigma) if complete else None,
         share=0.0,
-        relative=norm / effect.before if effect.before else None,
+        relative=norm / effect.weight_norm if effect.weight_norm else None,
         spectrum=tuple(sigma.tolist()) if spectrum else (),
     )
 

@@ -8,18 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from loratool.adapter.adapter import Adapter, Change
 from loratool.base.base import Weights
 from loratool.base.difference import difference
-from loratool.base.effects import Effect
+from loratool.base.effects import Effect, effect_of, weight_norm
 from loratool.base.pairs import Pair, Takes, paired
-from loratool.deltas.base import moved, widened
-from loratool.errors import NeedsBase, about
+from loratool.errors import about
 from loratool.files.layout import require_weights
 from loratool.names import Module
-from loratool.numbers.krylov import squares
 
 QUANTISED = "a difference to it is that of the quantisation; compare the 16-bit originals"
 
@@ -75,23 +72,9 @@ class OfAdapter(Source):
         return not change.optional or bool(self.weights and self.weights.targets.find(change.module, change.parameter))
 
     def _effect(self, change: Change, device: torch.device) -> Effect:
-        weight = self._weight(change)
-        before = None if weight is None else _norm(weight)
-        delta = moved(change.delta.made(), device)
-        if not delta.additive:
-            if self.weights is None or weight is None:
-                raise NeedsBase(f"what a delta of kind {delta.kind} adds depends on its weight; pass --base")
-            whole = self.weights.effect(delta, change.module, change.parameter, device).difference
-            return Effect(tuple(whole.shape), None, whole, before)
-        shape = tuple(weight.shape) if weight is not None and delta.flattened else delta.shape
-        factors = delta.factors() if len(shape) > 1 else None
-        if factors is not None and factors[0].shape[1] <= min(len(factors[0]), factors[1].shape[1]):
-            return Effect(shape, factors, None, before)
-        return Effect(shape, None, delta.dense().reshape(shape), before)
-
-    def _weight(self, change: Change) -> Tensor | None:
-        places = self.weights.targets.find(change.module, change.parameter) if self.weights else ()
-        return self.weights.at(places) if self.weights and places else None
+        found = self.weights and self.weights.targets.find(change.module, change.parameter)
+        base = self.weights if found else None
+        return effect_of(change.delta, change.module, change.parameter, base, device, measure_weight=True)
 
 
 class OfCheckpoints(Source):
@@ -119,9 +102,4 @@ class OfCheckpoints(Source):
         change = difference(self.base, self.tuned, pair, device)
         if change is None:
             return None
-        return Effect(tuple(change.dense.shape), None, change.dense, _norm(self.base.at(pair.base)))
-
-
-def _norm(weight: Tensor) -> float:
-    wide = widened(weight)
-    return math.sqrt(squares(wide.flatten(1) if wide.ndim > 1 else wide.reshape(1, -1)))
+        return Effect(tuple(change.dense.shape), None, change.dense, weight_norm(self.base.at(pair.base)))
