@@ -12,12 +12,10 @@ from pathlib import Path
 import click
 
 import loratool
-from loratool.adapter.approximate import KEPT, RESIZED
 from loratool.archs import ARCHS
 from loratool.cli import cli
 from loratool.deltas.base import Delta
-from loratool.deltas.dora import DoRA
-from loratool.deltas.registry import KINDS
+from loratool.deltas.registry import WRITERS, class_of
 from loratool.formats.consumers import CONSUMERS
 from loratool.formats.recognise import KNOWN
 from loratool.formats.table import FORMATS, LLM
@@ -26,29 +24,6 @@ from loratool.keys.routes import example
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 WIDTH = 80
-
-MADE_BY: Mapping[str, str] = {
-    "lora": "LoRA, LoCon, Tucker (`lora_mid`), DyLoRA, rsLoRA",
-    "embedding": "LoRA on an embedding (PEFT)",
-    "dora": "DoRA on LoRA, LoHa or LoKr, of outputs or inputs",
-    "adalora": "AdaLoRA (PEFT)",
-    "vera": "VeRA with its projections saved (PEFT)",
-    "loha": "LoHa, with and without Tucker cores",
-    "lokr": "LoKr, every factored and whole combination, Tucker",
-    "glora": "GLoRA",
-    "ia3": "(IA)³ of LyCORIS and of PEFT",
-    "oft": "Diag-OFT and BOFT (LyCORIS), rescaled or constrained",
-    "input oft": "OFT (PEFT)",
-    "input boft": "BOFT (PEFT)",
-    "experts": "`target_parameters`: stacked experts (PEFT)",
-    "loralib": "microsoft/loralib: Linear, Embedding, Conv, MergedLinear",
-    "tokens": "`trainable_token_indices` (PEFT)",
-    "enlarge": "`reshape_weight` (ComfyUI, FLUX control LoRAs)",
-    "full": "full differences and norms: `diff`, `diff_b`, `w_norm`, `b_norm`",
-    "lora bias": "`lora_B.bias` (PEFT)",
-    "replace": "`modules_to_save`, trained biases, `set_weight`",
-}
-"""What people call each kind, for those who do not know our names."""
 
 
 def formats() -> Iterator[str]:
@@ -74,17 +49,18 @@ def kinds() -> Iterator[str]:
     """Kind × verb: what each verb does with each kind."""
     yield "| kind | what writes it | inspect, merge | convert `--to-lora` | resize | exact factors |"
     yield "|---|---|---|---|---|---|"
-    for name, kind in {**KINDS, "dora": DoRA}.items():
-        columns = [name, MADE_BY[name], "yes", *_verbs(name, kind), "yes" if _has_factors(kind) else "–"]
+    for name, writer in WRITERS.items():
+        kind = class_of(name)
+        columns = [name, writer, "yes", *_verbs(name, kind), "yes" if _has_factors(kind) else "–"]
         yield f"| {' | '.join(columns)} |"
 
 
 def _verbs(name: str, kind: type[Delta]) -> tuple[str, str]:
     """What convert and resize do: by whether the kind is kept as it is, is a sum, or depends on its weight."""
-    if name == "experts":
+    if kind.stacked:
         return "refused", "refused"
-    if name in KEPT | {"lora bias"}:
-        return "kept", "yes" if name in RESIZED else "kept"
+    if kind.fits_lora_file or name == "lora bias":
+        return "kept", "yes" if kind.resizable else "kept"
     verb = "yes" if kind.additive else "with `--base`"
     return verb, verb
 

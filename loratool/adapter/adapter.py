@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,16 @@ class Change:
     @property
     def stem(self) -> str:
         """The stem that names it: of stacked experts not that of its tensors, which is the module's that holds them."""
-        return CONTAINER + self.module.path if self.delta.kind == "experts" else self.module.stem
+        return CONTAINER + self.module.path if self.delta.stacked else self.module.stem
 
     def __str__(self) -> str:
         return str(self.module) if self.parameter == "weight" else f"{self.module} (bias)"
+
+
+def with_one_expert_rank(changes: Sequence[Change]) -> list[Change]:
+    """Stacked experts filled up with zeros to one rank, since no pattern of PEFT's config can name them."""
+    rank = max((change.delta.rank or 0 for change in changes if change.delta.stacked), default=0)
+    return [replace(change, delta=change.delta.padded(rank)) if change.delta.stacked else change for change in changes]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,20 @@ from loratool.numbers.linalg import Core
 from loratool.numbers.ranks import Budget, Offer, Rule
 from loratool.numbers.threads import results
 
+Keep = Callable[[Delta], bool]
+"""Which deltas stay what they are."""
+
+
+def fits_lora_file(delta: Delta) -> bool:
+    """Of what a file of LoRA holds as it is: all of it."""
+    return delta.fits_lora_file
+
+
+def no_lora(delta: Delta) -> bool:
+    """Of what a file of LoRA holds as it is: all whose rank cannot be another."""
+    return delta.fits_lora_file and not delta.resizable
+
+
 NOTHING: Final = Rule("rank", 1, most=0)
 """Keeps nothing of a module."""
 
@@ -53,7 +67,7 @@ class Lowering:
         self,
         adapter: Adapter,
         dtype: str | None,
-        keep: frozenset[str],
+        keep: Keep,
         weights: Weights | None,
         *,
         on: Lanes,
@@ -66,7 +80,7 @@ class Lowering:
             if change.optional:
                 with of_file(adapter.path):
                     _refuse_bias(change, weights)
-            elif change.delta.kind in keep or change.parameter == BIAS or len(change.delta.shape) < 2:
+            elif keep(change.delta) or change.parameter == BIAS or len(change.delta.shape) < 2:
                 self.kept.append(change)
             else:
                 self.numbers.append(number)
@@ -175,7 +189,7 @@ def _effect(change: Change, weights: Weights | None, device: torch.device) -> Ef
     """What a change of a weight adds to it."""
     with about(change):
         delta = change.delta.made()
-        if delta.kind == "experts":
+        if delta.stacked:
             raise Unsupported("is a LoRA on stacked experts, which only PEFT's target_parameters can hold")
         return effect_of(delta, change.module, change.parameter, weights, device)
 
@@ -210,18 +224,12 @@ def as_lora(found: Factored, shape: tuple[int, ...]) -> LoRA:
     return LoRA(down, found.up.reshape(*found.up.shape, *ones).contiguous(), None, 1.0)
 
 
-KEPT: Final = frozenset({"lora", "embedding", "enlarge", "replace", "tokens"})
-"""Kinds that a LoRA file holds as they are."""
-RESIZED: Final = frozenset({"lora"})
-"""Of these, the kind whose rank can be another."""
-
-
 def lower(
     adapter: Adapter, rule: Rule, dtype: str | None = None, *, base: str | Path | None = None, device: str = "cpu"
 ) -> tuple[Adapter, list[Converted]]:
     """The adapter with every delta on a matrix or a kernel that a LoRA file cannot hold as a LoRA of scale 1, and what
     became of each."""
-    work = Lowering(adapter, dtype, KEPT, open_base(base), on=lanes(device, doubles=True))
+    work = Lowering(adapter, dtype, fits_lora_file, open_base(base), on=lanes(device, doubles=True))
     done = work.lowered(rule)
     return lowered_adapter(work, done), [figures for figures, _ in done.values()]
 

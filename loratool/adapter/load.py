@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -14,15 +13,8 @@ from typing import Final, Self
 from torch import Tensor
 
 from loratool.adapter.adapter import Adapter, Change
-from loratool.deltas.base import Delta
-from loratool.deltas.dora import DoRA
-from loratool.deltas.experts import ExpertLoRA
-from loratool.deltas.full import Enlarge, TokenRows
-from loratool.deltas.loralib import LoRALib
-from loratool.deltas.multiply import IA3
-from loratool.deltas.orthogonal import InputOFT
-from loratool.deltas.registry import KINDS
-from loratool.deltas.schema import Part
+from loratool.deltas.registry import build_part
+from loratool.deltas.schema import BIAS, Given
 from loratool.errors import InvalidAdapter, NonFinite, Unsupported, about, some
 from loratool.files.adapter_files import CONFIG_NAME, PICKLE_SUFFIXES, locate
 from loratool.files.header import TensorInfo, read_json
@@ -31,7 +23,7 @@ from loratool.files.tensors import FLOATS, TensorFile
 from loratool.formats.peft import PeftConfig
 from loratool.keys.detect import is_language_model
 from loratool.keys.listing import Group, Listing, listing, read_listing, require_adapter
-from loratool.names import CONTAINER, Module
+from loratool.names import CONTAINER
 from loratool.numbers.linalg import all_finite, bounds
 from loratool.numbers.threads import results
 
@@ -78,7 +70,7 @@ def _load(found: Listing, unsaid: Unsaid) -> Adapter:
         passengers = {name: file.read(found.header.tensors[name]) for name in found.passengers}
         stored = {name: file.read(found.header.tensors[name]) for name in alphas}
     tied = any(config.tied for config in found.configs.values())
-    notes = tuple(f"{found.path}: {note}" for note in _assumed(found, changes, unsaid))
+    notes = tuple(f"{found.path}: {note}" for note in _assumed(found, changes))
     return Adapter(found.path, tuple(changes), found.header.metadata, tied, passengers, stored, notes)
 
 
@@ -122,88 +114,46 @@ def _stem(found: Listing, group: Group) -> str:
     return CONTAINER + parameter if parameter else group.module.stem
 
 
-def _assumed(found: Listing, changes: list[Change], unsaid: Unsaid) -> Iterator[str]:
+def _assumed(found: Listing, changes: list[Change]) -> Iterator[str]:
     """What was taken for granted because neither the file nor the user says it, and modules that come to nothing."""
     if found.lacks_config:
         yield f"has PEFT's names without {CONFIG_NAME}; its scale is taken to be 1 (--alpha says otherwise)"
     nothing = [str(change) for change in changes if change.zero]
     if nothing:
         yield f"{len(nothing)} of {len(changes)} modules change nothing, being zero: {some(nothing)}"
-    originals = [change.delta for change in changes if isinstance(change.delta, LoRALib)]
-    if originals and unsaid.alpha is None:
-        yield "loralib does not store alpha; its scale is taken to be 1 (--alpha says otherwise)"
-    slots = {delta.slots for delta in originals if delta.slots}
-    if slots and not unsaid.slots:
-        shown = ", ".join("".join("qkv"[i] for i, on in enumerate(slot) if on) for slot in sorted(slots))
-        yield f"loralib does not store which slots of a fused weight it trained: taken as {shown} (--slots says otherwise)"
+    yield from dict.fromkeys(words for change in changes for words in change.delta.assumptions())
 
 
 def _changes(
     found: Listing, group: Group, file: TensorFile, alphas: Mapping[str, float | None], unsaid: Unsaid
 ) -> list[Change]:
-    config = found.config(group.module)
-    parameter = config.parameter_of(group.module.path) if config else None
-    if config and parameter:
-        return [_expert_change(group, parameter, config, file)]
-    parts = group.parts()
-    rank = next((part.rank for part in parts if part.rank is not None), None)
-    # What replaces a weight comes before what is added to it.
-    ordered = sorted(parts, key=lambda part: part.kind.name != "replace")
+    assume = Given(alpha=unsaid.alpha, slots=unsaid.slots)
     changes = []
-    for part in ordered:
+    for part in group.parts():
         tensors = {leaf: _read(file, group.leaves[leaf]) for leaf in part.leaves if leaf != "alpha"}
-        scale = scale_of(found, group, part, rank, alphas)
-        if part.kind.name == "loralib":
-            delta: Delta = LoRALib.of(tensors, unsaid.alpha, unsaid.slots)
-        else:
-            delta = delta_of(found, group.module, part, tensors, scale)
+        delta = build_part(part, tensors, found.given(group, part, alphas, assume))
         keys = tuple(group.leaves[leaf].name for leaf in part.leaves)
         # A product with a factor of zeros is zero, which need not be multiplied out to be seen.
-        zero = delta.additive and (scale == 0 or any(bounds(tensor) == (0, 0) for tensor in tensors.values()))
-        changes.append(Change(group.module, part.kind.parameter, delta, keys=keys, zero=zero))
-    if isinstance(changes[0].delta, IA3) and "ia3_l" in group.leaves and not changes[0].delta.on_input:
-        # PEFT multiplies the outputs, and so the bias, where there is one.
-        changes.append(Change(group.module, "bias", changes[0].delta, optional=True))
-    return changes
+        zero = delta.additive and (delta.scale == 0 or any(bounds(tensor) == (0, 0) for tensor in tensors.values()))
+        change = Change(group.module, part.kind.parameter, delta, keys=keys, zero=zero)
+        changes.append(_of_experts(change, found) if delta.stacked else change)
+        if delta.changes_bias:
+            changes.append(Change(group.module, BIAS, delta, optional=True))
+    # What replaces a weight comes before what is added to it.
+    return sorted(changes, key=lambda change: not change.delta.replaces)
 
 
-def _expert_change(group: Group, parameter: str, config: PeftConfig, file: TensorFile) -> Change:
-    """A change of a stacked weight, and the changes of its experts' own weights that it comes to."""
-    group.parts()
-    tensors = {leaf: _read(file, info) for leaf, info in group.leaves.items()}
-    rank = config.rank_of(group.module.path)
-    delta = ExpertLoRA.of(tensors, rank, config.scale(group.module.path, rank))
+def _of_experts(change: Change, found: Listing) -> Change:
+    """A change of a stacked weight, at the path of the parameter, and the changes of its experts' own weights."""
+    config = found.config(change.module)
+    parameter = config and config.parameter_of(change.module.path)
+    assert parameter
     block, _, name = parameter.rpartition(".")
     apart = [
-        Change(replace(group.module, path=f"{block}.{expert}.{name}"), "weight", lora)
-        for expert, lora in enumerate(delta.apart())
+        Change(replace(change.module, path=f"{block}.{expert}.{name}"), change.parameter, delta)
+        for expert, delta in enumerate(change.delta.per_expert())
     ]
-    keys = tuple(info.name for info in group.leaves.values())
-    return Change(replace(group.module, path=parameter), "weight", delta, apart=tuple(apart), keys=keys)
-
-
-def delta_of(found: Listing, module: Module, part: Part, tensors: Mapping[str, Tensor], scale: float | None) -> Delta:
-    """The delta of one part; raises `Unsupported` for a kind that is known by name alone."""
-    name, config = part.kind.name, found.config(module)
-    if name == "tokens":
-        return TokenRows.of(tensors["token_rows"], config.tokens_of(module.path) if config else ())
-    if name == "input oft":
-        return _input_oft(tensors, config)
-    if name not in KINDS:
-        raise Unsupported(f"is of kind {name}, which this version reads but cannot compute")
-    inner = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in (part.magnitude, "reshape_weight")}
-    delta = KINDS[name].from_leaves(inner, scale)
-    if isinstance(delta, IA3) and delta.vector.ndim > 2 and config and not config.is_feedforward(module.path):
-        return delta.of_outputs()
-    if "reshape_weight" in tensors:
-        return Enlarge.around(delta, tensors["reshape_weight"])
-    return DoRA.around(delta, part.magnitude, tensors[part.magnitude]) if part.magnitude else delta
-
-
-def _input_oft(tensors: Mapping[str, Tensor], config: PeftConfig | None) -> Delta:
-    if config is None or "scaled_oft" in tensors:
-        raise Unsupported("is an OFT whose trainer is unknown: it needs PEFT's adapter_config.json")
-    return InputOFT(tensors["oft_r"], config.neumann_terms)
+    return replace(change, module=replace(change.module, path=parameter), apart=tuple(apart), zero=False)
 
 
 def _read(file: TensorFile, info: TensorInfo) -> Tensor:
@@ -213,30 +163,3 @@ def _read(file: TensorFile, info: TensorInfo) -> Tensor:
     if not all_finite(tensor):
         raise NonFinite(f"{info.name} holds NaN or Inf")
     return tensor
-
-
-def scale_of(found: Listing, group: Group, part: Part, rank: int | None, alphas: Mapping[str, float | None]) -> float | None:
-    """What the part's product is multiplied by: alpha / rank of the file, else of the config; None where neither says.
-
-    `rank` is that of the module's factors, whose scale a LoRA's bias shares. An orthogonal delta's alpha is its constraint.
-    """
-    if part.kind.name in ("full", "replace"):
-        return None
-    info = group.leaves.get("alpha")
-    if info is not None:
-        alpha = alphas[info.name]
-        if alpha is None or not isfinite(alpha):
-            what = f"of shape {list(info.shape)}" if alpha is None else str(alpha)
-            raise InvalidAdapter(f"{info.name}: alpha is {what}, expected one finite number")
-        if part.kind.name == "oft":
-            return alpha
-        return alpha / rank if rank else None
-    config = found.config(group.module)
-    if config is None:
-        return None
-    expected = config.rank_of(group.module.path)
-    if rank and expected and expected != rank and config.kind == "LORA":
-        raise InvalidAdapter(
-            f"its tensors have rank {rank}, {config.where} says {expected}; correct r or rank_pattern there"
-        )
-    return config.scale(group.module.path, rank or expected)

@@ -74,7 +74,7 @@ def _apart(change: Change, route: Route) -> list[tuple[str, Delta]]:
     if link is None or len(link.parts) == 1:
         return [(route.read.parts[0], turned(change.delta, link))]
     whole = cut(change.delta, link.sizes)
-    if any(part.kind != change.delta.kind for part in whole):
+    if any(type(part) is not type(change.delta) for part in whole):
         raise Unsupported(
             f"a {change.delta.kind} whose blocks do not end where the parts do can be cut only as a dense difference"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,15 +13,11 @@ from loratool.adapter.adapter import Adapter
 from loratool.adapter.rename import Moved
 from loratool.archs.llm import is_embedding
 from loratool.deltas.base import Delta
-from loratool.deltas.experts import ExpertLoRA
-from loratool.deltas.schema import Part, explain
+from loratool.deltas.schema import CONSTRAINT, WEIGHT, Part, explain
 from loratool.errors import LoratoolError, Unsupported, about
 from loratool.formats.peft import wrapping
 from loratool.formats.table import FOLDED, TENSOR, Format
 from loratool.names import CONTAINER
-
-NO_LORA: Final = frozenset({"replace", "tokens", "lora bias"})
-"""Kinds that no LoRA can stand for: values that are put in a weight's place, and changes of a bias."""
 
 
 @dataclass(slots=True)
@@ -42,50 +37,50 @@ class Spelled:
 def spelled(moved: Sequence[Moved], target: Format, adapter: Adapter) -> Spelled:
     """The tensors of `moved` as `target` spells them; raises `Unsupported` for what it has no place for."""
     result = Spelled()
-    matrices = {(item.prefix, item.path) for item in moved if item.parameter == "weight" and item.delta.kind != "replace"}
+    matrices = {(item.prefix, item.path) for item in moved if item.parameter == "weight" and not item.delta.replaces}
     for item in moved:
         stem = target.stem(item.prefix, _holder(item, moved))
         with about(" + ".join(str(source) for source in item.sources)):
             delta = _fitting(item, target)
             part = _part(delta)
             # An alpha beside factors without a rank is ignored; PEFT's bias shares that of its module's factors.
-            unheld = part.rank is None and part.kind.name != "lora bias"
+            unheld = part.rank is None and not part.kind.module_alpha
             if target.alpha == FOLDED or unheld:
                 delta = delta.folded()
             named = {
                 target.key(_wrapped(item, stem, target, matrices), leaf): tensor for leaf, tensor in delta.leaves().items()
             }
             # An orthogonal delta's alpha is its constraint, which nothing else can hold.
-            beside = target.alpha == TENSOR or (part.kind.name == "oft" and "alpha" in target.leaves)
+            beside = target.alpha == TENSOR or (part.kind.alpha == CONSTRAINT and "alpha" in target.leaves)
             if beside and (alpha := _alpha(item, delta, part, adapter)) is not None:
                 named[target.key(stem, "alpha")] = alpha
             if twice := named.keys() & result.tensors.keys():
                 raise LoratoolError(f"{min(twice)} would be written twice")
         result.tensors |= named
-        if isinstance(item.delta, ExpertLoRA):
-            result.experts[item.path] = item.delta.rank
+        if item.delta.stacked:
+            result.experts[item.path] = item.delta.rank or 0
         elif part.rank is not None and item.parameter == "weight":
             key = item.prefix, item.path
             result.ranks[key], result.scales[key] = part.rank, delta.scale
             result.dora.append(part.magnitude is not None)
-        elif part.kind.name == "replace" and item.parameter == "weight":
+        elif item.delta.replaces and item.parameter == "weight":
             result.whole.append(item.path)
     return result
 
 
 def _wrapped(item: Moved, stem: str, target: Format, matrices: Container[tuple[str, str]]) -> str:
     """The stem of a value as PEFT has it: a bias of a module that it wraps is the base layer's."""
-    inside = item.delta.kind == "replace" and item.parameter == "bias" and (item.prefix, item.path) in matrices
+    inside = item.delta.replaces and item.parameter == "bias" and (item.prefix, item.path) in matrices
     return f"{stem}.base_layer" if inside and target.whole == CONTAINER else stem
 
 
 def _holder(item: Moved, moved: Sequence[Moved]) -> str:
     """The path of the module that has a delta's tensors: for stacked experts that whose parameter it changes, behind a
     `base_layer` for each that PEFT wraps around it (`formats.peft.PeftConfig.parameter_of`)."""
-    if not isinstance(item.delta, ExpertLoRA):
+    if not item.delta.stacked:
         return item.path
     module = item.path.rpartition(".")[0]
-    beside = [other.path for other in moved if isinstance(other.delta, ExpertLoRA) and other.path.startswith(f"{module}.")]
+    beside = [other.path for other in moved if other.delta.stacked and other.path.startswith(f"{module}.")]
     beside.sort(key=wrapping)
     return module + ".base_layer" * (len(beside) - 1 - beside.index(item.path))
 
@@ -95,11 +90,16 @@ def _fitting(item: Moved, target: Format) -> Delta:
     forms = [form for form in item.delta.forms() if form.leaves().keys() <= target.leaves.keys()]
     if not forms:
         label = _part(item.delta).label
-        way_out = "merge it" if label in NO_LORA else "--to-lora makes a LoRA of it"
+        way_out = "--to-lora makes a LoRA of it" if has_lora(item.parameter, item.delta) else "merge it"
         raise Unsupported(f"{target.title} has no place for a delta of kind {label}; {way_out}, or choose another format")
     # PEFT looks for an embedding's factors under names of their own.
     embedding = is_embedding(item.path) and "embedding_up" in target.leaves
-    return next((form for form in forms if embedding == (form.kind == "embedding")), forms[0])
+    return next((form for form in forms if embedding == form.of_embedding), forms[0])
+
+
+def has_lora(parameter: str, delta: Delta) -> bool:
+    """Whether a LoRA can stand for a change: not for one of a bias, nor for a value that is put in a weight's place."""
+    return parameter == WEIGHT and delta.becomes_lora
 
 
 def _part(delta: Delta) -> Part:

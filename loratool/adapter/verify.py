@@ -48,9 +48,8 @@ def compared(adapter: Adapter, again: Stored, ways: Mapping[Module, Route], targ
 
 def found_in(again: Stored, stem: str, change: Change) -> Delta | None:
     """What `again` has of a change at the module with that stem: of the same parameter, replaced where that replaces."""
-    replaces = change.delta.kind == "replace"
     for other in again.changes(stem):
-        if other.parameter == change.parameter and (other.delta.kind == "replace") == replaces:
+        if other.parameter == change.parameter and other.delta.replaces == change.delta.replaces:
             return other.delta
     return None
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from loratool.deltas.schema import Given
 from loratool.errors import Unsupported
 from loratool.numbers.devices import sent
 
@@ -28,20 +29,35 @@ class Delta(ABC):
     kind: ClassVar[str]
     additive: ClassVar[bool] = True
     """Whether it adds the same matrix to whatever weight it meets, so that deltas may be summed."""
+    replaces: ClassVar[bool] = False
+    """Whether it puts a value in the weight's place, so that what else changes the weight comes after it."""
+    reshapes: ClassVar[bool] = False
+    """Whether the weight may have another shape after it."""
+    stored_whole: ClassVar[bool] = False
+    """Whether it is a difference as large as the weight."""
+    stacked: ClassVar[bool] = False
+    """Whether its weight stacks those of several experts."""
+    of_embedding: ClassVar[bool] = False
+    """Whether its factors are those that PEFT has for embeddings."""
+    fits_lora_file: ClassVar[bool] = False
+    """Whether a file of LoRA holds it as it is."""
+    resizable: ClassVar[bool] = False
+    """Whether it is such a LoRA, and its rank may become another."""
+    becomes_lora: ClassVar[bool] = True
+    """Whether a LoRA can stand for what it does to a weight."""
+    acts_on_tied_head: ClassVar[bool] = False
+    """Whether PEFT applies it to the output layer too, where that is tied to the embedding it is of."""
+    scaled_by_config: ClassVar[bool] = False
+    """Whether its scale is in the config of PEFT's LoRA."""
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight it changes."""
 
-    @classmethod
-    @abstractmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
-        """Builds it from its tensors; `scale` multiplies the product of its factors, None where the file gives none."""
-
     @abstractmethod
     def leaves(self) -> dict[str, Tensor]:
-        """Its tensors, as `from_leaves` takes them."""
+        """Its tensors, by the names that `schema` has for them."""
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -58,6 +74,41 @@ class Delta(ABC):
     @property
     def scale(self) -> float | None:
         """What the product of its factors is multiplied by: alpha over rank; None where its file gives none."""
+        return None
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of its two factors; None of a kind that is not such a pair."""
+        return None
+
+    @property
+    def shares_scale(self) -> bool:
+        """Whether its file has one scale for it and for others, which must be 1 after a sum."""
+        return False
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether it does to the module's bias, if there is one, what it does to the weight."""
+        return False
+
+    def assumptions(self) -> tuple[str, ...]:
+        """What was taken for granted because its file does not say it, in words."""
+        return ()
+
+    def may_reshape(self, weight: Sequence[int]) -> bool:
+        """Whether a weight of that shape may become one of `shape`."""
+        return False
+
+    def per_expert(self) -> Sequence[Delta]:
+        """The same change as one for each expert of a stacked weight; empty for others."""
+        return ()
+
+    def padded(self, rank: int) -> Delta:
+        """The same with zeros up to `rank`; itself where it is no pair of factors."""
+        return self
+
+    def rounded(self, dtype: torch.dtype) -> Delta | None:
+        """The same in another dtype, with its scale inside and rounded once; None of a kind that is kept as it is."""
         return None
 
     def made(self) -> Delta:
@@ -100,6 +151,16 @@ class Delta(ABC):
         return None
 
 
+class StoredDelta(Delta):
+    """A kind of delta that files hold."""
+
+    @classmethod
+    @abstractmethod
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
+        """Builds it from its tensors, and from what the file or the user says beside them; raises `InvalidAdapter` or
+        `Unsupported`."""
+
+
 def stack(parts: Sequence[Delta]) -> Delta:
     """The delta whose output rows are those of `parts`, one after the other: the inverse of `split`, exact.
 
@@ -118,6 +179,18 @@ def widened(weight: Tensor) -> Tensor:
 def cut(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> Sequence[Tensor]:
     """`tensor` in pieces of `sizes` along `dim`."""
     return torch.split_with_sizes(tensor, list(sizes), dim)
+
+
+def with_rows(tensor: Tensor, count: int, dim: int = 0) -> Tensor:
+    """`tensor` with zeros behind its rows, up to `count`."""
+    shape = list(tensor.shape)
+    shape[dim] = count - shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+
+
+def with_columns(tensor: Tensor, count: int) -> Tensor:
+    """`tensor` with zeros behind its columns, up to `count`."""
+    return with_rows(tensor, count, 1)
 
 
 def or_one(scale: float | None) -> float:

@@ -14,13 +14,13 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, cut, stack, widened
-from loratool.deltas.schema import ANY
+from loratool.deltas.base import Delta, Leaves, StoredDelta, cut, stack, widened
+from loratool.deltas.schema import ANY, DORA, Given
 from loratool.errors import InvalidAdapter, NeedsBase, Unsupported
 
 
 @dataclass(frozen=True, slots=True)
-class DoRA(Delta):
+class DoRA(StoredDelta):
     """`inner`, whose sum with the weight gives the direction, and `magnitude`, of one number per row or per column.
 
     `leaf` is the name it is stored under; `on_input` says that it belongs to columns (the weight's dimension 1).
@@ -35,8 +35,12 @@ class DoRA(Delta):
     on_input: bool
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
-        raise NotImplementedError("a DoRA is built around another delta: DoRA.around")
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
+        from loratool.deltas.registry import build
+
+        (leaf,) = [leaf for leaf in leaves if leaf in DORA.split()]
+        inner = {name: tensor for name, tensor in leaves.items() if name != leaf}
+        return cls.around(build(inner, given), leaf, leaves[leaf])
 
     @classmethod
     def around(cls, inner: Delta, leaf: str, magnitude: Tensor) -> Self:
@@ -44,7 +48,7 @@ class DoRA(Delta):
         LyCORIS stores (out, 1, …) or, in old files and by OneTrainer's default, (1, in, …)."""
         on_input = magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] != 1
         if leaf == "magnitude":
-            on_input = inner.kind == "embedding"
+            on_input = inner.of_embedding
         expected = inner.shape[1 if on_input else 0]
         if magnitude.numel() != expected and expected != ANY and not (on_input and inner.flattened):
             of = "inputs" if on_input else "outputs"

@@ -9,36 +9,34 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, or_one, promoted, times
+from loratool.deltas.base import Delta, Leaves, StoredDelta, or_one, promoted, times
 from loratool.deltas.lora import LoRA
+from loratool.deltas.schema import Given
 from loratool.errors import InvalidAdapter, Unsupported
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertLoRA(Delta):
+class ExpertLoRA(StoredDelta):
     """ΔW[e] = scale · up[:, :, e] · down[e]: `down` (experts · rank, in) by expert, `up` (out, rank · experts) by rank.
 
     The weight is (experts, out, in). Source: PEFT tuners/lora/layer.py, class ParamWrapper.
     """
 
     kind: ClassVar[str] = "experts"
+    stacked: ClassVar[bool] = True
 
     down: Tensor
     up: Tensor
-    rank: int
+    rank: int = 0
     scale: float | None = None
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
-        raise NotImplementedError("how many experts share the factors is in the config: ExpertLoRA.of")
-
-    @classmethod
-    def of(cls, leaves: Leaves, rank: int, scale: float | None) -> Self:
-        """The factors of as many experts as `rank` goes into theirs; raises `InvalidAdapter` where it does not."""
-        down, up = leaves["down"], leaves["up"]
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
+        """The factors of as many experts as the config's rank goes into; raises `InvalidAdapter` where it does not."""
+        down, up, rank = leaves["down"], leaves["up"], given.rank
         if not rank or down.shape[0] % rank:
             raise InvalidAdapter(f"its factors have {down.shape[0]} rows, no multiple of the rank {rank}")
-        return cls(down, up, rank, scale)
+        return cls(down, up, rank, given.scale)
 
     def leaves(self) -> dict[str, Tensor]:
         return {"down": self.down, "up": self.up}
@@ -51,7 +49,12 @@ class ExpertLoRA(Delta):
     def shape(self) -> tuple[int, ...]:
         return self.experts, self.up.shape[0], self.down.shape[1]
 
-    def apart(self) -> list[LoRA]:
+    @property
+    def shares_scale(self) -> bool:
+        """No pattern of PEFT's config can name one of them."""
+        return True
+
+    def per_expert(self) -> list[LoRA]:
         """One LoRA for each expert."""
         downs = self.down.reshape(self.experts, self.rank, -1)
         ups = self.up.reshape(-1, self.rank, self.experts)
@@ -67,7 +70,7 @@ class ExpertLoRA(Delta):
         return replace(self, down=downs.flatten(0, 1), up=ups.flatten(1), rank=rank)
 
     def dense(self) -> Tensor:
-        return torch.stack([expert.dense() for expert in self.apart()])
+        return torch.stack([expert.dense() for expert in self.per_expert()])
 
     def scaled(self, by: float) -> Self:
         return replace(self, scale=by * or_one(self.scale))

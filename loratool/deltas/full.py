@@ -9,28 +9,30 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, cut, or_one, times, widened
-from loratool.deltas.schema import ANY
+from loratool.deltas.base import Delta, Leaves, StoredDelta, cut, or_one, times, widened
+from loratool.deltas.schema import ANY, Given
 from loratool.errors import InvalidAdapter, NeedsBase, Unsupported
 
 
 @dataclass(frozen=True, slots=True)
-class Full(Delta):
+class Full(StoredDelta):
     """`difference`, of the weight's shape, times `scale`; `leaf` is the name it is stored under (diff, diff_b, w_norm …).
 
     PEFT's lora_B.bias is one of these, with the module's scale.
     """
 
     kind: ClassVar[str] = "full"
+    stored_whole: ClassVar[bool] = True
+    scaled_by_config: ClassVar[bool] = True
 
     difference: Tensor
     leaf: str = "diff"
     scale: float | None = None
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
         ((leaf, difference),) = leaves.items()
-        return cls(difference, leaf, scale)
+        return cls(difference, leaf, given.scale)
 
     def leaves(self) -> dict[str, Tensor]:
         return {self.leaf: self.difference}
@@ -39,8 +41,16 @@ class Full(Delta):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.difference.shape)
 
+    @property
+    def shares_scale(self) -> bool:
+        """PEFT's bias has the scale of its module's factors."""
+        return self.leaf == "bias_up"
+
     def dense(self) -> Tensor:
         return self.difference.float() * or_one(self.scale)
+
+    def rounded(self, dtype: torch.dtype) -> Full:
+        return Full(self.dense().to(dtype), self.leaf)
 
     def scaled(self, by: float) -> Self:
         return replace(self, scale=by * or_one(self.scale))
@@ -72,17 +82,21 @@ class Full(Delta):
 
 
 @dataclass(frozen=True, slots=True)
-class Replace(Delta):
+class Replace(StoredDelta):
     """`value` in the weight's place: PEFT's modules_to_save and trained biases. At strength w, W + w · (value − W)."""
 
     kind: ClassVar[str] = "replace"
     additive: ClassVar[bool] = False
+    replaces: ClassVar[bool] = True
+    reshapes: ClassVar[bool] = True
+    fits_lora_file: ClassVar[bool] = True
+    becomes_lora: ClassVar[bool] = False
 
     value: Tensor
     leaf: str = "weight"
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
         ((leaf, value),) = leaves.items()
         return cls(value, leaf)
 
@@ -92,6 +106,10 @@ class Replace(Delta):
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.value.shape)
+
+    def may_reshape(self, weight: Sequence[int]) -> bool:
+        """A vocabulary may grow."""
+        return self.shape[1:] == tuple(weight[1:])
 
     def dense(self) -> Tensor:
         raise NeedsBase("a replaced weight is no difference until the base is known")
@@ -121,7 +139,7 @@ class Replace(Delta):
 
 
 @dataclass(frozen=True, slots=True)
-class TokenRows(Delta):
+class TokenRows(StoredDelta):
     """`rows` (n, width) in the place of the rows `tokens` of an embedding: PEFT's trainable_token_indices.
 
     PEFT calls them a delta, and stores the new values themselves (tuners/trainable_tokens/layer.py).
@@ -129,20 +147,20 @@ class TokenRows(Delta):
 
     kind: ClassVar[str] = "tokens"
     additive: ClassVar[bool] = False
+    fits_lora_file: ClassVar[bool] = True
+    becomes_lora: ClassVar[bool] = False
+    acts_on_tied_head: ClassVar[bool] = True
 
     rows: Tensor
     tokens: tuple[int, ...]
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
-        raise NotImplementedError("which tokens these rows are of is in the config: TokenRows.of")
-
-    @classmethod
-    def of(cls, rows: Tensor, tokens: Sequence[int]) -> Self:
-        """The rows of `tokens`; raises `InvalidAdapter` where there is not one for each."""
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
+        """The rows of the tokens that are given; raises `InvalidAdapter` where there is not one for each."""
+        rows, tokens = leaves["token_rows"], given.tokens
         if rows.ndim != 2 or len(tokens) != len(rows):
             raise InvalidAdapter(f"holds rows of shape {list(rows.shape)} for {len(tokens)} trainable_token_indices")
-        return cls(rows, tuple(tokens))
+        return cls(rows, tokens)
 
     def leaves(self) -> dict[str, Tensor]:
         return {"token_rows": self.rows}
@@ -170,7 +188,7 @@ class TokenRows(Delta):
 
 
 @dataclass(frozen=True, slots=True)
-class Enlarge(Delta):
+class Enlarge(StoredDelta):
     """`inner` on a weight that is first padded with zeros to `target`: ComfyUI's reshape_weight, as FLUX control LoRAs need.
 
     Source: ComfyUI comfy/lora.py, pad_tensor_to_shape.
@@ -178,13 +196,18 @@ class Enlarge(Delta):
 
     kind: ClassVar[str] = "enlarge"
     additive: ClassVar[bool] = False
+    reshapes: ClassVar[bool] = True
+    fits_lora_file: ClassVar[bool] = True
 
     inner: Delta
     target: tuple[int, ...]
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
-        raise NotImplementedError("an enlarged weight is built around another delta: Enlarge.around")
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
+        from loratool.deltas.registry import build
+
+        inner = {leaf: tensor for leaf, tensor in leaves.items() if leaf != "reshape_weight"}
+        return cls.around(build(inner, given), leaves["reshape_weight"])
 
     @classmethod
     def around(cls, inner: Delta, target: Tensor) -> Self:
@@ -200,6 +223,10 @@ class Enlarge(Delta):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.target
+
+    def may_reshape(self, weight: Sequence[int]) -> bool:
+        """A weight may grow in any dimension."""
+        return len(self.shape) == len(weight) and all(new >= old for new, old in zip(self.shape, weight, strict=True))
 
     def dense(self) -> Tensor:
         raise NeedsBase("an enlarged weight is no difference to one of another shape")

@@ -12,12 +12,13 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, block_diagonal, cut, or_one, times
+from loratool.deltas.base import Delta, Leaves, StoredDelta, block_diagonal, cut, or_one, times
+from loratool.deltas.schema import Given
 from loratool.errors import Unsupported
 
 
 @dataclass(frozen=True, slots=True)
-class LoHa(Delta):
+class LoHa(StoredDelta):
     """`w_a` (out, rank) and `w_b` (rank, in·kernel), or with cores `t` (rank, rank, *kernel): (rank, out) and (rank, in)."""
 
     kind: ClassVar[str] = "loha"
@@ -31,7 +32,7 @@ class LoHa(Delta):
     scale: float | None = None
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
         return cls(
             w1_a=leaves["hada_w1_a"],
             w1_b=leaves["hada_w1_b"],
@@ -39,7 +40,7 @@ class LoHa(Delta):
             w2_b=leaves["hada_w2_b"],
             t1=leaves.get("hada_t1"),
             t2=leaves.get("hada_t2"),
-            scale=scale,
+            scale=given.scale,
         )
 
     def leaves(self) -> dict[str, Tensor]:

@@ -9,13 +9,14 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, cut, or_one, times
+from loratool.deltas.base import Delta, Leaves, StoredDelta, cut, or_one, times
 from loratool.deltas.full import Full
+from loratool.deltas.schema import Given
 from loratool.errors import Unsupported
 
 
 @dataclass(frozen=True, slots=True)
-class LoKr(Delta):
+class LoKr(StoredDelta):
     """`w1` (o₁, i₁) or `w1_a` (o₁, r) `w1_b` (r, i₁); `w2` (o₂, i₂, *kernel) or `w2_a` (o₂, r) `w2_b` (r, i₂·kernel),
     or with a core `t2` (r, r, *kernel): `w2_a` (r, o₂), `w2_b` (r, i₂).
 
@@ -34,8 +35,8 @@ class LoKr(Delta):
     scale: float | None = None
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
-        return cls(**{name.removeprefix("lokr_"): tensor for name, tensor in leaves.items()}, scale=scale)
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
+        return cls(**{name.removeprefix("lokr_"): tensor for name, tensor in leaves.items()}, scale=given.scale)
 
     def leaves(self) -> dict[str, Tensor]:
         names = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")

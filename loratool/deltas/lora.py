@@ -12,16 +12,30 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, block_diagonal, cut, or_one, times, widened
-from loratool.deltas.schema import ANY
+from loratool.deltas.base import (
+    Delta,
+    Leaves,
+    StoredDelta,
+    block_diagonal,
+    cut,
+    or_one,
+    times,
+    widened,
+    with_columns,
+    with_rows,
+)
+from loratool.deltas.schema import ANY, Given
 from loratool.errors import Unsupported
 
 
 @dataclass(frozen=True, slots=True)
-class LoRA(Delta):
+class LoRA(StoredDelta):
     """`down` (rank, in, *kernel), `up` (out, rank, *ones), `mid` (rank, rank, *kernel) or None."""
 
     kind: ClassVar[str] = "lora"
+    fits_lora_file: ClassVar[bool] = True
+    resizable: ClassVar[bool] = True
+    scaled_by_config: ClassVar[bool] = True
 
     down: Tensor
     up: Tensor
@@ -29,8 +43,8 @@ class LoRA(Delta):
     scale: float | None = None
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
-        return cls(leaves["down"], leaves["up"], leaves.get("mid"), scale)
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
+        return cls(leaves["down"], leaves["up"], leaves.get("mid"), given.scale)
 
     def leaves(self) -> dict[str, Tensor]:
         mid = {} if self.mid is None else {"mid": self.mid}
@@ -72,6 +86,16 @@ class LoRA(Delta):
     def folded(self) -> LoRA:
         return replace(self, up=times(self.up, self.scale), scale=None)
 
+    def padded(self, rank: int) -> LoRA:
+        """The same with zeros up to `rank`; with Tucker's core it stays what it is."""
+        if self.mid is not None or rank == self.rank:
+            return self
+        return replace(self, down=with_rows(self.down, rank), up=with_columns(self.up, rank))
+
+    def rounded(self, dtype: torch.dtype) -> LoRA:
+        up, down = self.factors()
+        return LoRA(down.reshape(-1, *self.shape[1:]).to(dtype), up.reshape(self.up.shape).to(dtype), None, 1.0)
+
     def trimmed(self) -> LoRA | None:
         """Without the ranks whose column of `up` is zero: those of other parts, where a stack was cut."""
         used = self.up.flatten(1).any(dim=0)
@@ -103,21 +127,24 @@ class LoRA(Delta):
 
 
 @dataclass(frozen=True, slots=True)
-class Embedding(Delta):
+class Embedding(StoredDelta):
     """PEFT's LoRA on an embedding, E += scale · (B A)ᵀ: `down` A (rank, vocabulary), `up` B (width, rank).
 
     Source: PEFT tuners/lora/layer.py, class Embedding.
     """
 
     kind: ClassVar[str] = "embedding"
+    of_embedding: ClassVar[bool] = True
+    fits_lora_file: ClassVar[bool] = True
+    scaled_by_config: ClassVar[bool] = True
 
     down: Tensor
     up: Tensor
     scale: float | None = None
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
-        return cls(leaves["embedding_down"], leaves["embedding_up"], scale)
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
+        return cls(leaves["embedding_down"], leaves["embedding_up"], given.scale)
 
     def leaves(self) -> dict[str, Tensor]:
         return {"embedding_down": self.down, "embedding_up": self.up}
@@ -133,6 +160,9 @@ class Embedding(Delta):
     def forms(self) -> Iterator[Delta]:
         yield self
         yield LoRA(self.up.T, self.down.T, None, self.scale)
+
+    def padded(self, rank: int) -> Embedding:
+        return replace(self, down=with_rows(self.down, rank), up=with_columns(self.up, rank)) if rank != self.rank else self
 
     def folded(self) -> Embedding:
         return replace(self, up=times(self.up, self.scale), scale=None)
@@ -152,7 +182,7 @@ class Embedding(Delta):
 
 
 @dataclass(frozen=True, slots=True)
-class AdaLoRA(Delta):
+class AdaLoRA(StoredDelta):
     """ΔW = scale · up · diag(values) · down, with `values` (rank, 1) (Zhang et al. 2023, arXiv:2303.10512; PEFT)."""
 
     kind: ClassVar[str] = "adalora"
@@ -163,8 +193,8 @@ class AdaLoRA(Delta):
     scale: float | None = None
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
-        return cls(leaves["loralib_a"], leaves["loralib_b"], leaves["lora_e"], scale)
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
+        return cls(leaves["loralib_a"], leaves["loralib_b"], leaves["lora_e"], given.scale)
 
     def leaves(self) -> dict[str, Tensor]:
         return {"loralib_a": self.down, "loralib_b": self.up, "lora_e": self.values}
@@ -195,7 +225,7 @@ class AdaLoRA(Delta):
 
 
 @dataclass(frozen=True, slots=True)
-class VeRA(Delta):
+class VeRA(StoredDelta):
     """ΔW = diag(b) · B · diag(d) · A, with `A` and `B` shared by all modules and cut to the size of each one's weight.
 
     `lambda_b` (out,), `lambda_d` (rank,), `shared_a` (rank, ≥ in), `shared_b` (≥ out, rank); rows of B from `first` on
@@ -213,8 +243,8 @@ class VeRA(Delta):
     scale: float | None = None
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
-        return cls(leaves["vera_lambda_b"], leaves["vera_lambda_d"], leaves["vera_a"], leaves["vera_b"], 0, scale)
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
+        return cls(leaves["vera_lambda_b"], leaves["vera_lambda_d"], leaves["vera_a"], leaves["vera_b"], 0, given.scale)
 
     def leaves(self) -> dict[str, Tensor]:
         own = {"vera_lambda_b": self.lambda_b, "vera_lambda_d": self.lambda_d}

@@ -13,9 +13,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, cut, stack, widened
+from loratool.deltas.base import Delta, Leaves, StoredDelta, cut, stack, widened
 from loratool.deltas.lora import Embedding, LoRA
-from loratool.deltas.schema import ANY
+from loratool.deltas.schema import ANY, Given
 from loratool.errors import InvalidAdapter, NeedsBase, ShapeMismatch, Unsupported
 
 SLOTS: dict[int, tuple[bool, ...]] = {2: (True, False, True), 3: (True, True, True)}
@@ -23,12 +23,12 @@ SLOTS: dict[int, tuple[bool, ...]] = {2: (True, False, True), 3: (True, True, Tr
 
 
 @dataclass(frozen=True, slots=True)
-class LoRALib(Delta):
+class LoRALib(StoredDelta):
     """`a` and `b` as one of four layers has them; the weight's shape tells which.
 
     Linear: A (r, in), B (out, r). Embedding: A (r, vocabulary), B (width, r), added transposed. Convolution: A (r·k, in·k),
     B (out·k, r·k). MergedLinear: A (r·g, in), B (rows of g slots, r), into the slots that `slots` says are enabled.
-    `alpha` None is scale 1.
+    `alpha` None is scale 1; `guessed` says that nobody told which slots were trained.
     """
 
     kind: ClassVar[str] = "loralib"
@@ -38,23 +38,29 @@ class LoRALib(Delta):
     b: Tensor
     alpha: float | None = None
     slots: tuple[bool, ...] = ()
+    guessed: bool = False
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
-        return cls(leaves["loralib_a"], leaves["loralib_b"])
-
-    @classmethod
-    def of(cls, leaves: Leaves, alpha: float | None, slots: tuple[bool, ...]) -> Self:
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
         """With the alpha and the slots that its file lacks; raises `InvalidAdapter` where the slots do not fit."""
-        delta = cls.from_leaves(leaves, None)
+        delta = cls(leaves["loralib_a"], leaves["loralib_b"], given.alpha)
         if delta.groups == 1:
-            return replace(delta, alpha=alpha)
-        slots = slots or SLOTS.get(delta.groups, ())
+            return delta
+        slots = given.slots or SLOTS.get(delta.groups, ())
         if sum(slots) != delta.groups:
             raise InvalidAdapter(
                 f"has factors for {delta.groups} slots of a fused weight; say which with --slots, as in 1,0,1"
             )
-        return replace(delta, alpha=alpha, slots=slots)
+        return replace(delta, slots=slots, guessed=not given.slots)
+
+    def assumptions(self) -> tuple[str, ...]:
+        unsaid = "loralib does not store alpha; its scale is taken to be 1 (--alpha says otherwise)"
+        scale = (unsaid,) if self.alpha is None else ()
+        if not self.guessed:
+            return scale
+        shown = "".join("qkv"[i] for i, enabled in enumerate(self.slots) if enabled)
+        slots = f"loralib does not store which slots of a fused weight it trained: taken as {shown} (--slots says otherwise)"
+        return (*scale, slots)
 
     def leaves(self) -> dict[str, Tensor]:
         return {"loralib_a": self.a, "loralib_b": self.b}

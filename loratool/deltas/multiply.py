@@ -12,13 +12,13 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, cut, or_one, times, widened
-from loratool.deltas.schema import ANY
+from loratool.deltas.base import Delta, Leaves, StoredDelta, cut, or_one, times, widened
+from loratool.deltas.schema import ANY, Given
 from loratool.errors import NeedsBase, Unsupported
 
 
 @dataclass(frozen=True, slots=True)
-class IA3(Delta):
+class IA3(StoredDelta):
     """W' = W ⊙ multiplier, with `vector` of one number per row, or per column where `on_input`.
 
     `offset` is what the multiplier exceeds the stored vector by: 1 in LyCORIS, 0 in PEFT.
@@ -33,18 +33,22 @@ class IA3(Delta):
     stored: Leaves
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
         if "ia3_l" in leaves:
             vector = leaves["ia3_l"]
-            return cls(vector, vector.shape[0] == 1, 0.0, leaves)
+            # PEFT stores a convolution's as (1, channels, 1, 1) on whichever side they are.
+            unsure = vector.ndim > 2 and given.multiplies_inputs is not None
+            on_input = bool(given.multiplies_inputs) if unsure else vector.shape[0] == 1
+            return cls(vector, on_input, 0.0, leaves)
         return cls(leaves["ia3_weight"], bool(leaves["on_input"].float().any()), 1.0, leaves)
 
     def leaves(self) -> dict[str, Tensor]:
         return dict(self.stored)
 
-    def of_outputs(self) -> Self:
-        """The same numbers for rows: PEFT stores a convolution's as (1, channels, 1, 1) on whichever side they are."""
-        return replace(self, on_input=False)
+    @property
+    def changes_bias(self) -> bool:
+        """PEFT multiplies the outputs, and so the bias, where there is one."""
+        return "ia3_l" in self.stored and not self.on_input
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,7 +74,7 @@ class IA3(Delta):
 
 
 @dataclass(frozen=True, slots=True)
-class GLoRA(Delta):
+class GLoRA(StoredDelta):
     """ΔW = scale · (W a1 a2 + b1 b2): `a1` (in, r), `a2` (r, in), `b1` (out, r), `b2` (r, in, *kernel).
 
     Source: LyCORIS modules/glora.py.
@@ -86,10 +90,10 @@ class GLoRA(Delta):
     scale: float | None = None
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
         if "bm" in leaves:
             raise Unsupported("is a GLoRA with a Tucker core, which no trainer has written so far")
-        return cls(leaves["a1"], leaves["a2"], leaves["b1"], leaves["b2"], scale)
+        return cls(leaves["a1"], leaves["a2"], leaves["b1"], leaves["b2"], given.scale)
 
     def leaves(self) -> dict[str, Tensor]:
         return {"a1": self.a1, "a2": self.a2, "b1": self.b1, "b2": self.b2}

@@ -13,13 +13,13 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, cut, widened
-from loratool.deltas.schema import ANY
+from loratool.deltas.base import Delta, Leaves, StoredDelta, cut, widened
+from loratool.deltas.schema import ANY, Given
 from loratool.errors import NeedsBase, ShapeMismatch, Unsupported
 
 
 @dataclass(frozen=True, slots=True)
-class OFT(Delta):
+class OFT(StoredDelta):
     """LyCORIS: `blocks` (n, b, b), or (m, n, b, b) for BOFT's m butterfly stages; `rescale` (out, 1, …) or None.
 
     `constraint` bounds ‖Q‖ by constraint · out; LyCORIS stores it as alpha, and 0 is no bound.
@@ -33,8 +33,8 @@ class OFT(Delta):
     constraint: float = 0.0
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
-        return cls(leaves["oft_blocks"], leaves.get("rescale"), scale or 0.0)
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
+        return cls(leaves["oft_blocks"], leaves.get("rescale"), given.alpha or 0.0)
 
     def leaves(self) -> dict[str, Tensor]:
         return {"oft_blocks": self.blocks} | ({} if self.rescale is None else {"rescale": self.rescale})
@@ -84,7 +84,7 @@ class OFT(Delta):
 
 
 @dataclass(frozen=True, slots=True)
-class InputOFT(Delta):
+class InputOFT(StoredDelta):
     """PEFT: `vectors` (n, b(b−1)/2), the upper triangles of skew blocks that rotate the input; one block may serve for all.
 
     `terms` is the length of the Neumann series that stands for the Cayley transform, 0 for the transform itself.
@@ -97,8 +97,10 @@ class InputOFT(Delta):
     terms: int = 5
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
-        return cls(leaves["oft_r"])
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
+        if given.neumann_terms is None or "scaled_oft" in leaves:
+            raise Unsupported("is an OFT whose trainer is unknown: it needs PEFT's adapter_config.json")
+        return cls(leaves["oft_r"], given.neumann_terms)
 
     def leaves(self) -> dict[str, Tensor]:
         return {"oft_r": self.vectors}
@@ -151,7 +153,7 @@ class InputOFT(Delta):
 
 
 @dataclass(frozen=True, slots=True)
-class InputBOFT(Delta):
+class InputBOFT(StoredDelta):
     """PEFT's BOFT: `blocks` (m, n, b, b), m butterfly stages that rotate the input, and `scales` (out, 1) of the rows.
 
     Source: PEFT tuners/boft/layer.py, block_butterfly_perm and merge.
@@ -164,7 +166,7 @@ class InputBOFT(Delta):
     scales: Tensor
 
     @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
+    def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
         return cls(leaves["boft_r"], leaves["boft_s"])
 
     def leaves(self) -> dict[str, Tensor]:

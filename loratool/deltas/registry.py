@@ -1,38 +1,46 @@
-"""The kinds of delta whose mathematics loratool knows, as data. Adding one: a file here, a line below, a row in `schema`."""
+"""From a module's leaves to the delta that they make up, by the rows of `schema`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from functools import cache
+from importlib import import_module
+from typing import Final, cast
 
-from loratool.deltas.base import Delta
-from loratool.deltas.experts import ExpertLoRA
-from loratool.deltas.full import Enlarge, Full, Replace, TokenRows
-from loratool.deltas.loha import LoHa
-from loratool.deltas.lokr import LoKr
-from loratool.deltas.lora import AdaLoRA, Embedding, LoRA, VeRA
-from loratool.deltas.loralib import LoRALib
-from loratool.deltas.multiply import IA3, GLoRA
-from loratool.deltas.orthogonal import OFT, InputBOFT, InputOFT
+from loratool.deltas.base import Leaves, StoredDelta
+from loratool.deltas.schema import AROUND, DORA, KINDS, STACKED, Given, Part, explain
 
-KINDS: Final[Mapping[str, type[Delta]]] = {
-    "lora": LoRA,
-    "embedding": Embedding,
-    "adalora": AdaLoRA,
-    "vera": VeRA,
-    "loha": LoHa,
-    "lokr": LoKr,
-    "glora": GLoRA,
-    "ia3": IA3,
-    "oft": OFT,
-    "input oft": InputOFT,
-    "input boft": InputBOFT,
-    "experts": ExpertLoRA,
-    "loralib": LoRALib,
-    "tokens": TokenRows,
-    "enlarge": Enlarge,
-    "full": Full,
-    "lora bias": Full,
-    "replace": Replace,
+CLASSES: Final[Mapping[str, str]] = {
+    **{kind.name: kind.computed_by for kind in KINDS},
+    **{name: computed_by for name, (computed_by, _) in AROUND.items()},
 }
-"""Name of the schema's row: the class that computes it. A magnitude makes a DoRA of whichever it stands beside."""
+"""The name of each kind, and the module and the class that compute it."""
+WRITERS: Final[Mapping[str, str]] = {
+    **{kind.name: kind.writer for kind in KINDS},
+    **{name: writer for name, (_, writer) in AROUND.items()},
+}
+"""The name of each kind, and who writes it, in words."""
+
+
+@cache
+def class_of(kind: str) -> type[StoredDelta]:
+    """The class that computes a kind."""
+    module, name = CLASSES[kind].split(".")
+    return cast("type[StoredDelta]", getattr(import_module(f"loratool.deltas.{module}"), name))
+
+
+def build(leaves: Leaves, given: Given) -> StoredDelta:
+    """The one delta that all of `leaves` make up; raises `InvalidAdapter` where they are of several, or of none."""
+    (part,) = explain({leaf: tuple(tensor.shape) for leaf, tensor in leaves.items()})
+    return build_part(part, leaves, given)
+
+
+def build_part(part: Part, leaves: Leaves, given: Given) -> StoredDelta:
+    """The delta of one part of a module, from its leaves without an alpha; raises `InvalidAdapter` or `Unsupported`."""
+    if given.stacked:
+        return class_of(STACKED).from_leaves(leaves, given)
+    if "reshape_weight" in leaves:
+        return class_of("enlarge").from_leaves(leaves, given)
+    if any(leaf in leaves for leaf in DORA.split()):
+        return class_of("dora").from_leaves(leaves, given)
+    return class_of(part.kind.name).from_leaves(leaves, given)

@@ -10,7 +10,7 @@ from torch import Tensor
 from loratool.deltas.base import Delta, or_one
 from loratool.deltas.lora import LoRA
 from loratool.errors import ShapeMismatch
-from loratool.numbers.linalg import Relation, relation
+from loratool.numbers.linalg import Relation, difference_norm, relation
 
 
 def related(one: Delta, other: Delta, *, angles: bool = True) -> Relation | None:
@@ -53,3 +53,13 @@ def norm_of(delta: Delta) -> float:
     found = related(delta, delta, angles=False)
     assert found
     return found.one
+
+
+def norm_and_distance(delta: Delta, other: Delta) -> tuple[float, float]:
+    """‖ΔW‖ of an additive delta, and how far another one is from it, in float64: from factors where both have them."""
+    factors, others = delta.factors(), other.factors()
+    if factors and others:
+        up, down = factors
+        return difference_norm(factors, (up[:, :0], down[:0])), difference_norm(factors, others)
+    dense = delta.dense().double()
+    return float(dense.norm()), float((dense - other.dense().double()).norm())

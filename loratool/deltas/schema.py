@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Final
+from typing import Any, Final
 
 from loratool.errors import InvalidAdapter
 
@@ -24,20 +24,54 @@ ANY: Final = -1
 MAX_KERNEL: Final = 3
 
 
+OVER_RANK: Final = "over rank"
+"""Alpha over the rank multiplies the product of the factors."""
+CONSTRAINT: Final = "constraint"
+"""Alpha bounds how far an orthogonal delta turns."""
+IGNORED: Final = "ignored"
+"""An alpha may stand beside the leaves, and means nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind's row: which leaves it needs and may have, and what their shapes say.
+    """One kind's row: which leaves it needs and may have, what their shapes say, and the class that computes it.
 
     `shape` gives that of the weight it changes, (out, in, *kernel), or None where only the base knows;
     `rank` is None for kinds without one. Both raise `InvalidAdapter` where the leaves do not fit each other.
+    `computed_by` is the module and the class in `deltas`, `alpha` what an alpha beside the leaves means, and
+    `module_alpha` says that the scale is that of the module's factors. `writer` is who writes it, in words.
     """
 
     name: str
     required: frozenset[str]
     optional: frozenset[str]
     shape: Callable[[Shapes], Shape | None]
+    computed_by: str
     rank: Callable[[Shapes], int | None] = lambda shapes: None
     parameter: str = WEIGHT
+    alpha: str = OVER_RANK
+    module_alpha: bool = False
+    writer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the leaves of a module do not say, and whoever reads the file does: the same for every kind.
+
+    `scale` multiplies the product of its factors (None: the file gives none), and `alpha` is the alpha behind it. `rank` is
+    the config's, and `stacked` says that the weight stacks experts. `tokens` are the rows that are trained, `neumann_terms`
+    the length of the series that stands for a Cayley transform (None: nobody says; 0: the transform itself),
+    `multiplies_inputs` whether (IA)³ acts on inputs (None: the shape tells), and `slots` which slots of a fused weight.
+    """
+
+    scale: float | None = None
+    alpha: float | None = None
+    rank: int = 0
+    stacked: bool = False
+    tokens: tuple[int, ...] = ()
+    neumann_terms: int | None = None
+    multiplies_inputs: bool | None = None
+    slots: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +99,15 @@ class Part:
 
 def _kind(
     name: str,
+    computed_by: str,
     required: str,
     optional: str = "",
     *,
     shape: Callable[[Shapes], Shape | None],
     rank: Callable[[Shapes], int | None] = lambda shapes: None,
-    parameter: str = WEIGHT,
+    **facts: Any,
 ) -> Kind:
-    return Kind(name, frozenset(required.split()), frozenset(optional.split()), shape, rank, parameter)
+    return Kind(name, frozenset(required.split()), frozenset(optional.split()), shape, computed_by, rank, **facts)
 
 
 def _unknown(shapes: Shapes) -> Shape | None:
@@ -186,43 +221,65 @@ def _loralib_shape(shapes: Shapes) -> Shape | None:
     return None
 
 
+def _full(leaf: str, parameter: str) -> Kind:
+    """LyCORIS writes an alpha beside full differences, where it means nothing."""
+    writer = "full differences and norms: `diff`, `diff_b`, `w_norm`, `b_norm`"
+    return _kind("full", "full.Full", leaf, "alpha", shape=_of(leaf), alpha=IGNORED, parameter=parameter, writer=writer)
+
+
+def _replace(leaf: str, parameter: str) -> Kind:
+    writer = "`modules_to_save`, trained biases, `set_weight`"
+    return _kind("replace", "full.Replace", leaf, shape=_of(leaf), alpha=IGNORED, parameter=parameter, writer=writer)
+
+
 DORA: Final = "magnitude dora_scale"
 
 KINDS: Final[Sequence[Kind]] = (
-    _kind("lora", "down up", f"mid alpha reshape_weight {DORA}", shape=_lora_shape, rank=_lora_rank),
-    _kind("adalora", "loralib_a loralib_b lora_e", shape=_adalora_shape, rank=_rows("loralib_a")),
-    _kind("loralib", "loralib_a loralib_b", shape=_loralib_shape, rank=lambda shapes: shapes["loralib_b"][1]),
-    _kind("embedding", "embedding_down embedding_up", "alpha magnitude", shape=_embedding_shape, rank=_embedding_rank),
-    _kind(
-        "loha",
-        "hada_w1_a hada_w1_b hada_w2_a hada_w2_b",
-        f"hada_t1 hada_t2 alpha {DORA}",
-        shape=_loha_shape,
-        rank=_rows("hada_w1_b"),
-    ),
+    _kind("lora", "lora.LoRA", "down up", f"mid alpha reshape_weight {DORA}", shape=_lora_shape, rank=_lora_rank,
+          writer="LoRA, LoCon, Tucker (`lora_mid`), DyLoRA, rsLoRA"),
+    _kind("embedding", "lora.Embedding", "embedding_down embedding_up", "alpha magnitude", shape=_embedding_shape,
+          rank=_embedding_rank, writer="LoRA on an embedding (PEFT)"),
+    _kind("adalora", "lora.AdaLoRA", "loralib_a loralib_b lora_e", shape=_adalora_shape, rank=_rows("loralib_a"),
+          writer="AdaLoRA (PEFT)"),
+    _kind("vera", "lora.VeRA", "vera_lambda_b vera_lambda_d vera_a vera_b", shape=_unknown, rank=_rows("vera_lambda_d"),
+          writer="VeRA with its projections saved (PEFT)"),
+    _kind("loha", "loha.LoHa", "hada_w1_a hada_w1_b hada_w2_a hada_w2_b", f"hada_t1 hada_t2 alpha {DORA}",
+          shape=_loha_shape, rank=_rows("hada_w1_b"), writer="LoHa, with and without Tucker cores"),
     *(
-        _kind("lokr", side, f"lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 alpha {DORA}", shape=_lokr_shape, rank=_lokr_rank)
+        _kind("lokr", "lokr.LoKr", side, f"lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 alpha {DORA}", shape=_lokr_shape,
+              rank=_lokr_rank, writer="LoKr, every factored and whole combination, Tucker")
         for side in ("lokr_w1", "lokr_w1_a lokr_w1_b")
     ),
-    _kind("glora", "a1 a2 b1 b2", "bm alpha", shape=_glora_shape, rank=_rows("b2")),
-    _kind("oft", "oft_blocks", "rescale alpha", shape=_oft_shape),
-    _kind("input oft", "oft_r", "scaled_oft", shape=_unknown),
-    _kind("input boft", "boft_r boft_s", shape=_unknown),
-    _kind("ia3", "ia3_l", shape=_unknown),
-    _kind("ia3", "ia3_weight on_input", shape=_unknown),
-    _kind("vera", "vera_lambda_b vera_lambda_d vera_a vera_b", shape=_unknown, rank=_rows("vera_lambda_d")),
-    _kind("tokens", "token_rows", shape=_unknown),
-    # LyCORIS writes an alpha beside full differences, where it means nothing.
-    _kind("full", "diff", "alpha", shape=_of("diff")),
-    _kind("full", "w_norm", "alpha", shape=_of("w_norm")),
-    *(_kind("replace", leaf, shape=_of(leaf)) for leaf in ("weight", "set_weight", "scale")),
-    _kind("full", "diff_b", "alpha", shape=_of("diff_b"), parameter=BIAS),
-    _kind("full", "b_norm", "alpha", shape=_of("b_norm"), parameter=BIAS),
-    _kind("lora bias", "bias_up", shape=_of("bias_up"), parameter=BIAS),
-    _kind("replace", "bias", shape=_of("bias"), parameter=BIAS),
-)
-"""Rows for what changes a weight, then for what changes a bias. A module may have one delta of each, and a
-`replace` beneath another (PEFT stores the untouched embedding beside its LoRA)."""
+    _kind("glora", "multiply.GLoRA", "a1 a2 b1 b2", "bm alpha", shape=_glora_shape, rank=_rows("b2"), writer="GLoRA"),
+    *(
+        _kind("ia3", "multiply.IA3", leaves, shape=_unknown, writer="(IA)³ of LyCORIS and of PEFT")
+        for leaves in ("ia3_l", "ia3_weight on_input")
+    ),
+    _kind("oft", "orthogonal.OFT", "oft_blocks", "rescale alpha", shape=_oft_shape, alpha=CONSTRAINT,
+          writer="Diag-OFT and BOFT (LyCORIS), rescaled or constrained"),
+    _kind("input oft", "orthogonal.InputOFT", "oft_r", "scaled_oft", shape=_unknown, writer="OFT (PEFT)"),
+    _kind("input boft", "orthogonal.InputBOFT", "boft_r boft_s", shape=_unknown, writer="BOFT (PEFT)"),
+    _kind("loralib", "loralib.LoRALib", "loralib_a loralib_b", shape=_loralib_shape,
+          rank=lambda shapes: shapes["loralib_b"][1], writer="microsoft/loralib: Linear, Embedding, Conv, MergedLinear"),
+    _kind("tokens", "full.TokenRows", "token_rows", shape=_unknown, writer="`trainable_token_indices` (PEFT)"),
+    *(_full(leaf, WEIGHT) for leaf in ("diff", "w_norm")),
+    *(_replace(leaf, WEIGHT) for leaf in ("weight", "set_weight", "scale")),
+    *(_full(leaf, BIAS) for leaf in ("diff_b", "b_norm")),
+    _kind("lora bias", "full.Full", "bias_up", shape=_of("bias_up"), parameter=BIAS, module_alpha=True,
+          writer="`lora_B.bias` (PEFT)"),
+    _replace("bias", BIAS),
+)  # fmt: skip
+"""A row for each set of leaves: of what changes a weight, then of what changes a bias. A module may have one delta of each,
+and a `replace` beneath another (PEFT stores the untouched embedding beside its LoRA)."""
+
+STACKED: Final = "experts"
+"""The kind of LoRA on stacked experts: its leaves are those of a LoRA, and the config alone tells them apart."""
+AROUND: Final[Mapping[str, tuple[str, str]]] = {
+    STACKED: ("experts.ExpertLoRA", "`target_parameters`: stacked experts (PEFT)"),
+    "enlarge": ("full.Enlarge", "`reshape_weight` (ComfyUI, FLUX control LoRAs)"),
+    "dora": ("dora.DoRA", "DoRA on LoRA, LoHa or LoKr, of outputs or inputs"),
+}
+"""Kinds that are made of another one's leaves and something more: the classes that compute them, and who writes them."""
 
 PAIRS: Final[Mapping[str, str]] = {
     "down": "up", "up": "down", "embedding_down": "embedding_up", "embedding_up": "embedding_down",

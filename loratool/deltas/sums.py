@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, identical, or_one, promoted, times
+from loratool.deltas.base import Delta, identical, or_one, promoted, times
 from loratool.deltas.experts import ExpertLoRA
 from loratool.deltas.full import Full
 from loratool.deltas.lora import Embedding, LoRA
@@ -29,10 +29,6 @@ class Combined(Delta):
     terms: tuple[Delta, ...]
     weights: tuple[float, ...]
     merge: Merge
-
-    @classmethod
-    def from_leaves(cls, leaves: Leaves, scale: float | None) -> Self:
-        raise NotImplementedError("no file holds a combination: it is made of deltas")
 
     def made(self) -> Delta:
         return self.merge(self.terms, self.weights)

@@ -80,3 +80,11 @@ CONSUMERS: Final[Mapping[str, Consumer]] = {
     )
 }  # fmt: skip
 """What `check --for` takes."""
+
+
+def consumer_kind(kind: str, parameter: str, dimensions: int) -> str:
+    """What the rows call a kind of delta, by what it changes and the dimensions of that: programs tell differences of
+    biases, norms and matrices apart, and no two sorts of orthogonal ones."""
+    if kind == "full":
+        return "bias" if parameter == "bias" else "norm" if dimensions == 1 else "full"
+    return "oft" if kind in ("input oft", "input boft") else kind

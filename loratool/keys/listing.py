@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Final
 
-from loratool.deltas.schema import WEIGHT, Part, explain
+from loratool.deltas.schema import CONSTRAINT, IGNORED, OVER_RANK, WEIGHT, Given, Part, explain
 from loratool.errors import InvalidAdapter, InvalidConfig, LoratoolError, Unsupported, some
 from loratool.files.adapter_files import PICKLE_SUFFIXES, locate
 from loratool.files.header import ADAPTER_HEADER_BYTES, Header, TensorInfo, read_header, read_json, read_scalars
@@ -96,6 +97,42 @@ class Listing:
         infos = [group.leaves["alpha"] for group in self.groups if "alpha" in group.leaves]
         return dict(read_scalars(self.header, infos))
 
+    def given(self, group: Group, part: Part, alphas: Mapping[str, float | None], assume: Given) -> Given:
+        """What the file and its config say of one delta beside its leaves; what neither says is as `assume` has it.
+
+        Raises `InvalidAdapter` where an alpha is no number, or the config's rank is not that of the tensors.
+        """
+        path, config = group.module.path, self.config(group.module)
+        alpha = self._alpha(group, part, alphas)
+        said = alpha if alpha is not None or part.kind.alpha == CONSTRAINT else assume.alpha
+        # A LoRA's bias shares the scale of its module's factors.
+        rank = next((each.rank for each in group.parts() if each.rank is not None), None)
+        if config is None:
+            scale = alpha / rank if alpha is not None and rank and part.kind.alpha == OVER_RANK else None
+            return replace(assume, scale=scale, alpha=said)
+        stacked = config.parameter_of(path) is not None
+        return replace(
+            assume,
+            scale=_scale(part, path, None if stacked else rank, alpha, config),
+            alpha=said,
+            rank=config.rank_of(path),
+            stacked=stacked,
+            tokens=config.tokens_of(path),
+            neumann_terms=config.neumann_terms,
+            multiplies_inputs=config.is_feedforward(path),
+        )
+
+    def _alpha(self, group: Group, part: Part, alphas: Mapping[str, float | None]) -> float | None:
+        """The alpha that the file holds beside the leaves, where it means something."""
+        info = group.leaves.get("alpha")
+        if info is None or part.kind.alpha == IGNORED:
+            return None
+        alpha = alphas[info.name]
+        if alpha is None or not isfinite(alpha):
+            what = f"of shape {list(info.shape)}" if alpha is None else str(alpha)
+            raise InvalidAdapter(f"{info.name}: alpha is {what}, expected one finite number")
+        return alpha
+
     @property
     def lacks_config(self) -> bool:
         """Whether its names are PEFT's, whose scale stands in a config, and there is none."""
@@ -104,6 +141,20 @@ class Listing:
     @property
     def prefix_counts(self) -> Counter[str]:
         return Counter(_prefix(group.module.stem) for group in self.groups)
+
+
+def _scale(part: Part, path: str, rank: int | None, alpha: float | None, config: PeftConfig) -> float | None:
+    """What a product of `rank` is multiplied by: by the file's own alpha, else by the config."""
+    if part.kind.alpha != OVER_RANK:
+        return None
+    if alpha is not None:
+        return alpha / rank if rank else None
+    expected = config.rank_of(path)
+    if rank and expected and expected != rank and config.kind == "LORA":
+        raise InvalidAdapter(
+            f"its tensors have rank {rank}, {config.where} says {expected}; correct r or rank_pattern there"
+        )
+    return config.scale(path, rank or expected)
 
 
 def read_listing(path: Path) -> Listing:

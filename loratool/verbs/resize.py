@@ -11,7 +11,7 @@ from typing import Final
 from torch import Tensor
 
 from loratool.adapter.adapter import Adapter, Change
-from loratool.adapter.approximate import KEPT, RESIZED, Converted, Lowered, Lowering, error_of
+from loratool.adapter.approximate import Converted, Lowered, Lowering, error_of, fits_lora_file, no_lora
 from loratool.adapter.load import Unsaid, load
 from loratool.adapter.same_format import as_they_were, biases, like_source, named_tensors
 from loratool.base.base import open_base
@@ -62,7 +62,7 @@ def to_lora(
     What is a LoRA already keeps its bytes. Kinds that depend on the weight (DoRA, OFT, (IA)³ …) need `base`. Errors are
     those of the factors as stored. Raises `LoratoolError`.
     """
-    work = Lowering(load(path, unsaid=unsaid), dtype, KEPT, open_base(base), on=lanes(device, doubles=True))
+    work = Lowering(load(path, unsaid=unsaid), dtype, fits_lora_file, open_base(base), on=lanes(device, doubles=True))
     return _written("convert", work, rule or Rule(), Path(out), overwrite=overwrite)
 
 
@@ -85,7 +85,7 @@ def resize(
     With `weigh`, a budget's errors count relative to the weights in `base` that they are errors of.
     """
     on = lanes(device, doubles=True)
-    work = Lowering(load(path, unsaid=unsaid), dtype, KEPT - RESIZED, open_base(base), on=on, weigh=weigh)
+    work = Lowering(load(path, unsaid=unsaid), dtype, no_lora, open_base(base), on=on, weigh=weigh)
     report = _written("resize", work, rule, Path(out), overwrite=overwrite)
     if not weigh:
         return report
@@ -166,7 +166,7 @@ def frontier(
     """Size against error against rank of the adapter at `path`, for ranks from 1 to the largest that any module has. All of
     it is in the spectra; nothing is written. Raises `LoratoolError`."""
     adapter = load(path, unsaid=unsaid)
-    work = Lowering(adapter, dtype, KEPT - RESIZED, open_base(base), on=lanes(device, doubles=True))
+    work = Lowering(adapter, dtype, no_lora, open_base(base), on=lanes(device, doubles=True))
     kept, said = as_they_were(adapter, work.kept), _said("resize", adapter)
     spectra = work.offers(dict.fromkeys(work.numbers, Rule()))
     market = Market(work.numbers, lambda rules: {number: spectra[number] for number in rules}, Budget(nbytes=1))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,58 +13,47 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loratool.deltas.base import Delta, stack
-from loratool.deltas.dora import DoRA
-from loratool.deltas.experts import ExpertLoRA
-from loratool.deltas.full import Enlarge, TokenRows
 from loratool.deltas.lora import LoRA
-from loratool.deltas.registry import KINDS
-from loratool.deltas.schema import ANY
+from loratool.deltas.registry import CLASSES, build, class_of
+from loratool.deltas.schema import ANY, Given
 from loratool.errors import LoratoolError, NeedsBase, Unsupported
 from tests.conftest import examples
-
-Make = Callable[[torch.Generator, int], tuple[Delta, tuple[int, ...]]]
-"""Builds a delta of a rank, and the shape of a weight that it fits."""
 
 
 def randn(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def of(kind: str, shape: tuple[int, ...], **leaves: Callable[[int], tuple[int, ...]]) -> Make:
-    """A kind from its leaves' shapes as functions of the rank."""
+@dataclass(frozen=True)
+class Make:
+    """Builds a delta from its leaves' shapes as functions of the rank; `shape` is that of a weight that it fits."""
 
-    def make(generator: torch.Generator, rank: int) -> tuple[Delta, tuple[int, ...]]:
-        tensors = {leaf: randn(generator, *size(rank)) for leaf, size in leaves.items()}
-        return KINDS[kind].from_leaves(tensors, 0.5), shape
+    kind: str
+    shape: tuple[int, ...]
+    given: Given
+    leaves: Mapping[str, Callable[[int], tuple[int, ...]]]
 
-    return make
+    def given_at(self, rank: int) -> Given:
+        return replace(self.given, rank=rank)
 
-
-def dora(inner: Make, leaf: str, magnitude: tuple[int, ...]) -> Make:
-    def make(generator: torch.Generator, rank: int) -> tuple[Delta, tuple[int, ...]]:
-        delta, shape = inner(generator, rank)
-        return DoRA.around(delta, leaf, randn(generator, *magnitude).abs() + 0.5), shape
-
-    return make
-
-
-def tokens(generator: torch.Generator, rank: int) -> tuple[Delta, tuple[int, ...]]:
-    return TokenRows.of(randn(generator, 3, 6), (0, 4, 9)), (12, 6)
-
-
-def experts(generator: torch.Generator, rank: int) -> tuple[Delta, tuple[int, ...]]:
-    leaves = {"down": randn(generator, 3 * rank, 8), "up": randn(generator, 12, 3 * rank)}
-    return ExpertLoRA.of(leaves, rank, 0.5), (3, 12, 8)
+    def __call__(self, generator: torch.Generator, rank: int) -> tuple[Delta, tuple[int, ...]]:
+        tensors = {leaf: randn(generator, *size(rank)) for leaf, size in self.leaves.items()}
+        for leaf in {"magnitude", "dora_scale"} & tensors.keys():
+            tensors[leaf] = tensors[leaf].abs() + 0.5
+        if "reshape_weight" in tensors:
+            tensors["reshape_weight"] = torch.tensor(self.shape)
+        return class_of(self.kind).from_leaves(tensors, self.given_at(rank)), self.shape
 
 
-def enlarge(generator: torch.Generator, rank: int) -> tuple[Delta, tuple[int, ...]]:
-    delta, shape = LORA(generator, rank)
-    return Enlarge.around(delta, torch.tensor(shape)), shape
+GIVEN = Given(scale=0.5, neumann_terms=5)
 
 
-LORA = of("lora", (12, 8), down=lambda r: (r, 8), up=lambda r: (12, r))
+def of(kind: str, shape: tuple[int, ...], given: Given = GIVEN, **leaves: Callable[[int], tuple[int, ...]]) -> Make:
+    return Make(kind, shape, given, leaves)
+
+
 MAKERS: Mapping[str, Make] = {
-    "lora": LORA,
+    "lora": of("lora", (12, 8), down=lambda r: (r, 8), up=lambda r: (12, r)),
     "lora, conv": of("lora", (12, 8, 3, 3), down=lambda r: (r, 8, 3, 3), up=lambda r: (12, r, 1, 1)),
     "lora, tucker": of("lora", (12, 8, 3, 3), down=lambda r: (r, 8, 1, 1), mid=lambda r: (r, r, 3, 3), up=lambda r: (12, r, 1, 1)),
     "embedding": of("embedding", (12, 8), embedding_down=lambda r: (r, 12), embedding_up=lambda r: (8, r)),
@@ -88,14 +77,15 @@ MAKERS: Mapping[str, Make] = {
     "boft": of("oft", (16, 8), oft_blocks=lambda r: (3, 4, 4, 4)),
     "input oft": of("input oft", (12, 8), oft_r=lambda r: (2, 6)),
     "input boft": of("input boft", (12, 16), boft_r=lambda r: (2, 4, 4, 4), boft_s=lambda r: (12, 1)),
-    "tokens": tokens,
-    "experts": experts,
-    "enlarge": enlarge,
+    "tokens": of("tokens", (12, 6), Given(tokens=(0, 4, 9)), token_rows=lambda r: (3, 6)),
+    "experts": of("experts", (3, 12, 8), replace(GIVEN, stacked=True), down=lambda r: (3 * r, 8), up=lambda r: (12, 3 * r)),
+    "enlarge": of("enlarge", (12, 8), down=lambda r: (r, 8), up=lambda r: (12, r), reshape_weight=lambda r: (2,)),
     "full": of("full", (12, 8), diff=lambda r: (12, 8)),
     "lora bias": of("lora bias", (12,), bias_up=lambda r: (12,)),
     "replace": of("replace", (12, 8), weight=lambda r: (12, 8)),
-    "dora": dora(LORA, "magnitude", (12,)),
-    "dora, on input": dora(LORA, "dora_scale", (1, 8)),
+    "dora": of("dora", (12, 8), down=lambda r: (r, 8), up=lambda r: (12, r), magnitude=lambda r: (12,)),
+    "dora, on input": of("dora", (12, 8), down=lambda r: (r, 8), up=lambda r: (12, r), dora_scale=lambda r: (1, 8)),
+    "dora, of a loha": of("dora", (12, 8), hada_w1_a=lambda r: (12, r), hada_w1_b=lambda r: (r, 8), hada_w2_a=lambda r: (12, r), hada_w2_b=lambda r: (r, 8), dora_scale=lambda r: (12, 1)),
 }  # fmt: skip
 
 every_kind = pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
@@ -115,7 +105,7 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 
 def test_every_kind_is_drawn() -> None:
-    assert {name.partition(",")[0] for name in MAKERS} >= KINDS.keys()
+    assert {name.partition(",")[0] for name in MAKERS} >= CLASSES.keys()
 
 
 @every_kind
@@ -155,13 +145,13 @@ def test_its_shape_is_that_of_the_weight_it_fits(make: Make, seed: int, rank: in
 @few
 def test_leaves_build_the_same_delta_again(make: Make, seed: int, rank: int) -> None:
     delta, weight = drawn(make, seed, rank)
-    if isinstance(delta, DoRA | TokenRows | ExpertLoRA | Enlarge):
-        return
-    kind = {"input oft": "input oft"}.get(delta.kind, delta.kind)
 
-    again = KINDS[kind].from_leaves(delta.leaves(), 0.5)
+    of_class = class_of(make.kind).from_leaves(delta.leaves(), make.given_at(rank))
+    by_schema = build(delta.leaves(), make.given_at(rank))
 
-    assert torch.equal(again.apply(weight), delta.apply(weight))
+    for again in (of_class, by_schema):
+        assert type(again) is type(delta)
+        assert torch.equal(again.apply(weight), delta.apply(weight))
 
 
 @every_kind

@@ -11,14 +11,12 @@ from typing import Any, Final
 from loratool.adapter.adapter import Adapter, Change
 from loratool.adapter.load import load
 from loratool.adapter.selection import Choice
-from loratool.adapter.spell import NO_LORA
-from loratool.deltas.base import or_one
-from loratool.deltas.lora import Embedding, LoRA
+from loratool.adapter.spell import has_lora
+from loratool.deltas.base import Delta, or_one
 from loratool.deltas.relations import norm_of
-from loratool.deltas.schema import BIAS
 from loratool.errors import LoratoolError, some
 from loratool.files.layout import open_layout
-from loratool.formats.consumers import CONSUMERS, GLOBAL, SHARED, Consumer
+from loratool.formats.consumers import CONSUMERS, GLOBAL, SHARED, Consumer, consumer_kind
 from loratool.formats.peft import PeftConfig
 from loratool.formats.table import format_named
 from loratool.keys.detect import is_language_model
@@ -41,8 +39,6 @@ VERDICTS: Final = {
 }
 """What the gravest of all findings comes to."""
 SAME: Final = "loads, and is the same"
-
-FACTORED: Final = (LoRA, Embedding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +94,8 @@ class Case:
     def loras(self) -> Iterator[tuple[Change, int, float]]:
         """Each LoRA, its rank, and what its factors' product is multiplied by."""
         for change in self.adapter.changes:
-            if isinstance(change.delta, FACTORED):
-                yield change, change.delta.rank, or_one(change.delta.scale)
+            if is_pair(change.delta):
+                yield change, change.delta.rank or 0, or_one(change.delta.scale)
 
 
 def check(path: str | Path, target: str, *, base: str | Path | None = None) -> CheckReport:
@@ -124,21 +120,19 @@ def examined(adapter: Adapter, path: str | Path, target: str, base: str | Path |
     )
 
 
+def is_pair(delta: Delta) -> bool:
+    """Whether it is one pair of factors, which every program multiplies."""
+    return delta.rank is not None and not delta.stacked
+
+
 def norm_or_zero(change: Change) -> float:
     """‖ΔW‖, or 0 of what is put in a weight's place."""
     return norm_of(change.delta) if change.delta.additive else 0.0
 
 
-def without_lora(change: Change) -> bool:
-    """Whether no LoRA can stand for a change."""
-    return change.parameter == BIAS or change.delta.kind in NO_LORA
-
-
 def kind_of(change: Change) -> str:
     """The kind of a change, as a program's row names it."""
-    if change.delta.kind == "full":
-        return "bias" if change.parameter == "bias" else "norm" if len(change.delta.shape) == 1 else "full"
-    return {"input oft": "oft", "input boft": "oft"}.get(change.delta.kind, change.delta.kind)
+    return consumer_kind(change.delta.kind, change.parameter, len(change.delta.shape))
 
 
 def _unlike_model(case: Case) -> Iterator[Finding]:
@@ -183,7 +177,7 @@ def _other_kinds(case: Case) -> Iterator[Finding]:
         if own_tuner:
             continue
         names = tuple(str(change) for change in changes)
-        gone = without_lora(changes[0])
+        gone = not has_lora(changes[0].parameter, changes[0].delta)
         lost = math.hypot(*map(norm_or_zero, changes)) if gone else 0.0
         title = WORDS.get(kind, kind)
         way = "leave it out" if gone else f"make LoRA of it: loratool convert --to {case.consumer.writes} --to-lora"

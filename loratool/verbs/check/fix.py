@@ -7,21 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from loratool.adapter.adapter import Adapter, Change
 from loratool.adapter.approximate import Converted, error_of, lower
 from loratool.adapter.load import load
+from loratool.adapter.spell import has_lora
 from loratool.adapter.write import write_as
-from loratool.deltas.base import or_one
-from loratool.deltas.lora import Embedding, LoRA
+from loratool.deltas.base import Delta, or_one
 from loratool.errors import LoratoolError, of_file
 from loratool.files.history import entry, named
 from loratool.formats.consumers import CONSUMERS, OWN, SHARED, Consumer
 from loratool.formats.table import format_named
 from loratool.keys.resolve import Wanted, choose
 from loratool.numbers.ranks import Rule
-from loratool.verbs.check.check import FACTORED, REFUSED, CheckReport, examined, kind_of, norm_or_zero, without_lora
+from loratool.verbs.check.check import REFUSED, CheckReport, examined, is_pair, kind_of, norm_or_zero
 
 
 def fix(
@@ -64,7 +62,11 @@ def fix(
 
 def _without(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[Change]]:
     """The adapter without what no LoRA can stand for and the program has no place for."""
-    gone = [change for change in adapter.changes if without_lora(change) and kind_of(change) not in consumer.kinds]
+    gone = [
+        change
+        for change in adapter.changes
+        if not has_lora(change.parameter, change.delta) and kind_of(change) not in consumer.kinds
+    ]
     kept = tuple(change for change in adapter.changes if change not in gone)
     if not kept:
         raise LoratoolError(f"{adapter.path}: nothing of it has a place in {consumer.title}")
@@ -74,35 +76,22 @@ def _without(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[Change
 
 def _scaled(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[str]]:
     """The adapter with ranks and scales as the program reads them: one scale, and one rank where it divides by that."""
-    factored = [change.delta for change in adapter.changes if isinstance(change.delta, FACTORED)]
-    ranks, scales = {delta.rank for delta in factored}, {or_one(delta.scale) for delta in factored}
+    factored = [change.delta for change in adapter.changes if is_pair(change.delta)]
+    ranks, scales = {delta.rank or 0 for delta in factored}, {or_one(delta.scale) for delta in factored}
     most, done = max(ranks, default=0), list[str]()
     rank = next((step for step in consumer.ranks if step >= most > consumer.usual_rank), most)
     if consumer.scale != OWN and len(scales) > 1:
         done.append("folded alpha into the factors")
-        adapter = _each(adapter, lambda delta: replace(delta.folded(), scale=1.0))
+        adapter = _each(adapter, lambda delta: delta.folded().scaled(1.0))
     if ranks != {rank} and (consumer.scale == SHARED or rank > most):
         done.append(f"filled ranks up to {rank}")
-        adapter = _each(adapter, lambda delta: _padded(delta, rank))
+        adapter = _each(adapter, lambda delta: delta.padded(rank))
     return adapter, done
 
 
-def _each(adapter: Adapter, made: Callable[[LoRA | Embedding], LoRA | Embedding]) -> Adapter:
-    changes = (
-        replace(change, delta=made(change.delta)) if isinstance(change.delta, FACTORED) else change
-        for change in adapter.changes
-    )
+def _each(adapter: Adapter, made: Callable[[Delta], Delta]) -> Adapter:
+    changes = (replace(change, delta=made(change.delta)) if is_pair(change.delta) else change for change in adapter.changes)
     return replace(adapter, changes=tuple(changes))
-
-
-def _padded(delta: LoRA | Embedding, rank: int) -> LoRA | Embedding:
-    """The same with zeros up to `rank`; Tucker's core stays what it is."""
-    more = rank - delta.rank
-    if not more or (isinstance(delta, LoRA) and delta.mid is not None):
-        return delta
-    down = torch.cat([delta.down, delta.down.new_zeros(more, *delta.down.shape[1:])])
-    up = torch.cat([delta.up, delta.up.new_zeros(len(delta.up), more, *delta.up.shape[2:])], dim=1)
-    return replace(delta, down=down, up=up)
 
 
 def _kinds(changes: Sequence[Change]) -> str:

@@ -9,8 +9,8 @@ from math import prod
 
 import torch
 
-from loratool.adapter.adapter import Adapter, Change
-from loratool.adapter.approximate import KEPT, RESIZED, Converted, Lowered, Lowering, as_lora, lowered_adapter
+from loratool.adapter.adapter import Adapter, Change, with_one_expert_rank
+from loratool.adapter.approximate import Converted, Lowered, Lowering, as_lora, lowered_adapter, no_lora
 from loratool.adapter.rename import renamed
 from loratool.adapter.strengths import Strength
 from loratool.adapter.write import size_as
@@ -19,9 +19,8 @@ from loratool.archs.table import Spot
 from loratool.base.base import Weights
 from loratool.base.effects import effect_of
 from loratool.deltas.base import Delta
-from loratool.deltas.experts import ExpertLoRA
-from loratool.deltas.full import Full, Replace
-from loratool.deltas.lora import LoRA
+from loratool.deltas.full import Replace
+from loratool.deltas.relations import norm_and_distance
 from loratool.deltas.sums import Combined, Merge, summed
 from loratool.errors import LoratoolError, NonFinite, ShapeMismatch, about, some
 from loratool.files.tensors import DTYPES
@@ -30,7 +29,7 @@ from loratool.keys.routes import Route
 from loratool.names import DIFFUSERS, Module
 from loratool.numbers.devices import Lanes
 from loratool.numbers.factor import Storage, factored
-from loratool.numbers.linalg import all_finite, bounds, difference_norm, dtype_name
+from loratool.numbers.linalg import all_finite, bounds, dtype_name
 from loratool.numbers.ranks import Budget, Rule
 from loratool.numbers.threads import results
 
@@ -96,7 +95,7 @@ class Combining:
                 module = item.sources[0].module
                 if item.sources[0].optional and not (self.weights and self.weights.targets.find(module, item.parameter)):
                     continue
-                self.biased |= "bias_up" in item.delta.leaves() or item.delta.kind == "experts"
+                self.biased |= item.delta.shares_scale
                 place = item.prefix, item.path, item.parameter
                 self.terms.setdefault(place, []).append(_Term(number, module, item.delta, weights[module]))
         self.warnings += adapter.notes
@@ -146,11 +145,11 @@ class Combining:
             for term in terms
         ]
         # PEFT stores a copy of an embedding beside its LoRA, which changes nothing.
-        kept = [i for i, delta in enumerate(deltas) if delta.kind != "full" or bounds(delta.dense()) != (0, 0)]
+        kept = [i for i, delta in enumerate(deltas) if not delta.stored_whole or bounds(delta.dense()) != (0, 0)]
         terms, deltas = [terms[i] for i in kept], [deltas[i] for i in kept]
         if not terms:
             return []
-        replaced = next((term.delta for term in terms if isinstance(term.delta, Replace)), None)
+        replaced = next((term.delta for term in terms if term.delta.replaces), None)
         shapes = {_flat(delta) for delta in deltas}
         if len(shapes) > 1:
             raise ShapeMismatch(
@@ -162,8 +161,8 @@ class Combining:
         whole = Combined(tuple(deltas), tuple(term.weight for term in terms), merge)
         if replaced is None or self.weights is None:
             return [whole]
-        value = self.weights.of(terms[0].module, parameter).float() + whole.dense().reshape(replaced.value.shape)
-        return [replace(replaced, value=value)]
+        value = self.weights.of(terms[0].module, parameter).float() + whole.dense().reshape(replaced.shape)
+        return [Replace(value, *replaced.leaves())]
 
     def _exact(self, combined: Adapter, dtype: str | None, described: Described) -> tuple[Adapter, tuple[Converted, ...]]:
         """Every combination computed, and rounded to another dtype only where one is asked for."""
@@ -171,13 +170,13 @@ class Combining:
         done = results(partial(_stored, change, narrow, self.target) for change in combined.changes)
         changes = [replace(change, delta=delta) for change, (delta, _) in zip(combined.changes, done, strict=True)]
         rounded = tuple(figures for _, figures in done if figures)
-        return described(replace(combined, changes=tuple(_of_one_rank(changes)))), rounded
+        return described(replace(combined, changes=tuple(with_one_expert_rank(changes)))), rounded
 
     def _approximated(
         self, combined: Adapter, rule: Rule | Budget, dtype: str | None, described: Described
     ) -> tuple[Adapter, tuple[Converted, ...]]:
         """Every combination at the rank that the rule gives."""
-        work = Lowering(combined, dtype, KEPT - RESIZED, self.weights, on=self.lanes)
+        work = Lowering(combined, dtype, no_lora, self.weights, on=self.lanes)
 
         def size(imagined: Lowered) -> int:
             adapter = described(lowered_adapter(work, imagined))
@@ -199,15 +198,6 @@ class Combining:
         return ways
 
 
-def _of_one_rank(changes: Sequence[Change]) -> list[Change]:
-    """Stacked experts padded to one rank, since no pattern of PEFT's config can name them."""
-    rank = max((change.delta.rank for change in changes if isinstance(change.delta, ExpertLoRA)), default=0)
-    return [
-        replace(change, delta=change.delta.padded(rank)) if isinstance(change.delta, ExpertLoRA) else change
-        for change in changes
-    ]
-
-
 def _flat(delta: Delta) -> tuple[int, ...]:
     """The shape as a matrix, which a linear layer and a 1 × 1 convolution share."""
     rows, *others = delta.shape
@@ -218,30 +208,16 @@ def _stored(change: Change, dtype: torch.dtype | None, target: Format) -> tuple[
     """A change's delta, computed, and in another dtype with what that costs; a difference that the format has no place for
     becomes the LoRA of all its singular values that are more than noise."""
     delta = change.delta.made()
-    if isinstance(delta, Full) and len(delta.shape) > 1 and delta.leaf not in target.leaves:
+    if delta.stored_whole and len(delta.shape) > 1 and not delta.leaves().keys() <= target.leaves.keys():
         with about(change):
             found = factored(delta.dense().flatten(1), Rule(), Storage(dtype or torch.float32))
         error = found.error / found.norm if found.norm else 0.0
         return as_lora(found, delta.shape), Converted(str(change), delta.kind, found.rank, found.norm, error)
-    if dtype is None or not isinstance(delta, LoRA | Full):
+    narrow = delta.rounded(dtype) if dtype else None
+    if dtype is None or narrow is None:
         return delta, None
     with about(change):
-        return _rounded(str(change), delta, dtype)
-
-
-def _rounded(name: str, delta: LoRA | Full, dtype: torch.dtype) -> tuple[Delta, Converted]:
-    if isinstance(delta, LoRA):
-        up, down = delta.factors()
-        narrow: LoRA | Full = LoRA(
-            down.reshape(-1, *delta.shape[1:]).to(dtype), up.reshape(delta.up.shape).to(dtype), None, 1.0
-        )
-        norm = difference_norm((up, down), (up[:, :0], down[:0]))
-        error = difference_norm((up, down), narrow.factors() or (up, down))
-    else:
-        narrow = Full(delta.dense().to(dtype), delta.leaf)
-        norm = float(delta.dense().double().norm())
-        error = float((delta.dense().double() - narrow.dense().double()).norm())
-    if not all(map(all_finite, narrow.leaves().values())):
-        raise NonFinite(f"overflows {dtype_name(dtype)}; choose --dtype float32 or bfloat16")
-    rank = narrow.rank if isinstance(narrow, LoRA) else 0
-    return narrow, Converted(name, delta.kind, rank, norm, error / norm if norm else 0.0)
+        if not all(map(all_finite, narrow.leaves().values())):
+            raise NonFinite(f"overflows {dtype_name(dtype)}; choose --dtype float32 or bfloat16")
+        norm, error = norm_and_distance(delta, narrow)
+    return narrow, Converted(str(change), delta.kind, narrow.rank or 0, norm, error / norm if norm else 0.0)

@@ -16,7 +16,6 @@ from loratool.adapter.load import load
 from loratool.adapter.strengths import Strength
 from loratool.adapter.write import require_room, write_as
 from loratool.base.base import open_base
-from loratool.deltas.lora import LoRA
 from loratool.deltas.methods import METHODS, merged
 from loratool.deltas.sums import Merge
 from loratool.errors import LoratoolError
@@ -173,7 +172,7 @@ def _report(
         adapters=tuple((str(_path(part.adapter)), part.strength.value) for part in parts),
         modules=len({change.module for change in combined.changes}),
         common=combining.common,
-        ranks=Counter(change.delta.rank for change in combined.changes if isinstance(change.delta, LoRA)),
+        ranks=Counter(_ranks(combined)),
         dtypes=Counter(str(leaf.dtype).removeprefix("torch.") for leaf in leaves),
         lowered=tuple(lowered),
         error=error_of(lowered),
@@ -201,11 +200,15 @@ def _metadata(adapters: Sequence[Adapter], combined: Adapter) -> dict[str, str]:
     for key in ("ss_network_module", "ss_network_dim", "ss_network_alpha"):
         if key in first:
             common[key] = first[key]
-    ranks = [change.delta.rank for change in combined.changes if isinstance(change.delta, LoRA)]
-    all_lora = all(change.delta.kind in ("lora", "full") for change in combined.changes)
-    metadata = dict(kohya_metadata(common, ranks)) if all_lora else common
+    plain = all(change.delta.resizable or change.delta.stored_whole for change in combined.changes)
+    metadata = dict(kohya_metadata(common, _ranks(combined))) if plain else common
     metadata.pop(METADATA_KEY, None)
     return metadata
+
+
+def _ranks(adapter: Adapter) -> list[int]:
+    """The ranks of its LoRA."""
+    return [change.delta.rank or 0 for change in adapter.changes if change.delta.resizable]
 
 
 def _history(options: CombineOptions) -> Iterator[tuple[str, Any]]:

@@ -125,7 +125,7 @@ def _placed(adapter: Adapter, items: Sequence[Moved], base: Weights | None) -> I
                 if len(item.sources) > 1:
                     raise Unsupported("is one of several that make a stacked module, whose weight they do not have")
                 delta = effect_of(delta, source.module, item.parameter, base).as_delta(item.parameter)
-        replaces = delta.kind == "replace"
+        replaces = delta.replaces
         found.setdefault((item.prefix, item.path, item.parameter, replaces), []).append(delta)
     for place, deltas in found.items():
         yield place, deltas[0] if len(deltas) == 1 else Combined(tuple(deltas), (1.0,) * len(deltas), summed)

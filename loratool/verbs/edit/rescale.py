@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor
 
@@ -23,9 +23,6 @@ from loratool.formats.kohya import one_or_dynamic
 from loratool.formats.leaves import spelled
 from loratool.formats.peft import pattern_of, whole_number
 from loratool.names import CONTAINER, Module
-
-OF_CONFIG: Final = frozenset({"lora", "embedding", "full"})
-"""Kinds whose scale is in the config of PEFT's LoRA: that of a bias is its module's."""
 
 
 def write_edited(
@@ -58,15 +55,19 @@ def write_edited(
 
 def _targets(adapter: Adapter, kept: Sequence[Change], config: Mapping[str, Any]) -> dict[str, Any]:
     """What a PEFT config says of which modules there are, for those that are kept."""
-    by_kind: dict[str, set[str]] = {"replace": set(), "experts": set(), "": set()}
-    for change in kept:
-        kind = change.delta.kind if change.delta.kind in by_kind else ""
-        by_kind[kind].add(change.stem.removeprefix(CONTAINER))
-    saved = {"modules_to_save": sorted(by_kind["replace"] - by_kind[""]) or None} if config.get("modules_to_save") else {}
+
+    def paths(of: Callable[[Delta], bool]) -> set[str]:
+        return {change.stem.removeprefix(CONTAINER) for change in kept if of(change.delta)}
+
+    saved, stacked = paths(lambda delta: delta.replaces), paths(lambda delta: delta.stacked)
+    targets = paths(lambda delta: not (delta.replaces or delta.stacked))
+    said: dict[str, Any] = {"target_modules": sorted(targets)}
+    if config.get("modules_to_save"):
+        said["modules_to_save"] = sorted(saved - targets) or None
     if config.get("target_parameters"):
-        _require_whole_wrappers(adapter, by_kind["experts"])
-        saved["target_parameters"] = sorted(by_kind["experts"]) or None
-    return {"target_modules": sorted(by_kind[""]), **saved}
+        _require_whole_wrappers(adapter, stacked)
+        said["target_parameters"] = sorted(stacked) or None
+    return said
 
 
 def _require_whole_wrappers(adapter: Adapter, kept: set[str]) -> None:
@@ -74,7 +75,7 @@ def _require_whole_wrappers(adapter: Adapter, kept: set[str]) -> None:
     their names say how many there are."""
     parts: dict[str, set[bool]] = {}
     for change in adapter.changes:
-        if change.delta.kind == "experts":
+        if change.delta.stacked:
             parts.setdefault(change.module.path.rpartition(".")[0], set()).add(change.module.path in kept)
     torn = [module for module, fates in parts.items() if len(fates) > 1]
     if torn:
@@ -105,7 +106,7 @@ def _apply(
     # Where both sides of a LoKr are whole, alpha is ignored.
     if alpha is not None and alpha in adapter.alphas and change.delta.scale is not None:
         tensors[alpha] = times(adapter.alphas[alpha], factor)
-    elif config and config.get("peft_type") == "LORA" and change.delta.kind in OF_CONFIG:
+    elif config and config.get("peft_type") == "LORA" and change.delta.scaled_by_config:
         config["alpha_pattern"] = _alpha_pattern(change, factor, config)
     else:
         tensors |= _folded(change, factor, by_leaf)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 
-from loratool.adapter.adapter import Change
+from loratool.adapter.adapter import Change, with_one_expert_rank
 from loratool.adapter.approximate import room_for
 from loratool.base.pairs import Pair
-from loratool.deltas.experts import ExpertLoRA
 from loratool.deltas.full import Replace
 from loratool.verbs.extract.forms import BESIDE_LORA, LORA, REPLACED
 from loratool.verbs.extract.outcomes import Extraction, Outcome
@@ -44,16 +43,7 @@ def assembled(
             nothing = room_for(_weight_shape(item, items), 1, torch.zeros(1, dtype=delta.dense().dtype))
             changes.append(Change(item.pair.module, "weight", nothing))
         changes.append(Change(item.pair.module, item.pair.parameter, delta))
-    return _alike(changes) + _siblings(items, changes, work), lost
-
-
-def _alike(changes: list[Change]) -> list[Change]:
-    """Stacked experts filled up to one rank: PEFT's config has no pattern for them."""
-    ranks = [change.delta.rank for change in changes if isinstance(change.delta, ExpertLoRA)]
-    return [
-        replace(change, delta=change.delta.padded(max(ranks))) if isinstance(change.delta, ExpertLoRA) else change
-        for change in changes
-    ]
+    return with_one_expert_rank(changes) + _siblings(items, changes, work), lost
 
 
 def _weight_shape(item: Item, items: Sequence[Item]) -> tuple[int, ...]:
@@ -64,7 +54,7 @@ def _weight_shape(item: Item, items: Sequence[Item]) -> tuple[int, ...]:
 
 def _siblings(items: Sequence[Item], changes: Sequence[Change], work: Extraction) -> list[Change]:
     """The unchanged parameters of modules of which another is replaced: PEFT's modules_to_save are whole modules."""
-    replaced = {change.module for change in changes if change.delta.kind == "replace"}
+    replaced = {change.module for change in changes if change.delta.replaces}
     there = {(change.module, change.parameter) for change in changes}
     return [
         Change(pair.module, pair.parameter, Replace(work.tuned.at(pair.tuned), item.form))

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
 from safetensors.torch import save_file
 
-from loratool.deltas.base import Delta
-from loratool.deltas.experts import ExpertLoRA
-from loratool.deltas.full import Full, Replace
-from loratool.deltas.lora import LoRA
+from loratool.deltas.registry import class_of
+from loratool.deltas.schema import Given
 from loratool.errors import OutputError
 from loratool.files.header import read_header
 from loratool.files.tensors import TensorFile
@@ -53,13 +50,8 @@ class Journal:
             tensors = {name: file.read(info) for name, info in header.tensors.items()}
         said = json.loads(header.metadata["outcome"])
         kind, rank = said.pop("kind"), said["figures"]["rank"]
-        builders: dict[str, Callable[[], Delta]] = {
-            "lora": lambda: LoRA.from_leaves(tensors, 1.0),
-            "experts": lambda: ExpertLoRA.of(tensors, rank, 1.0),
-            "replace": lambda: Replace.from_leaves(tensors, None),
-            "full": lambda: Full.from_leaves(tensors, said["scale"]),
-        }
-        delta = builders[kind]() if kind else None
+        given = Given(scale=said["scale"], rank=rank)
+        delta = class_of(kind).from_leaves(tensors, given) if kind else None
         return Outcome(delta, Extracted(**said["figures"]))
 
     def put(self, key: str, outcome: Outcome) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loratool.adapter.load import delta_of, scale_of
-from loratool.deltas.schema import Part
+from loratool.deltas.registry import build_part
+from loratool.deltas.schema import Given, Part
 from loratool.errors import LoratoolError
 from loratool.files.tensors import TensorFile
 from loratool.keys.listing import Group, Listing
@@ -50,7 +50,7 @@ def _measured(found: Listing, group: Group, part: Part, file: TensorFile, alphas
     if remark.startswith("NaN"):
         return Values(float("nan"), float("nan"), float("nan"), remark)
     try:
-        delta = delta_of(found, group.module, part, tensors, scale_of(found, group, part, part.rank, alphas))
+        delta = build_part(part, tensors, found.given(group, part, alphas, Given()))
         factors = delta.factors()
         if factors is None:
             return Values(float(delta.dense().double().norm()), 0.0, 0.0, remark)

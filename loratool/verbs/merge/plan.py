@@ -123,7 +123,7 @@ class _Draft:
         """FLUX's control LoRAs see twice the channels: the base's input layer is padded with zeros first, as ComfyUI does
         (comfy/lora.py). In a folder of diffusers a config would have to say so too, and there it stays an error."""
         delta, inputs = change.delta, change.module.path.endswith(CONTROL_INPUTS)
-        if not inputs or delta.kind != "lora" or self.layout.is_folder or delta.shape != (base[0], 2 * base[-1]):
+        if not inputs or not delta.resizable or self.layout.is_folder or delta.shape != (base[0], 2 * base[-1]):
             return change
         return replace(change, delta=Enlarge(delta, delta.shape))
 
@@ -147,7 +147,7 @@ class _Draft:
             raise Unsupported(f"{self.layout.root}: {name} is stored as {info.dtype}; an adapter cannot be added to it")
         stored = dtype if dtype and info.dtype in FLOATS else info.dtype
         shape = next((term.delta.shape for term in terms if grows(term, info)), info.shape)
-        if shape != info.shape and any(term.delta.kind == "replace" for term in terms):
+        if shape != info.shape and any(term.delta.replaces for term in terms):
             self.config["vocab_size"] = shape[0]
         return TensorPlan(name, file, info, stored, shape, terms)
 
@@ -160,7 +160,7 @@ class _Draft:
             embedding = ending.removesuffix(".weight")
             # Trained rows of single tokens are the head's too: PEFT ties them wherever the model does.
             inputs = [
-                change for change in changes if change.module.path.endswith(embedding) and change.delta.kind != "tokens"
+                change for change in changes if change.module.path.endswith(embedding) and not change.delta.acts_on_tied_head
             ]
             outputs = [change for change in changes if change.module.path.endswith(HEAD)]
             places = self.targets.find(inputs[0].module) if inputs else ()

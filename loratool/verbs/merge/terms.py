@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import Final
 
 from loratool.adapter.adapter import Adapter, Change
 from loratool.deltas.base import Delta
@@ -14,9 +13,6 @@ from loratool.deltas.schema import ANY
 from loratool.errors import LoratoolError, ShapeMismatch
 from loratool.files.header import TensorInfo
 from loratool.keys.places import Place
-
-RESHAPING: Final = frozenset({"replace", "enlarge"})
-"""Kinds after which a weight may have another shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +35,8 @@ def terms_of(
     rows = sum(place.rows for place in places)
     delta, shape = change.delta, change.delta.shape
     wanted = (rows, *base[1:]) if not places[0].transposed else (rows, *base[:1])
-    if delta.kind in RESHAPING and len(places) == 1:
-        place = places[0]
-        if _may_become(delta, base):
-            return [(place.tensor, Term(str(change), delta, strength, 0, shape[0], transposed=False))]
+    if len(places) == 1 and delta.may_reshape(base):
+        return [(places[0].tensor, Term(str(change), delta, strength, 0, shape[0], transposed=False))]
     if not _fits(delta, wanted):
         raise ShapeMismatch(
             f"{change}: is a change of {_shown(shape)}, its target {places[0].tensor} takes {list(wanted)}: "
@@ -57,13 +51,6 @@ def terms_of(
 
 def _shown(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join("any" if size == ANY else str(size) for size in shape) + "]"
-
-
-def _may_become(delta: Delta, base: tuple[int, ...]) -> bool:
-    """Whether a weight of shape `base` may take the delta's: a vocabulary may grow, an enlarged weight in any dimension."""
-    if delta.kind == "replace":
-        return delta.shape[1:] == base[1:]
-    return len(delta.shape) == len(base) and all(new >= old for new, old in zip(delta.shape, base, strict=True))
 
 
 def _fits(delta: Delta, wanted: tuple[int, ...]) -> bool:
@@ -90,12 +77,12 @@ def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
 
 def grows(term: Term, info: TensorInfo) -> bool:
     """Whether a term leaves its weight with another shape than the stored one."""
-    return term.delta.kind in RESHAPING and term.delta.shape != info.shape
+    return term.delta.reshapes and term.delta.shape != info.shape
 
 
 def check_overlap(adapter: Adapter, name: str, terms: list[Term]) -> None:
     """One adapter changes no row twice, but for a replaced weight that receives a LoRA on top."""
-    added = sorted((term for term in terms if term.delta.kind != "replace"), key=lambda term: term.start)
+    added = sorted((term for term in terms if not term.delta.replaces), key=lambda term: term.start)
     for one, other in pairwise(added):
         if other.start < one.stop and one.change != other.change:
             raise LoratoolError(f"{adapter.path}: {one.change} and {other.change} both go to {name}; use --exclude for one")
