@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +17,7 @@ LORALIB: Final = "loralib"
 COMFYUI: Final = "ComfyUI"
 XLABS: Final = "XLabs"
 DIFFSYNTH: Final = "DiffSynth"
+OWN: Final = "its own"
 
 LEAVES: Final[Mapping[str, tuple[str, str]]] = {
     # kohya sd-scripts and all who follow it
@@ -88,6 +89,11 @@ SHARED: Final[Mapping[str, str]] = {"base_model.vera_A": "vera_a", "base_model.v
 """Tensors that every module of a kind shares: PEFT's VeRA projections."""
 
 
+SPELLED: Final = frozenset(
+    {leaf for leaf, _ in LEAVES.values()} | {*ABSOLUTE.values(), *SHARED.values()} | {"scale", "ia3_weight"}
+)
+"""Leaves that some family spells; `scale` and `ia3_weight` by a name that alone says nothing."""
+
 _NAMED = re.compile(
     r"(.*\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save))\.(?!weight$|bias$)[^.]+(.*)"
 )
@@ -113,8 +119,20 @@ class Spelled:
     family: str
 
 
-def spelled(key: str) -> Spelled | None:
-    """Takes a key apart, or None where no suffix is known; absolute values are known behind PEFT's container only."""
+def spelled(key: str, own: Collection[str] = ()) -> Spelled | None:
+    """Takes a key apart, or None where no suffix is known; absolute values are known behind PEFT's container only.
+
+    `own` are leaves that no family spells: their suffix is their name.
+    """
+    if found := _by_pattern(key):
+        return found
+    named = _NAMED.fullmatch(key)
+    bare = named[1] + named[2] if named else key
+    return _by_suffix(bare, own, named=named is not None) or _absolute(bare) or _half_exported(bare)
+
+
+def _by_pattern(key: str) -> Spelled | None:
+    """Of those who have more in a key than a module and a leaf."""
     if found := _PROCESSOR.fullmatch(key):
         module = found[2].replace("to_out", "to_out.0")
         return Spelled(f"{found[1]}.{module}", found[3], DIFFUSERS_OLD)
@@ -122,18 +140,18 @@ def spelled(key: str) -> Spelled | None:
         return Spelled(found[1], found[2], XLABS)
     if found := _MODULATION.fullmatch(key):
         return Spelled(f"{found[1]}{'.' if '.' in found[1] else '_'}modulation", "diff", LYCORIS)
-    if found := _NORM.fullmatch(key):
-        return Spelled(found[1], "scale", PEFT)
-    named = _NAMED.fullmatch(key)
-    if named:
-        key = named[1] + named[2]
+    found = _NORM.fullmatch(key)
+    return Spelled(found[1], "scale", PEFT) if found else None
+
+
+def _by_suffix(key: str, own: Collection[str], *, named: bool) -> Spelled | None:
     parts = key.split(".")
     for count in (3, 2, 1):
         stem, suffix = ".".join(parts[:-count]), ".".join(parts[-count:])
         if stem and suffix in LEAVES:
             leaf, family = LEAVES[suffix]
             return Spelled(stem, leaf, DIFFSYNTH if named and family == PEFT else family)
-    return _absolute(key) or _half_exported(key)
+    return Spelled(".".join(parts[:-1]), parts[-1], OWN) if len(parts) > 1 and parts[-1] in own else None
 
 
 def _absolute(key: str) -> Spelled | None:

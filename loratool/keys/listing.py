@@ -9,15 +9,17 @@ from math import isfinite
 from pathlib import Path
 from typing import Final
 
-from loratool.deltas.schema import CONSTRAINT, IGNORED, OVER_RANK, WEIGHT, Given, Part, explain
+from loratool.deltas.schema import CONSTRAINT, IGNORED, KINDS, OVER_RANK, WEIGHT, Given, Part, explain
 from loratool.errors import InvalidAdapter, InvalidConfig, LoratoolError, Unsupported, some
 from loratool.files.adapter_files import PICKLE_SUFFIXES, locate
 from loratool.files.header import ADAPTER_HEADER_BYTES, Header, TensorInfo, read_header, read_json, read_scalars
-from loratool.formats.leaves import SHARED, spelled
+from loratool.formats.leaves import SHARED, SPELLED, spelled
 from loratool.formats.peft import PeftConfig, from_metadata
 from loratool.formats.recognise import folds_whole_weights, refusal
 from loratool.names import ADAPTER_PREFIXES, CONTAINER, Module, adapter_component
 
+OWN_LEAVES: Final = frozenset(leaf for kind in KINDS for leaf in kind.required | kind.optional) - SPELLED
+"""Leaves that no table of spellings has: a kind's files call them what its row does."""
 WIDE: Final = ("down", "hada_w1_b", "diff", "b2")
 """Leaves whose second dimension is the input's."""
 MARKS: Final = {"LOHA": "hada_", "LOKR": "lokr_", "IA3": "ia3_", "VERA": "vera_"}
@@ -174,7 +176,7 @@ def listing(path: Path, header: Header, config: Path | None) -> Listing:
     families: dict[str, set[str]] = {}
     passengers, unexplained, problems = [], [], []
     for name, info in header.tensors.items():
-        found = spelled(name)
+        found = spelled(name, OWN_LEAVES)
         if name.startswith(PASSENGERS):
             passengers.append(name)
         elif found is None:
