@@ -1,4 +1,4 @@
-"""What the code promises about itself: names with one meaning, kinds that answer for themselves, a public face written once."""
+"""What the code promises about itself: names with one meaning, kinds that answer for themselves, one public face."""
 
 from __future__ import annotations
 

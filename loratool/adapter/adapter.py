@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loratool.deltas.base import Delta
 from loratool.deltas.schema import ANY
+from loratool.files.adapter_files import AdapterFile
 from loratool.keys.listing import AdapterKeys
 from loratool.names import CONTAINER, Module
 
@@ -51,7 +52,8 @@ class Adapter:
     """The changes that an adapter makes, in the order in which those to one weight are to be made.
 
     `tied` says that its embedding and head are one (PEFT's ensure_weight_tying). `passengers` are tensors that travel with
-    it and change no weight, `alphas` the file's own, both by key. `config` is PEFT's adapter_config.json, if there is one.
+    it and change no weight, `alphas` the file's own, both by key. `config` is PEFT's adapter_config.json, if there is one,
+    and `file` what it was read from, None of an adapter that was computed.
     """
 
     path: Path
@@ -62,6 +64,7 @@ class Adapter:
     alphas: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    file: AdapterFile | None = None
 
     @property
     def modules(self) -> tuple[Module, ...]:
@@ -79,3 +82,14 @@ class Adapter:
             widths[change.module] = widths.get(change.module) or width
             keys[change.module] = (*keys.get(change.module, ()), *change.keys)
         return AdapterKeys(self.path, widths, keys, self.metadata, has_config=bool(self.config))
+
+
+def files_of(adapters: Iterable[Adapter]) -> list[AdapterFile]:
+    """The files that adapters were read from."""
+    return [adapter.file for adapter in adapters if adapter.file]
+
+
+def require_unchanged(adapters: Iterable[Adapter]) -> None:
+    """Raises `InvalidFile` where an adapter's file is no longer the one that it was read from."""
+    for file in files_of(adapters):
+        file.require_unchanged()

@@ -225,7 +225,7 @@ def as_lora(found: Factored, shape: tuple[int, ...]) -> LoRA:
 
 
 def lower(
-    adapter: Adapter, rule: Rule, dtype: str | None = None, *, base: str | Path | None = None, device: str = "cpu"
+    adapter: Adapter, rule: Rule, dtype: str | None = None, *, base: str | Path | Weights | None = None, device: str = "cpu"
 ) -> tuple[Adapter, list[Converted]]:
     """The adapter with every delta on a matrix or a kernel that a LoRA file cannot hold as a LoRA of scale 1, and what
     became of each."""

@@ -16,13 +16,14 @@ from loratool.adapter.adapter import Adapter, Change
 from loratool.deltas.registry import build_part
 from loratool.deltas.schema import BIAS, Given
 from loratool.errors import InvalidAdapter, NonFinite, Unsupported, about, some
-from loratool.files.adapter_files import CONFIG_NAME, PICKLE_SUFFIXES, locate
-from loratool.files.header import TensorInfo, read_json
+from loratool.files.adapter_files import CONFIG_NAME, PICKLE_SUFFIXES, adapter_file, identity_of, locate
+from loratool.files.header import TensorInfo
+from loratool.files.layout import Layout
 from loratool.files.pickles import unpickled
 from loratool.files.tensors import FLOATS, TensorFile
 from loratool.formats.peft import PeftConfig
 from loratool.keys.detect import is_language_model
-from loratool.keys.listing import Group, Listing, listing, read_listing, require_adapter
+from loratool.keys.listing import Group, Listing, listing, open_input, read_listing, require_adapter
 from loratool.names import CONTAINER
 from loratool.numbers.linalg import all_finite, bounds
 from loratool.numbers.threads import results
@@ -48,17 +49,30 @@ def load(path: str | Path, *, allow_pickle: bool = False, unsaid: Unsaid | None 
     is refused unless `allow_pickle`, and is then read in a process of its own that may build nothing but tensors.
     """
     path = Path(path).expanduser()
-    weights, config = locate(path)
-    unsaid = unsaid or Unsaid()
+    weights, _ = locate(path)
     if allow_pickle and weights.suffix in PICKLE_SUFFIXES:
+        who = identity_of(weights)
         with unpickled(weights) as header:
-            found = _load(listing(path, header, config), unsaid)
-    else:
-        found = _load(read_listing(path), unsaid)
-    return replace(found, config=read_json(config)) if config else found
+            return load_listing(listing(adapter_file(path, header, who)), unsaid)
+    return load_listing(read_listing(path), unsaid)
 
 
-def _load(found: Listing, unsaid: Unsaid) -> Adapter:
+def open_any(path: Path, *, allow_pickle: bool = False) -> Adapter | Layout:
+    """What lies at `path`, read once: an adapter, or the layout of a checkpoint; raises `LoratoolError`."""
+    if path.suffix in PICKLE_SUFFIXES:
+        return load(path, allow_pickle=allow_pickle)
+    found = open_input(path)
+    return found if isinstance(found, Layout) else load_listing(found)
+
+
+def open_source(source: Adapter | str | Path, *, allow_pickle: bool = False, unsaid: Unsaid | None = None) -> Adapter:
+    """An adapter that is in memory already, or the one at a path, as `load` reads it."""
+    return source if isinstance(source, Adapter) else load(source, allow_pickle=allow_pickle, unsaid=unsaid)
+
+
+def load_listing(found: Listing, unsaid: Unsaid | None = None) -> Adapter:
+    """`load` of an adapter whose header was read already."""
+    unsaid = unsaid or Unsaid()
     if unsaid.alpha is not None and not found.configs:
         found = replace(found, configs={"": PeftConfig("--alpha", alpha=unsaid.alpha)})
     require_adapter(found)
@@ -71,7 +85,17 @@ def _load(found: Listing, unsaid: Unsaid) -> Adapter:
         stored = {name: file.read(found.header.tensors[name]) for name in alphas}
     tied = any(config.tied for config in found.configs.values())
     notes = tuple(f"{found.path}: {note}" for note in _assumed(found, changes))
-    return Adapter(found.path, tuple(changes), found.header.metadata, tied, passengers, stored, notes)
+    return Adapter(
+        found.path,
+        tuple(changes),
+        found.header.metadata,
+        tied,
+        passengers,
+        stored,
+        notes,
+        found.file.config,
+        found.file,
+    )
 
 
 def _all_changes(found: Listing, file: TensorFile, alphas: Mapping[str, float | None], unsaid: Unsaid) -> list[Change]:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from loratool.adapter.adapter import Adapter, Change
 from loratool.deltas.base import or_one
-from loratool.files.adapter_files import locate
+from loratool.errors import Unsupported
 from loratool.files.adapter_writer import Contents
-from loratool.files.header import read_header
 from loratool.files.tensors import TensorFile
 from loratool.formats.kohya import kohya_metadata
 from loratool.formats.peft import lora_config
@@ -45,9 +44,12 @@ def named_tensors(change: Change) -> dict[str, Tensor]:
 
 def as_they_were(adapter: Adapter, kept: Sequence[Change]) -> dict[str, Tensor]:
     """The tensors of changes that stay what they are, and of passengers, under their own names and to the byte."""
-    header = read_header(locate(adapter.path)[0])
-    with TensorFile(header) as file:
-        return dict(adapter.passengers) | {name: file.read(header.tensors[name]) for change in kept for name in change.keys}
+    source = adapter.file
+    if source is None or source.is_pickle:
+        raise Unsupported(f"{adapter.path}: is not a safetensors file with tensors to keep; convert it first")
+    with TensorFile(source.header) as file:
+        tensors = source.header.tensors
+        return dict(adapter.passengers) | {name: file.read(tensors[name]) for change in kept for name in change.keys}
 
 
 def biases(kept: Sequence[Change], converted: set[str]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from loratool.adapter.spell import Spelled, spelled
 from loratool.adapter.verify import compared
 from loratool.errors import OutputError, Unsupported
 from loratool.files.adapter_writer import Contents, size_of, write
+from loratool.files.output import Input
 from loratool.formats.kohya import one_or_dynamic
 from loratool.formats.peft import METADATA_KEY, lora_config
 from loratool.formats.table import FOLDED, METADATA, Format
@@ -42,7 +43,7 @@ def write_as(
     ways: Mapping[Module, Route],
     out: Path,
     *,
-    inputs: Sequence[Path],
+    inputs: Sequence[Input],
     overwrite: bool = False,
 ) -> Written:
     """Writes `adapter` to `out` in the format `target`, each module as `ways` says, and compares what it wrote with it.

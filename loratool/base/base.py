@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loratool.deltas.schema import WEIGHT
 from loratool.errors import LoratoolError
+from loratool.files.layout import Layout
 from loratool.files.tensors import Checkpoint
 from loratool.keys.places import Place, Targets
 from loratool.names import Module
@@ -18,7 +19,7 @@ from loratool.names import Module
 class Weights:
     """The checkpoint at `path`, with the places of its modules."""
 
-    def __init__(self, path: Path, *, pinned: bool = False) -> None:
+    def __init__(self, path: Path | Layout, *, pinned: bool = False) -> None:
         self.checkpoint = Checkpoint(path, pinned=pinned)
         self.layout = self.checkpoint.layout
         self.targets = Targets(self.layout)
@@ -75,6 +76,8 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def open_base(path: str | Path | None, *, pinned: bool = False) -> Weights | None:
-    """The checkpoint at `path`, None without one; raises `LoratoolError`."""
-    return Weights(Path(path).expanduser(), pinned=pinned) if path else None
+def open_base(base: str | Path | Weights | None, *, pinned: bool = False) -> Weights | None:
+    """The checkpoint at a path, or one that is open already; None without one. Raises `LoratoolError`."""
+    if base is None or isinstance(base, Weights):
+        return base
+    return Weights(Path(base).expanduser(), pinned=pinned)

@@ -16,6 +16,7 @@ from loratool.errors import LoratoolError
 from loratool.text import count, histogram, safe, size
 
 if TYPE_CHECKING:
+    from loratool.keys.listing import Listing
     from loratool.verbs.inspect.inspect import AdapterReport, CheckpointReport
 
 TRAINING: Final = (
@@ -51,22 +52,24 @@ def inspect_command(
       loratool inspect --modules --values adapter_folder/
       loratool inspect loras/
     """
-    from loratool.verbs.inspect.inspect import AdapterReport, adapters_in, inspect
+    from loratool.keys.listing import Listing, open_input
+    from loratool.verbs.inspect.inspect import AdapterReport, adapters_in, inspect_input
 
     for path in files:
         kept = adapters_in(path)
         if kept is not None:
             _print_folder(path, kept, as_json=as_json)
             continue
-        report = inspect(path, values=values, base=base)
+        found = open_input(path)
+        report = inspect_input(found, values=values, base=base)
         if as_json:
             print_json(report)
             continue
         print_facts(str(path), _adapter(report) if isinstance(report, AdapterReport) else _checkpoint(report))
         if isinstance(report, AdapterReport) and (list_modules or values):
             _print_modules(report)
-        if isinstance(report, AdapterReport) and plot:
-            _print_map(path)
+        if isinstance(found, Listing) and plot:
+            _print_map(found)
 
 
 def _print_folder(folder: Path, paths: Iterable[Path], *, as_json: bool) -> None:
@@ -94,12 +97,12 @@ def _print_folder(folder: Path, paths: Iterable[Path], *, as_json: bool) -> None
     print_facts(str(folder), [("sum", total), *(("unread", line) for line in failed)])
 
 
-def _print_map(path: Path) -> None:
+def _print_map(listing: Listing) -> None:
     """Blocks from top to bottom, sorts of modules from left to right under letters, the darker the larger their ‖ΔW‖."""
-    from loratool.adapter.load import load
+    from loratool.adapter.load import load_listing
     from loratool.verbs.inspect.block_map import map_of
 
-    found = map_of(load(path))
+    found = map_of(load_listing(listing))
     width = max(map(len, found.rows), default=0)
     letters = [LETTERS[place % len(LETTERS)] for place in range(len(found.columns))]
     click.echo(f"\n  {'':{width}}  {' '.join(letters)}")

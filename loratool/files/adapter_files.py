@@ -1,11 +1,24 @@
-"""Where an adapter's files lie: the tensors' file and PEFT's config beside it. Names alone; nothing is opened."""
+"""An adapter on the disk: where its files lie, and what they were like when they were first read. No torch."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from loratool.errors import InvalidFile
+from loratool.errors import InvalidFile, Unsupported
+from loratool.files.header import (
+    ADAPTER_HEADER_BYTES,
+    Header,
+    JsonFile,
+    identity,
+    open_regular,
+    read_header,
+    read_json_file,
+    require_unchanged,
+)
 
 CONFIG_NAME: Final = "adapter_config.json"
 """PEFT's config, beside the tensors."""
@@ -30,3 +43,61 @@ def locate(path: Path) -> tuple[Path, Path | None]:
 def is_adapter_folder(path: Path) -> bool:
     """Whether `path` is a folder that holds an adapter."""
     return path.is_dir() and any((path / name).exists() for name in (CONFIG_NAME, *WEIGHTS, *PICKLES))
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """An adapter that was opened once: everybody who needs its header or its config later takes them from here.
+
+    `path` is what the user named, a file or a PEFT folder, `weights` the tensors' file and `identity` that file's when it
+    was opened. `header` is that of the tensors: of a pickle, that of what it was read into, which is gone.
+    """
+
+    path: Path
+    weights: Path
+    header: Header
+    identity: tuple[int, ...]
+    config_file: JsonFile | None = None
+
+    @property
+    def is_pickle(self) -> bool:
+        return self.weights.suffix in PICKLE_SUFFIXES
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """PEFT's adapter_config.json, empty where there is none."""
+        return self.config_file.document if self.config_file else {}
+
+    def require_unchanged(self) -> None:
+        """Raises `InvalidFile` where the tensors' file, or the config, is no longer the one that was read."""
+        require_unchanged(self.weights, self.identity)
+        if self.config_file:
+            self.config_file.require_unchanged()
+
+
+def open_adapter(path: Path) -> AdapterFile:
+    """Reads the header and the config of the adapter at `path`, a safetensors file or a PEFT folder; raises
+    `LoratoolError`, for a pickle too."""
+    weights, _ = locate(path)
+    if weights.suffix in PICKLE_SUFFIXES:
+        raise Unsupported(
+            f"{weights}: a pickle can run code when it is opened; load it with PEFT and save_pretrained it as safetensors, "
+            "or pass --allow-pickle if you trust where it comes from"
+        )
+    header = read_header(weights, ADAPTER_HEADER_BYTES)
+    return adapter_file(path, header, header.identity)
+
+
+def adapter_file(path: Path, header: Header, who: tuple[int, ...]) -> AdapterFile:
+    """The adapter at `path`, whose tensors' header is known, with its config; raises `InvalidConfig`."""
+    weights, config = locate(path)
+    return AdapterFile(path, weights, header, who, read_json_file(config) if config else None)
+
+
+def identity_of(path: Path) -> tuple[int, ...]:
+    """What a regular file is known by, until it is replaced or written to; raises `InvalidFile`."""
+    descriptor = open_regular(path)
+    try:
+        return identity(descriptor)
+    finally:
+        os.close(descriptor)

@@ -13,7 +13,7 @@ from torch import Tensor
 from loratool.files.adapter_files import CONFIG_NAME, WEIGHTS
 from loratool.files.hashes import LENGTHS, hashes
 from loratool.files.header import TensorInfo, encode_header, stored_order
-from loratool.files.output import Output, Writer
+from loratool.files.output import Input, Output, Writer
 from loratool.files.tensors import DTYPE_NAMES, tensor_bytes
 
 
@@ -27,7 +27,7 @@ class Contents:
 
 
 def write(
-    contents: Contents, inputs: Sequence[Path], out: Path, *, overwrite: bool, check: Callable[[Path], None] | None = None
+    contents: Contents, inputs: Sequence[Input], out: Path, *, overwrite: bool, check: Callable[[Path], None] | None = None
 ) -> int:
     """Writes an adapter to `out`, a file or a PEFT folder, and returns its bytes.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.errors import InvalidFile
-from loratool.files.adapter_files import locate
+from loratool.files.adapter_files import AdapterFile
 from loratool.files.header import Header, TensorInfo, encode_header, identity, open_regular, read_header, stored_order
 
 LEGACY_START: Final = 0x100000
@@ -31,11 +31,11 @@ LENGTHS: Final[Mapping[str, int]] = {"sshs_model_hash": 64, "sshs_legacy_hash": 
 """kohya's keys, and how long their values are."""
 
 
-def short_hash(path: Path) -> str | None:
-    """The first letters of an adapter's AutoV3, by which an output names it; None of no safetensors file."""
-    file = locate(path)[0]
-    header = header_or_none(file)
-    return _data_hash(header.path, header.data_start, header.identity)[:LETTERS] if header else None
+def short_hash(file: AdapterFile) -> str | None:
+    """The first letters of an adapter's AutoV3, by which an output names it; None of a pickle."""
+    if file.is_pickle:
+        return None
+    return _data_hash(file.weights, file.header.data_start, file.identity)[:LETTERS]
 
 
 @lru_cache(maxsize=64)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from loratool.errors import InvalidConfig, InvalidFile, LoratoolError
 from loratool.files.strict_json import strict_json
@@ -86,6 +86,10 @@ class Header:
     size: int
     identity: tuple[int, ...]
 
+    def require_unchanged(self) -> None:
+        """Raises `InvalidFile` where the file is no longer the one whose header was read."""
+        require_unchanged(self.path, self.identity)
+
 
 def open_regular(path: Path) -> int:
     """A read-only descriptor of a regular file; never blocks on a FIFO or opens a device."""
@@ -101,7 +105,20 @@ def open_regular(path: Path) -> int:
 
 def identity(descriptor: int) -> tuple[int, ...]:
     """What changes when a file is replaced, cut or written to: device, inode, size, time of the last change."""
-    status = os.fstat(descriptor)
+    return _identity(os.fstat(descriptor))
+
+
+def require_unchanged(path: Path, known: tuple[int, ...]) -> None:
+    """Raises `InvalidFile` where the file at `path` has not the identity that is known of it."""
+    try:
+        found = _identity(os.stat(path))
+    except OSError:
+        found = ()
+    if found != known:
+        raise InvalidFile(f"{path}: was changed while it was read")
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -202,35 +219,57 @@ def _decode_e4m3(byte: int) -> float:
     return -magnitude if byte & 128 else magnitude
 
 
+@dataclass(frozen=True, slots=True)
+class JsonFile:
+    """A JSON file that holds one object: that, its bytes, and the file's identity when they were read."""
+
+    path: Path
+    document: dict[str, Any]
+    raw: bytes
+    identity: tuple[int, ...]
+
+    def require_unchanged(self) -> None:
+        """Raises `InvalidFile` where the file is no longer the one that was read."""
+        require_unchanged(self.path, self.identity)
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object, as strictly as `strict_json`; raises `InvalidConfig` naming the file."""
+    """The object that a JSON file holds; raises as `read_json_file`."""
+    return read_json_file(path).document
+
+
+def read_json_file(path: Path) -> JsonFile:
+    """Reads a JSON file that holds one object, as strictly as `strict_json`; raises `InvalidConfig` naming the file."""
     descriptor = open_regular(path)
     try:
+        who = identity(descriptor)
         if os.fstat(descriptor).st_size > CONFIG_BYTES:
             raise InvalidConfig(f"{path}: larger than {CONFIG_BYTES} bytes")
         with os.fdopen(os.dup(descriptor), "rb") as file:
-            document = strict_json(file.read())
+            raw = file.read()
+        document = strict_json(raw)
     except InvalidConfig as error:
         raise InvalidConfig(f"{path}: {error}") from error
     finally:
         os.close(descriptor)
     if not isinstance(document, dict):
         raise InvalidConfig(f"{path}: expected a JSON object, found {type(document).__name__}")
-    return document
+    return JsonFile(path, document, raw, who)
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """The weight_map of a shard index: tensor name to the name of a file in the same folder; raises `InvalidConfig`.
+def read_index(path: Path) -> JsonFile:
+    """A shard index, whose weight_map sends each tensor to a file in the same folder; raises `InvalidConfig`.
 
     Names are checked as text only: a hub cache's snapshot holds symlinks that lead out of its folder, and rightly.
     """
-    weight_map = read_json(path).get("weight_map")
+    index = read_json_file(path)
+    weight_map = index.document.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidConfig(f"{path}: has no weight_map")
     for name, shard in weight_map.items():
         if not _plain_shard_name(shard):
             raise InvalidConfig(f"{path}: weight_map sends {name} to {shard!r}, not a .safetensors file of this folder")
-    return cast("dict[str, str]", weight_map)
+    return index
 
 
 def _plain_shard_name(shard: object) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool._version import __version__
+from loratool.files.adapter_files import AdapterFile
 from loratool.files.hashes import short_hash
 
 METADATA_KEY: Final = "loratool"
@@ -41,9 +42,9 @@ def chain_of(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
     return [step for step in (newest, *older) if isinstance(step, dict) and step.get("command")]
 
 
-def named(path: Path, **said: object) -> dict[str, object]:
-    """An input by its name and hash."""
-    return {"name": _name(path)[:100], "autov3": short_hash(path), **said}
+def named(path: Path, file: AdapterFile | None, **said: object) -> dict[str, object]:
+    """An input by its name, and by its hash where it was read from a file."""
+    return {"name": _name(path)[:100], "autov3": file and short_hash(file), **said}
 
 
 def _name(path: Path) -> str:

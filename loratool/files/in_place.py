@@ -18,7 +18,7 @@ from typing import Final, Self
 
 from loratool.errors import OutputError
 from loratool.files.locks import Lock
-from loratool.files.output import copy_file, remove, sweep, sync, temporary_in
+from loratool.files.output import Input, copy_file, remove, sweep, sync, temporary_in
 
 READY: Final = ".loratool-ready"
 """The folder, inside a checkpoint's, of files that are to replace those of the same name."""
@@ -33,8 +33,9 @@ class Clones:
     Raises `OutputError` where the checkpoint cannot or must not be changed.
     """
 
-    def __init__(self, root: Path, files: Iterable[str]) -> None:
+    def __init__(self, root: Path, files: Iterable[str], inputs: Iterable[Input]) -> None:
         self.root = root
+        self.inputs = tuple(inputs)
         self.files = tuple(files)
         self.folder = root.is_dir()
         where = root if self.folder else root.parent
@@ -68,7 +69,9 @@ class Clones:
 
     def commit(self) -> None:
         """Syncs the clones and puts them in place: in one step where it is one file, and in steps that are taken up again
-        where it is several."""
+        where it is several. Raises `InvalidFile` where an input is no longer what it was."""
+        for each in self.inputs:
+            each.require_unchanged()
         try:
             for path in (self.temporary, *self.temporary.rglob("*")):
                 sync(path)

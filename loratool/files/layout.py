@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from loratool.errors import InvalidConfig, InvalidFile, Unsupported, some
 from loratool.files.adapter_files import PICKLE_SUFFIXES
-from loratool.files.header import Header, TensorInfo, read_header, read_index, read_json
+from loratool.files.header import Header, JsonFile, TensorInfo, read_header, read_index, read_json
 from loratool.files.in_place import finish
 
 SINGLE_NAMES: Final = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -26,17 +27,17 @@ QUANTISED: Final = (
 """Tensors that stand beside a quantised weight: GPTQ, AWQ, bitsandbytes, scaled fp8, SVDQuant."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """A checkpoint as its headers describe it.
 
-    `files` maps each safetensors file, relative to `root`, to its header; `indexes` each shard index to its weight_map.
+    `files` maps each safetensors file, relative to `root`, to its header; `indexes` each shard index to its document.
     Tensor names are those of the files, behind the folder's name in a diffusers folder ("unet/conv_in.weight").
     """
 
     root: Path
     files: Mapping[str, Header]
-    indexes: Mapping[str, Mapping[str, str]]
+    indexes: Mapping[str, JsonFile]
     tensors: Mapping[str, tuple[str, TensorInfo]]
     left_out: tuple[str, ...]
 
@@ -51,9 +52,19 @@ class Layout:
     def info(self, name: str) -> TensorInfo:
         return self.tensors[name][1]
 
-    def config(self, folder: str = "") -> dict[str, Any]:
-        """The config.json of the model in `folder`, empty where there is none."""
-        path = self.root / folder / "config.json"
+    @property
+    def path(self) -> Path:
+        return self.root
+
+    def require_unchanged(self) -> None:
+        """Raises `InvalidFile` where one of its files is no longer the one whose header was read."""
+        for header in self.files.values():
+            header.require_unchanged()
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The model's config.json, empty where there is none."""
+        path = self.root / "config.json"
         return read_json(path) if self.is_folder and path.is_file() else {}
 
     def other_files(self) -> Iterator[str]:
@@ -77,8 +88,12 @@ def open_layout(path: Path) -> Layout:
         return _folder(path.parent)
     if path.suffix in PICKLE_SUFFIXES:
         raise Unsupported(f"{path}: a pickle can run code when it is opened; save it as safetensors first")
-    header = read_header(path)
-    return Layout(path, {"": header}, {}, {name: ("", info) for name, info in header.tensors.items()}, ())
+    return layout_of_file(read_header(path))
+
+
+def layout_of_file(header: Header) -> Layout:
+    """The checkpoint in one file whose header is known."""
+    return Layout(header.path, {"": header}, {}, {name: ("", info) for name, info in header.tensors.items()}, ())
 
 
 def require_weights(layout: Layout, instead: str) -> None:
@@ -86,7 +101,7 @@ def require_weights(layout: Layout, instead: str) -> None:
     if not layout.tensors:
         raise InvalidFile(f"{layout.root}: has no tensors")
     marks = [name for name in layout.tensors if name.endswith(QUANTISED)]
-    if marks or layout.config().get("quantization_config"):
+    if marks or layout.config.get("quantization_config"):
         met = f"{some(marks, 3)}" if marks else "quantization_config in config.json"
         raise Unsupported(f"{layout.root}: is quantised ({met}); {instead}")
 
@@ -143,7 +158,8 @@ def _no_choice(names: list[str], weights: list[str], indexes: list[str]) -> str:
 
 
 def _sharded(root: Path, index_name: str, names: list[str]) -> Layout:
-    index = read_index(root / index_name)
+    document = read_index(root / index_name)
+    index: Mapping[str, str] = document.document["weight_map"]
     shards = sorted(set(index.values()))
     missing = [shard for shard in shards if not (root / shard).exists()]
     if missing:
@@ -158,4 +174,4 @@ def _sharded(root: Path, index_name: str, names: list[str]) -> Layout:
     ghosts = [name for name in index if name not in tensors]
     if ghosts:
         raise InvalidConfig(f"{root / index_name}: lists {some(ghosts)}, which no shard holds")
-    return Layout(root, headers, {index_name: index}, tensors, tuple(name for name in names if name not in headers))
+    return Layout(root, headers, {index_name: document}, tensors, tuple(name for name in names if name not in headers))

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, cast
+from typing import Final, Protocol, Self, cast
 
 from loratool.errors import OutputError
 from loratool.files.locks import Lock, sweep_locks
@@ -47,16 +47,30 @@ def temporary_in(folder: Path) -> Path:
     return folder / f".loratool-{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
+class Input(Protocol):
+    """What an output is made of: a file, or several, that must still be what they were when the output takes its place."""
+
+    @property
+    def path(self) -> Path:
+        """What the user named."""
+        ...
+
+    def require_unchanged(self) -> None:
+        """Raises `InvalidFile` where one of the files was replaced or written to."""
+        ...
+
+
 class Output:
     """A file or folder to be. Write below `temporary`; `commit` puts it in place, and leaving without it removes it.
 
     Raises `OutputError` at once where `target` cannot or must not be written.
     """
 
-    def __init__(self, target: Path, *, folder: bool, overwrite: bool, nbytes: int, inputs: Iterable[Path]) -> None:
+    def __init__(self, target: Path, *, folder: bool, overwrite: bool, nbytes: int, inputs: Iterable[Input]) -> None:
         self.target = target
         self.folder = folder
-        check_target(target, folder=folder, overwrite=overwrite, inputs=inputs)
+        self.inputs = tuple(inputs)
+        check_target(target, folder=folder, overwrite=overwrite, inputs=[each.path for each in self.inputs])
         parent = target.parent
         sweep(parent)
         free = shutil.disk_usage(parent).free
@@ -88,7 +102,12 @@ class Output:
         return path
 
     def commit(self) -> None:
-        """Syncs everything written and renames it to the target; an old output is there, whole, until then."""
+        """Syncs everything written and renames it to the target; an old output is there, whole, until then.
+
+        Raises `InvalidFile` where an input is no longer what it was.
+        """
+        for each in self.inputs:
+            each.require_unchanged()
         try:
             for path in (self.temporary, *self.temporary.rglob("*")):
                 sync(path)

@@ -82,8 +82,8 @@ class Checkpoint(Mapping[str, Tensor]):
     With `pinned`, into memory that a GPU copies from while it computes.
     """
 
-    def __init__(self, path: str | Path, *, pinned: bool = False) -> None:
-        self.layout: Layout = open_layout(Path(path))
+    def __init__(self, path: str | Path | Layout, *, pinned: bool = False) -> None:
+        self.layout: Layout = path if isinstance(path, Layout) else open_layout(Path(path))
         self.pinned = pinned
 
     def __getitem__(self, name: str) -> Tensor:

@@ -11,8 +11,9 @@ from typing import Final
 
 from loratool.deltas.schema import CONSTRAINT, IGNORED, KINDS, OVER_RANK, WEIGHT, Given, Part, explain
 from loratool.errors import InvalidAdapter, InvalidConfig, LoratoolError, Unsupported, some
-from loratool.files.adapter_files import PICKLE_SUFFIXES, locate
-from loratool.files.header import ADAPTER_HEADER_BYTES, Header, TensorInfo, read_header, read_json, read_scalars
+from loratool.files.adapter_files import AdapterFile, is_adapter_folder, open_adapter
+from loratool.files.header import Header, TensorInfo, read_scalars
+from loratool.files.layout import Layout, layout_of_file, open_layout
 from loratool.formats.leaves import SHARED, SPELLED, spelled
 from loratool.formats.peft import PeftConfig, from_metadata
 from loratool.formats.recognise import folds_whole_weights, refusal
@@ -70,13 +71,21 @@ class AdapterKeys:
 class Listing:
     """An adapter as its header and config describe it."""
 
-    path: Path
-    header: Header
+    file: AdapterFile
     groups: tuple[Group, ...]
     passengers: tuple[str, ...]
     unexplained: tuple[str, ...]
     problems: tuple[str, ...]
     configs: Mapping[str, PeftConfig]
+
+    @property
+    def path(self) -> Path:
+        """What the user named."""
+        return self.file.path
+
+    @property
+    def header(self) -> Header:
+        return self.file.header
 
     def config(self, module: Module) -> PeftConfig | None:
         """The config that speaks of `module`: the folder's, or its component's in diffusers' metadata."""
@@ -159,19 +168,24 @@ def _scale(part: Part, path: str, rank: int | None, alpha: float | None, config:
     return config.scale(path, rank or expected)
 
 
+def open_input(path: Path) -> Listing | Layout:
+    """What `path` is, from one look at it: an adapter, or a checkpoint; raises `LoratoolError`."""
+    if (path.is_dir() and not is_adapter_folder(path)) or path.name.endswith(".index.json"):
+        return open_layout(path)
+    found = read_listing(path)
+    if found.groups:
+        return found
+    return open_layout(path) if path.is_dir() else layout_of_file(found.header)
+
+
 def read_listing(path: Path) -> Listing:
     """Lists the adapter at `path`, a safetensors file or a PEFT folder; raises `LoratoolError`."""
-    weights, config = locate(path)
-    if weights.suffix in PICKLE_SUFFIXES:
-        raise Unsupported(
-            f"{weights}: a pickle can run code when it is opened; load it with PEFT and save_pretrained it as safetensors, "
-            "or pass --allow-pickle if you trust where it comes from"
-        )
-    return listing(path, read_header(weights, ADAPTER_HEADER_BYTES), config)
+    return listing(open_adapter(path))
 
 
-def listing(path: Path, header: Header, config: Path | None) -> Listing:
-    """Sorts the keys of `header` into modules; what cannot be sorted is listed, not raised."""
+def listing(file: AdapterFile) -> Listing:
+    """Sorts the keys of a file's header into modules; what cannot be sorted is listed, not raised."""
+    header = file.header
     leaves: dict[str, dict[str, TensorInfo]] = {}
     families: dict[str, set[str]] = {}
     passengers, unexplained, problems = [], [], []
@@ -191,9 +205,7 @@ def listing(path: Path, header: Header, config: Path | None) -> Listing:
     groups = tuple(
         Group(Module(*adapter_component(stem), stem), leaves[stem], frozenset(families[stem])) for stem in sorted(families)
     )
-    return Listing(
-        path, header, groups, tuple(passengers), tuple(unexplained), tuple(problems), _configs(header, config, groups)
-    )
+    return Listing(file, groups, tuple(passengers), tuple(unexplained), tuple(problems), _configs(file, groups))
 
 
 def _complete(leaves: dict[str, dict[str, TensorInfo]], header: Header) -> None:
@@ -237,10 +249,11 @@ def require_adapter(found: Listing) -> None:
         )
 
 
-def _configs(header: Header, config: Path | None, groups: tuple[Group, ...]) -> Mapping[str, PeftConfig]:
-    if config is None:
-        return from_metadata(header.metadata, str(header.path))
-    parsed = PeftConfig.parse(read_json(config), str(config))
+def _configs(file: AdapterFile, groups: tuple[Group, ...]) -> Mapping[str, PeftConfig]:
+    if file.config_file is None:
+        return from_metadata(file.header.metadata, str(file.header.path))
+    config = file.config_file.path
+    parsed = PeftConfig.parse(file.config, str(config))
     dora = any({"magnitude", "dora_scale"} & group.leaves.keys() for group in groups)
     if parsed.dora and not dora:
         raise LoratoolError(f"{config}: use_dora is true, but no tensor holds a magnitude")

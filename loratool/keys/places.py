@@ -115,7 +115,7 @@ class Targets:
     @cached_property
     def tied(self) -> str | None:
         """The embedding that is the output layer too, where the model has one that is not stored."""
-        architectures = self._layout.config().get("architectures") or [""]
+        architectures = self._layout.config.get("architectures") or [""]
         has_head = str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
         if not has_head or any(name.endswith(f"{HEAD}.weight") for name in self._layout.tensors):
             return None
@@ -190,7 +190,7 @@ class Targets:
 
     def _heads(self) -> tuple[int, int]:
         """Attention heads of queries, and of keys and values, by the base's config.json; (0, 0) if unknown."""
-        config = self._layout.config()
+        config = self._layout.config
         text = config.get("text_config", config)
         queries = text.get("num_attention_heads") if isinstance(text, dict) else None
         keys = text.get("num_key_value_heads", queries) if isinstance(text, dict) else None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from loratool.archs import ARCHS, Arch, arch_named
 from loratool.archs.links import Link
 from loratool.errors import AmbiguousFile, LoratoolError, Unsupported, some
-from loratool.files.layout import Layout, open_layout
+from loratool.files.layout import Layout
 from loratool.formats.table import LLM, Format, format_named
 from loratool.keys.detect import explaining, is_language_model, narrowed
 from loratool.keys.identify import archs_of_adapters
@@ -30,7 +29,7 @@ class Wanted:
 
     arch: str | None = None
     source: str | None = None
-    base: Path | None = None
+    base: Layout | None = None
 
 
 def choose(adapters: Sequence[AdapterKeys], target: Format, wanted: Wanted) -> tuple[Arch, dict[Module, Route]]:
@@ -61,7 +60,7 @@ def choose(adapters: Sequence[AdapterKeys], target: Format, wanted: Wanted) -> t
 
 
 def choose_common(
-    adapters: Sequence[AdapterKeys], target: Format, arch: str | None, base: Path | None
+    adapters: Sequence[AdapterKeys], target: Format, arch: str | None, base: Layout | None
 ) -> tuple[Arch, dict[Module, Route]]:
     """`choose` by the adapters' own names or, where these do not settle it, by those of a base that is there for another
     reason."""
@@ -143,9 +142,8 @@ def archs_of(layout: Layout, modules: Sequence[Module], wanted: str | None) -> l
     return narrowed(fitting, inputs, {})[0] or named or [as_named(modules, "base", f"the model in {layout.root.name}")]
 
 
-def _of_base(path: Path, modules: Sequence[Module], target: Format) -> list[Arch]:
+def _of_base(layout: Layout, modules: Sequence[Module], target: Format) -> list[Arch]:
     """The base's architecture; where none explains it, its own names, which only formats of its naming can use."""
-    layout = open_layout(path.expanduser())
     named = [module for module, _ in inputs_of(layout)]
     found = archs_of(layout, named, None)
     if found[0] in ARCHS:
@@ -155,7 +153,7 @@ def _of_base(path: Path, modules: Sequence[Module], target: Format) -> list[Arch
         return [as_named([*modules, *named], LLM, found[0].title)]
     if (ORIGINAL in target.namings) == layout.is_folder and any(module.component == UNET for module in named):
         raise Unsupported(
-            f"{path}: has no table here, and its names are {'diffusers' if layout.is_folder else 'the original'}'s, "
+            f"{layout.root}: has no table here, and its names are {'diffusers' if layout.is_folder else 'the original'}'s, "
             f"which {target.title} does not use"
         )
     return found

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loratool.adapter.adapter import Adapter
+from loratool.adapter.adapter import Adapter, files_of
 from loratool.adapter.approximate import Converted, error_of, lower
 from loratool.adapter.load import Unsaid, load
 from loratool.adapter.write import require_room, write_as
+from loratool.base.base import open_base
 from loratool.errors import of_file
-from loratool.files.adapter_files import CONFIG_NAME, locate
+from loratool.files.adapter_files import AdapterFile
 from loratool.files.adapter_writer import Contents, write
-from loratool.files.header import read_header
 from loratool.files.history import entry, named
 from loratool.files.tensors import TensorFile
 from loratool.formats.table import Format, format_named
@@ -68,13 +68,14 @@ def convert(
         out = Path(out).expanduser()
         require_room(target, out)
         converted: list[Converted] = []
+        weights = open_base(base)
         if rule is not None:
-            adapter, converted = lower(adapter, rule, dtype, base=base, device=device)
-        elif target.folder and (adapter.path / CONFIG_NAME).exists() and locate(adapter.path)[0].suffix == ".safetensors":
-            return _copied(adapter, target, out, overwrite=overwrite)
+            adapter, converted = lower(adapter, rule, dtype, base=weights, device=device)
+        elif target.folder and (folder := _peft_folder(adapter)):
+            return _copied(adapter, folder, target, out, overwrite=overwrite)
         adapter = replace(adapter, metadata={**adapter.metadata, **_said(adapter, target, converted)})
-        found, ways = choose([adapter.keys], target, Wanted(arch, source, Path(base) if base else None))
-        written = write_as(adapter, target, ways, out, inputs=[adapter.path], overwrite=overwrite)
+        found, ways = choose([adapter.keys], target, Wanted(arch, source, weights.layout if weights else None))
+        written = write_as(adapter, target, ways, out, inputs=files_of([adapter]), overwrite=overwrite)
         report = _report(adapter, target, out, written.nbytes)
         return replace(
             report,
@@ -98,13 +99,18 @@ def _report(adapter: Adapter, target: Format, out: Path, nbytes: int) -> Convert
 
 def _said(adapter: Adapter, target: Format, converted: Sequence[Converted]) -> dict[str, str]:
     error = {"error": f"{error_of(converted):.4e}"} if converted else {}
-    return entry("convert", [named(adapter.path)], adapter.metadata, to=target.name, **error)
+    return entry("convert", [named(adapter.path, adapter.file)], adapter.metadata, to=target.name, **error)
 
 
-def _copied(adapter: Adapter, target: Format, out: Path, *, overwrite: bool) -> ConvertReport:
+def _peft_folder(adapter: Adapter) -> AdapterFile | None:
+    """What an adapter was read from, if that is a PEFT folder with its config."""
+    file = adapter.file
+    return file if file and file.path.is_dir() and file.config_file and not file.is_pickle else None
+
+
+def _copied(adapter: Adapter, source: AdapterFile, target: Format, out: Path, *, overwrite: bool) -> ConvertReport:
     """A PEFT folder as a PEFT folder: all its tensors and its config, whatever its kind."""
-    header = read_header(locate(adapter.path)[0])
-    with TensorFile(header) as file:
-        tensors = {name: file.read(info) for name, info in header.tensors.items()}
+    with TensorFile(source.header) as file:
+        tensors = {name: file.read(info) for name, info in source.header.tensors.items()}
     contents = Contents(tensors, {**adapter.metadata, **_said(adapter, target, [])}, adapter.config)
-    return _report(adapter, target, out, write(contents, [adapter.path], out, overwrite=overwrite))
+    return _report(adapter, target, out, write(contents, [source], out, overwrite=overwrite))

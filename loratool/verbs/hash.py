@@ -53,10 +53,16 @@ class Hashes:
 def file_hashes(path: str | Path) -> Hashes:
     """Hashes the file at `path`, or the weights of the PEFT folder; raises `LoratoolError`."""
     file = locate(Path(path).expanduser())[0]
-    header = header_or_none(file)
+    return hashes_of(path, file, header_or_none(file))
+
+
+def hashes_of(path: str | Path, file: Path, header: Header | None) -> Hashes:
+    """The hashes of a file whose header is known, under the name `path`; raises `InvalidFile`."""
     descriptor = open_regular(file)
     try:
         before = identity(descriptor)
+        if header and before != header.identity:
+            raise InvalidFile(f"{file}: was changed while it was read")
         digests = digest_file(descriptor, header)
         old = hashlib.sha256(os.pread(descriptor, LEGACY_BYTES, LEGACY_START)).hexdigest()[:8]
         kohyas = kohya_hashes(descriptor, header, digests["autov3"]) if header else {}

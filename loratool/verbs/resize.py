@@ -10,11 +10,11 @@ from typing import Final
 
 from torch import Tensor
 
-from loratool.adapter.adapter import Adapter, Change
+from loratool.adapter.adapter import Adapter, Change, files_of
 from loratool.adapter.approximate import Converted, Lowered, Lowering, error_of, fits_lora_file, no_lora
-from loratool.adapter.load import Unsaid, load
+from loratool.adapter.load import Unsaid, open_source
 from loratool.adapter.same_format import as_they_were, biases, like_source, named_tensors
-from loratool.base.base import open_base
+from loratool.base.base import Weights, open_base
 from loratool.deltas.schema import WEIGHT
 from loratool.errors import of_file
 from loratool.files.adapter_writer import Contents, size_of, write
@@ -47,45 +47,47 @@ class LowRankReport:
 
 
 def to_lora(
-    path: str | Path,
+    adapter: Adapter | str | Path,
     out: str | Path,
     rule: Rule | None = None,
     *,
     dtype: str | None = None,
-    base: str | Path | None = None,
+    base: str | Path | Weights | None = None,
     unsaid: Unsaid | None = None,
     device: str = "cpu",
     overwrite: bool = False,
 ) -> LowRankReport:
-    """Writes the adapter at `path` to `out` with every delta on a matrix or a kernel as a LoRA.
+    """Writes an adapter to `out` with every delta on a matrix or a kernel as a LoRA.
 
     What is a LoRA already keeps its bytes. Kinds that depend on the weight (DoRA, OFT, (IA)³ …) need `base`. Errors are
     those of the factors as stored. Raises `LoratoolError`.
     """
-    work = Lowering(load(path, unsaid=unsaid), dtype, fits_lora_file, open_base(base), on=lanes(device, doubles=True))
+    work = Lowering(
+        open_source(adapter, unsaid=unsaid), dtype, fits_lora_file, open_base(base), on=lanes(device, doubles=True)
+    )
     return _written("convert", work, rule or Rule(), Path(out), overwrite=overwrite)
 
 
 def resize(
-    path: str | Path,
+    adapter: Adapter | str | Path,
     out: str | Path,
     rule: Rule | Budget,
     *,
     dtype: str | None = None,
-    base: str | Path | None = None,
+    base: str | Path | Weights | None = None,
     weigh: bool = False,
     unsaid: Unsaid | None = None,
     device: str = "cpu",
     overwrite: bool = False,
 ) -> LowRankReport:
-    """Writes the adapter at `path` to `out` with every LoRA, and every other kind as a LoRA, of the rank that `rule` gives.
+    """Writes an adapter to `out` with every LoRA, and every other kind as a LoRA, of the rank that `rule` gives.
 
     The best approximation at that rank (Eckart and Young 1936), from QR of the factors and the spectrum of their small core.
     A budget is shared over all modules; one that no rank of is worth its bytes is dropped, and has rank 0 in the report.
     With `weigh`, a budget's errors count relative to the weights in `base` that they are errors of.
     """
     on = lanes(device, doubles=True)
-    work = Lowering(load(path, unsaid=unsaid), dtype, no_lora, open_base(base), on=on, weigh=weigh)
+    work = Lowering(open_source(adapter, unsaid=unsaid), dtype, no_lora, open_base(base), on=on, weigh=weigh)
     report = _written("resize", work, rule, Path(out), overwrite=overwrite)
     if not weigh:
         return report
@@ -104,7 +106,7 @@ def _written(command: str, work: Lowering, rule: Rule | Budget, out: Path, *, ov
             done = work.lowered(rule)
         else:
             done = work.within(rule, lambda imagined: size_of(_contents(said, work, imagined, kept)))
-    nbytes = write(_contents(said, work, done, kept), [adapter.path], out.expanduser(), overwrite=overwrite)
+    nbytes = write(_contents(said, work, done, kept), files_of([adapter]), out.expanduser(), overwrite=overwrite)
     figures = tuple(figures for figures, _ in done.values())
     notes = (*adapter.notes, *work.lanes.notes())
     return LowRankReport(str(out), figures, len(work.kept), error_of(figures), nbytes, notes)
@@ -116,7 +118,7 @@ Said = Callable[[float], dict[str, str]]
 
 def _said(command: str, adapter: Adapter) -> Said:
     """In as many letters whatever the error is; the input is hashed once, however often that is asked."""
-    made_of = [named(adapter.path)]
+    made_of = [named(adapter.path, adapter.file)]
     return lambda error: entry(command, made_of, adapter.metadata, error=f"{error:.4e}")
 
 
@@ -156,16 +158,16 @@ class FrontierReport:
 
 
 def frontier(
-    path: str | Path,
+    adapter: Adapter | str | Path,
     *,
     dtype: str | None = None,
-    base: str | Path | None = None,
+    base: str | Path | Weights | None = None,
     unsaid: Unsaid | None = None,
     device: str = "cpu",
 ) -> FrontierReport:
-    """Size against error against rank of the adapter at `path`, for ranks from 1 to the largest that any module has. All of
+    """Size against error against rank of an adapter, for ranks from 1 to the largest that any module has. All of
     it is in the spectra; nothing is written. Raises `LoratoolError`."""
-    adapter = load(path, unsaid=unsaid)
+    adapter = open_source(adapter, unsaid=unsaid)
     work = Lowering(adapter, dtype, no_lora, open_base(base), on=lanes(device, doubles=True))
     kept, said = as_they_were(adapter, work.kept), _said("resize", adapter)
     spectra = work.offers(dict.fromkeys(work.numbers, Rule()))

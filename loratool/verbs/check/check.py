@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.adapter.adapter import Adapter, Change
+from loratool.adapter.adapter import Adapter, Change, require_unchanged
 from loratool.adapter.load import load
 from loratool.adapter.selection import Choice
 from loratool.adapter.spell import has_lora
 from loratool.deltas.base import Delta, or_one
 from loratool.deltas.relations import norm_of
 from loratool.errors import LoratoolError, some
-from loratool.files.layout import open_layout
+from loratool.files.layout import Layout, open_layout
 from loratool.formats.consumers import CONSUMERS, GLOBAL, SHARED, Consumer, consumer_kind
 from loratool.formats.peft import PeftConfig
 from loratool.formats.table import format_named
@@ -81,7 +81,7 @@ class Case:
 
     adapter: Adapter
     consumer: Consumer
-    base: Path | None
+    base: Layout | None
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -101,12 +101,15 @@ class Case:
 def check(path: str | Path, target: str, *, base: str | Path | None = None) -> CheckReport:
     """What the program `target` (see `CONSUMERS`) makes of the adapter at `path`, by rules read from its source; with
     `base`, whether that has all of the adapter's modules. Raises `LoratoolError` where the adapter cannot be read."""
-    return examined(load(path), path, target, base)
+    adapter = load(path)
+    report = examined(adapter, path, target, open_layout(Path(base).expanduser()) if base else None)
+    require_unchanged([adapter])
+    return report
 
 
-def examined(adapter: Adapter, path: str | Path, target: str, base: str | Path | None) -> CheckReport:
+def examined(adapter: Adapter, path: str | Path, target: str, base: Layout | None) -> CheckReport:
     """`check` of an adapter that is loaded already."""
-    case = Case(adapter, CONSUMERS[target], Path(base).expanduser() if base else None)
+    case = Case(adapter, CONSUMERS[target], base)
     findings = tuple(_unlike_model(case)) or tuple(finding for rule in RULES for finding in rule(case))
     levels = {finding.level for finding in findings}
     return CheckReport(
@@ -237,12 +240,12 @@ def _unlike_base(case: Case) -> Iterator[Finding]:
     if case.base is None:
         return
     try:
-        plan = make_plan(open_layout(case.base), [(case.adapter, Choice(1.0))], allow_unmatched=True)
+        plan = make_plan(case.base, [(case.adapter, Choice(1.0))], allow_unmatched=True)
     except LoratoolError as error:
         yield Finding(REFUSED, str(error), "use the base that it was made for", False)
         return
     if plan.unmatched:
-        what = f"{len(plan.unmatched)} modules have no place in {case.base}: {some(plan.unmatched, 3)}"
+        what = f"{len(plan.unmatched)} modules have no place in {case.base.root}: {some(plan.unmatched, 3)}"
         yield Finding(DIFFERENT, what, "use the base that it was made for", False, plan.unmatched)
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loratool.adapter.adapter import Adapter, Change
+from loratool.adapter.adapter import Adapter, Change, files_of
 from loratool.adapter.approximate import Converted, error_of, lower
 from loratool.adapter.load import load
 from loratool.adapter.spell import has_lora
 from loratool.adapter.write import write_as
+from loratool.base.base import open_base
 from loratool.deltas.base import Delta, or_one
 from loratool.errors import LoratoolError, of_file
 from loratool.files.history import entry, named
@@ -31,7 +32,9 @@ def fix(
     Raises `LoratoolError`, and writes nothing, where no such adapter can be made.
     """
     adapter = load(path)
-    report = examined(adapter, path, target, base)
+    weights = open_base(base)
+    layout = weights.layout if weights else None
+    report = examined(adapter, path, target, layout)
     final = [finding.what for finding in report.findings if finding.level == REFUSED and not finding.fixable]
     if final:
         raise LoratoolError(f"{path}: {final[0]}")
@@ -43,18 +46,18 @@ def fix(
     odd = [change for change in adapter.changes if kind_of(change) not in consumer.kinds]
     converted: list[Converted] = []
     if odd:
-        adapter, converted = lower(adapter, Rule(), base=base)
+        adapter, converted = lower(adapter, Rule(), base=weights)
         done.append(f"made LoRA of {_kinds(odd)}")
     adapter, words = _scaled(adapter, consumer)
     done += words
     error = error_of(converted)
     with of_file(path):
         form = format_named(consumer.writes)
-        _, ways = choose([adapter.keys], form, Wanted(None, None, Path(base).expanduser() if base else None))
-        said = entry("check --fix", [named(adapter.path)], adapter.metadata, target=target, error=error)
+        _, ways = choose([adapter.keys], form, Wanted(None, None, layout))
+        said = entry("check --fix", [named(adapter.path, adapter.file)], adapter.metadata, target=target, error=error)
         adapter = replace(adapter, metadata={**adapter.metadata, **said})
         out = Path(out).expanduser()
-        written = write_as(adapter, form, ways, out, inputs=[adapter.path], overwrite=overwrite)
+        written = write_as(adapter, form, ways, out, inputs=files_of([adapter]), overwrite=overwrite)
     return replace(
         report, out=str(out), done=(f"spelled it as {form.title}", *done), error=error, lost=lost, nbytes=written.nbytes
     )

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.adapter.adapter import Adapter
+from loratool.adapter.adapter import Adapter, files_of
 from loratool.adapter.approximate import Converted, error_of
 from loratool.adapter.load import load
 from loratool.adapter.strengths import Strength
@@ -109,7 +109,9 @@ def combine(
         )
     combining, sources = _collected(given, out, options)
 
-    made_of = [named(source.path, strength=part.strength.value) for source, part in zip(sources, given, strict=True)]
+    made_of = [
+        named(source.path, source.file, strength=part.strength.value) for source, part in zip(sources, given, strict=True)
+    ]
 
     def described(adapter: Adapter, error: float = 0.0) -> Adapter:
         said = dict(_history(options)) | ({} if rule is None else {"error": f"{error:.4e}"})
@@ -119,7 +121,7 @@ def combine(
     dtype = DTYPE_OPTIONS[options.dtype] if options.dtype else None
     combined, lowered = combining.made(sources, rule, dtype, described)
     combined = described(combined, error_of(lowered))
-    inputs = [source.path for source in sources]
+    inputs = files_of(sources)
     written = write_as(
         combined, combining.target, combining.ways_of(combined), out, inputs=inputs, overwrite=options.overwrite
     )
@@ -134,9 +136,10 @@ def _collected(parts: Sequence[Part], out: Path, options: CombineOptions) -> tup
     inputs = [adapter.path for adapter in adapters]
     check_target(out, folder=target.folder, overwrite=options.overwrite, inputs=inputs)
     names = [adapter.keys for adapter in adapters]
-    arch, ways = choose_common(names, target, options.arch, Path(options.base).expanduser() if options.base else None)
+    base = open_base(options.base)
+    arch, ways = choose_common(names, target, options.arch, base.layout if base else None)
     on = lanes(options.device, doubles=True)
-    combining = Combining(target, arch, ways, _merge_at(options), open_base(options.base), on)
+    combining = Combining(target, arch, ways, _merge_at(options), base, on)
     for number, (adapter, part) in enumerate(zip(adapters, parts, strict=True)):
         combining.add(number, adapter, part.strength)
     return combining, [replace(adapter, changes=()) for adapter in adapters]

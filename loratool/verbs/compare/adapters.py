@@ -80,7 +80,7 @@ def aligned(adapters: Sequence[Adapter], arch: str | None, base: Weights | None)
     for target in _formats(adapters):
         try:
             found_arch, ways = choose_common(
-                [adapter.keys for adapter in adapters], target, arch, base.layout.root if base else None
+                [adapter.keys for adapter in adapters], target, arch, base.layout if base else None
             )
             moved = [renamed(adapter.changes, ways) for adapter in adapters]
         except Unsupported as error:

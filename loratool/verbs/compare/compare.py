@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from loratool.adapter.adapter import Adapter
-from loratool.adapter.load import load
+from loratool.adapter.adapter import Adapter, require_unchanged
+from loratool.adapter.load import load, open_any
 from loratool.adapter.selection import Choice
 from loratool.base.base import Weights, open_base
 from loratool.errors import LoratoolError
-from loratool.files.adapter_files import PICKLE_SUFFIXES
-from loratool.files.layout import open_layout, require_weights
+from loratool.files.layout import Layout, open_layout, require_weights
 from loratool.numbers.devices import Lanes, lanes
 from loratool.verbs.compare.adapters import Aligned, Compared, aligned, compared, inner_products
 from loratool.verbs.compare.checkpoints import CheckpointComparison, compare_checkpoints
 from loratool.verbs.compare.merges import MergeComparison, compare_merge
-from loratool.verbs.inspect.inspect import is_adapter
 from loratool.verbs.merge.plan import make_plan
 from loratool.verbs.merge.write import Source
 
@@ -33,7 +31,7 @@ class CompareOptions:
     that depend on the weight; the architecture where names fit several; where to compute."""
 
     tolerance: float = TOLERANCE
-    base: str | Path | None = None
+    base: str | Path | Weights | None = None
     arch: str | None = None
     device: str = "cpu"
     allow_pickle: bool = False
@@ -94,25 +92,28 @@ def compare(paths: Sequence[str | Path | Adapter], options: CompareOptions | Non
     on = lanes(options.device, doubles=True)
     if len(paths) < 2:
         raise LoratoolError("name two or more adapters, or two checkpoints")
-    sorts = {isinstance(path, Adapter) or _is_adapter(Path(path).expanduser()) for path in paths}
-    if len(sorts) > 1:
+
+    def opened(path: str | Path | Adapter) -> Adapter | Layout:
+        if isinstance(path, Adapter):
+            return path
+        return open_any(Path(path).expanduser(), allow_pickle=options.allow_pickle)
+
+    found = [opened(path) for path in paths]
+    layouts = [each for each in found if isinstance(each, Layout)]
+    adapters = [each for each in found if isinstance(each, Adapter)]
+    if layouts and adapters:
         names = ", ".join(str(path) for path in paths if not isinstance(path, Adapter))
         raise LoratoolError(f"{names}: some are adapters and some are checkpoints; --to compares a merge with its sources")
-    if sorts == {False}:
-        if len(paths) > 2:
+    if layouts:
+        if len(layouts) > 2:
             raise LoratoolError("checkpoints are compared two at a time")
-        one, other = (Weights(Path(path).expanduser()) for path in paths if not isinstance(path, Adapter))
+        one, other = map(Weights, layouts)
         return compare_checkpoints(one, other, options.tolerance, on)
-    adapters = [path if isinstance(path, Adapter) else load(path, allow_pickle=options.allow_pickle) for path in paths]
     base = open_base(options.base)
-    found = aligned(adapters, options.arch, base)
-    if len(adapters) > 2:
-        return _matrix(adapters, found, options.tolerance, on)
-    return _pair(adapters, found, options.tolerance, on)
-
-
-def _is_adapter(path: Path) -> bool:
-    return path.suffix in PICKLE_SUFFIXES or is_adapter(path)
+    aligned_adapters = aligned(adapters, options.arch, base)
+    report = (_matrix if len(adapters) > 2 else _pair)(adapters, aligned_adapters, options.tolerance, on)
+    require_unchanged(adapters)
+    return report
 
 
 def compare_to(
@@ -130,7 +131,9 @@ def compare_to(
     choices = [Choice(source.strength) for source in given]
     plan = make_plan(layout, list(zip(loaded, choices, strict=True)))
     names = tuple((str(adapter.path), source.strength) for adapter, source in zip(loaded, given, strict=True))
-    return compare_merge(Weights(Path(merged).expanduser()), plan, names, lanes(options.device, doubles=True))
+    report = compare_merge(Weights(Path(merged).expanduser()), plan, names, lanes(options.device, doubles=True))
+    require_unchanged(loaded)
+    return report
 
 
 def _pair(adapters: Sequence[Adapter], found: Aligned, tolerance: float, on: Lanes) -> AdapterComparison:

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loratool.adapter.load import load
+from loratool.adapter.adapter import Adapter
+from loratool.adapter.load import open_any
 from loratool.adapter.selection import Choice
-from loratool.base.base import open_base
+from loratool.base.base import Weights, open_base
 from loratool.errors import LoratoolError, of_file
-from loratool.files.adapter_files import PICKLE_SUFFIXES
 from loratool.files.append import Appending
 from loratool.files.header import DTYPE_OPTIONS
+from loratool.files.layout import Layout
 from loratool.files.output import Output, Writer
 from loratool.files.tensors import DTYPES
 from loratool.numbers.devices import Lanes, lanes
@@ -28,7 +29,6 @@ from loratool.numbers.threads import Progress, peak_bytes, run_all, tally
 from loratool.verbs.delta.file import Naming, naming_of, provenance, room_for_header, stored
 from loratool.verbs.delta.measure import Measured, measured
 from loratool.verbs.delta.sources import OfAdapter, OfCheckpoints, Source
-from loratool.verbs.inspect.inspect import is_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class DeltaOptions:
     """What to compute and how to store it: the base of an adapter whose kind depends on it; the format `to` and the dtype of
     the file; whether all singular values are wanted."""
 
-    base: str | Path | None = None
+    base: str | Path | Weights | None = None
     to: str | None = None
     arch: str | None = None
     dtype: str | None = None
@@ -74,7 +74,7 @@ class DeltaReport:
 
 
 def delta(
-    path: str | Path,
+    path: Adapter | str | Path,
     tuned: str | Path | None = None,
     out: str | Path | None = None,
     options: DeltaOptions | None = None,
@@ -92,12 +92,14 @@ def delta(
     with ExitStack() as stack:
         work = _Work(source, on, options)
         if out is not None:
-            inputs = [Path(given).expanduser() for given in (path, tuned, options.base) if given is not None]
-            work.open(Path(out).expanduser(), inputs, stack)
-        with of_file(tuned or path):
+            work.open(Path(out).expanduser(), stack)
+        where = path.path if isinstance(path, Adapter) else path
+        with of_file(tuned or where):
             work.run(progress)
         nbytes = work.finish()
-    report = work.report(f"{tuned} − {path}" if tuned else str(path))
+    for each in source.inputs:
+        each.require_unchanged()
+    report = work.report(f"{tuned} − {where}" if tuned else str(where))
     return replace(
         report,
         out=str(out) if out is not None else None,
@@ -108,7 +110,7 @@ def delta(
 
 
 def iter_deltas(
-    path: str | Path, tuned: str | Path | None = None, options: DeltaOptions | None = None
+    path: Adapter | str | Path, tuned: str | Path | None = None, options: DeltaOptions | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """The name and ΔW, in float32 and of the weight's shape, of each parameter that an adapter changes, or that differs
     between two checkpoints: computed one by one, on the device that the options name. Raises `LoratoolError`."""
@@ -126,21 +128,25 @@ def _dense(source: Source, numbers: Sequence[int], device: torch.device) -> list
     return [effect.dense().cpu() if effect else None for effect in effects]
 
 
-def _source(path: str | Path, tuned: str | Path | None, options: DeltaOptions, on: Lanes) -> Source:
-    first = Path(path).expanduser()
+def _source(path: Adapter | str | Path, tuned: str | Path | None, options: DeltaOptions, on: Lanes) -> Source:
     takes = Choice(include=options.include, exclude=options.exclude).takes
-    adapter = first.suffix in PICKLE_SUFFIXES or is_adapter(first)
+    found = _opened(path, options)
     if tuned is not None:
-        if adapter:
-            raise LoratoolError(f"{path}: is an adapter; its ΔW is taken by itself, or with --base of its model")
-        return OfCheckpoints(first, Path(tuned).expanduser(), takes, pinned=on.pinned)
-    if not adapter:
+        if isinstance(found, Adapter):
+            raise LoratoolError(f"{found.path}: is an adapter; its ΔW is taken by itself, or with --base of its model")
+        return OfCheckpoints(found, Path(tuned).expanduser(), takes, pinned=on.pinned)
+    if isinstance(found, Layout):
         raise LoratoolError(f"{path}: is no adapter; name the tuned checkpoint too, to have the difference of both")
-    weights = open_base(options.base, pinned=on.pinned)
-    source = OfAdapter(load(first, allow_pickle=options.allow_pickle), takes, weights)
+    source = OfAdapter(found, takes, open_base(options.base, pinned=on.pinned))
     if not source.count:
-        raise LoratoolError(f"{path}: nothing is left: --include and --exclude leave no module")
+        raise LoratoolError(f"{found.path}: nothing is left: --include and --exclude leave no module")
     return source
+
+
+def _opened(source: Adapter | str | Path, options: DeltaOptions) -> Adapter | Layout:
+    if isinstance(source, Adapter):
+        return source
+    return open_any(Path(source).expanduser(), allow_pickle=options.allow_pickle)
 
 
 class _Work:
@@ -155,7 +161,7 @@ class _Work:
         self.naming: Naming | None = None
         self.groups = [[number] for number in range(source.count)]
 
-    def open(self, out: Path, inputs: Sequence[Path], stack: ExitStack) -> None:
+    def open(self, out: Path, stack: ExitStack) -> None:
         """Has what is computed written to `out`, which appears when it is finished."""
         self.naming = naming_of(self.source, self.options.to, self.options.arch)
         self.groups = self.naming.groups(self.source)
@@ -165,7 +171,7 @@ class _Work:
         if not written:
             raise LoratoolError(f"{out}: {self.naming.title} has a place for nothing of it")
         self.output = stack.enter_context(
-            Output(out, folder=False, overwrite=self.options.overwrite, nbytes=nbytes, inputs=inputs)
+            Output(out, folder=False, overwrite=self.options.overwrite, nbytes=nbytes, inputs=self.source.inputs)
         )
         writer = stack.enter_context(Writer(self.output.path(""), 0))
         self.file = Appending(writer, room_for_header(self.source))

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from loratool.adapter.adapter import Adapter, Change
+from loratool.adapter.adapter import Adapter, Change, files_of
 from loratool.base.base import Weights
 from loratool.base.difference import difference
 from loratool.base.effects import Effect, effect_of, weight_norm
 from loratool.base.pairs import Pair, Takes, paired
 from loratool.errors import about
-from loratool.files.layout import require_weights
+from loratool.files.layout import Layout, require_weights
+from loratool.files.output import Input
 from loratool.names import Module
 
 QUANTISED = "a difference to it is that of the quantisation; compare the 16-bit originals"
@@ -26,6 +27,7 @@ class Source(ABC):
 
     count: int
     notes: tuple[str, ...]
+    inputs: Sequence[Input]
 
     @abstractmethod
     def name(self, number: int) -> str:
@@ -52,6 +54,7 @@ class OfAdapter(Source):
         taken = [change for change in adapter.changes if takes(change.module, change.parameter)]
         self.changes = [change for change in taken if self._is_there(change)]
         self.count, self.notes = len(self.changes), adapter.notes
+        self.inputs = [*files_of([adapter]), *([weights.layout] if weights else [])]
 
     def name(self, number: int) -> str:
         return str(self.changes[number])
@@ -80,13 +83,14 @@ class OfAdapter(Source):
 class OfCheckpoints(Source):
     """W' − W₀, for every parameter that both have."""
 
-    def __init__(self, base: Path, tuned: Path, takes: Takes, *, pinned: bool) -> None:
+    def __init__(self, base: Layout, tuned: Path, takes: Takes, *, pinned: bool) -> None:
         self.base, self.tuned = Weights(base, pinned=pinned), Weights(tuned, pinned=pinned)
         for weights in (self.base, self.tuned):
             require_weights(weights.layout, QUANTISED)
         pairing = paired(self.base, self.tuned, takes)
         self.pairs: Sequence[Pair] = pairing.pairs
         self.count, self.notes = len(self.pairs), pairing.notes
+        self.inputs = [self.base.layout, self.tuned.layout]
 
     def name(self, number: int) -> str:
         return str(self.pairs[number])

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loratool.adapter.adapter import Adapter, Change
+from loratool.adapter.adapter import Adapter, Change, files_of
 from loratool.adapter.load import Stored
 from loratool.adapter.same_format import as_they_were
 from loratool.adapter.verify import EXACT, difference, found_in
@@ -50,7 +50,7 @@ def write_edited(
         with Stored(written) as again:
             _compare(expected, again)
 
-    return write(contents, [adapter.path], out, overwrite=overwrite, check=check)
+    return write(contents, files_of([adapter]), out, overwrite=overwrite, check=check)
 
 
 def _targets(adapter: Adapter, kept: Sequence[Change], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _metadata(
         loras = [change for change in kept if "down" in change.delta.leaves() and change.delta.scale is not None]
         alphas = [c.delta.scale * len(c.delta.leaves()["down"]) * factors[c.module] for c in loras if c.delta.scale]
         metadata["ss_network_alpha"] = one_or_dynamic(alphas)
-    return metadata | entry("edit", [named(adapter.path)], adapter.metadata, **history)
+    return metadata | entry("edit", [named(adapter.path, adapter.file)], adapter.metadata, **history)
 
 
 def _compare(expected: Sequence[tuple[Change, Delta]], again: Stored) -> None:

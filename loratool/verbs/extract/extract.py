@@ -147,11 +147,11 @@ def _extracted(job: Job, pairing: Pairing, out: Path, options: ExtractOptions) -
     outcomes = job.run()
     changes, lost = assembled(job.items, outcomes, job.work)
     report = _report(job, pairing, out, outcomes, lost)
-    roots = job.work.base.layout.root, job.work.tuned.layout.root
+    inputs = job.work.base.layout, job.work.tuned.layout
     if not changes:
-        raise LoratoolError(_nothing(report, *roots))
+        raise LoratoolError(_nothing(report, *(each.root for each in inputs)))
     adapter = job.adapter(changes, outcomes, lost)
-    written = write_as(adapter, job.target, job.ways, out, inputs=roots, overwrite=options.overwrite)
+    written = write_as(adapter, job.target, job.ways, out, inputs=inputs, overwrite=options.overwrite)
     return replace(report, nbytes=written.nbytes)
 
 
@@ -180,7 +180,7 @@ def _job(
     modules = list(dict.fromkeys(pair.module for pair in pairs if pair.module.component != VAE))
     found = archs_of(base.layout, modules, options.arch)
     target = format_named(options.to or _usual(found[0], base))
-    if target.whole == CONTAINER and base.layout.config().get("architectures") and not options.arch:
+    if target.whole == CONTAINER and base.layout.config.get("architectures") and not options.arch:
         # What transformers saved is called in PEFT what it is called there: of one CLIP, several tables say other things.
         found = [
             as_named(modules, found[0].name, found[0].title if len(found) == 1 else f"the model in {base.layout.root.name}")
@@ -200,14 +200,14 @@ def _job(
 def _usual(arch: Arch, base: Weights) -> str:
     """The format that a model's users expect: PEFT for what transformers saved, and for what has no table; kohya for image
     models in one file."""
-    if arch not in ARCHS or base.layout.config().get("architectures"):
+    if arch not in ARCHS or base.layout.config.get("architectures"):
         return "peft"
     return "diffusers" if base.layout.is_folder else "kohya"
 
 
 def _item(base: Weights, pair: Pair, target: Format, matrices: Container[str], reasons: Mapping[Module, str]) -> Item:
     form, what = form_of(pair, target, matrices)
-    if form == EXPERTS and base.layout.config().get("model_type") in SIDEWAYS:
+    if form == EXPERTS and base.layout.config.get("model_type") in SIDEWAYS:
         return Item(pair, None, "PEFT takes its stacked experts to be stored as (in, out), which is not looked into here")
     if form is None or pair.module.component == VAE:
         return Item(pair, None, no_place(pair, target, what))

@@ -87,7 +87,7 @@ class Job:
     def adapter(self, changes: Sequence[Change], outcomes: Mapping[int, Outcome], lost: Mapping[int, str]) -> Adapter:
         """The adapter to write, with what its readers want to know."""
         layout = self.work.base.layout
-        config = layout.config()
+        config = layout.config
         about = {"base_model_name_or_path": config.get("_name_or_path") or str(layout.root)}
         if str((config.get("architectures") or [""])[0]).endswith("ForCausalLM"):
             about["task_type"] = "CAUSAL_LM"

@@ -16,7 +16,7 @@ from loratool.files.history import chain_of
 from loratool.files.layout import INDEX_SUFFIX, PIPELINE, SINGLE_NAMES, Layout, open_layout
 from loratool.formats.recognise import refusal, trainer
 from loratool.keys.detect import Verdict, detect
-from loratool.keys.listing import Group, Listing, read_listing
+from loratool.keys.listing import Group, Listing, open_input
 from loratool.keys.places import inputs_of
 from loratool.names import base_component
 from loratool.text import histogram, size
@@ -100,12 +100,17 @@ def inspect(path: str | Path, *, values: bool = False, base: str | Path | None =
 
     `base`, a checkpoint, makes the adapter's share of parameters one of that whole base. Raises `LoratoolError`.
     """
-    path = Path(path)
-    found = _listing(path)
-    if found is None:
-        return _checkpoint(open_layout(path))
+    return inspect_input(open_input(Path(path)), values=values, base=base)
+
+
+def inspect_input(
+    found: Listing | Layout, *, values: bool = False, base: str | Path | None = None
+) -> AdapterReport | CheckpointReport:
+    """`inspect` of a file whose header was read already."""
+    if isinstance(found, Layout):
+        return _checkpoint(found)
     whole = sum(info.numel for _, info in open_layout(Path(base)).tensors.values()) if base else None
-    return _adapter(found, whole, values=values)
+    return inspect_adapter(found, whole, values=values)
 
 
 def adapters_in(folder: Path) -> list[Path] | None:
@@ -121,20 +126,8 @@ def adapters_in(folder: Path) -> list[Path] | None:
     return sorted(found, key=lambda entry: entry.name.casefold())
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether `path` is an adapter and no checkpoint, by its header or what is in the folder."""
-    return _listing(path) is not None
-
-
-def _listing(path: Path) -> Listing | None:
-    """What an adapter's header says; None for a checkpoint."""
-    if (path.is_dir() and not is_adapter_folder(path)) or path.name.endswith(".index.json"):
-        return None
-    found = read_listing(path)
-    return found if found.groups else None
-
-
-def _adapter(found: Listing, whole: int | None, *, values: bool) -> AdapterReport:
+def inspect_adapter(found: Listing, whole: int | None = None, *, values: bool = False) -> AdapterReport:
+    """`inspect` of an adapter whose header was read already; `whole` is how many parameters its base has."""
     tensors = found.header.tensors.values()
     verdict = detect([(group.module, group.width) for group in found.groups], found.header.metadata)
     measured = _measure(found) if values else {}
@@ -256,7 +249,7 @@ def _layout_name(layout: Layout) -> str:
 
 
 def _checkpoint_arch(layout: Layout) -> Verdict:
-    config = layout.config()
+    config = layout.config
     if isinstance(config.get("model_type"), str):
         return Verdict("llm", config["model_type"], "config.json says so (model_type)")
     return detect(inputs_of(layout), _first_metadata(layout.files.values()))

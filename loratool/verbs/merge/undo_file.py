@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,15 +21,15 @@ import torch
 from torch import Tensor
 
 from loratool._version import __version__
-from loratool.adapter.adapter import Adapter
+from loratool.adapter.adapter import Adapter, files_of
 from loratool.adapter.load import Unsaid
 from loratool.adapter.selection import Choice
 from loratool.errors import InvalidFile, Unsupported, some
-from loratool.files.adapter_files import PICKLE_SUFFIXES, locate
+from loratool.files.adapter_files import AdapterFile
 from loratool.files.append import ENTRY_BYTES, Appending, Entry
-from loratool.files.header import Header, TensorInfo, open_regular, read_header
+from loratool.files.header import Header, TensorInfo, read_header
 from loratool.files.history import METADATA_KEY
-from loratool.files.output import Output, Writer
+from loratool.files.output import Input, Output, Writer
 from loratool.files.strict_json import strict_json
 from loratool.files.tensors import DTYPES, TensorFile, tensor_bytes
 from loratool.numbers.residuals import packed
@@ -60,9 +59,8 @@ class UndoFile:
     def __init__(self, path: Path, plan: Plan, merged: Sequence[Merged], dtype: str | None, *, overwrite: bool) -> None:
         self.plan, self.merged, self.dtype = plan, merged, dtype
         for each in merged:
-            if locate(each.adapter.path)[0].suffix in PICKLE_SUFFIXES:
-                raise Unsupported(f"{each.adapter.path}: is a pickle, which an undo file does not hold; convert it first")
-        inputs = [plan.layout.root, *(each.adapter.path for each in merged)]
+            _file_of(each.adapter)
+        inputs: list[Input] = [plan.layout, *files_of(each.adapter for each in merged)]
         self._output = Output(path, folder=False, overwrite=overwrite, nbytes=0, inputs=inputs)
         self._stack = ExitStack()
         self._numbers = count()
@@ -100,8 +98,11 @@ class UndoFile:
         for name in kept:
             self._file.append(_bytes(f"file/{name}", (layout.root / name).read_bytes()))
         for number, each in enumerate(self.merged):
-            for path in filter(None, locate(each.adapter.path)):
-                self._copy_file(f"adapter/{number}/{path.name}", path)
+            read = _file_of(each.adapter)
+            with TensorFile(read.header) as source:
+                self._file.copy(f"adapter/{number}/{read.weights.name}", source.descriptor, read.header.size)
+            if read.config_file:
+                self._file.append(_bytes(f"adapter/{number}/{read.config_file.path.name}", read.config_file.raw))
         document = {
             "version": __version__,
             "command": "undo",
@@ -124,15 +125,8 @@ class UndoFile:
         raw = packed(base.flatten(), added.taken_from(merged, job.start))
         self._file.in_turn(number, [_bytes(f"rows/{job.tensor.name}/{job.start}", raw)])
 
-    def _copy_file(self, name: str, path: Path) -> None:
-        descriptor = open_regular(path)
-        try:
-            self._file.copy(name, descriptor, os.fstat(descriptor).st_size)
-        finally:
-            os.close(descriptor)
-
     def _of(self, each: Merged) -> dict[str, Any]:
-        choice, (_, config) = each.choice, locate(each.adapter.path)
+        choice, file = each.choice, _file_of(each.adapter)
         return {
             "name": each.adapter.path.name,
             "strength": choice.strength,
@@ -141,8 +135,17 @@ class UndoFile:
             "components": dict(choice.components),
             "alpha": each.unsaid.alpha,
             "slots": list(each.unsaid.slots),
-            "folder": config is not None or each.adapter.path.is_dir(),
+            "folder": file.config_file is not None or file.path.is_dir(),
         }
+
+
+def _file_of(adapter: Adapter) -> AdapterFile:
+    """The file of an adapter, to be copied into the undo file; raises `Unsupported` where there is none."""
+    if adapter.file is None:
+        raise Unsupported(f"{adapter.path}: was not read from a file, as an undo file holds it; save it first")
+    if adapter.file.is_pickle:
+        raise Unsupported(f"{adapter.path}: is a pickle, which an undo file does not hold; convert it first")
+    return adapter.file
 
 
 def _bytes(name: str, raw: bytes) -> Entry:

@@ -9,14 +9,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loratool.adapter.adapter import Adapter
+from loratool.adapter.adapter import Adapter, files_of
 from loratool.adapter.load import Unsaid, load
 from loratool.adapter.selection import Choice, check_strength
 from loratool.errors import OutputError, of_file
-from loratool.files.header import DTYPE_OPTIONS, read_json
+from loratool.files.header import DTYPE_OPTIONS
 from loratool.files.history import METADATA_KEY, entry, history_of, named
 from loratool.files.in_place import Clones
-from loratool.files.output import Output, copy_file
+from loratool.files.output import Input, Output, copy_file
 from loratool.numbers.devices import Lanes
 from loratool.numbers.threads import Progress
 from loratool.verbs.merge.blocks import Measure, Rounding
@@ -87,7 +87,7 @@ class Work:
                     raise OutputError(f"{path}: is, or lies in, the output of this very run; choose another place")
                 undo = stack.enter_context(UndoFile(path, plan, self.merged, dtype, overwrite=options.overwrite))
             clone = target is None
-            output = Clones(plan.layout.root, rewritten) if target is None else self._output(target)
+            output = Clones(plan.layout.root, rewritten, self._inputs()) if target is None else self._output(target)
             stack.enter_context(output)
             if isinstance(output, Output):
                 self._copy(output, rewritten)
@@ -122,9 +122,13 @@ class Work:
 
     def _output(self, target: Path) -> Output:
         layout = self.plan.layout
-        inputs = [layout.root, *(each.adapter.path for each in self.merged)]
         needed = sum(tensor.nbytes for tensor in self.plan.tensors.values()) + (1 << 20)
-        return Output(target, folder=layout.is_folder, overwrite=self.options.overwrite, nbytes=needed, inputs=inputs)
+        return Output(
+            target, folder=layout.is_folder, overwrite=self.options.overwrite, nbytes=needed, inputs=self._inputs()
+        )
+
+    def _inputs(self) -> list[Input]:
+        return [self.plan.layout, *files_of(each.adapter for each in self.merged)]
 
     def _copy(self, output: Output, rewritten: Container[str]) -> None:
         """What does not change: other files, and configs that stay true."""
@@ -138,15 +142,16 @@ def _write_configs(plan: Plan, output: Output, options: Options) -> None:
     """Rewrites the copies of shard indexes and config.json where the tensors are no longer those of the base."""
     layout = plan.layout
     added = {name: tensor.file for name, tensor in plan.tensors.items() if name not in layout.tensors}
-    for name, weight_map in layout.indexes.items():
+    for name, index in layout.indexes.items():
+        weight_map: Mapping[str, str] = index.document["weight_map"]
         mine = [tensor for tensor in plan.tensors.values() if tensor.file in _files_of(weight_map, name)]
         total = sum(tensor.nbytes for tensor in mine)
         if added or total != sum(tensor.source.nbytes for tensor in mine):
-            document = read_json(layout.root / name)
+            document = dict(index.document)
             document["weight_map"] = dict(sorted({**weight_map, **added}.items()))
             document["metadata"] = {**(document.get("metadata") or {}), "total_size": total}
             output.path(name).write_text(json.dumps(document, indent=2) + "\n")
-    config = layout.config()
+    config = layout.config
     dtypes = {key: options.dtype for key in ("torch_dtype", "dtype") if options.dtype and key in config}
     if config and (plan.config or dtypes):
         output.path("config.json").write_text(json.dumps({**config, **plan.config, **dtypes}, indent=2) + "\n")
@@ -161,7 +166,7 @@ def _provenance(command: str, merged: Sequence[Merged], base: Mapping[str, str],
     """A short account for the output's metadata, without times or paths, so that equal runs write equal bytes."""
     said = entry(
         command,
-        [named(each.adapter.path, strength=each.choice.strength) for each in merged],
+        [named(each.adapter.path, each.adapter.file, strength=each.choice.strength) for each in merged],
         base,
         round=f"stochastic, seed {options.seed}" if options.stochastic else "nearest",
         realised_strength=_figure(measure.along, measure.wanted),

@@ -18,7 +18,7 @@ from loratool.files.history import METADATA_KEY as HISTORY
 from loratool.files.output import Output, Writer, copy_file
 from loratool.formats import modelspec
 from loratool.formats.peft import METADATA_KEY
-from loratool.verbs.hash import file_hashes
+from loratool.verbs.hash import hashes_of
 from loratool.verbs.meta.private import without_private
 
 NEEDED: Final = frozenset({METADATA_KEY, "format", "software"})
@@ -41,7 +41,11 @@ class MetaReport:
 
 def metadata_of(path: str | Path) -> dict[str, str]:
     """The metadata of a safetensors file, or of a PEFT folder's weights; raises `LoratoolError`."""
-    return dict(read_header(locate(Path(path).expanduser())[0]).metadata)
+    return dict(_header(path).metadata)
+
+
+def _header(path: str | Path) -> Header:
+    return read_header(locate(Path(path).expanduser())[0])
 
 
 def set_metadata(
@@ -53,26 +57,28 @@ def set_metadata(
     """
     with of_file(path):
         modelspec.check(values)
-        if (
-            "modelspec.hash_sha256" in values
-            and (true := f"0x{file_hashes(path).autov3}") != values["modelspec.hash_sha256"]
-        ):
-            raise LoratoolError(f"modelspec.hash_sha256: the file's is {true}")
-    return _written(path, metadata_of(path) | dict(values), out, overwrite=overwrite)
+        header = _header(path)
+        if claimed := values.get("modelspec.hash_sha256"):
+            true = f"0x{hashes_of(path, header.path, header).autov3}"
+            if true != claimed:
+                raise LoratoolError(f"modelspec.hash_sha256: the file's is {true}")
+    return _written(path, header, {**header.metadata, **values}, out, overwrite=overwrite)
 
 
 def delete_metadata(
     path: str | Path, globs: Sequence[str], out: str | Path | None = None, *, overwrite: bool = False
 ) -> MetaReport:
     """Takes the keys that `globs` match; raises `LoratoolError` for a glob that matches none, and for what readers need."""
-    before = metadata_of(path)
+    header = _header(path)
+    before = header.metadata
     gone = _matched(path, before, globs)
     needed = sorted(gone & NEEDED - {"format"})
     if needed:
         raise LoratoolError(
             f"{path}: without {needed[0]} the adapter would be read as another; convert it to kohya's format first"
         )
-    return _written(path, {key: value for key, value in before.items() if key not in gone}, out, overwrite=overwrite)
+    kept = {key: value for key, value in before.items() if key not in gone}
+    return _written(path, header, kept, out, overwrite=overwrite)
 
 
 def copy_metadata(
@@ -88,16 +94,18 @@ def copy_metadata(
     theirs = metadata_of(source)
     chosen = _matched(source, theirs, globs) if globs else theirs.keys()
     copied = {key: theirs[key] for key in theirs if key in chosen and key not in OWN | NEEDED}
-    return _written(path, metadata_of(path) | copied, out, overwrite=overwrite)
+    header = _header(path)
+    return _written(path, header, {**header.metadata, **copied}, out, overwrite=overwrite)
 
 
 def strip_metadata(
     path: str | Path, out: str | Path | None = None, *, private: bool = False, overwrite: bool = False
 ) -> MetaReport:
     """Takes all metadata but what readers need; or, with `private`, only paths and the names of datasets and users."""
-    before = metadata_of(path)
+    header = _header(path)
+    before = header.metadata
     kept = without_private(before) if private else {key: value for key, value in before.items() if key in NEEDED}
-    return _written(path, kept, out, overwrite=overwrite)
+    return _written(path, header, kept, out, overwrite=overwrite)
 
 
 def _matched(path: str | Path, metadata: Mapping[str, str], globs: Sequence[str]) -> set[str]:
@@ -110,11 +118,12 @@ def _matched(path: str | Path, metadata: Mapping[str, str], globs: Sequence[str]
     return found
 
 
-def _written(path: str | Path, metadata: dict[str, str], out: str | Path | None, *, overwrite: bool) -> MetaReport:
+def _written(
+    path: str | Path, header: Header, metadata: dict[str, str], out: str | Path | None, *, overwrite: bool
+) -> MetaReport:
     """Writes the file, or in `out` its copy, with other metadata and kohya's hash of it made true."""
     path = Path(path).expanduser()
     target = Path(out).expanduser() if out else None
-    header = read_header(locate(path)[0])
     before = header.metadata
     if "sshs_legacy_hash" in metadata:
         metadata["sshs_legacy_hash"] = legacy_hash(header, metadata)
@@ -126,7 +135,7 @@ def _written(path: str | Path, metadata: dict[str, str], out: str | Path | None,
     elif target is not None and path.is_dir():
         _copy_folder(path, header, raw, target, overwrite=overwrite)
     elif target is not None:
-        _replace(header, target, raw, overwrite=overwrite, inputs=[path])
+        _replace(header, target, raw, overwrite=overwrite, inputs=[header])
     return MetaReport(
         out=str(target or path),
         added=tuple(sorted(metadata.keys() - before.keys())),
@@ -136,7 +145,7 @@ def _written(path: str | Path, metadata: dict[str, str], out: str | Path | None,
     )
 
 
-def _replace(header: Header, target: Path, raw: bytes, *, overwrite: bool, inputs: Sequence[Path]) -> None:
+def _replace(header: Header, target: Path, raw: bytes, *, overwrite: bool, inputs: Sequence[Header]) -> None:
     nbytes = len(raw) + header.size - header.data_start
     with Output(target, folder=False, overwrite=overwrite, nbytes=nbytes, inputs=inputs) as output:
         _write(header, output.path(""), raw)
@@ -145,7 +154,7 @@ def _replace(header: Header, target: Path, raw: bytes, *, overwrite: bool, input
 
 
 def _copy_folder(path: Path, header: Header, raw: bytes, target: Path, *, overwrite: bool) -> None:
-    with Output(target, folder=True, overwrite=overwrite, nbytes=header.size + len(raw), inputs=[path]) as output:
+    with Output(target, folder=True, overwrite=overwrite, nbytes=header.size + len(raw), inputs=[header]) as output:
         for name in _others(path, header.path.name):
             copy_file(path / name, output.path(name))
         _write(header, output.path(header.path.name), raw)

@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.adapter.load import load
+from loratool.adapter.adapter import Adapter
+from loratool.adapter.load import load_listing
+from loratool.base.base import Weights
 from loratool.errors import InvalidFile, LoratoolError
+from loratool.files.layout import Layout
+from loratool.keys.listing import open_input
 from loratool.text import count
 from loratool.verbs.delta.delta import DeltaOptions, DeltaReport, delta
-from loratool.verbs.hash import Hashes, file_hashes
+from loratool.verbs.hash import Hashes, hashes_of
 from loratool.verbs.inspect.block_map import Map, map_of
-from loratool.verbs.inspect.inspect import AdapterReport, inspect
-from loratool.verbs.meta.meta import metadata_of
+from loratool.verbs.inspect.inspect import AdapterReport, inspect_adapter
 from loratool.verbs.resize import FrontierReport, frontier
 
 TRAINING: Final[Mapping[str, str]] = {
@@ -39,7 +42,7 @@ class Facts:
     """One adapter: its file's bytes, what `inspect` says, its map, its changes with their spectra and its frontier; or why
     one of these could not be had. `tags` are the most frequent ones of its training."""
 
-    path: Path
+    adapter: Adapter
     report: AdapterReport
     nbytes: int
     about: tuple[tuple[str, str], ...]
@@ -50,25 +53,27 @@ class Facts:
     frontier: FrontierReport | str
 
 
-def facts_of(path: Path, base: Path | None) -> Facts:
+def facts_of(path: Path, base: Weights | None) -> Facts:
     """Reads one adapter; raises `LoratoolError` where it is none, or cannot be read."""
-    report = inspect(path)
-    if not isinstance(report, AdapterReport):
+    found = open_input(path)
+    if isinstance(found, Layout):
         raise InvalidFile(f"{path}: is a checkpoint; a report is about adapters")
-    metadata, hashes = metadata_of(path), file_hashes(path)
+    report, metadata = inspect_adapter(found), found.header.metadata
+    hashes = hashes_of(path, found.file.weights, found.header)
+    adapter = load_listing(found)
     training = [
         (name, metadata[key]) for key, name in TRAINING.items() if metadata.get(key, "None") not in ("None", "{}", "")
     ]
     return Facts(
-        path=path,
+        adapter=adapter,
         report=report,
         nbytes=hashes.size,
         about=tuple(_about(report, hashes)),
         training=tuple(training),
         tags=tuple(_tags(metadata).most_common(TAGS)),
-        map=map_of(load(path)),
-        delta=_or_why(lambda: delta(path, options=DeltaOptions(base=base, spectrum=True))),
-        frontier=_or_why(lambda: frontier(path, base=base)),
+        map=map_of(adapter),
+        delta=_or_why(lambda: delta(adapter, options=DeltaOptions(base=base, spectrum=True))),
+        frontier=_or_why(lambda: frontier(adapter, base=base)),
     )
 
 

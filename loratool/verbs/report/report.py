@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from loratool._version import __version__
+from loratool.adapter.adapter import files_of
+from loratool.base.base import Weights, open_base
 from loratool.errors import LoratoolError
 from loratool.files.output import Output, Writer, check_target
 from loratool.text import message, safe, size
@@ -74,21 +76,23 @@ def report(
     `LoratoolError`, and writes nothing, where an adapter cannot be read or matplotlib is missing.
     """
     charts.require_matplotlib()
-    inputs, target = [Path(path).expanduser() for path in paths], Path(out).expanduser()
-    check_target(target, folder=False, overwrite=overwrite, inputs=inputs)
-    found = [facts_of(path, Path(base).expanduser() if base else None) for path in inputs]
-    text = "\n".join(_page(found, base))
+    places, target = [Path(path).expanduser() for path in paths], Path(out).expanduser()
+    check_target(target, folder=False, overwrite=overwrite, inputs=places)
+    weights = open_base(base)
+    found = [facts_of(path, weights) for path in places]
+    inputs = files_of(facts.adapter for facts in found)
+    text = "\n".join(_page(found, weights))
     raw = text.encode(errors="backslashreplace")
     with Output(target, folder=False, overwrite=overwrite, nbytes=len(raw), inputs=inputs) as output:
         with Writer(output.path(""), len(raw)) as writer:
             writer.write(raw, 0)
         output.commit()
     why = [part for facts in found for part in (facts.delta, facts.frontier) if isinstance(part, str)]
-    return PageReport(str(out), tuple(map(str, inputs)), text.count("<svg"), len(raw), tuple(dict.fromkeys(why)))
+    return PageReport(str(out), tuple(map(str, places)), text.count("<svg"), len(raw), tuple(dict.fromkeys(why)))
 
 
-def _page(found: Sequence[Facts], base: str | Path | None) -> Iterator[str]:
-    names = [_name(facts.path) for facts in found]
+def _page(found: Sequence[Facts], base: Weights | None) -> Iterator[str]:
+    names = [_name(facts.adapter.path) for facts in found]
     title = names[0] if len(names) == 1 else f"{len(names)} adapters"
     yield "<!doctype html>"
     yield '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -100,7 +104,7 @@ def _page(found: Sequence[Facts], base: str | Path | None) -> Iterator[str]:
     for facts in found:
         yield "<section>"
         if len(found) > 1:
-            yield f"<h2>{_name(facts.path)}</h2>"
+            yield f"<h2>{_name(facts.adapter.path)}</h2>"
         yield from _adapter(facts)
         yield "</section>"
     yield "</body></html>"
@@ -179,10 +183,10 @@ def _frontier(facts: Facts) -> Iterator[str]:
         )
 
 
-def _compared(found: Sequence[Facts], base: str | Path | None) -> Iterator[str]:
+def _compared(found: Sequence[Facts], base: Weights | None) -> Iterator[str]:
     yield "<h3>Each with each</h3>"
     try:
-        result = compare([facts.path for facts in found], CompareOptions(base=base))
+        result = compare([facts.adapter for facts in found], CompareOptions(base=base))
     except LoratoolError as error:
         yield f'<p class="note">They cannot be compared: {_text(error)}</p>'
         return
@@ -192,7 +196,7 @@ def _compared(found: Sequence[Facts], base: str | Path | None) -> Iterator[str]:
     elif isinstance(result, AdapterComparison):
         cosines = ((1.0, result.cosine), (result.cosine, 1.0))
     yield _figure(
-        charts.matrix([safe(_plain_name(facts.path), 40) for facts in found], cosines),
+        charts.matrix([safe(_plain_name(facts.adapter.path), 40) for facts in found], cosines),
         "The cosine of their ΔW: 1 is the same direction, 0 has nothing in common, −1 takes back what the other adds.",
     )
 

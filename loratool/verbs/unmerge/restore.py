@@ -50,7 +50,7 @@ def restored(merged: Path, out: Path, undo_path: Path, *, overwrite: bool, progr
     with ExitStack() as stack:
         kept = stack.enter_context(TensorFile(undo.header))
         output = stack.enter_context(
-            Output(out, folder=layout.is_folder, overwrite=overwrite, nbytes=nbytes, inputs=[merged, undo_path])
+            Output(out, folder=layout.is_folder, overwrite=overwrite, nbytes=nbytes, inputs=[layout, undo.header])
         )
         _copy_others(layout, undo, kept, output)
         writers = {file: stack.enter_context(_begun(file, undo, kept, output)) for file in undo.files}
