@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -13,22 +13,18 @@ from loratool.deltas.base import or_one
 from loratool.errors import Unsupported
 from loratool.files.adapter_writer import Contents
 from loratool.files.tensors import TensorFile
-from loratool.formats.kohya import kohya_metadata
-from loratool.formats.peft import lora_config
-from loratool.names import CONTAINER
+from loratool.formats import kohya
+from loratool.formats.peft_writer import LoraFacts, lora_document, with_targets
+from loratool.names import CONTAINER, Module
 
 LEAF_NAMES: Final[Mapping[bool, tuple[str, str]]] = {
     False: ("lora_down.weight", "lora_up.weight"),
     True: ("lora_A.weight", "lora_B.weight"),
 }
 """kohya's spelling, and PEFT's for dotted names."""
+HASH_KEY: Final = "modelspec.hash_sha256"
+"""Where a file says its own hash."""
 EMBEDDING_NAMES: Final = {"embedding_down": "lora_embedding_A", "embedding_up": "lora_embedding_B"}
-
-CARRIED: Final = (
-    "base_model_name_or_path", "revision", "task_type", "bias", "lora_bias", "modules_to_save", "fan_in_fan_out",
-    "trainable_token_indices", "ensure_weight_tying",
-)  # fmt: skip
-"""What a LoRA's config says that a conversion does not change."""
 
 
 def named_tensors(change: Change) -> dict[str, Tensor]:
@@ -64,12 +60,7 @@ def biases(kept: Sequence[Change], converted: set[str]) -> dict[str, Tensor]:
 def like_source(adapter: Adapter, tensors: Mapping[str, Tensor], kept: Sequence[Change], ranks: Sequence[int]) -> Contents:
     """`tensors` as an adapter like the one they came from; `kept` are the changes that stayed what they were, `ranks`
     those of the new factors."""
-    return Contents(tensors, dict(kohya_metadata(adapter.metadata, ranks)), _config(adapter, tensors, kept))
-
-
-def before(adapter: Adapter) -> dict[str, Any]:
-    """What the source's config says that a conversion does not change."""
-    return {key: adapter.config[key] for key in CARRIED if key in adapter.config}
+    return Contents(tensors, kohya.of_new_factors(adapter.metadata, ranks), _config(adapter, tensors, kept))
 
 
 def _config(adapter: Adapter, tensors: Mapping[str, Tensor], kept: Sequence[Change]) -> dict[str, Any] | None:
@@ -87,4 +78,27 @@ def _config(adapter: Adapter, tensors: Mapping[str, Tensor], kept: Sequence[Chan
         path = change.module.stem.removeprefix(CONTAINER)
         if path in scales and change.parameter == "weight":
             scales[path] = or_one(change.delta.scale)
-    return {"bias": "none", **before(adapter), "peft_type": "LORA", **lora_config(ranks, scales), "inference_mode": True}
+    return lora_document(adapter.config, LoraFacts(ranks, scales))
+
+
+def rescaled_metadata(adapter: Adapter, kept: Sequence[Change], factors: Mapping[Module, float]) -> dict[str, str]:
+    """The file's own metadata, with what it says of alpha true of modules that got `factors`, and without a hash that is no
+    longer right."""
+    metadata = {key: value for key, value in adapter.metadata.items() if key != HASH_KEY}
+    if any(factors[change.module] != 1 for change in kept):
+        loras = [change for change in kept if "down" in change.delta.leaves()]
+        alphas = [c.delta.scale * len(c.delta.leaves()["down"]) * factors[c.module] for c in loras if c.delta.scale]
+        metadata |= kohya.of_other_alphas(metadata, alphas)
+    return metadata
+
+
+def with_targets_of(config: Mapping[str, Any], kept: Sequence[Change]) -> dict[str, Any]:
+    """A PEFT config of the modules that are kept."""
+
+    def paths(changes: Iterable[Change]) -> set[str]:
+        return {change.stem.removeprefix(CONTAINER) for change in changes}
+
+    saved = [change for change in kept if change.delta.replaces]
+    stacked = [change for change in kept if change.delta.stacked]
+    targets = [change for change in kept if not (change.delta.replaces or change.delta.stacked)]
+    return with_targets(config, paths(targets), paths(saved), paths(stacked))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,14 +10,14 @@ from typing import Any, Final
 from loratool.adapter.adapter import Adapter
 from loratool.adapter.load import Stored
 from loratool.adapter.rename import Moved, renamed
-from loratool.adapter.same_format import before
 from loratool.adapter.spell import Spelled, spelled
 from loratool.adapter.verify import compared
 from loratool.errors import OutputError, Unsupported
 from loratool.files.adapter_writer import Contents, size_of, write
 from loratool.files.output import Input
-from loratool.formats.kohya import one_or_dynamic
-from loratool.formats.peft import METADATA_KEY, lora_config
+from loratool.formats import kohya
+from loratool.formats.peft import METADATA_KEY
+from loratool.formats.peft_writer import LoraFacts, lora_config, lora_document, metadata_entry
 from loratool.formats.table import FOLDED, METADATA, Format
 from loratool.keys.routes import Route
 from loratool.names import CONTAINER, Module
@@ -76,27 +75,40 @@ def require_room(target: Format, out: Path) -> None:
 
 def packed(adapter: Adapter, target: Format, result: Spelled) -> Contents:
     """What a file, or a folder, in the format `target` holds of an adapter whose tensors are spelled already."""
-    prefixes = dict.fromkeys(prefix for prefix, _ in result.ranks)
     metadata = {key: value for key, value in adapter.metadata.items() if key not in STALE}
-    metadata |= dict(_network(adapter, target, result))
-    configs = {
-        prefix: lora_config(
-            {path: rank for (of, path), rank in result.ranks.items() if of == prefix},
-            {path: scale for (of, path), scale in result.scales.items() if of == prefix},
-        )
-        for prefix in prefixes
-    }
+    metadata |= _network(adapter, target, result)
     declared = target.alpha == METADATA and any(scale is not None for scale in result.scales.values())
     if declared or (target.whole == CONTAINER and not target.folder):
         # Behind PEFT's container the config is the whole file's.
-        named = {"" if prefix == CONTAINER else prefix: config for prefix, config in configs.items()}
-        document = {f"{prefix}{key}": value for prefix, config in named.items() for key, value in config.items()}
-        metadata[METADATA_KEY] = json.dumps(document, sort_keys=True)
+        prefixes = dict.fromkeys(prefix for prefix, _ in result.ranks)
+        configs = {"" if prefix == CONTAINER else prefix: lora_config(*_of(result, prefix)) for prefix in prefixes}
+        metadata |= metadata_entry(configs)
     tensors = result.tensors | dict(adapter.passengers)
-    return Contents(tensors, metadata, _config(adapter, result, configs) if target.folder else None)
+    return Contents(tensors, metadata, _config(adapter, result) if target.folder else None)
 
 
-def _config(adapter: Adapter, result: Spelled, configs: Mapping[str, Mapping[str, object]]) -> dict[str, Any]:
+def common_metadata(adapters: Sequence[Adapter], whole: Adapter) -> dict[str, str]:
+    """What all adapters say alike, made true of the `whole` that they come to."""
+    first, *others = (adapter.metadata for adapter in adapters)
+    common = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    common |= {key: first[key] for key in (kohya.MODULE, kohya.DIM, kohya.ALPHA) if key in first}
+    if not all(change.delta.resizable or change.delta.stored_whole for change in whole.changes):
+        return common
+    return kohya.of_new_factors(common, [change.delta.rank or 0 for change in whole.changes if change.delta.resizable])
+
+
+def new_metadata(target: Format, ranks: Sequence[int]) -> dict[str, str]:
+    """What a new file of LoRA of `ranks` says of itself, whose alphas are their ranks."""
+    return {"format": "pt"} | (kohya.new_network(ranks) if target.flat else {})
+
+
+def _of(result: Spelled, prefix: str) -> tuple[dict[str, int], dict[str, float | None]]:
+    """The ranks and the scales of one component, by path."""
+    ranks = {path: rank for (of, path), rank in result.ranks.items() if of == prefix}
+    return ranks, {path: scale for (of, path), scale in result.scales.items() if of == prefix}
+
+
+def _config(adapter: Adapter, result: Spelled) -> dict[str, Any]:
     """adapter_config.json: PEFT's LoRA, with what its tensors ask for."""
     if any(result.dora) and not all(result.dora):
         raise Unsupported("PEFT has DoRA for all modules of an adapter or for none; --to-lora makes LoRA of them")
@@ -105,38 +117,25 @@ def _config(adapter: Adapter, result: Spelled, configs: Mapping[str, Mapping[str
         raise Unsupported(
             "PEFT has lora_bias for all modules of an adapter or for none, and cannot have it for an embedding"
         )
-    saved = {"modules_to_save": sorted(result.whole)} if result.whole else {}
-    return {
-        "bias": "none",
-        **before(adapter),
-        "peft_type": "LORA",
-        **(_of_experts(result) if result.experts else next(iter(configs.values()), {})),
-        **saved,
-        "use_dora": any(result.dora),
-        "lora_bias": biased,
-        **({"bias": "all"} if any(name.endswith(".base_layer.bias") for name in result.tensors) else {}),
-        "inference_mode": True,
-    }
+    prefix = next((prefix for prefix, _ in result.ranks), CONTAINER)
+    ranks, scales = _of(result, prefix)
+    facts = LoraFacts(
+        ranks or None,
+        scales,
+        stacked=result.experts,
+        saved=result.whole,
+        dora=any(result.dora),
+        lora_bias=biased,
+        biases=any(name.endswith(".base_layer.bias") for name in result.tensors),
+    )
+    return lora_document(adapter.config, facts)
 
 
-def _of_experts(result: Spelled) -> dict[str, object]:
-    """The config of an adapter with stacked experts, which are all of one rank: no pattern can name them."""
-    (rank,) = set(result.experts.values())
-    ranks = {path: rank for (_, path), rank in result.ranks.items()}
-    scales = {path: scale for (_, path), scale in result.scales.items()}
-    return {**lora_config(ranks, scales, rank), "target_parameters": sorted(result.experts)}
-
-
-def _network(adapter: Adapter, target: Format, result: Spelled) -> Iterator[tuple[str, str]]:
+def _network(adapter: Adapter, target: Format, result: Spelled) -> dict[str, str]:
     """kohya's metadata of rank and alpha, made true where the conversion changed them."""
-    if "ss_network_dim" not in adapter.metadata:
-        return
-    ranks = {
+    before = {
         source.shape[0] for change in adapter.changes for leaf, source in change.delta.leaves().items() if leaf == "down"
     }
+    alphas = {rank * scale for key, rank in result.ranks.items() if (scale := result.scales[key]) is not None}
     after = set(result.ranks.values())
-    if after != ranks:
-        yield "ss_network_dim", one_or_dynamic(after)
-    if after != ranks or target.alpha == FOLDED:
-        alphas = {rank * scale for key, rank in result.ranks.items() if (scale := result.scales[key]) is not None} or after
-        yield "ss_network_alpha", one_or_dynamic(alphas)
+    return kohya.of_other_ranks(adapter.metadata, before, after, alphas, folded=target.alpha == FOLDED)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
@@ -227,40 +227,3 @@ def _names(document: Mapping[str, Any], name: str, where: str) -> tuple[str, ...
     if value is not None and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
         raise InvalidConfig(f"{where}: {name} is not a list of names")
     return tuple(value or ())
-
-
-def lora_config(ranks: Mapping[str, int], scales: Mapping[str, float | None], usual: int | None = None) -> dict[str, object]:
-    """r, lora_alpha and their patterns for modules of these ranks and scales; without a scale, alpha is the rank. `usual` is
-    the rank of what no pattern can name."""
-    alphas = {
-        path: whole_number(rank * scale) if (scale := scales[path]) is not None else rank for path, rank in ranks.items()
-    }
-    usual_rank = _commonest(ranks.values(), 1) if usual is None else usual
-    usual_alpha = _commonest(alphas.values(), 1) if usual is None else usual
-    return {
-        "r": usual_rank,
-        "lora_alpha": usual_alpha,
-        "target_modules": sorted(map(_named, ranks)),
-        "rank_pattern": {pattern_of(path): rank for path, rank in sorted(ranks.items()) if rank != usual_rank},
-        "alpha_pattern": {pattern_of(path): alpha for path, alpha in sorted(alphas.items()) if alpha != usual_alpha},
-    }
-
-
-def _named(path: str) -> str:
-    """A target module's name. Without CLIP's `text_model.`, which transformers 5.6 dropped: an ending matches both ways."""
-    return path.removeprefix("text_model.")
-
-
-def pattern_of(path: str) -> str:
-    """The pattern of one module, from its beginning on where that is sure."""
-    return f"^{path}" if _named(path) == path else _named(path)
-
-
-def whole_number(alpha: float) -> float:
-    """An alpha as an integer where it is one, but for the rounding of its division by the rank and back."""
-    return round(alpha) if abs(alpha - round(alpha)) <= 1e-12 * abs(alpha) else alpha
-
-
-def _commonest(values: Iterable[float], otherwise: float) -> float:
-    counted = list(values)
-    return max(counted, key=counted.count, default=otherwise)

@@ -17,6 +17,7 @@ from loratool.deltas.base import Delta, or_one
 from loratool.errors import LoratoolError, of_file
 from loratool.files.history import entry, named
 from loratool.formats.consumers import CONSUMERS, OWN, SHARED, Consumer
+from loratool.formats.peft_writer import without_saved
 from loratool.formats.table import format_named
 from loratool.keys.resolve import Wanted, choose
 from loratool.numbers.ranks import Rule
@@ -73,8 +74,7 @@ def _without(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[Change
     kept = tuple(change for change in adapter.changes if change not in gone)
     if not kept:
         raise LoratoolError(f"{adapter.path}: nothing of it has a place in {consumer.title}")
-    config = {key: value for key, value in adapter.config.items() if key not in ("modules_to_save", "bias", "lora_bias")}
-    return (replace(adapter, changes=kept, config=config) if gone else adapter), gone
+    return (replace(adapter, changes=kept, config=without_saved(adapter.config)) if gone else adapter), gone
 
 
 def _scaled(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[str]]:

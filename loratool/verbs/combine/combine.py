@@ -14,7 +14,7 @@ from loratool.adapter.adapter import Adapter, files_of
 from loratool.adapter.approximate import Converted, error_of
 from loratool.adapter.load import load
 from loratool.adapter.strengths import Strength
-from loratool.adapter.write import require_room, write_as
+from loratool.adapter.write import common_metadata, require_room, write_as
 from loratool.base.base import open_base
 from loratool.deltas.methods import METHODS, merged
 from loratool.deltas.sums import Merge
@@ -22,7 +22,6 @@ from loratool.errors import LoratoolError
 from loratool.files.header import DTYPE_OPTIONS
 from loratool.files.history import METADATA_KEY, entry, named
 from loratool.files.output import check_target
-from loratool.formats.kohya import kohya_metadata
 from loratool.formats.table import format_named
 from loratool.keys.identify import format_of
 from loratool.keys.resolve import choose_common
@@ -196,17 +195,9 @@ def _loaded(adapter: Adapter | str | Path, options: CombineOptions) -> Adapter:
     return adapter if isinstance(adapter, Adapter) else load(adapter, allow_pickle=options.allow_pickle)
 
 
-def _metadata(adapters: Sequence[Adapter], combined: Adapter) -> dict[str, str]:
-    """What all adapters say alike, made true of the output."""
-    first, *others = (adapter.metadata for adapter in adapters)
-    common = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
-    for key in ("ss_network_module", "ss_network_dim", "ss_network_alpha"):
-        if key in first:
-            common[key] = first[key]
-    plain = all(change.delta.resizable or change.delta.stored_whole for change in combined.changes)
-    metadata = dict(kohya_metadata(common, _ranks(combined))) if plain else common
-    metadata.pop(METADATA_KEY, None)
-    return metadata
+def _metadata(sources: Sequence[Adapter], whole: Adapter) -> dict[str, str]:
+    """What the sources say alike, made true of the whole, without their histories."""
+    return {key: value for key, value in common_metadata(sources, whole).items() if key != METADATA_KEY}
 
 
 def _ranks(adapter: Adapter) -> list[int]:

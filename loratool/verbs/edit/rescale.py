@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,14 @@ from torch import Tensor
 
 from loratool.adapter.adapter import Adapter, Change, files_of
 from loratool.adapter.load import Stored
-from loratool.adapter.same_format import as_they_were
+from loratool.adapter.same_format import as_they_were, rescaled_metadata, with_targets_of
 from loratool.adapter.verify import EXACT, difference, found_in
-from loratool.adapter.write import STALE
 from loratool.deltas.base import Delta, times
 from loratool.errors import InvalidAdapter, NeedsBase, Unsupported, about, some
 from loratool.files.adapter_writer import Contents, write
 from loratool.files.history import entry, named
-from loratool.formats.kohya import one_or_dynamic
 from loratool.formats.leaves import spelled
-from loratool.formats.peft import pattern_of, whole_number
+from loratool.formats.peft_writer import with_scale
 from loratool.names import CONTAINER, Module
 
 
@@ -43,8 +41,11 @@ def write_edited(
             with about(change):
                 _apply(adapter, change, factor, tensors, config)
     if config is not None and len(kept) < len(adapter.changes):
-        config |= _targets(adapter, kept, config)
-    contents = Contents(tensors, _metadata(adapter, kept, factors, history), config)
+        _require_whole_wrappers(adapter, kept)
+        config = with_targets_of(config, kept)
+    metadata = rescaled_metadata(adapter, kept, factors)
+    metadata |= entry("edit", [named(adapter.path, adapter.file)], adapter.metadata, **history)
+    contents = Contents(tensors, metadata, config)
 
     def check(written: Path) -> None:
         with Stored(written) as again:
@@ -53,30 +54,14 @@ def write_edited(
     return write(contents, files_of([adapter]), out, overwrite=overwrite, check=check)
 
 
-def _targets(adapter: Adapter, kept: Sequence[Change], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a PEFT config says of which modules there are, for those that are kept."""
-
-    def paths(of: Callable[[Delta], bool]) -> set[str]:
-        return {change.stem.removeprefix(CONTAINER) for change in kept if of(change.delta)}
-
-    saved, stacked = paths(lambda delta: delta.replaces), paths(lambda delta: delta.stacked)
-    targets = paths(lambda delta: not (delta.replaces or delta.stacked))
-    said: dict[str, Any] = {"target_modules": sorted(targets)}
-    if config.get("modules_to_save"):
-        said["modules_to_save"] = sorted(saved - targets) or None
-    if config.get("target_parameters"):
-        _require_whole_wrappers(adapter, stacked)
-        said["target_parameters"] = sorted(stacked) or None
-    return said
-
-
-def _require_whole_wrappers(adapter: Adapter, kept: set[str]) -> None:
+def _require_whole_wrappers(adapter: Adapter, kept: Sequence[Change]) -> None:
     """Raises `Unsupported` where some of a module's stacked parameters go and some stay: PEFT wraps them in each other, and
     their names say how many there are."""
     parts: dict[str, set[bool]] = {}
+    there = {change.module for change in kept if change.delta.stacked}
     for change in adapter.changes:
         if change.delta.stacked:
-            parts.setdefault(change.module.path.rpartition(".")[0], set()).add(change.module.path in kept)
+            parts.setdefault(change.module.path.rpartition(".")[0], set()).add(change.module in there)
     torn = [module for module, fates in parts.items() if len(fates) > 1]
     if torn:
         raise Unsupported(
@@ -107,21 +92,18 @@ def _apply(
     if alpha is not None and alpha in adapter.alphas and change.delta.scale is not None:
         tensors[alpha] = times(adapter.alphas[alpha], factor)
     elif config and config.get("peft_type") == "LORA" and change.delta.scaled_by_config:
-        config["alpha_pattern"] = _alpha_pattern(change, factor, config)
+        config |= _scaled_config(change, factor, config)
     else:
         tensors |= _folded(change, factor, by_leaf)
 
 
-def _alpha_pattern(change: Change, factor: float, config: Mapping[str, Any]) -> dict[str, float]:
-    """PEFT's alphas, with that of one module before all others; its bias has the alpha of its factors."""
-    before: dict[str, float] = config.get("alpha_pattern") or {}
+def _scaled_config(change: Change, factor: float, config: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's config with the alpha of one module times a factor; its bias has the alpha of its factors."""
     down = next((tensor for leaf, tensor in change.delta.leaves().items() if leaf.endswith("down")), None)
     if down is None or change.delta.scale is None:
-        return before
-    rank = len(down)
-    pattern = pattern_of(_path(change.module))
-    alpha = change.delta.scale * factor * (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return {pattern: whole_number(alpha), **{key: value for key, value in before.items() if key != pattern}}
+        return dict(config)
+    path = change.module.stem.removeprefix(CONTAINER)
+    return with_scale(config, path, len(down), change.delta.scale * factor)
 
 
 def _folded(change: Change, factor: float, by_leaf: Mapping[str, str]) -> dict[str, Tensor]:
@@ -133,23 +115,6 @@ def _folded(change: Change, factor: float, by_leaf: Mapping[str, str]) -> dict[s
     if not changed or not changed.keys() <= by_leaf.keys():
         raise Unsupported(f"a delta of kind {delta.kind} has no place for a factor; convert --to-lora makes a LoRA of it")
     return {by_leaf[leaf]: tensor for leaf, tensor in changed.items()}
-
-
-def _path(module: Module) -> str:
-    return module.stem.removeprefix(CONTAINER)
-
-
-def _metadata(
-    adapter: Adapter, kept: Sequence[Change], factors: Mapping[Module, float], history: Mapping[str, Any]
-) -> dict[str, str]:
-    """The file's own metadata, with what it says of alpha made true and without a hash that is no longer right, and what was
-    done."""
-    metadata = {key: value for key, value in adapter.metadata.items() if key != STALE[0]}
-    if "ss_network_alpha" in metadata and any(factors[change.module] != 1 for change in kept):
-        loras = [change for change in kept if "down" in change.delta.leaves() and change.delta.scale is not None]
-        alphas = [c.delta.scale * len(c.delta.leaves()["down"]) * factors[c.module] for c in loras if c.delta.scale]
-        metadata["ss_network_alpha"] = one_or_dynamic(alphas)
-    return metadata | entry("edit", [named(adapter.path, adapter.file)], adapter.metadata, **history)
 
 
 def _compare(expected: Sequence[tuple[Change, Delta]], again: Stored) -> None:

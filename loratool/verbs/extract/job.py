@@ -14,13 +14,13 @@ import torch
 
 from loratool.adapter.adapter import Adapter, Change
 from loratool.adapter.approximate import room_for
-from loratool.adapter.write import size_as
+from loratool.adapter.write import new_metadata, size_as
 from loratool.archs import Arch
 from loratool.deltas.base import Delta
 from loratool.deltas.full import Full, Replace
 from loratool.errors import Unsupported
 from loratool.files.history import entry
-from loratool.formats.kohya import one_or_dynamic
+from loratool.formats.peft_writer import base_facts
 from loratool.formats.table import Format
 from loratool.keys.routes import Route
 from loratool.names import Module
@@ -87,14 +87,9 @@ class Job:
     def adapter(self, changes: Sequence[Change], outcomes: Mapping[int, Outcome], lost: Mapping[int, str]) -> Adapter:
         """The adapter to write, with what its readers want to know."""
         layout = self.work.base.layout
-        config = layout.config
-        about = {"base_model_name_or_path": config.get("_name_or_path") or str(layout.root)}
-        if str((config.get("architectures") or [""])[0]).endswith("ForCausalLM"):
-            about["task_type"] = "CAUSAL_LM"
         ranks = [outcome.figures.rank for number, outcome in outcomes.items() if number not in lost and outcome.figures.rank]
-        metadata = self._provenance(outcomes, lost) | {"format": "pt"}
-        if self.target.flat:
-            metadata |= _network(ranks)
+        metadata = self._provenance(outcomes, lost) | new_metadata(self.target, ranks)
+        about = base_facts(layout.config, str(layout.root))
         return Adapter(layout.root, tuple(changes), metadata, config=about)
 
     def _within_error(self, others: Mapping[int, Outcome], market: Market, error: float) -> dict[int, Outcome]:
@@ -214,9 +209,3 @@ def _rule(rule: Rule | Budget) -> Iterator[tuple[str, float]]:
         yield "size", rule.nbytes
     elif rule.error is not None:
         yield "total_error", rule.error
-
-
-def _network(ranks: Sequence[int]) -> dict[str, str]:
-    """What kohya's tools look for in the metadata."""
-    rank = one_or_dynamic(ranks)
-    return {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}

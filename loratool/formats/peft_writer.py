@@ -1,0 +1,134 @@
+"""PEFT's adapter_config.json as it is written: of a LoRA, with what its tensors ask for, and of one that stays what it is.
+
+Source: PEFT tuners/lora/config.py; `peft` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any, Final
+
+from loratool.formats.peft import METADATA_KEY
+
+CARRIED: Final = (
+    "base_model_name_or_path", "revision", "task_type", "bias", "lora_bias", "modules_to_save", "fan_in_fan_out",
+    "trainable_token_indices", "ensure_weight_tying",
+)  # fmt: skip
+"""What a config says that holds for the same LoRA at other ranks and in other formats."""
+OF_SAVED: Final = ("modules_to_save", "bias", "lora_bias")
+"""What a config says of values that are stored whole, and of biases."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFacts:
+    """What a PEFT folder of LoRA holds, by the paths of modules: their ranks (None: there are none) and scales (None: alpha
+    is the rank), the
+    parameters that stack experts and their ranks, and what is `saved` whole. `dora`, `lora_bias` and `biases` say whether
+    there are magnitudes, biases of factors and trained biases of layers; None where the config need not say so."""
+
+    ranks: Mapping[str, int] | None
+    scales: Mapping[str, float | None]
+    stacked: Mapping[str, int] = field(default_factory=dict)
+    saved: Collection[str] = ()
+    dora: bool | None = None
+    lora_bias: bool | None = None
+    biases: bool = False
+
+
+def lora_document(source: Mapping[str, Any], facts: LoraFacts) -> dict[str, Any]:
+    """adapter_config.json of a LoRA; `source` is the config of the adapter that it comes from, if that has one."""
+    of_modules = {} if facts.ranks is None else lora_config(facts.ranks, facts.scales)
+    if facts.stacked:
+        # No pattern can name stacked experts: they are all of one rank.
+        (rank,) = set(facts.stacked.values())
+        of_modules = {**lora_config(facts.ranks or {}, facts.scales, rank), "target_parameters": sorted(facts.stacked)}
+    return {
+        "bias": "none",
+        **{key: source[key] for key in CARRIED if key in source},
+        "peft_type": "LORA",
+        **of_modules,
+        **({"modules_to_save": sorted(facts.saved)} if facts.saved else {}),
+        **({} if facts.dora is None else {"use_dora": facts.dora}),
+        **({} if facts.lora_bias is None else {"lora_bias": facts.lora_bias}),
+        **({"bias": "all"} if facts.biases else {}),
+        "inference_mode": True,
+    }
+
+
+def metadata_entry(configs: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
+    """The metadata in which diffusers keeps the same facts, by component ("" for a file that has none)."""
+    document = {f"{prefix}{key}": value for prefix, config in configs.items() for key, value in config.items()}
+    return {METADATA_KEY: json.dumps(document, sort_keys=True)}
+
+
+def base_facts(config: Mapping[str, Any], path: str) -> dict[str, str]:
+    """What a config says of the base whose own config.json is `config`."""
+    said = {"base_model_name_or_path": config.get("_name_or_path") or path}
+    if str((config.get("architectures") or [""])[0]).endswith("ForCausalLM"):
+        said["task_type"] = "CAUSAL_LM"
+    return said
+
+
+def without_saved(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that no longer speaks of values that are stored whole, nor of biases."""
+    return {key: value for key, value in document.items() if key not in OF_SAVED}
+
+
+def with_targets(
+    document: Mapping[str, Any], targets: Collection[str], saved: Collection[str], stacked: Collection[str]
+) -> dict[str, Any]:
+    """A config of these modules alone; of what is saved whole and of stacked parameters only where it spoke of such."""
+    said: dict[str, Any] = {"target_modules": sorted(targets)}
+    if document.get("modules_to_save"):
+        said["modules_to_save"] = sorted(set(saved) - set(targets)) or None
+    if document.get("target_parameters"):
+        said["target_parameters"] = sorted(stacked) or None
+    return {**document, **said}
+
+
+def with_scale(document: Mapping[str, Any], path: str, rank: int, scale: float) -> dict[str, Any]:
+    """A config that gives the module at `path`, whose factors have `rank`, this scale, before all other patterns."""
+    before: dict[str, float] = document.get("alpha_pattern") or {}
+    pattern, alpha = pattern_of(path), scale * (sqrt(rank) if document.get("use_rslora") else rank)
+    others = {key: value for key, value in before.items() if key != pattern}
+    return {**document, "alpha_pattern": {pattern: whole_number(alpha), **others}}
+
+
+def lora_config(ranks: Mapping[str, int], scales: Mapping[str, float | None], usual: int | None = None) -> dict[str, object]:
+    """r, lora_alpha and their patterns for modules of these ranks and scales; without a scale, alpha is the rank. `usual` is
+    the rank of what no pattern can name."""
+    alphas = {
+        path: whole_number(rank * scale) if (scale := scales[path]) is not None else rank for path, rank in ranks.items()
+    }
+    usual_rank = _commonest(ranks.values(), 1) if usual is None else usual
+    usual_alpha = _commonest(alphas.values(), 1) if usual is None else usual
+    return {
+        "r": usual_rank,
+        "lora_alpha": usual_alpha,
+        "target_modules": sorted(map(_named, ranks)),
+        "rank_pattern": {pattern_of(path): rank for path, rank in sorted(ranks.items()) if rank != usual_rank},
+        "alpha_pattern": {pattern_of(path): alpha for path, alpha in sorted(alphas.items()) if alpha != usual_alpha},
+    }
+
+
+def _named(path: str) -> str:
+    """A target module's name. Without CLIP's `text_model.`, which transformers 5.6 dropped: an ending matches both ways."""
+    return path.removeprefix("text_model.")
+
+
+def pattern_of(path: str) -> str:
+    """The pattern of one module, from its beginning on where that is sure."""
+    return f"^{path}" if _named(path) == path else _named(path)
+
+
+def whole_number(alpha: float) -> float:
+    """An alpha as an integer where it is one, but for the rounding of its division by the rank and back."""
+    return round(alpha) if abs(alpha - round(alpha)) <= 1e-12 * abs(alpha) else alpha
+
+
+def _commonest(values: Iterable[float], otherwise: float) -> float:
+    counted = list(values)
+    return max(counted, key=counted.count, default=otherwise)
