@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import loratool
 from loratool import LoratoolError, Options, Source, merge
 from loratool.errors import InvalidAdapter, NonFinite, OutputError, ShapeMismatch, UnmatchedModules, Unsupported
+from loratool.files.adapter_files import open_adapter
 from loratool.files.hashes import short_hash
 from loratool.verbs.merge import blocks as streaming
 from tests.conftest import FIXTURES, examples
@@ -88,7 +89,7 @@ def test_untouched_tensors_are_the_same_bytes_and_metadata_is_kept(tmp_path: Pat
     assert (metadata["format"], metadata["author"]) == ("pt", "me")
     provenance = json.loads(metadata["loratool"])
     assert provenance["adapters"] == [
-        {"name": "a.safetensors", "autov3": short_hash(tmp_path / "a.safetensors"), "strength": 1.0}
+        {"name": "a.safetensors", "autov3": short_hash(open_adapter(tmp_path / "a.safetensors")), "strength": 1.0}
     ]
     assert (report.matched, report.changed, report.copied) == (1, ("fc.weight",), len(base) - 1)
 

@@ -23,7 +23,7 @@ from loratool import Checkpoint, Options, Source, merge, swap
 from loratool.errors import OutputError, Unsupported
 from loratool.files.in_place import READY, finish
 from loratool.files.layout import open_layout
-from loratool.files.output import Writer
+from loratool.files.writer import Writer
 from loratool.numbers.rounding import steps
 from tests.conftest import examples
 from tests.models import Tensors, kohya, llm, peft_adapter, save
@@ -188,8 +188,8 @@ def test_a_crash_at_any_step_leaves_either_state(tmp_path: Path, monkeypatch: py
 
 KILL = """
 import os, sys, loratool
-from loratool.files import in_place as clones
-clones.sync = lambda path: os.kill(os.getpid(), 9)
+from loratool.files import output
+output.sync = lambda path: os.kill(os.getpid(), 9)
 loratool.swap(*([each] if i else each for i, each in enumerate(sys.argv[1:])), None)
 """
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from loratool.files.adapter_files import CONFIG_NAME, WEIGHTS
 from loratool.files.hashes import LENGTHS, hashes
 from loratool.files.header import TensorInfo, encode_header, stored_order
-from loratool.files.output import Input, Output, Writer
+from loratool.files.output import Input, Output
 from loratool.files.tensors import DTYPE_NAMES, tensor_bytes
+from loratool.files.writer import Writer
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,11 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import ClassVar, Final
 
 from loratool.errors import OutputError
-from loratool.files.locks import Lock
-from loratool.files.output import Input, copy_file, remove, sweep, sync, temporary_in
+from loratool.files.output import Destination, Input, sync
+from loratool.files.writer import copy_file
 
 READY: Final = ".loratool-ready"
 """The folder, inside a checkpoint's, of files that are to replace those of the same name."""
@@ -26,73 +25,41 @@ FICLONE: Final = 0x40049409
 """Linux's ioctl that makes one file share all blocks of another (include/uapi/linux/fs.h)."""
 
 
-class Clones:
-    """Clones of files of the checkpoint at `root`, a file or a folder. Write to `path`; `commit` puts them in place, and
-    leaving without it removes them.
-
-    Raises `OutputError` where the checkpoint cannot or must not be changed.
+class Clones(Destination):
+    """Files of the checkpoint at `root`, a file or a folder, that are changed: their clones are written to, and replace them
+    together. Raises `OutputError` where the checkpoint cannot or must not be changed.
     """
 
+    in_place: ClassVar[bool] = True
+
     def __init__(self, root: Path, files: Iterable[str], inputs: Iterable[Input]) -> None:
-        self.root = root
-        self.inputs = tuple(inputs)
         self.files = tuple(files)
-        self.folder = root.is_dir()
-        where = root if self.folder else root.parent
         for file in self.files:
             _check_plain(root / file if file else root)
-        sweep(where)
-        self.temporary = temporary_in(where)
-        self._lock = Lock(root)
+        folder = root.is_dir()
+        super().__init__(root, inputs, folder=folder, beside=root if folder else root.parent)
 
-    def __enter__(self) -> Self:
-        try:
-            self._lock.take()
-            if self.folder:
-                self.temporary.mkdir()
-            for file in self.files:
-                self._clone(file)
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
-        return self
+    def _prepare(self) -> None:
+        for file in self.files:
+            self._clone(file)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        remove(self.temporary)
-        self._lock.release()
-        if isinstance(error, OSError):
-            raise OutputError(f"{self.root}: {error.strerror or error}") from error
-
-    def path(self, file: str) -> Path:
-        """The clone of a file, called as in the checkpoint's layout."""
-        return self.temporary / file if file else self.temporary
-
-    def commit(self) -> None:
-        """Syncs the clones and puts them in place: in one step where it is one file, and in steps that are taken up again
-        where it is several. Raises `InvalidFile` where an input is no longer what it was."""
-        for each in self.inputs:
-            each.require_unchanged()
-        try:
-            for path in (self.temporary, *self.temporary.rglob("*")):
-                sync(path)
-            if self.folder:
-                os.rename(self.temporary, self.root / READY)
-                sync(self.root)
-                finish(self.root)
-            else:
-                os.replace(self.temporary, self.root)
-                sync(self.root.parent)
-        except OSError as error:
-            raise OutputError(f"{self.root}: {error.strerror}") from error
+    def _take_place(self) -> None:
+        """In one step where it is one file, and in steps that are taken up again where it is several."""
+        if self.folder:
+            os.rename(self.temporary, self.place / READY)
+            sync(self.place)
+            finish(self.place)
+        else:
+            os.replace(self.temporary, self.place)
+            sync(self.place.parent)
 
     def _clone(self, file: str) -> None:
-        source, target = self.root / file if file else self.root, self.path(file)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        source, target = self.place / file if file else self.place, self.path(file)
         status = source.stat()
         if not _shared(source, target):
             free = shutil.disk_usage(target.parent).free
             if free < status.st_size:
-                raise OutputError(f"{self.root}: needs {status.st_size} bytes for a copy, the disk has {free} free")
+                raise OutputError(f"{self.place}: needs {status.st_size} bytes for a copy, the disk has {free} free")
             copy_file(source, target)
         os.chmod(target, stat.S_IMODE(status.st_mode))
 

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Protocol, Self, cast
+from typing import ClassVar, Final, Protocol, Self
 
 from loratool.errors import OutputError
 from loratool.files.locks import Lock, sweep_locks
 
 TEMPORARY: Final = re.compile(r"\.loratool-(\d+)-[0-9a-f]{8}\.tmp")
-COPY_BYTES: Final = 64 << 20
-SYNC_FILE_RANGE_WRITE: Final = 2
-
-
-def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    """Linux's sync_file_range(2), which Python's os module lacks."""
-    try:
-        function = ctypes.CDLL(None).sync_file_range
-    except (AttributeError, OSError, TypeError):
-        return None
-    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    return cast("Callable[[int, int, int, int], int]", function)
-
-
-_sync_file_range: Final = _find_sync_file_range()
 
 
 def check_target(target: Path, *, folder: bool, overwrite: bool, inputs: Iterable[Path]) -> None:
@@ -60,40 +44,37 @@ class Input(Protocol):
         ...
 
 
-class Output:
-    """A file or folder to be. Write below `temporary`; `commit` puts it in place, and leaving without it removes it.
+class Destination(ABC):
+    """Where an output is going to be. Write below `temporary`; `commit` puts it in place, and leaving without it removes it.
 
-    Raises `OutputError` at once where `target` cannot or must not be written.
+    `place` is the file or the folder that it takes the place of, `inputs` are what it is made of, and `in_place` says that
+    it is the input itself, of which only what changes is written.
     """
 
-    def __init__(self, target: Path, *, folder: bool, overwrite: bool, nbytes: int, inputs: Iterable[Input]) -> None:
-        self.target = target
-        self.folder = folder
-        self.inputs = tuple(inputs)
-        check_target(target, folder=folder, overwrite=overwrite, inputs=[each.path for each in self.inputs])
-        parent = target.parent
-        sweep(parent)
-        free = shutil.disk_usage(parent).free
-        if free < nbytes:
-            raise OutputError(f"{target}: needs {nbytes} bytes, the disk has {free} free")
-        self.temporary = temporary_in(parent)
-        self._lock = Lock(target)
+    in_place: ClassVar[bool]
+
+    def __init__(self, place: Path, inputs: Iterable[Input], *, folder: bool, beside: Path) -> None:
+        self.place, self.inputs, self.folder = place, tuple(inputs), folder
+        sweep(beside)
+        self.temporary = temporary_in(beside)
+        self._lock = Lock(place)
 
     def __enter__(self) -> Self:
         try:
             self._lock.take()
             if self.folder:
                 self.temporary.mkdir()
-        except OSError as error:
-            self._lock.release()
-            raise OutputError(f"{self.target}: {error.strerror}") from error
+            self._prepare()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         remove(self.temporary)
         self._lock.release()
         if isinstance(error, OSError):
-            raise OutputError(f"{self.target}: {error.strerror or error}") from error
+            raise OutputError(f"{self.place}: {error.strerror or error}") from error
 
     def path(self, relative: str) -> Path:
         """Where to write the file called `relative` in a folder, or the file itself ("")."""
@@ -102,111 +83,68 @@ class Output:
         return path
 
     def commit(self) -> None:
-        """Syncs everything written and renames it to the target; an old output is there, whole, until then.
+        """Syncs everything written and puts it in its place; until then what was there is there, whole.
 
-        Raises `InvalidFile` where an input is no longer what it was.
+        Raises `InvalidFile` where an input is no longer what it was, and `OutputError`.
         """
         for each in self.inputs:
             each.require_unchanged()
         try:
             for path in (self.temporary, *self.temporary.rglob("*")):
                 sync(path)
-            self._rename()
-            sync(self.target.parent)
+            self._take_place()
         except OSError as error:
-            raise OutputError(f"{self.target}: {error.strerror}") from error
+            raise OutputError(f"{self.place}: {error.strerror}") from error
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """What has to be there before anything is written."""
+
+    @abstractmethod
+    def _take_place(self) -> None:
+        """Puts what is below `temporary` in its place, and has that on the disk."""
+
+
+class Output(Destination):
+    """A new file or folder, or one that replaces an older one.
+
+    Raises `OutputError` at once where `target` cannot or must not be written.
+    """
+
+    in_place: ClassVar[bool] = False
+
+    def __init__(self, target: Path, *, folder: bool, overwrite: bool, nbytes: int, inputs: Iterable[Input]) -> None:
+        inputs = tuple(inputs)
+        check_target(target, folder=folder, overwrite=overwrite, inputs=[each.path for each in inputs])
+        super().__init__(target, inputs, folder=folder, beside=target.parent)
+        free = shutil.disk_usage(target.parent).free
+        if free < nbytes:
+            raise OutputError(f"{target}: needs {nbytes} bytes, the disk has {free} free")
+
+    def _prepare(self) -> None:
+        pass
+
+    def _take_place(self) -> None:
+        self._rename()
+        sync(self.place.parent)
 
     def _rename(self) -> None:
         if not self.folder:
-            os.replace(self.temporary, self.target)
+            os.replace(self.temporary, self.place)
             return
-        if not self.target.exists():
-            os.rename(self.temporary, self.target)
+        if not self.place.exists():
+            os.rename(self.temporary, self.place)
             return
         # A folder cannot be replaced in one step: the old one steps aside, and back should the rename fail.
         # Its name there is one that no sweep takes, so that even a crash between the two renames loses nothing.
-        aside = self.target.with_name(f"{self.target.name}.old-{secrets.token_hex(4)}")
-        os.rename(self.target, aside)
+        aside = self.place.with_name(f"{self.place.name}.old-{secrets.token_hex(4)}")
+        os.rename(self.place, aside)
         try:
-            os.rename(self.temporary, self.target)
+            os.rename(self.temporary, self.place)
         except OSError:
-            os.rename(aside, self.target)
+            os.rename(aside, self.place)
             raise
         remove(aside)
-
-
-class Writer:
-    """One output file, written at any offset from several threads: a new one, of which `nbytes` are preallocated, or with
-    None one that is there."""
-
-    def __init__(self, path: Path, nbytes: int | None) -> None:
-        self.path = path
-        new = 0 if nbytes is None else os.O_CREAT | os.O_EXCL
-        self.descriptor = os.open(path, os.O_RDWR | new | getattr(os, "O_CLOEXEC", 0), 0o666)
-        _allocate(self.descriptor, nbytes or 0)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        os.close(self.descriptor)
-
-    def write(self, data: bytes | memoryview, offset: int) -> None:
-        """Writes all of `data` at `offset`."""
-        view = memoryview(data)
-        while view:
-            count = os.pwrite(self.descriptor, view, offset)
-            view, offset = view[count:], offset + count
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills `buffer` with what was written at `offset`."""
-        while buffer:
-            count = os.preadv(self.descriptor, [buffer], offset)
-            if count == 0:
-                raise OutputError(f"{self.path}: was truncated while it was written")
-            buffer, offset = buffer[count:], offset + count
-
-    def start_writeback(self, offset: int, count: int) -> None:
-        """Has the kernel begin to write this range to the disk, so that the sync at the end finds little left to do."""
-        if _sync_file_range is not None:
-            _sync_file_range(self.descriptor, offset, count, SYNC_FILE_RANGE_WRITE)
-
-    def copy(self, source: int, start: int, count: int, offset: int) -> None:
-        """Copies `count` bytes at `start` of the descriptor `source` to `offset`, in the kernel where it can."""
-        while count:
-            done = _copy_some(source, self.descriptor, min(count, COPY_BYTES), start, offset)
-            if done == 0:
-                raise OutputError(f"{self.path}: an input was truncated while it was copied")
-            self.start_writeback(offset, done)
-            start, offset, count = start + done, offset + done, count - done
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copies a whole file's bytes, and its permission bits as the umask allows."""
-    with open(source, "rb") as reading, Writer(target, 0) as writer:
-        writer.copy(reading.fileno(), 0, os.fstat(reading.fileno()).st_size, 0)
-
-
-def _copy_some(source: int, target: int, count: int, start: int, offset: int) -> int:
-    if hasattr(os, "copy_file_range"):
-        try:
-            return os.copy_file_range(source, target, count, start, offset)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
-                raise
-    return os.pwrite(target, os.pread(source, min(count, 1 << 20), start), offset)
-
-
-def _allocate(descriptor: int, nbytes: int) -> None:
-    """Takes the disk space at once, so that a full disk is met before the work and not at its end."""
-    if not nbytes:
-        return
-    try:
-        os.posix_fallocate(descriptor, 0, nbytes)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        os.ftruncate(descriptor, nbytes)
 
 
 def _check_target(target: Path, *, folder: bool, overwrite: bool, inputs: Iterable[Path]) -> None:

@@ -22,8 +22,9 @@ import torch
 from loratool import LoratoolError, Source, merge
 from loratool.errors import OutputError
 from loratool.files.locks import Lock, sweep_locks
-from loratool.files.output import Output, Writer
+from loratool.files.output import Output
 from loratool.files.tensors import TensorFile
+from loratool.files.writer import Writer
 from loratool.numbers.threads import threads_for
 from tests.conftest import FIXTURES, Run
 from tests.models import kohya, save

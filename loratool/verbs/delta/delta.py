@@ -19,11 +19,11 @@ from loratool.adapter.load import open_any
 from loratool.adapter.selection import Choice
 from loratool.base.base import Weights, open_base
 from loratool.errors import LoratoolError, of_file
-from loratool.files.append import Appending
 from loratool.files.header import DTYPE_OPTIONS
 from loratool.files.layout import Layout
-from loratool.files.output import Output, Writer
+from loratool.files.output import Output
 from loratool.files.tensors import DTYPES
+from loratool.files.writer import Appending, Writer
 from loratool.numbers.devices import Lanes, lanes
 from loratool.numbers.threads import Progress, peak_bytes, run_all, tally
 from loratool.verbs.delta.file import Naming, naming_of, provenance, room_for_header, stored

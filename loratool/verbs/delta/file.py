@@ -18,9 +18,9 @@ from loratool.archs import ARCHS, Arch
 from loratool.deltas.full import Full
 from loratool.deltas.schema import BIAS
 from loratool.errors import LoratoolError, NonFinite, Unsupported, about
-from loratool.files.append import ENTRY_BYTES, Entry
 from loratool.files.history import entry
 from loratool.files.tensors import DTYPE_NAMES, tensor_bytes
+from loratool.files.writer import ENTRY_BYTES, Entry
 from loratool.formats.table import LLM, Format, format_named
 from loratool.keys.identify import format_of
 from loratool.keys.resolve import Wanted, archs_of, choose, placed

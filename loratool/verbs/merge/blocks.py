@@ -18,8 +18,8 @@ from torch import Tensor
 
 from loratool.deltas.base import moved, widened
 from loratool.errors import NonFinite
-from loratool.files.output import Writer
 from loratool.files.tensors import DTYPES, TensorFile, tensor_bytes
+from loratool.files.writer import Writer
 from loratool.numbers import rounding
 from loratool.numbers.devices import CPU, sent
 from loratool.verbs.merge.plan import TensorPlan

@@ -15,8 +15,8 @@ import torch
 from loratool.files.header import TensorInfo, encode_header
 from loratool.files.history import METADATA_KEY, history_of
 from loratool.files.layout import Layout
-from loratool.files.output import Writer
 from loratool.files.tensors import TensorFile
+from loratool.files.writer import Writer
 from loratool.numbers.devices import CPU, Lanes
 from loratool.numbers.threads import Progress, run_all, tally
 from loratool.verbs.merge.added import Added
@@ -56,7 +56,7 @@ def rewritten_files(plan: Plan) -> dict[str, list[TensorPlan]]:
 class OutputFile:
     """One safetensors file on its way out, at `path`: the header first, with room for what is only known at the end.
 
-    A `clone` of the source keeps its layout, and only what changes is written.
+    A file that is changed `in_place` keeps its layout, and only what changes is written.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class OutputFile:
         path: Path,
         stack: ExitStack,
         *,
-        clone: bool = False,
+        in_place: bool = False,
         follow: Follow | None = None,
     ) -> None:
         header = plan.layout.files[file]
-        self.clone = clone
+        self.in_place = in_place
         self.follow = follow
         self.infos: dict[str, TensorInfo] = {}
         position = 0
@@ -81,15 +81,15 @@ class OutputFile:
             position += tensor.nbytes
         self.metadata = header.metadata
         room = len(encode_header(self.infos, self.metadata)) + PROVENANCE_BYTES
-        self.length = header.data_start if clone else room
+        self.length = header.data_start if in_place else room
         self.tensors = tensors
         self.source = stack.enter_context(TensorFile(header))
-        self.writer = stack.enter_context(Writer(path, None if clone else self.length + position))
+        self.writer = stack.enter_context(Writer(path, None if in_place else self.length + position))
 
     @property
     def nbytes(self) -> int:
         """The bytes that are written of its tensors."""
-        written = {tensor.key for tensor in self.tensors if tensor.touched or not self.clone}
+        written = {tensor.key for tensor in self.tensors if tensor.touched or not self.in_place}
         return sum(self.infos[key].nbytes for key in written)
 
     def offset(self, tensor: TensorPlan) -> int:
@@ -99,7 +99,7 @@ class OutputFile:
         """Everything there is to do for this file, each piece returning the bytes it wrote."""
         for untouched, run in groupby(self.tensors, key=lambda tensor: not tensor.touched):
             if untouched:
-                yield from () if self.clone else self._copies(list(run))
+                yield from () if self.in_place else self._copies(list(run))
                 continue
             for tensor in run:
                 yield from self._computations(tensor)
@@ -127,10 +127,11 @@ class OutputFile:
             yield partial(_computed, job, self.follow(job, added) if self.follow else None)
 
     def finish(self, provenance: str) -> bool:
-        """Writes the header, now that everything in it is known; False where a clone's has no room for it, and stays."""
+        """Writes the header, now that everything in it is known; False where it is changed in place, and
+        its header has no room."""
         raw = encode_header(self.infos, {**self.metadata, METADATA_KEY: provenance}, self.length)
         fits = len(raw) == self.length
-        if not fits and not self.clone:
+        if not fits and not self.in_place:
             raise AssertionError(f"the provenance is longer than {PROVENANCE_BYTES} bytes")
         if fits:
             self.writer.write(raw, 0)

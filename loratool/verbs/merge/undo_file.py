@@ -26,12 +26,12 @@ from loratool.adapter.load import Unsaid
 from loratool.adapter.selection import Choice
 from loratool.errors import InvalidFile, Unsupported, some
 from loratool.files.adapter_files import AdapterFile
-from loratool.files.append import ENTRY_BYTES, Appending, Entry
 from loratool.files.header import Header, TensorInfo, read_header
 from loratool.files.history import METADATA_KEY
-from loratool.files.output import Input, Output, Writer
+from loratool.files.output import Input, Output
 from loratool.files.strict_json import strict_json
 from loratool.files.tensors import DTYPES, TensorFile, tensor_bytes
+from loratool.files.writer import ENTRY_BYTES, Appending, Entry, Writer
 from loratool.numbers.residuals import packed
 from loratool.numbers.threads import results
 from loratool.verbs.merge import blocks as streaming
@@ -118,7 +118,7 @@ class UndoFile:
 
     def withdraw(self) -> None:
         """Takes it away again, where the merge that it is of did not come to be."""
-        self._output.target.unlink(missing_ok=True)
+        self._output.place.unlink(missing_ok=True)
 
     def _keep(self, number: int, job: Job, added: Added) -> None:
         base, merged = _rows(job)

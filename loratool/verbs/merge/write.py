@@ -16,7 +16,8 @@ from loratool.errors import OutputError, of_file
 from loratool.files.header import DTYPE_OPTIONS
 from loratool.files.history import METADATA_KEY, entry, history_of, named
 from loratool.files.in_place import Clones
-from loratool.files.output import Input, Output, copy_file
+from loratool.files.output import Destination, Input, Output
+from loratool.files.writer import copy_file
 from loratool.numbers.devices import Lanes
 from loratool.numbers.threads import Progress
 from loratool.verbs.merge.blocks import Measure, Rounding
@@ -86,15 +87,14 @@ class Work:
                 if target and (path == target or target in path.parents):
                     raise OutputError(f"{path}: is, or lies in, the output of this very run; choose another place")
                 undo = stack.enter_context(UndoFile(path, plan, self.merged, dtype, overwrite=options.overwrite))
-            clone = target is None
-            output = Clones(plan.layout.root, rewritten, self._inputs()) if target is None else self._output(target)
+            output = self._output(target) if target else Clones(plan.layout.root, rewritten, self._inputs())
             stack.enter_context(output)
-            if isinstance(output, Output):
+            if not output.in_place:
                 self._copy(output, rewritten)
             with ExitStack() as opened:
                 follow = undo.follow if undo else self.follow
                 files = [
-                    OutputFile(plan, file, tensors, output.path(file), opened, clone=clone, follow=follow)
+                    OutputFile(plan, file, tensors, output.path(file), opened, in_place=output.in_place, follow=follow)
                     for file, tensors in rewritten.items()
                 ]
                 adapters = ", ".join(str(each.adapter.path) for each in self.merged)
@@ -120,7 +120,7 @@ class Work:
         """What the base says of itself: its files say alike where they come from."""
         return next((header.metadata for header in self.plan.layout.files.values() if history_of(header.metadata)), {})
 
-    def _output(self, target: Path) -> Output:
+    def _output(self, target: Path) -> Destination:
         layout = self.plan.layout
         needed = sum(tensor.nbytes for tensor in self.plan.tensors.values()) + (1 << 20)
         return Output(
@@ -130,7 +130,7 @@ class Work:
     def _inputs(self) -> list[Input]:
         return [self.plan.layout, *files_of(each.adapter for each in self.merged)]
 
-    def _copy(self, output: Output, rewritten: Container[str]) -> None:
+    def _copy(self, output: Destination, rewritten: Container[str]) -> None:
         """What does not change: other files, and configs that stay true."""
         layout = self.plan.layout
         for name in (*layout.other_files(), *(file for file in layout.files if file not in rewritten)):
@@ -138,7 +138,7 @@ class Work:
         _write_configs(self.plan, output, self.options)
 
 
-def _write_configs(plan: Plan, output: Output, options: Options) -> None:
+def _write_configs(plan: Plan, output: Destination, options: Options) -> None:
     """Rewrites the copies of shard indexes and config.json where the tensors are no longer those of the base."""
     layout = plan.layout
     added = {name: tensor.file for name, tensor in plan.tensors.items() if name not in layout.tensors}

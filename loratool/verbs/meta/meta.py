@@ -15,7 +15,8 @@ from loratool.files.adapter_files import locate
 from loratool.files.hashes import LENGTHS, legacy_hash
 from loratool.files.header import ADAPTER_HEADER_BYTES, Header, encode_header, identity, open_regular, read_header
 from loratool.files.history import METADATA_KEY as HISTORY
-from loratool.files.output import Output, Writer, copy_file
+from loratool.files.output import Output
+from loratool.files.writer import Writer, copy_file
 from loratool.formats import modelspec
 from loratool.formats.peft import METADATA_KEY
 from loratool.verbs.hash import hashes_of

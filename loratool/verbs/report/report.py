@@ -12,7 +12,8 @@ from loratool._version import __version__
 from loratool.adapter.adapter import files_of
 from loratool.base.base import Weights, open_base
 from loratool.errors import LoratoolError
-from loratool.files.output import Output, Writer, check_target
+from loratool.files.output import Output, check_target
+from loratool.files.writer import Writer
 from loratool.text import message, safe, size
 from loratool.verbs.compare.compare import AdapterComparison, CompareOptions, MatrixComparison, compare
 from loratool.verbs.report import charts

@@ -18,8 +18,9 @@ from loratool.adapter.selection import Choice
 from loratool.errors import InvalidFile, LoratoolError, about
 from loratool.files.header import TensorInfo
 from loratool.files.layout import Layout, open_layout
-from loratool.files.output import Output, Writer, copy_file, remove, temporary_in
+from loratool.files.output import Output, remove, temporary_in
 from loratool.files.tensors import TensorFile, tensor_bytes
+from loratool.files.writer import Writer, copy_file
 from loratool.numbers.residuals import unpacked
 from loratool.numbers.threads import Progress, results, run_all, tally
 from loratool.verbs.merge.added import Added, rows_of
