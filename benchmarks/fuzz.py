@@ -35,7 +35,7 @@ from pathlib import Path
 from safetensors import SafetensorError, deserialize
 
 from benchmarks import common
-from loratool import EditOptions, LoratoolError, convert, edit, inspect
+from loratool import LoratoolError, convert, edit, inspect
 from loratool.files.header import BASE_HEADER_BYTES, parse_header
 from loratool.formats.table import FORMATS
 
@@ -217,7 +217,7 @@ def spellings(folder: Path) -> Iterator[bytes]:
     fixtures = Path(__file__).parent.parent / "fixtures"
     for source, keep in {"style.safetensors": "*input_blocks_4_1*attn1*", "llama-lora": "*layers.0.self_attn*"}.items():
         small = folder / source
-        edit(fixtures / source, small, EditOptions(keep=(keep,)))
+        edit(fixtures / source, small, keep=(keep,))
         for row in FORMATS:
             out = folder / f"{source}-{row.name}"
             with contextlib.suppress(LoratoolError):

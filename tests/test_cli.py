@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratool.cli.options import adapter_and_strength, component_strengths
+from loratool import WeightedAdapter
+from loratool.cli.options import component_strengths, weighted
 from loratool.errors import LoratoolError
 from loratool.text import histogram, safe, size
 from tests.conftest import FIXTURES
@@ -34,7 +35,7 @@ LLAMA, LORA = FIXTURES / "llama", FIXTURES / "llama-lora"
     ],
 )
 def test_a_strength_is_what_follows_the_last_colon_if_it_is_a_number(text: str, path: str, strength: float) -> None:
-    assert adapter_and_strength(text) == (Path(path), strength)
+    assert weighted(text) == WeightedAdapter(Path(path), strength)
 
 
 def test_an_existing_file_whose_name_ends_like_a_strength_is_that_file(
@@ -43,7 +44,7 @@ def test_an_existing_file_whose_name_ends_like_a_strength_is_that_file(
     monkeypatch.chdir(tmp_path)
     Path("take:2").touch()
 
-    assert adapter_and_strength("take:2") == (Path("take:2"), 1.0)
+    assert weighted("take:2") == WeightedAdapter(Path("take:2"), 1.0)
 
 
 def test_components_have_names_and_numbers() -> None:

@@ -16,13 +16,10 @@ from safetensors.torch import load_file
 from loratool import (
     AdapterReport,
     Budget,
-    CombineOptions,
-    CompareOptions,
-    EditOptions,
     LoratoolError,
-    Part,
     Rule,
     Strength,
+    WeightedAdapter,
     combine,
     compare,
     convert,
@@ -34,6 +31,7 @@ from loratool.archs.flux import FLUX1
 from loratool.deltas.lora import LoRA
 from loratool.deltas.methods import core_space, elected, knots_space, merged, trimmed
 from loratool.errors import NeedsBase, ShapeMismatch
+from loratool.files.adapter_files import open_adapter
 from loratool.files.hashes import short_hash
 from loratool.files.header import read_header
 from loratool.formats.table import format_named
@@ -96,10 +94,10 @@ def test_a_sum_is_that_of_the_dense_differences(tmp_path: Path, chosen: list[tup
     for number, (stems, rank, alpha, dtype, strength) in enumerate(chosen):
         tensors = kohya({stem: SHAPES[stem] for stem in stems}, rank, alpha, seed=number)
         path = save(tmp_path / f"{number}.safetensors", {name: tensor.to(dtype) for name, tensor in tensors.items()})
-        parts.append(Part(path, Strength(strength)))
+        parts.append(WeightedAdapter(path, Strength(strength)))
         expected.append((dense(path), strength))
 
-    report = combine(parts, tmp_path / "sum.safetensors", options=CombineOptions(overwrite=True))
+    report = combine(parts, tmp_path / "sum.safetensors", overwrite=True)
 
     size = max(float(delta.norm()) for deltas, _ in expected for delta in deltas.values())
     assert_close(dense(tmp_path / "sum.safetensors"), total(expected), scale=size)
@@ -114,7 +112,8 @@ def test_equal_down_factors_are_shared(tmp_path: Path) -> None:
     paths = [save(tmp_path / f"{i}.safetensors", tensors) for i, tensors in enumerate((one, other))]
 
     report = combine(
-        [Part(path, Strength(w)) for path, w in zip(paths, (0.5, -0.3), strict=True)], tmp_path / "sum.safetensors"
+        [WeightedAdapter(path, Strength(w)) for path, w in zip(paths, (0.5, -0.3), strict=True)],
+        tmp_path / "sum.safetensors",
     )
 
     assert dict(report.ranks) == {3: 1}
@@ -127,7 +126,7 @@ def test_a_recompressed_sum_is_the_best_at_its_rank(tmp_path: Path, rank: int) -
     shapes = {"lora_unet_a": (30, 20), "lora_unet_conv": (12, 9, 3, 3)}
     paths = [save(tmp_path / f"{i}.safetensors", kohya(shapes, 2 + i, 1.0, seed=i)) for i in range(3)]
     expected = total([(dense(path), weight) for path, weight in zip(paths, (0.7, -0.4, 1.1), strict=True)])
-    parts = [Part(path, Strength(weight)) for path, weight in zip(paths, (0.7, -0.4, 1.1), strict=True)]
+    parts = [WeightedAdapter(path, Strength(weight)) for path, weight in zip(paths, (0.7, -0.4, 1.1), strict=True)]
 
     report = combine(parts, tmp_path / "sum.safetensors", Rule("rank", rank))
 
@@ -159,9 +158,9 @@ def test_formats_may_differ(tmp_path: Path) -> None:
     for name in ("diffusers", "comfyui", "onetrainer", "ai-toolkit"):
         convert(tmp_path / "kohya.safetensors", tmp_path / f"{name}.safetensors", name, arch="flux1")
     strengths = {"kohya": 1.5, "diffusers": -1.0, "comfyui": 0.75, "onetrainer": -0.25, "ai-toolkit": -1.0}
-    parts = [Part(tmp_path / f"{name}.safetensors", Strength(weight)) for name, weight in strengths.items()]
+    parts = [WeightedAdapter(tmp_path / f"{name}.safetensors", Strength(weight)) for name, weight in strengths.items()]
 
-    combine(parts, tmp_path / "sum.safetensors", options=CombineOptions(arch="flux1"))
+    combine(parts, tmp_path / "sum.safetensors", arch="flux1")
 
     whole = dense(tmp_path / "kohya.safetensors")
     left = dense(tmp_path / "sum.safetensors")
@@ -183,9 +182,9 @@ def test_peft_adapters_with_rslora_and_unlike_ranks(tmp_path: Path) -> None:
         copy.deepcopy(model), tmp_path / "b", 2, r=3, lora_alpha=1, target_modules=["q_proj", "down_proj", "lm_head"]
     )
 
-    parts = [Part(tmp_path / "a", Strength(0.7)), Part(tmp_path / "b", Strength(-0.4))]
+    parts = [WeightedAdapter(tmp_path / "a", Strength(0.7)), WeightedAdapter(tmp_path / "b", Strength(-0.4))]
     # PEFT stores a copy of a head beside its LoRA.
-    combine(parts, tmp_path / "sum", options=CombineOptions(base=tmp_path / "base"))
+    combine(parts, tmp_path / "sum", base=tmp_path / "base")
 
     def weights(name: str) -> dict[str, torch.Tensor]:
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / name)
@@ -225,8 +224,12 @@ def test_embeddings_biases_and_saved_modules(tmp_path: Path, biased: bool) -> No
     for seed, (name, config) in enumerate(configs.items()):
         peft_adapter(copy.deepcopy(model), tmp_path / name, seed, **config)
 
-    parts = [Part(tmp_path / "a", Strength(0.5)), Part(tmp_path / "b"), Part(tmp_path / "c", Strength(2.0))]
-    combine(parts, tmp_path / "sum", options=CombineOptions(base=tmp_path / "base"))
+    parts = [
+        WeightedAdapter(tmp_path / "a", Strength(0.5)),
+        WeightedAdapter(tmp_path / "b"),
+        WeightedAdapter(tmp_path / "c", Strength(2.0)),
+    ]
+    combine(parts, tmp_path / "sum", base=tmp_path / "base")
 
     def weights(name: str) -> dict[str, torch.Tensor]:
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / name)
@@ -252,7 +255,10 @@ def test_kinds_may_differ(tmp_path: Path, case: str) -> None:
     merge(tmp_path / "base.safetensors", [tmp_path / "b.safetensors"], tmp_path / "two.safetensors")
     other = load_file(tmp_path / "two.safetensors")
 
-    combine([Part(tmp_path / "a.safetensors", Strength(0.6)), tmp_path / "b.safetensors"], tmp_path / "sum.safetensors")
+    combine(
+        [WeightedAdapter(tmp_path / "a.safetensors", Strength(0.6)), tmp_path / "b.safetensors"],
+        tmp_path / "sum.safetensors",
+    )
 
     merge(tmp_path / "base.safetensors", [tmp_path / "sum.safetensors"], tmp_path / "got.safetensors")
     got = load_file(tmp_path / "got.safetensors")
@@ -268,19 +274,19 @@ def test_kinds_that_depend_on_the_weight_need_the_base(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     peft_adapter(copy.deepcopy(model), tmp_path / "dora", 1, r=4, use_dora=True, target_modules=["q_proj"])
     peft_adapter(copy.deepcopy(model), tmp_path / "lora", 2, r=2, target_modules=["q_proj", "v_proj"])
-    parts = [Part(tmp_path / "dora", Strength(0.5)), Part(tmp_path / "lora")]
+    parts = [WeightedAdapter(tmp_path / "dora", Strength(0.5)), WeightedAdapter(tmp_path / "lora")]
 
     with pytest.raises(NeedsBase, match="--base"):
         combine(parts, tmp_path / "sum", Rule("rank", 16))
     assert not (tmp_path / "sum").exists()
 
     # PEFT has no place for a whole difference: without a rule, too, it becomes a LoRA of as much rank as there is.
-    options = CombineOptions(base=tmp_path / "base")
-    assert combine(parts, tmp_path / "exact", options=options).error < 1e-5
-    report = combine(parts, tmp_path / "sum", Rule("rank", 32), options)
+    options: dict[str, Any] = {"base": tmp_path / "base"}
+    assert combine(parts, tmp_path / "exact", **options).error < 1e-5
+    report = combine(parts, tmp_path / "sum", Rule("rank", 32), **options)
 
     assert report.error < 1e-5
-    assert compare([tmp_path / "exact", tmp_path / "sum"], CompareOptions(tolerance=1e-5)).same
+    assert compare([tmp_path / "exact", tmp_path / "sum"], tolerance=1e-5).same
     weights = [
         peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / name).merge_and_unload().state_dict()
         for name in ("dora", "lora", "sum")
@@ -304,8 +310,10 @@ def test_stacked_experts_are_summed_compared_and_edited(tmp_path: Path, paramete
         copy.deepcopy(model), tmp_path / "b", 2, r=3, lora_alpha=2, target_modules=["q_proj"], target_parameters=named
     )
 
-    combine([Part(tmp_path / "a", Strength(0.7)), Part(tmp_path / "b", Strength(-0.5))], tmp_path / "sum")
-    edit(tmp_path / "sum", tmp_path / "half", EditOptions(scale=(("*", 0.5),), drop=("*layers.1.*",)))
+    combine(
+        [WeightedAdapter(tmp_path / "a", Strength(0.7)), WeightedAdapter(tmp_path / "b", Strength(-0.5))], tmp_path / "sum"
+    )
+    edit(tmp_path / "sum", tmp_path / "half", scale=(("*", 0.5),), drop=("*layers.1.*",))
 
     def weights(name: str) -> dict[str, torch.Tensor]:
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / name)
@@ -425,9 +433,9 @@ def test_one_adapter_alone_keeps_its_strength(method: str) -> None:
 def test_methods_write_adapters_that_are_the_same_each_time(tmp_path: Path, method: str) -> None:
     shapes = {"lora_unet_a": (30, 20), "lora_unet_conv": (12, 9, 3, 3)}
     paths = [save(tmp_path / f"{i}.safetensors", kohya(shapes, 3, 1.0, seed=i)) for i in range(2)]
-    options = CombineOptions(method=method, density=0.4, seed=7)
+    options: dict[str, Any] = {"method": method, "density": 0.4, "seed": 7}
     for name in ("x", "y"):
-        combine(paths, tmp_path / f"{name}.safetensors", Rule("rank", 20), options)
+        combine(paths, tmp_path / f"{name}.safetensors", Rule("rank", 20), **options)
     assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
     assert {tuple(delta.shape) for delta in dense(tmp_path / "x.safetensors").values()} == set(shapes.values())
 
@@ -435,7 +443,7 @@ def test_methods_write_adapters_that_are_the_same_each_time(tmp_path: Path, meth
 def test_dense_methods_ask_for_a_rank(tmp_path: Path) -> None:
     path = save(tmp_path / "a.safetensors", kohya({"lora_unet_a": (30, 20)}, 3, 1.0))
     with pytest.raises(LoratoolError, match="full rank"):
-        combine([path, path], tmp_path / "b.safetensors", options=CombineOptions(method="ties"))
+        combine([path, path], tmp_path / "b.safetensors", method="ties")
 
 
 def test_parts_have_strengths_of_their_own(tmp_path: Path) -> None:
@@ -453,16 +461,14 @@ def test_parts_have_strengths_of_their_own(tmp_path: Path) -> None:
         (Strength(1.0, (), {"te1": 0.0, "IN*": 2.0}), (2.0, 1.0, 0.0)),
         (Strength(1.0, (), {"unet": 0.5, "OUT00": 4.0}), (0.5, 2.0, 1.0)),
     ):
-        combine([Part(path, strength)], tmp_path / "b.safetensors", options=CombineOptions(arch="sdxl", overwrite=True))
+        combine([WeightedAdapter(path, strength)], tmp_path / "b.safetensors", arch="sdxl", overwrite=True)
         after = dense(tmp_path / "b.safetensors")
         for stem, factor in zip(stems, factors, strict=True):
             torch.testing.assert_close(after.get(stem, 0 * before[stem]), factor * before[stem])
     with pytest.raises(LoratoolError, match="12 or 20"):
-        combine([Part(path, Strength(1.0, (1.0,) * 17))], tmp_path / "c.safetensors", options=CombineOptions(arch="sdxl"))
+        combine([WeightedAdapter(path, Strength(1.0, (1.0,) * 17))], tmp_path / "c.safetensors", arch="sdxl")
     with pytest.raises(LoratoolError, match="MID: no module"):
-        combine(
-            [Part(path, Strength(1.0, (), {"MID": 2.0}))], tmp_path / "c.safetensors", options=CombineOptions(arch="sdxl")
-        )
+        combine([WeightedAdapter(path, Strength(1.0, (), {"MID": 2.0}))], tmp_path / "c.safetensors", arch="sdxl")
 
 
 def test_adapters_for_other_models_are_refused(tmp_path: Path) -> None:
@@ -491,7 +497,7 @@ def test_metadata_is_what_all_say_and_where_it_comes_from(tmp_path: Path) -> Non
     one = save(tmp_path / "a.safetensors", kohya({"lora_unet_a": (30, 20)}, 3, 1.0), **common, ss_tag="x")
     other = save(tmp_path / "b.safetensors", kohya({"lora_unet_a": (30, 20)}, 2, 1.0), **common, ss_tag="y")
 
-    combine([Part(one, Strength(0.5)), other], tmp_path / "c.safetensors")
+    combine([WeightedAdapter(one, Strength(0.5)), other], tmp_path / "c.safetensors")
 
     metadata = read_header(tmp_path / "c.safetensors").metadata
     assert metadata["ss_base_model_version"] == "sdxl_base"
@@ -500,7 +506,11 @@ def test_metadata_is_what_all_say_and_where_it_comes_from(tmp_path: Path) -> Non
     history = json.loads(metadata["loratool"])
     assert history["command"] == "combine"
     assert history["adapters"] == [
-        {"name": f"{name}.safetensors", "autov3": short_hash(tmp_path / f"{name}.safetensors"), "strength": strength}
+        {
+            "name": f"{name}.safetensors",
+            "autov3": short_hash(open_adapter(tmp_path / f"{name}.safetensors")),
+            "strength": strength,
+        }
         for name, strength in (("a", 0.5), ("b", 1.0))
     ]
 
@@ -508,9 +518,7 @@ def test_metadata_is_what_all_say_and_where_it_comes_from(tmp_path: Path) -> Non
 def test_a_dtype_costs_what_is_printed(tmp_path: Path) -> None:
     paths = [save(tmp_path / f"{i}.safetensors", kohya({"lora_unet_a": (30, 20)}, 3, 1.0, seed=i)) for i in range(2)]
 
-    report = combine(
-        [Part(paths[0], Strength(0.7)), paths[1]], tmp_path / "c.safetensors", options=CombineOptions(dtype="float16")
-    )
+    report = combine([WeightedAdapter(paths[0], Strength(0.7)), paths[1]], tmp_path / "c.safetensors", dtype="float16")
 
     expected = total([(dense(paths[0]), 0.7), (dense(paths[1]), 1.0)])["lora_unet_a"]
     left = float((dense(tmp_path / "c.safetensors")["lora_unet_a"] - expected).norm() / expected.norm())

@@ -6,18 +6,16 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from loratool import (
-    CombineOptions,
-    CompareOptions,
     LoratoolError,
-    Options,
     Rule,
-    Source,
+    WeightedAdapter,
     combine,
     compare,
     compare_to,
@@ -104,7 +102,7 @@ def test_one_changed_ulp_is_seen(tmp_path: Path, dtype: torch.dtype, alpha: floa
     bits[7, 2] += 1
     other = save(tmp_path / "b.safetensors", tensors | {"lora_unet_a.lora_up.weight": changed})
 
-    report = compare([one, other], CompareOptions(tolerance=0.0))
+    report = compare([one, other], tolerance=0.0)
 
     assert isinstance(report, AdapterComparison)
     assert not report.same
@@ -112,7 +110,7 @@ def test_one_changed_ulp_is_seen(tmp_path: Path, dtype: torch.dtype, alpha: floa
     expected = float((dense(one)["lora_unet_a"] - dense(other)["lora_unet_a"]).norm())
     assert report.difference == pytest.approx(expected, rel=1e-3)
     assert report.difference > 0
-    assert compare([one, one], CompareOptions(tolerance=0.0)).same
+    assert compare([one, one], tolerance=0.0).same
 
 
 @pytest.mark.parametrize("name", [row.name for row in FORMATS if row.holds("flux1") and not row.folder])
@@ -122,7 +120,7 @@ def test_what_convert_wrote_is_the_same(tmp_path: Path, name: str) -> None:
     out = tmp_path / "b.safetensors"
     convert(source, out, "diffusers", arch="flux1")
 
-    report = compare([source, out], CompareOptions(arch="flux1"))
+    report = compare([source, out], arch="flux1")
 
     assert report.same
     assert isinstance(report, AdapterComparison)
@@ -145,8 +143,8 @@ def test_kinds_of_all_sorts(tmp_path: Path, case: str) -> None:
             whole[f"lora_unet_{path.replace('.', '_')}.{leaves[parameter][weight.ndim]}"] = weight - base[name]
     save(tmp_path / "whole.safetensors", whole)
 
-    options = CompareOptions(tolerance=1e-4, base=tmp_path / "base.safetensors")
-    report = compare([tmp_path / "a.safetensors", tmp_path / "whole.safetensors"], options)
+    options: dict[str, Any] = {"tolerance": 1e-4, "base": tmp_path / "base.safetensors"}
+    report = compare([tmp_path / "a.safetensors", tmp_path / "whole.safetensors"], **options)
 
     assert isinstance(report, AdapterComparison)
     assert report.relative < 1e-4
@@ -164,7 +162,7 @@ def test_kinds_that_depend_on_the_weight_need_the_base(tmp_path: Path) -> None:
     assert isinstance(same, AdapterComparison)
     assert same.same
     assert same.norms == (None, None)
-    report = compare([tmp_path / "a", tmp_path / "b"], CompareOptions(base=tmp_path / "base"))
+    report = compare([tmp_path / "a", tmp_path / "b"], base=tmp_path / "base")
     assert isinstance(report, AdapterComparison)
     assert not report.same
 
@@ -225,7 +223,7 @@ def test_checkpoints_tensor_by_tensor(tmp_path: Path) -> None:
     assert (found["model.layers.0.mlp.up_proj.weight"].changed, found["model.layers.0.mlp.up_proj.weight"].ulps) == (1, 2)
     assert found["model.norm.weight"].relative == pytest.approx(1.0)
     assert found["model.norm.weight"].cosine == pytest.approx(1.0)
-    assert compare([tmp_path / "a", tmp_path / "a"], CompareOptions(tolerance=0.0)).same
+    assert compare([tmp_path / "a", tmp_path / "a"], tolerance=0.0).same
 
 
 def test_checkpoints_of_two_namings_and_other_shapes(tmp_path: Path) -> None:
@@ -245,14 +243,14 @@ def test_a_merge_is_what_it_is_made_of_to_half_a_step(tmp_path: Path, dtype: tor
     model.to(dtype).save_pretrained(tmp_path / "base")
     peft_adapter(copy.deepcopy(model).float(), tmp_path / "a", r=4, target_modules=["q_proj", "down_proj", "embed_tokens"])
     peft_adapter(copy.deepcopy(model).float(), tmp_path / "b", 5, r=2, use_dora=True, target_modules=["v_proj", "q_proj"])
-    sources = [Source(tmp_path / "a", 0.7), Source(tmp_path / "b", -0.4)]
+    sources = [WeightedAdapter(tmp_path / "a", 0.7), WeightedAdapter(tmp_path / "b", -0.4)]
     merge(tmp_path / "base", sources, tmp_path / "merged")
 
     report = compare_to(tmp_path / "merged", tmp_path / "base", sources)
 
     assert report.same
     assert report.worst <= 0.5
-    assert not compare_to(tmp_path / "merged", tmp_path / "base", [Source(tmp_path / "a", 0.71), sources[1]]).same
+    assert not compare_to(tmp_path / "merged", tmp_path / "base", [WeightedAdapter(tmp_path / "a", 0.71), sources[1]]).same
     (shard,) = (tmp_path / "merged").glob("*.safetensors")
     tensors = load_file(shard)
     integers = torch.int32 if dtype == torch.float32 else torch.int16
@@ -270,7 +268,7 @@ def test_a_merge_that_rounded_by_chance_may_be_a_step_off(tmp_path: Path) -> Non
     model = llm("llama").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     peft_adapter(copy.deepcopy(model).float(), tmp_path / "a", r=4, target_modules=["q_proj", "down_proj"])
-    merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "merged", Options(stochastic=True))
+    merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "merged", stochastic=True)
 
     report = compare_to(tmp_path / "merged", tmp_path / "base", [tmp_path / "a"])
 
@@ -320,6 +318,6 @@ def test_another_models_base_is_an_error_and_no_traceback(tmp_path: Path) -> Non
         peft_adapter(llm("llama", hidden_size=64), tmp_path / name, seed, r=4, use_dora=True, target_modules=["q_proj"])
     paths = [tmp_path / "a", tmp_path / "b"]
     with pytest.raises(ShapeMismatch, match="is the base another model"):
-        compare(paths, CompareOptions(base=tmp_path / "base"))
+        compare(paths, base=tmp_path / "base")
     with pytest.raises(ShapeMismatch, match="is the base another model"):
-        combine(paths, tmp_path / "sum", Rule("rank", 4), CombineOptions(base=tmp_path / "base"))
+        combine(paths, tmp_path / "sum", Rule("rank", 4), base=tmp_path / "base")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from loratool import Checkpoint, DeltaOptions, LoratoolError, delta, iter_deltas, load, merge
+from loratool import Checkpoint, LoratoolError, Selection, delta, iter_deltas, load, merge
 from loratool.archs.flux import FLUX1
 from loratool.errors import NeedsBase, NonFinite, OutputError, Unsupported
 from loratool.files.header import read_header
@@ -26,7 +27,7 @@ from tests.test_convert import made_for
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 SHAPES = {"lora_unet_a": (24, 16), "lora_unet_b": (12, 8, 3, 3), "lora_unet_c": (40, 6)}
-CPU = DeltaOptions(device="cpu")
+CPU: dict[str, Any] = {"device": "cpu"}
 
 
 def dense(path: Path) -> Tensors:
@@ -45,7 +46,7 @@ def test_figures_are_those_of_the_dense_matrix(
     tensors["lora_unet_d.diff_b"] = torch.ones(30)
     path = save(folder / "a.safetensors", tensors)
 
-    report = delta(path, options=DeltaOptions(device="cpu", spectrum=True))
+    report = delta(path, device="cpu", spectrum=True)
 
     wanted = dense(path)
     assert {module.name for module in report.modules} == wanted.keys()
@@ -74,11 +75,11 @@ def test_the_largest_singular_value_of_a_large_matrix_is_found_without_the_other
     paths = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
     sigma = torch.linalg.svdvals(noise.double())
 
-    (quick,) = delta(*paths, options=CPU).modules
+    (quick,) = delta(*paths, **CPU).modules
     assert quick.sigma == pytest.approx(float(sigma[0]), rel=2e-3)
     assert quick.effective_rank is None
     assert not quick.spectrum
-    (whole,) = delta(*paths, options=DeltaOptions(device="cpu", spectrum=True)).modules
+    (whole,) = delta(*paths, device="cpu", spectrum=True).modules
     assert whole.spectrum == pytest.approx(sigma.tolist(), rel=1e-6)
     assert whole.effective_rank == pytest.approx(effective_rank(sigma))
 
@@ -89,9 +90,9 @@ def test_the_file_merges_to_what_the_adapter_merges_to(tmp_path: Path, case: str
     base, adapter = tmp_path / "base.safetensors", tmp_path / "a.safetensors"
     if case in OTHERS:
         with pytest.raises(NeedsBase, match="depends on its weight; pass --base"):
-            delta(adapter, None, tmp_path / "d.safetensors", CPU)
+            delta(adapter, None, tmp_path / "d.safetensors", **CPU)
 
-    report = delta(adapter, None, tmp_path / "d.safetensors", DeltaOptions(base=base, device="cpu"))
+    report = delta(adapter, None, tmp_path / "d.safetensors", base=base, device="cpu")
 
     merge(base, [adapter], tmp_path / "one.safetensors")
     merge(base, [tmp_path / "d.safetensors"], tmp_path / "other.safetensors")
@@ -114,7 +115,7 @@ def test_the_difference_of_two_checkpoints_leads_from_one_to_the_other(tmp_path:
                     parameter.add_(0.01 * torch.randn_like(parameter))
         model.save_pretrained(tmp_path / "tuned", max_shard_size="20KB")
         out = tmp_path / f"{dtype}.safetensors"
-        report = delta(tmp_path / "base", tmp_path / "tuned", out, CPU)
+        report = delta(tmp_path / "base", tmp_path / "tuned", out, **CPU)
         assert report.error == 0
         assert report.format == "the model's own names"
         base, tuned = Checkpoint(tmp_path / "base"), Checkpoint(tmp_path / "tuned")
@@ -138,7 +139,7 @@ def test_differences_of_an_image_model_have_kohyas_names_and_whatever_is_asked_f
     save(tmp_path / "tuned.safetensors", tuned)
     for to, prefix in ((None, "lora_"), ("comfyui", "diffusion_model.")):
         out = tmp_path / f"{to}.safetensors"
-        report = delta(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", out, DeltaOptions(to=to, device="cpu"))
+        report = delta(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", out, to=to, device="cpu")
         names = set(load_file(out))
         assert any(name.startswith(prefix) for name in names)
         assert all(name.endswith(".diff") for name in names)
@@ -153,12 +154,12 @@ def test_differences_of_an_image_model_have_kohyas_names_and_whatever_is_asked_f
 def test_parts_that_are_one_tensor_there_are_stacked(tmp_path: Path) -> None:
     tensors = made_for(FLUX1, format_named("diffusers"), alpha=3.0)
     source = save(tmp_path / "a.safetensors", tensors)
-    report = delta(source, None, tmp_path / "d.safetensors", DeltaOptions(to="comfyui", arch="flux1", device="cpu"))
+    report = delta(source, None, tmp_path / "d.safetensors", to="comfyui", arch="flux1", device="cpu")
     written = load_file(tmp_path / "d.safetensors")
     assert math.hypot(*(float(each.double().norm()) for each in written.values())) == pytest.approx(report.norm, rel=1e-5)
     assert len(written) < len(report.modules)
     assert any(name.endswith("qkv.diff") for name in written)
-    back = delta(tmp_path / "d.safetensors", None, tmp_path / "b.safetensors", DeltaOptions(arch="flux1", device="cpu"))
+    back = delta(tmp_path / "d.safetensors", None, tmp_path / "b.safetensors", arch="flux1", device="cpu")
     assert back.norm == pytest.approx(report.norm, rel=1e-6)
     again = load_file(tmp_path / "b.safetensors")
     assert again.keys() == written.keys()
@@ -167,7 +168,7 @@ def test_parts_that_are_one_tensor_there_are_stacked(tmp_path: Path) -> None:
 
 def test_rounding_to_the_files_dtype_is_the_error_that_is_printed(tmp_path: Path) -> None:
     path = save(tmp_path / "a.safetensors", kohya(SHAPES, 4, 2.0))
-    report = delta(path, None, tmp_path / "d.safetensors", DeltaOptions(dtype="bfloat16", device="cpu"))
+    report = delta(path, None, tmp_path / "d.safetensors", dtype="bfloat16", device="cpu")
     stored, wanted = load_file(tmp_path / "d.safetensors"), dense(path)
     lost = math.hypot(*(float((stored[f"{name}.diff"].double() - each.double()).norm()) for name, each in wanted.items()))
     assert report.error == pytest.approx(lost / report.norm, rel=1e-4)
@@ -177,14 +178,14 @@ def test_rounding_to_the_files_dtype_is_the_error_that_is_printed(tmp_path: Path
 
 def test_deltas_come_one_by_one(tmp_path: Path) -> None:
     path = save(tmp_path / "a.safetensors", kohya(SHAPES, 4, 2.0))
-    found = dict(iter_deltas(path, options=CPU))
+    found = dict(iter_deltas(path, **CPU))
     for name, each in dense(path).items():
         torch.testing.assert_close(found[name], each)
     llm("llama").save_pretrained(tmp_path / "base")
     peft_adapter(llm("llama"), tmp_path / "p", r=2, target_modules=["q_proj"])
     merge(tmp_path / "base", [tmp_path / "p"], tmp_path / "tuned")
     wanted = {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
-    assert {name for name, _ in iter_deltas(tmp_path / "base", tmp_path / "tuned", CPU)} == wanted
+    assert {name for name, _ in iter_deltas(tmp_path / "base", tmp_path / "tuned", **CPU)} == wanted
 
 
 def test_equal_runs_write_equal_bytes_whatever_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,31 +193,31 @@ def test_equal_runs_write_equal_bytes_whatever_the_threads(tmp_path: Path, monke
     for workers in (1, 4):
         monkeypatch.setattr("loratool.numbers.threads.MOST", workers)
         monkeypatch.setattr("loratool.numbers.threads.cores", lambda: 4)
-        delta(path, None, tmp_path / f"{workers}.safetensors", CPU)
+        delta(path, None, tmp_path / f"{workers}.safetensors", **CPU)
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "4.safetensors").read_bytes()
 
 
 def test_errors_say_what_to_do_and_leave_nothing(tmp_path: Path) -> None:
     path = save(tmp_path / "a.safetensors", kohya(SHAPES, 4, 2.0))
     base = save(tmp_path / "base.safetensors", {"a.weight": torch.ones(24, 16)})
-    out, diffusers = tmp_path / "out.safetensors", DeltaOptions(to="diffusers")
+    out = tmp_path / "out.safetensors"
     cases = (
-        (LoratoolError, "is an adapter; its ΔW", lambda: delta(path, base, out, CPU)),
-        (LoratoolError, "is no adapter; name the tuned checkpoint too", lambda: delta(base, None, out, CPU)),
+        (LoratoolError, "is an adapter; its ΔW", lambda: delta(path, base, out, **CPU)),
+        (LoratoolError, "is no adapter; name the tuned checkpoint too", lambda: delta(base, None, out, **CPU)),
         (
             Unsupported,
             "no place for full differences; --to kohya",
-            lambda: delta(path, None, out, diffusers),
+            lambda: delta(path, None, out, to="diffusers"),
         ),
-        (OutputError, "is an input of this very run", lambda: delta(path, None, path, DeltaOptions(overwrite=True))),
-        (LoratoolError, "leave no module", lambda: delta(path, None, out, DeltaOptions(include=("nothing",)))),
+        (OutputError, "is an input of this very run", lambda: delta(path, None, path, overwrite=True)),
+        (LoratoolError, "leave no module", lambda: delta(path, None, out, selection=Selection(include=("nothing",)))),
     )
     for error, message, call in cases:
         with pytest.raises(error, match=message):
             call()
     large = save(tmp_path / "large.safetensors", {"lora_unet_a.diff": torch.full((24, 16), 1e6)})
-    with pytest.raises(NonFinite, match=r"lora_unet_a\.diff: overflows F16; choose --dtype float32"):
-        delta(large, None, out, DeltaOptions(dtype="float16", device="cpu"))
+    with pytest.raises(NonFinite, match=r"lora_unet_a\.diff: overflows float16; choose --dtype float32"):
+        delta(large, None, out, dtype="float16", device="cpu")
     assert not [each for each in tmp_path.iterdir() if each.name == out.name or each.name.startswith(".")]
 
 

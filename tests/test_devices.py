@@ -5,20 +5,16 @@ from __future__ import annotations
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from loratool import (
     Budget,
-    CombineOptions,
-    CompareOptions,
-    DeltaOptions,
-    ExtractOptions,
     LoratoolError,
-    Options,
     Rule,
-    Source,
+    WeightedAdapter,
     combine,
     compare,
     delta,
@@ -47,13 +43,13 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loratool.verbs.merge.merge.lanes", partial(lanes, staged=True))
 
 
-def files(folder: Path, dtype: torch.dtype) -> tuple[Path, list[Source]]:
+def files(folder: Path, dtype: torch.dtype) -> tuple[Path, list[WeightedAdapter]]:
     generator = torch.Generator().manual_seed(1)
     base = base_tensors(dtype) | {"big.weight": torch.randn(700, 300, generator=generator).to(dtype)}
     stems = STEMS | {"lora_unet_big": (700, 300)}
     adapters = [kohya(stems, 3, 2.0), other_kinds(), dora()]
     paths = [save(folder / f"{number}.safetensors", adapter) for number, adapter in enumerate(adapters)]
-    return save(folder / "base.safetensors", base), [Source(path, 0.7) for path in paths]
+    return save(folder / "base.safetensors", base), [WeightedAdapter(path, 0.7) for path in paths]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -65,17 +61,17 @@ def test_staging_changes_no_number(
     monkeypatch.setattr(streaming, "TASK_BYTES", 1 << 16)
     # Rows of a product may be summed in another order with the rows around them, by a last bit that few of them show.
     monkeypatch.setattr(streaming, "BLOCK_BYTES", 1 << 16)
-    options = Options(device="cpu", **changes)  # type: ignore[arg-type]
-    plain = merge(base, adapters, tmp_path / "plain.safetensors", options)
+    options: dict[str, Any] = {"device": "cpu", **changes}  # type: ignore[arg-type]
+    plain = merge(base, adapters, tmp_path / "plain.safetensors", **options)
     staged(monkeypatch)
-    sent = merge(base, adapters, tmp_path / "sent.safetensors", options)
+    sent = merge(base, adapters, tmp_path / "sent.safetensors", **options)
     assert (tmp_path / "plain.safetensors").read_bytes() == (tmp_path / "sent.safetensors").read_bytes()
     assert plain.warnings == sent.warnings
 
 
 def test_memory_that_runs_out_moves_work_to_the_cpu_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapters = files(tmp_path, torch.bfloat16)
-    merge(base, adapters, tmp_path / "plain.safetensors", Options(device="cpu"))
+    merge(base, adapters, tmp_path / "plain.safetensors", device="cpu")
     staged(monkeypatch)
     tries = count()
     run_job = streaming.run_job
@@ -86,7 +82,7 @@ def test_memory_that_runs_out_moves_work_to_the_cpu_and_says_so(tmp_path: Path, 
         return run_job(*words)  # type: ignore[arg-type]
 
     monkeypatch.setattr("loratool.verbs.merge.files.run_job", out_of_memory)
-    report = merge(base, adapters, tmp_path / "moved.safetensors", Options(device="cpu"))
+    report = merge(base, adapters, tmp_path / "moved.safetensors", device="cpu")
     assert (tmp_path / "plain.safetensors").read_bytes() == (tmp_path / "moved.safetensors").read_bytes()
     assert [note for note in report.warnings if "ran out of memory: 1 pieces of work were done on the CPU" in note]
 
@@ -167,7 +163,7 @@ def test_a_gpu_agrees_to_rounding(tmp_path: Path, dtype: torch.dtype) -> None:
 
     base, adapters = files(tmp_path, dtype)
     for device in ("cpu", "cuda"):
-        merge(base, adapters, tmp_path / f"{device}.safetensors", Options(device=device))
+        merge(base, adapters, tmp_path / f"{device}.safetensors", device=device)
     one, other = (load_file(tmp_path / f"{device}.safetensors") for device in ("cpu", "cuda"))
     for name, tensor in one.items():
         if tensor.is_floating_point():
@@ -181,14 +177,14 @@ def factor_verbs(folder: Path, out: Path, device: str) -> dict[str, float]:
     paths = [source.adapter for source in adapters[:2]]
     (out / "pair").mkdir(parents=True)
     models = pair(out / "pair", tuned_tensors())
-    merge(base, adapters[:1], out / "tuned.safetensors", Options(device=device))
+    merge(base, adapters[:1], out / "tuned.safetensors", device=device)
     resized = resize(paths[0], out / "resized.safetensors", Rule("rank", 2), device=device)
     lora = to_lora(paths[1], out / "lora.safetensors", Rule("rank", 2), device=device)
-    combined = combine(paths, out / "both.safetensors", Rule("rank", 4), CombineOptions(arch=None, device=device))
-    apart = compare([paths[0], out / "resized.safetensors"], CompareOptions(device=device))
-    whole = delta(base, out / "tuned.safetensors", out / "delta.safetensors", DeltaOptions(device=device, spectrum=True))
-    extracted = extract(*models, out / "x.safetensors", Rule("rank", 2), ExtractOptions(to="comfyui", device=device))
-    taken = unmerge(out / "tuned.safetensors", out / "back.safetensors", adapters[:1], options=Options(device=device))
+    combined = combine(paths, out / "both.safetensors", Rule("rank", 4), arch=None, device=device)
+    apart = compare([paths[0], out / "resized.safetensors"], device=device)
+    whole = delta(base, out / "tuned.safetensors", out / "delta.safetensors", device=device, spectrum=True)
+    extracted = extract(*models, out / "x.safetensors", Rule("rank", 2), to="comfyui", device=device)
+    taken = unmerge(out / "tuned.safetensors", out / "back.safetensors", adapters[:1], device=device)
     assert isinstance(apart, AdapterComparison)
     return {
         "resize": resized.error,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratool import EditOptions, LoratoolError, Strength, compare, edit, merge
+from loratool import LoratoolError, Strength, compare, edit, merge
 from loratool.archs import ARCHS
 from loratool.archs.blocks import LENGTHS, VECTORS, block_of
 from loratool.archs.sd import SD1, SDXL
@@ -44,7 +44,7 @@ def test_what_is_not_edited_keeps_its_bytes(tmp_path: Path, alpha: float | None,
     path = adapter(tmp_path, alpha, dtype, note="mine", modelspec_hash="x", **{"modelspec.hash_sha256": "0x1"})
     before = load_file(path)
 
-    report = edit(path, tmp_path / "b.safetensors", EditOptions(drop=("*te1*",), scale=(("OUT*", 0.7),)))
+    report = edit(path, tmp_path / "b.safetensors", drop=("*te1*",), scale=(("OUT*", 0.7),))
 
     after = load_file(tmp_path / "b.safetensors")
     assert (report.dropped, report.scaled) == (1, 1)
@@ -66,17 +66,17 @@ def test_what_is_not_edited_keeps_its_bytes(tmp_path: Path, alpha: float | None,
 @pytest.mark.parametrize(
     ("options", "factors"),
     [
-        (EditOptions(keep=("IN*", "lora_te1*")), (1, 0, 1)),
-        (EditOptions(keep=("*attn2*",), drop=("OUT05",)), (1, 0, 0)),
-        (EditOptions(scale=(("*attn2*", -2.0), ("OUT*", 0.5))), (-2, -1, 1)),
-        (EditOptions(strength=Strength(1.0, (), {"unet": 0.25, "te1": 0.0})), (0.25, 0.25, 0)),
-        (EditOptions(strength=Strength(1.0, (0, 3, *[1.0] * 9, 0.5))), (3, 0.5, 0)),
-        (EditOptions(strength=Strength(1.0, (0.5, *[1.0] * 4, 2.0, *[1.0] * 10, 0.0, *[1.0] * 3))), (2, 0, 0.5)),
+        ({"keep": ("IN*", "lora_te1*")}, (1, 0, 1)),
+        ({"keep": ("*attn2*",), "drop": ("OUT05",)}, (1, 0, 0)),
+        ({"scale": (("*attn2*", -2.0), ("OUT*", 0.5))}, (-2, -1, 1)),
+        ({"strength": Strength(1.0, (), {"unet": 0.25, "te1": 0.0})}, (0.25, 0.25, 0)),
+        ({"strength": Strength(1.0, (0, 3, *[1.0] * 9, 0.5))}, (3, 0.5, 0)),
+        ({"strength": Strength(1.0, (0.5, *[1.0] * 4, 2.0, *[1.0] * 10, 0.0, *[1.0] * 3))}, (2, 0, 0.5)),
     ],
 )
-def test_globs_blocks_and_components(tmp_path: Path, options: EditOptions, factors: tuple[float, ...]) -> None:
+def test_globs_blocks_and_components(tmp_path: Path, options: dict[str, Any], factors: tuple[float, ...]) -> None:
     path = adapter(tmp_path)
-    report = edit(path, tmp_path / "b.safetensors", options)
+    report = edit(path, tmp_path / "b.safetensors", **options)
     before, after = dense(path), dense(tmp_path / "b.safetensors")
     assert {module.name: module.factor for module in report.modules} == dict(zip(SHAPES, factors, strict=True))
     for stem, factor in zip(SHAPES, factors, strict=True):
@@ -155,14 +155,14 @@ def test_short_vectors_are_the_long_ones_without_blocks() -> None:
 def test_blocks_without_a_number_are_kept_and_said(tmp_path: Path) -> None:
     stems = SHAPES | {"lora_unet_input_blocks_1_0_in_layers_2": (4, 4, 3, 3)}
     path = save(tmp_path / "a.safetensors", kohya(stems, 2, 1.0))
-    report = edit(path, tmp_path / "b.safetensors", EditOptions(arch="sdxl", strength=Strength(1.0, (0.0, *[1.0] * 11))))
+    report = edit(path, tmp_path / "b.safetensors", arch="sdxl", strength=Strength(1.0, (0.0, *[1.0] * 11)))
     assert "1 modules are in blocks that the vector has no number for" in report.warnings[0]
     assert "lora_unet_input_blocks_1_0_in_layers_2.alpha" in load_file(tmp_path / "b.safetensors")
 
 
 def test_the_preview_adds_up_and_writes_nothing(tmp_path: Path) -> None:
     path = adapter(tmp_path)
-    report = edit(path, None, EditOptions(scale=(("OUT05", 2.0),), drop=("BASE",)))
+    report = edit(path, None, scale=(("OUT05", 2.0),), drop=("BASE",))
     norms = {name: float(delta.norm()) ** 2 for name, delta in dense(path).items()}
     shares = {block.name: (block.before, block.after) for block in report.blocks}
     whole, left = sum(norms.values()), norms[XL] + 4 * norms[OUT]
@@ -176,12 +176,12 @@ def test_the_preview_adds_up_and_writes_nothing(tmp_path: Path) -> None:
 def test_every_kind_is_scaled_exactly_or_refused(tmp_path: Path, case: str) -> None:
     train((ADDITIVE | OTHERS)[case], tmp_path)
     base = load_file(tmp_path / "base.safetensors")
-    options = EditOptions(scale=(("*", -0.6),))
+    options: dict[str, Any] = {"scale": (("*", -0.6),)}
     if case in OTHERS:
         with pytest.raises(NeedsBase, match="--base BASE"):
-            edit(tmp_path / "a.safetensors", tmp_path / "b.safetensors", options)
+            edit(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **options)
         return
-    edit(tmp_path / "a.safetensors", tmp_path / "b.safetensors", options)
+    edit(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **options)
     merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "x.safetensors")
     merge(tmp_path / "base.safetensors", [tmp_path / "b.safetensors"], tmp_path / "y.safetensors")
     one, other = load_file(tmp_path / "x.safetensors"), load_file(tmp_path / "y.safetensors")
@@ -211,7 +211,7 @@ def test_peft_folders_keep_their_tensors_and_get_their_config(tmp_path: Path, na
     model = llm("qwen2")
     peft_adapter(copy.deepcopy(model), tmp_path / "a", **CONFIGS[name])
 
-    edit(tmp_path / "a", tmp_path / "b", EditOptions(drop=("*layers.1.*",), scale=(("*_proj", 0.7), ("*q_proj", 0.5))))
+    edit(tmp_path / "a", tmp_path / "b", drop=("*layers.1.*",), scale=(("*_proj", 0.7), ("*q_proj", 0.5)))
 
     before, after = (load_file(tmp_path / each / "adapter_model.safetensors") for each in "ab")
     assert all(torch.equal(before[key], tensor) for key, tensor in after.items())
@@ -231,12 +231,12 @@ def test_peft_folders_keep_their_tensors_and_get_their_config(tmp_path: Path, na
 def test_a_dora_can_lose_modules(tmp_path: Path) -> None:
     model = llm("llama")
     peft_adapter(copy.deepcopy(model), tmp_path / "a", r=4, use_dora=True, target_modules=["q_proj", "v_proj"])
-    edit(tmp_path / "a", tmp_path / "b", EditOptions(drop=("*v_proj",)))
+    edit(tmp_path / "a", tmp_path / "b", drop=("*v_proj",))
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["use_dora"] is True
     report = edit(tmp_path / "b", None)
     assert (report.unmeasured, len(report.modules)) == (2, 2)
     with pytest.raises(NeedsBase, match="--base BASE"):
-        edit(tmp_path / "a", tmp_path / "c", EditOptions(scale=(("*", 0.5),)))
+        edit(tmp_path / "a", tmp_path / "c", scale=(("*", 0.5),))
     found = compare([tmp_path / "b", tmp_path / "b"])
     assert isinstance(found, AdapterComparison)
     assert found.same
@@ -245,18 +245,18 @@ def test_a_dora_can_lose_modules(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (EditOptions(drop=("*typo*",)), r"--drop \*typo\*: matches no module"),
-        (EditOptions(scale=(("IN05", 2.0),)), "--scale IN05: matches no module"),
-        (EditOptions(drop=("*",)), "nothing is left"),
-        (EditOptions(scale=(("*", float("nan")),)), "finite"),
-        (EditOptions(strength=Strength(1.0, (1.0,) * 13)), "a vector of 13 block weights: .* takes 17 or 26"),
-        (EditOptions(arch="flux1", strength=Strength(1.0, (1.0,) * 12)), "has no such vectors"),
+        ({"drop": ("*typo*",)}, r"--drop \*typo\*: matches no module"),
+        ({"scale": (("IN05", 2.0),)}, "--scale IN05: matches no module"),
+        ({"drop": ("*",)}, "nothing is left"),
+        ({"scale": (("*", float("nan")),)}, "finite"),
+        ({"strength": Strength(1.0, (1.0,) * 13)}, "a vector of 13 block weights: .* takes 17 or 26"),
+        ({"arch": "flux1", "strength": Strength(1.0, (1.0,) * 12)}, "has no such vectors"),
     ],
 )
-def test_what_cannot_be_meant_is_an_error(tmp_path: Path, options: EditOptions, message: str) -> None:
+def test_what_cannot_be_meant_is_an_error(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     path = adapter(tmp_path)
     with pytest.raises(LoratoolError, match=message):
-        edit(path, tmp_path / "b.safetensors", options)
+        edit(path, tmp_path / "b.safetensors", **options)
     assert not (tmp_path / "b.safetensors").exists()
 
 

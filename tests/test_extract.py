@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratool import Budget, Checkpoint, ExtractOptions, LoratoolError, Rule, Source, extract, inspect, load, merge
+from loratool import Budget, Checkpoint, LoratoolError, Rule, Selection, WeightedAdapter, extract, inspect, load, merge
 from loratool.archs import ARCHS, Arch
 from loratool.errors import NonFinite, OutputError, ShapeMismatch, UnmatchedModules, Unsupported
 from loratool.numbers.devices import lanes
@@ -22,7 +22,7 @@ from tests.oracles.test_peft import meta_names
 SHAPES = {"fc": (24, 40), "wide": (16, 200), "conv": (12, 6, 3, 3), "point": (20, 10, 1, 1), "out": (200, 130)}
 PREFIX = "model.diffusion_model."
 pytestmark = [pytest.mark.filterwarnings("ignore")]
-COMFY = ExtractOptions(to="comfyui")
+COMFY: dict[str, Any] = {"to": "comfyui"}
 
 
 def base_tensors(dtype: torch.dtype = torch.float32) -> Tensors:
@@ -66,7 +66,7 @@ def test_the_printed_error_is_the_true_one(tmp_path: Path, rule: Rule | Budget, 
     base, tuned = pair(tmp_path, tuned_tensors())
     out = tmp_path / "out.safetensors"
 
-    report = extract(base, tuned, out, rule, ExtractOptions(to="comfyui", dtype=dtype))
+    report = extract(base, tuned, out, rule, to="comfyui", dtype=dtype)
 
     missing, whole = left_out(out, base, tuned, tmp_path / "merged.safetensors")
     assert report.norm == pytest.approx(whole, rel=1e-5)
@@ -82,7 +82,7 @@ def test_the_printed_error_is_the_true_one(tmp_path: Path, rule: Rule | Budget, 
 def test_every_module_is_the_best_of_its_rank(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path, tuned_tensors())
 
-    report = extract(base, tuned, tmp_path / "out.safetensors", Rule("rank", 5), COMFY)
+    report = extract(base, tuned, tmp_path / "out.safetensors", Rule("rank", 5), **COMFY)
 
     before, after = load_file(base), load_file(tuned)
     for module in report.modules:
@@ -109,11 +109,15 @@ def test_what_was_merged_comes_back_with_its_rank(tmp_path: Path, dtype: torch.d
         f"model.{stem}.weight": (0.3 * torch.randn(shape, generator=generator)).to(dtype) for stem, shape in stems.items()
     }
     save(tmp_path / "base.safetensors", base)
-    merge(tmp_path / "base.safetensors", [Source(tmp_path / "lora.safetensors", strength)], tmp_path / "tuned.safetensors")
+    merge(
+        tmp_path / "base.safetensors",
+        [WeightedAdapter(tmp_path / "lora.safetensors", strength)],
+        tmp_path / "tuned.safetensors",
+    )
     out = tmp_path / "out.safetensors"
 
-    options = ExtractOptions(to="comfyui", dtype="float32")
-    report = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", out, Rule("auto"), options)
+    options: dict[str, Any] = {"to": "comfyui", "dtype": "float32"}
+    report = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", out, Rule("auto"), **options)
 
     assert {module.rank for module in report.modules} == {3}
     given = {change.module.path: change.delta.dense() for change in load(tmp_path / "lora.safetensors").changes}
@@ -150,7 +154,7 @@ def test_auto_ends_where_rounding_reaches(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path, {name: tensor.bfloat16() for name, tensor in base.items()}, base)
 
     with pytest.raises(LoratoolError, match=r"nothing of it can be written as ComfyUI: .+: the rule kept no rank"):
-        extract(base, tuned, tmp_path / "out.safetensors", Rule("auto"), COMFY)
+        extract(base, tuned, tmp_path / "out.safetensors", Rule("auto"), **COMFY)
 
 
 def test_the_snr_is_that_of_the_rounding_that_was_done(tmp_path: Path) -> None:
@@ -158,7 +162,7 @@ def test_the_snr_is_that_of_the_rounding_that_was_done(tmp_path: Path) -> None:
     save(tmp_path / "base.safetensors", base)
     save(tmp_path / "tuned.safetensors", {name: tensor.bfloat16() for name, tensor in exact.items()})
 
-    report = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "o", Rule("rank", 2), COMFY)
+    report = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "o", Rule("rank", 2), **COMFY)
 
     for module in report.modules:
         if module.held == "lora":
@@ -172,7 +176,7 @@ def test_what_did_not_change_is_not_in_the_output(tmp_path: Path) -> None:
     tensors[f"{PREFIX}fc.weight"] = tensors[f"{PREFIX}fc.weight"] + 0.1
     base, tuned = pair(tmp_path, tensors)
 
-    report = extract(base, tuned, tmp_path / "out.safetensors", Rule("rank", 1), COMFY)
+    report = extract(base, tuned, tmp_path / "out.safetensors", Rule("rank", 1), **COMFY)
 
     assert report.unchanged == len(tensors) - 1
     assert {name.rpartition(".lora")[0] for name in load_file(tmp_path / "out.safetensors") if "lora" in name} == {
@@ -184,7 +188,7 @@ def test_what_did_not_change_is_not_in_the_output(tmp_path: Path) -> None:
 def test_nothing_changed_is_an_error(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path, base_tensors())
     with pytest.raises(LoratoolError, match=r"nothing differs from .* in the 8 parameters"):
-        extract(base, tuned, tmp_path / "out.safetensors", Rule("rank", 1), COMFY)
+        extract(base, tuned, tmp_path / "out.safetensors", Rule("rank", 1), **COMFY)
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -192,7 +196,7 @@ def test_what_a_format_has_no_place_for_is_reported_with_its_share(tmp_path: Pat
     base, tuned = pair(tmp_path, tuned_tensors())
     out = tmp_path / "out.safetensors"
 
-    report = extract(base, tuned, out, Rule("rank", 1000), ExtractOptions(to="diffusers", dtype="float32"))
+    report = extract(base, tuned, out, Rule("rank", 1000), to="diffusers", dtype="float32")
 
     assert [(left.name, left.why) for left in report.left_out] == [
         (f"{PREFIX}norm", "diffusers has no place for a norm's weight"),
@@ -209,7 +213,7 @@ def test_a_size_is_never_exceeded_and_nearly_used_up(tmp_path: Path, size: int, 
     base, tuned = pair(tmp_path, tuned_tensors())
     out = tmp_path / "out"
 
-    report = extract(base, tuned, out, Budget(nbytes=size), ExtractOptions(to=to, include=("*.weight",)))
+    report = extract(base, tuned, out, Budget(nbytes=size), to=to, selection=Selection(include=("*.weight",)))
 
     files = [path for path in (out, *out.glob("*")) if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= size
@@ -223,8 +227,8 @@ def test_the_sides_of_the_singular_values(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path, tuned_tensors())
     products, norms = [], {}
     for split in ("even", "up", "down"):
-        options = ExtractOptions(to="comfyui", split=split, include=("*out.weight",))  # type: ignore[arg-type]
-        extract(base, tuned, tmp_path / f"{split}.safetensors", Rule("rank", 3), options)
+        options: dict[str, Any] = {"to": "comfyui", "split": split, "selection": Selection(include=("*out.weight",))}  # type: ignore[arg-type]
+        extract(base, tuned, tmp_path / f"{split}.safetensors", Rule("rank", 3), **options)
         tensors = load_file(tmp_path / f"{split}.safetensors")
         up, down = tensors["diffusion_model.out.lora_B.weight"], tensors["diffusion_model.out.lora_A.weight"]
         products.append(up @ down)
@@ -237,10 +241,10 @@ def test_the_sides_of_the_singular_values(tmp_path: Path) -> None:
 
 def test_the_clamp_of_other_tools_costs_what_the_report_says(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path, tuned_tensors())
-    clamped = ExtractOptions(to="comfyui", clamp=0.99)
+    clamped: dict[str, Any] = {"to": "comfyui", "clamp": 0.99}
 
-    free = extract(base, tuned, tmp_path / "free.safetensors", Rule("rank", 8), COMFY)
-    worse = extract(base, tuned, tmp_path / "clamped.safetensors", Rule("rank", 8), clamped)
+    free = extract(base, tuned, tmp_path / "free.safetensors", Rule("rank", 8), **COMFY)
+    worse = extract(base, tuned, tmp_path / "clamped.safetensors", Rule("rank", 8), **clamped)
 
     missing, whole = left_out(tmp_path / "clamped.safetensors", base, tuned, tmp_path / "merged.safetensors")
     assert worse.error == pytest.approx(missing / whole, rel=1e-3)
@@ -253,7 +257,7 @@ def test_equal_runs_write_equal_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     for workers in (1, 4):
         monkeypatch.setattr("loratool.numbers.threads.MOST", workers)
         out = tmp_path / f"{workers}.safetensors"
-        extract(base, tuned, out, Rule("rank", 4), ExtractOptions(to="comfyui", dtype="float16"))
+        extract(base, tuned, out, Rule("rank", 4), to="comfyui", dtype="float16")
         written.append(out.read_bytes())
     assert written[0] == written[1]
 
@@ -262,7 +266,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
     from loratool.verbs.extract.outcomes import Extraction, Task
 
     base, tuned = pair(tmp_path, tuned_tensors())
-    out, partial, options = tmp_path / "out.safetensors", tmp_path / "out.safetensors.partial", replace(COMFY, resume=True)
+    out, partial, options = tmp_path / "out.safetensors", tmp_path / "out.safetensors.partial", {"resume": True, **COMFY}
     whole, calls = Extraction.outcomes, list[str]()
 
     def called(work: Extraction, tasks: list[Task], device: torch.device) -> object:
@@ -277,19 +281,19 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("loratool.numbers.threads.MOST", 1)
     monkeypatch.setattr(Extraction, "outcomes", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        extract(base, tuned, out, Rule("rank", 3), options)
+        extract(base, tuned, out, Rule("rank", 3), **options)
     assert partial.is_dir()
     assert not out.exists()
 
     first = set(calls)
     calls.clear()
     monkeypatch.setattr(Extraction, "outcomes", called)
-    report = extract(base, tuned, out, Rule("rank", 3), options)
+    report = extract(base, tuned, out, Rule("rank", 3), **options)
 
     assert len(first) == 4
     assert set(calls) == {str(module.name) for module in report.modules} - first
     assert not partial.exists()
-    extract(base, tuned, tmp_path / "again.safetensors", Rule("rank", 3), COMFY)
+    extract(base, tuned, tmp_path / "again.safetensors", Rule("rank", 3), **COMFY)
     assert out.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
 
 
@@ -302,12 +306,12 @@ def test_outcomes_are_kept_exactly(tmp_path: Path, kind: str, rule: Rule | Budge
     base, tuned = model_pair(tmp_path, kind)
     extract(base, tuned, tmp_path / "plain", rule)
     monkeypatch.setattr(Journal, "discard", lambda journal: None)
-    extract(base, tuned, tmp_path / "out", rule, ExtractOptions(resume=True))
+    extract(base, tuned, tmp_path / "out", rule, resume=True)
     (tmp_path / "out").rename(tmp_path / "first")
     monkeypatch.setattr(
         "loratool.verbs.extract.outcomes.Extraction.outcomes", lambda work, tasks, device: [None] * len(tasks)
     )
-    extract(base, tuned, tmp_path / "out", rule, ExtractOptions(resume=True))
+    extract(base, tuned, tmp_path / "out", rule, resume=True)
 
     for folder in ("first", "out"):
         written, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in (folder, "plain"))
@@ -322,7 +326,7 @@ def test_what_was_kept_of_another_input_is_thrown_away(tmp_path: Path) -> None:
     (partial / "job.json").write_text("{}")
     (partial / "0-rank-3.safetensors").write_text("no longer true")
 
-    extract(base, tuned, tmp_path / "out.safetensors", Rule("rank", 3), replace(COMFY, resume=True))
+    extract(base, tuned, tmp_path / "out.safetensors", Rule("rank", 3), resume=True, **COMFY)
 
     assert not partial.exists()
 
@@ -333,11 +337,11 @@ def test_a_prefix_makes_no_difference(tmp_path: Path) -> None:
     bare = {name.removeprefix(PREFIX): tensor for name, tensor in tuned.items()}
     vae = {"first_stage_model.decoder.conv_in.weight": torch.ones(4, 4)}
 
-    one = extract(*pair(tmp_path, bare, base), tmp_path / "one.safetensors", Rule("rank", 3), COMFY)
+    one = extract(*pair(tmp_path, bare, base), tmp_path / "one.safetensors", Rule("rank", 3), **COMFY)
     assert len(one.modules) == len(base)
 
     changed = {name: 1.5 * tensor for name, tensor in vae.items()}
-    two = extract(*pair(tmp_path, tuned | changed, base | vae), tmp_path / "two.safetensors", Rule("rank", 3), COMFY)
+    two = extract(*pair(tmp_path, tuned | changed, base | vae), tmp_path / "two.safetensors", Rule("rank", 3), **COMFY)
     (left,) = two.left_out
     assert (left.name, left.why) == ("first_stage_model.decoder.conv_in", "no format of adapters has a place for a VAE")
     assert left.norm == pytest.approx(2.0)
@@ -365,7 +369,7 @@ def test_bad_input_is_named_and_nothing_is_left_behind(tmp_path: Path) -> None:
     for tensors, error, message in broken.values():
         base, tuned = pair(tmp_path, tensors)
         with pytest.raises(error, match=message):
-            extract(base, tuned, out, Rule("rank", 2), COMFY)
+            extract(base, tuned, out, Rule("rank", 2), **COMFY)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "tuned.safetensors"]
 
 
@@ -375,7 +379,7 @@ def test_8_bit_weights_are_extracted_into_wider_factors(tmp_path: Path) -> None:
     )
     pair(tmp_path, tuned, base)
 
-    report = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "o", Rule("rank", 2), COMFY)
+    report = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "o", Rule("rank", 2), **COMFY)
 
     assert {tensor.dtype for tensor in load_file(tmp_path / "o").values()} == {torch.bfloat16}
     whole = math.sqrt(sum(float((tuned[name].float() - base[name].float()).square().sum()) for name in base))
@@ -386,7 +390,7 @@ def test_single_numbers_and_integers_are_not_overlooked(tmp_path: Path) -> None:
     base = base_tensors() | {f"{PREFIX}gate": torch.tensor(1.0), "steps": torch.arange(3), "same": torch.arange(3)}
     tuned = tuned_tensors() | {f"{PREFIX}gate": torch.tensor(1.5), "steps": torch.arange(3) + 1, "same": torch.arange(3)}
 
-    report = extract(*pair(tmp_path, tuned, base), tmp_path / "o", Rule("rank", 2), COMFY)
+    report = extract(*pair(tmp_path, tuned, base), tmp_path / "o", Rule("rank", 2), **COMFY)
 
     (gate,) = [module for module in report.modules if module.name == f"{PREFIX}gate"]
     assert (gate.held, gate.norm, gate.error) == ("diff", 0.5, 0.0)
@@ -397,9 +401,7 @@ def test_a_text_encoder_of_transformers_becomes_a_peft_folder(tmp_path: Path) ->
     for name, seed in (("base", 1), ("tuned", 2)):
         clip(seed=seed).save_pretrained(tmp_path / name)
 
-    report = extract(
-        tmp_path / "base", tmp_path / "tuned", tmp_path / "o", Rule("rank", 99), ExtractOptions(dtype="float32")
-    )
+    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "o", Rule("rank", 99), dtype="float32")
 
     assert report.format == "PEFT"
     assert not report.left_out
@@ -412,7 +414,7 @@ def test_a_bias_that_changed_alone_is_carried_by_a_lora_of_nothing(tmp_path: Pat
     tensors = base_tensors() | {f"{PREFIX}fc.bias": torch.full((24,), 0.75)}
     base, tuned = pair(tmp_path, tensors)
 
-    report = extract(base, tuned, tmp_path / "o", Rule("rank", 2), ExtractOptions(to="diffusers"))
+    report = extract(base, tuned, tmp_path / "o", Rule("rank", 2), to="diffusers")
     merge(base, [tmp_path / "o"], tmp_path / "merged")
 
     assert [module.held for module in report.modules] == ["bias_up"]
@@ -424,10 +426,10 @@ def test_a_bias_that_changed_alone_is_carried_by_a_lora_of_nothing(tmp_path: Pat
 def test_blocks_make_no_difference(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors too are read a part at a time, and their last part is a shorter one."""
     base, tuned = pair(tmp_path, tuned_tensors(torch.bfloat16), base_tensors(torch.bfloat16))
-    whole = extract(base, tuned, tmp_path / "whole", Rule("rank", 2), COMFY)
+    whole = extract(base, tuned, tmp_path / "whole", Rule("rank", 2), **COMFY)
     monkeypatch.setattr("loratool.base.difference.BLOCK", block)
 
-    parts = extract(base, tuned, tmp_path / "parts", Rule("rank", 2), COMFY)
+    parts = extract(base, tuned, tmp_path / "parts", Rule("rank", 2), **COMFY)
 
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
     for one, other in zip(whole.modules, parts.modules, strict=True):
@@ -437,7 +439,7 @@ def test_blocks_make_no_difference(tmp_path: Path, block: int, monkeypatch: pyte
 def test_a_choice_of_nothing_is_an_error(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path, tuned_tensors())
     with pytest.raises(LoratoolError, match="--include and --exclude leave no parameter"):
-        extract(base, tuned, tmp_path / "o", Rule("rank", 2), replace(COMFY, include=("nothing",)))
+        extract(base, tuned, tmp_path / "o", Rule("rank", 2), selection=Selection(("nothing",)), **COMFY)
 
 
 @pytest.mark.parametrize("rule", [Rule("rank", 4), Rule("max_error", 0.4), Rule("energy", 0.9), Budget(error=0.4)])
@@ -447,9 +449,9 @@ def test_batches_make_no_difference(tmp_path: Path, rule: Rule | Budget, monkeyp
     from loratool.verbs.extract.outcomes import Extraction, Task
 
     base, tuned = model_pair(tmp_path, "llama", hidden_size=128, intermediate_size=256)
-    alone = extract(base, tuned, tmp_path / "alone", rule, ExtractOptions(device="cpu"))
+    alone = extract(base, tuned, tmp_path / "alone", rule, device="cpu")
     monkeypatch.setattr("loratool.verbs.extract.extract.lanes", partial(lanes, staged=True))
-    together = extract(base, tuned, tmp_path / "together", rule, ExtractOptions(device="cpu"))
+    together = extract(base, tuned, tmp_path / "together", rule, device="cpu")
     whole, sizes = Extraction.outcomes, list[int]()
 
     def short_of_memory(work: Extraction, tasks: list[Task], device: torch.device) -> object:
@@ -459,7 +461,7 @@ def test_batches_make_no_difference(tmp_path: Path, rule: Rule | Budget, monkeyp
         return whole(work, tasks, device)
 
     monkeypatch.setattr(Extraction, "outcomes", short_of_memory)
-    halved = extract(base, tuned, tmp_path / "halved", rule, ExtractOptions(device="cpu"))
+    halved = extract(base, tuned, tmp_path / "halved", rule, device="cpu")
     assert max(sizes) > 1
     for report in (together, halved):
         for one, other in zip(alone.modules, report.modules, strict=True):
@@ -472,8 +474,7 @@ def test_batches_make_no_difference(tmp_path: Path, rule: Rule | Budget, monkeyp
 def test_the_device_makes_no_difference(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path, tuned_tensors())
     reports = [
-        extract(base, tuned, tmp_path / device, Rule("max_error", 0.3), replace(COMFY, device=device))
-        for device in ("cpu", "cuda")
+        extract(base, tuned, tmp_path / device, Rule("max_error", 0.3), device=device, **COMFY) for device in ("cpu", "cuda")
     ]
     assert [module.rank for module in reports[0].modules] == [module.rank for module in reports[1].modules]
     assert reports[0].error == pytest.approx(reports[1].error, rel=1e-4)
@@ -483,9 +484,9 @@ def test_exclude_is_the_way_out(tmp_path: Path) -> None:
     tensors = tuned_tensors()
     tensors[f"{PREFIX}fc.weight"] = torch.full((24, 41), math.nan)
     base, tuned = pair(tmp_path, tensors)
-    options = ExtractOptions(to="comfyui", exclude=("*.fc", "*.bias"))
+    options: dict[str, Any] = {"to": "comfyui", "selection": Selection(exclude=("*.fc", "*.bias"))}
 
-    report = extract(base, tuned, tmp_path / "out.safetensors", Rule("rank", 2), options)
+    report = extract(base, tuned, tmp_path / "out.safetensors", Rule("rank", 2), **options)
 
     assert report.excluded == 3
     assert {module.name.rpartition("diffusion_model.")[2] for module in report.modules} == {*SHAPES, "norm"} - {"fc"}
@@ -497,14 +498,14 @@ def test_outputs_are_checked_before_the_work(tmp_path: Path, monkeypatch: pytest
     wrong = [
         (tuned, COMFY),
         (tmp_path / "none" / "out.safetensors", COMFY),
-        (tmp_path / "out.safetensors", ExtractOptions(to="peft")),
-        (tmp_path / "a", ExtractOptions(device="cuda:77")),
-        (tmp_path / "a", ExtractOptions(device="cpu:1")),
-        (tmp_path / "a", ExtractOptions(device="tpu")),
+        (tmp_path / "out.safetensors", {"to": "peft"}),
+        (tmp_path / "a", {"device": "cuda:77"}),
+        (tmp_path / "a", {"device": "cpu:1"}),
+        (tmp_path / "a", {"device": "tpu"}),
     ]
     for out, options in wrong:
         with pytest.raises((OutputError, LoratoolError)):
-            extract(base, tuned, out, Rule("rank", 2), options)
+            extract(base, tuned, out, Rule("rank", 2), **options)
 
 
 # Language models
@@ -526,7 +527,7 @@ def model_pair(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.flo
 def test_all_of_a_language_model_comes_back_at_full_rank(tmp_path: Path, kind: str) -> None:
     base, tuned = model_pair(tmp_path, kind)
 
-    report = extract(base, tuned, tmp_path / "adapter", Rule("rank", 1000), ExtractOptions(dtype="float32"))
+    report = extract(base, tuned, tmp_path / "adapter", Rule("rank", 1000), dtype="float32")
 
     merge(base, [tmp_path / "adapter"], tmp_path / "merged")
     ours, theirs = Checkpoint(tmp_path / "merged"), Checkpoint(tuned)
@@ -559,7 +560,7 @@ def test_metas_names_and_hugging_faces_are_one_model(tmp_path: Path) -> None:
 def test_tied_heads_follow_their_embedding(tmp_path: Path) -> None:
     base, tuned = model_pair(tmp_path, "llama", tie_word_embeddings=True)
 
-    report = extract(base, tuned, tmp_path / "adapter", Rule("rank", 1000), ExtractOptions(dtype="float32"))
+    report = extract(base, tuned, tmp_path / "adapter", Rule("rank", 1000), dtype="float32")
 
     assert {"lm_head", "model.embed_tokens"} <= {module.name for module in report.modules}
     merge(base, [tmp_path / "adapter"], tmp_path / "merged")
@@ -601,8 +602,8 @@ def test_stacked_experts_are_extracted_one_by_one(tmp_path: Path) -> None:
 
 def test_a_plan_is_made_from_headers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, tuned = model_pair(tmp_path)
-    options = ExtractOptions(dry_run=True)
-    planned = extract(base, tuned, tmp_path / "adapter", Rule("rank", 4), options)
+    options: dict[str, Any] = {"dry_run": True}
+    planned = extract(base, tuned, tmp_path / "adapter", Rule("rank", 4), **options)
     assert not (tmp_path / "adapter").exists()
 
     done = extract(base, tuned, tmp_path / "adapter", Rule("rank", 4))
@@ -633,12 +634,12 @@ def test_both_namings_of_one_model_are_paired(tmp_path: Path, to: str) -> None:
         (folder / name).mkdir(parents=True)
         save(folder / name / "model.safetensors", components[component])
     (folder / "model_index.json").write_text("{}")
-    options = ExtractOptions(to=to, dtype="float32")
+    options: dict[str, Any] = {"to": to, "dtype": "float32"}
 
     one = extract(
-        tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "a.safetensors", Rule("all"), options
+        tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "a.safetensors", Rule("all"), **options
     )
-    two = extract(folder, tmp_path / "tuned.safetensors", tmp_path / "b.safetensors", Rule("all"), options)
+    two = extract(folder, tmp_path / "tuned.safetensors", tmp_path / "b.safetensors", Rule("all"), **options)
 
     assert len(one.modules) == len(changed)
     assert one.norm == pytest.approx(two.norm, rel=1e-6)
@@ -664,7 +665,7 @@ def test_every_architecture_is_extracted_into_every_naming_and_merges_back(tmp_p
         tuned[name] = base[name] + 0.1 * torch.randn(base[name].shape, generator=generator)
     paths = pair(tmp_path, tuned, base)
 
-    report = extract(*paths, tmp_path / "o", Rule("rank", 6), ExtractOptions(to=to, arch=arch.name, dtype="float32"))
+    report = extract(*paths, tmp_path / "o", Rule("rank", 6), to=to, arch=arch.name, dtype="float32")
     merge(paths[0], [tmp_path / "o"], tmp_path / "merged")
 
     assert not report.left_out

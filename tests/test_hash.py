@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from loratool.files.adapter_files import open_adapter
 from loratool.files.hashes import LETTERS, legacy_hash, short_hash
 from loratool.files.header import read_header
 from loratool.verbs.hash import file_hashes
@@ -72,7 +73,7 @@ def test_they_are_those_that_others_compute(tmp_path: Path, rows: int, metadata:
     assert found.blake3 == blake3.blake3(raw).hexdigest()
     assert found.crc32 == f"{zlib.crc32(raw):08x}"
     assert (found.sshs_model_hash, found.sshs_legacy_hash) == kohyas(tensors, metadata)
-    assert short_hash(path) == (found.autov3 or "")[:LETTERS]
+    assert short_hash(open_adapter(path)) == (found.autov3 or "")[:LETTERS]
     assert legacy_hash(read_header(path), {"ss_x": "y"}) == kohyas(tensors, {"ss_x": "y"})[1]
 
 
@@ -151,9 +152,9 @@ def test_a_history_is_a_chain(tmp_path: Path, invoke: Run) -> None:
     assert [step["command"] for step in history] == ["convert", "edit", "resize"]
     assert [step["adapters"][0]["name"] for step in history] == ["b.safetensors", "a.safetensors", "style.safetensors"]
     assert [step["adapters"][0]["autov3"] for step in history] == [
-        short_hash(tmp_path / "b.safetensors"),
-        short_hash(tmp_path / "a.safetensors"),
-        short_hash(FIXTURES / "style.safetensors"),
+        short_hash(open_adapter(tmp_path / "b.safetensors")),
+        short_hash(open_adapter(tmp_path / "a.safetensors")),
+        short_hash(open_adapter(FIXTURES / "style.safetensors")),
     ]
     assert float(history[2]["error"]) > 0
     assert "history" in invoke("inspect", "c.safetensors").stdout

@@ -243,7 +243,7 @@ def test_every_rule_of_resize_keeps_the_least_rank(tmp_path: Path, rule: Rule) -
 
 
 @pytest.mark.parametrize("size", [8_000, 20_000, 60_000, 10**6])
-@pytest.mark.parametrize("dtype", ["F16", None])
+@pytest.mark.parametrize("dtype", ["float16", None])
 def test_a_resized_file_is_never_larger_than_asked(tmp_path: Path, size: int, dtype: str | None) -> None:
     shapes = {f"lora_unet_{i}": (60 + 20 * i, 50) for i in range(8)} | {"lora_unet_conv": (20, 8, 3, 3)}
     save(tmp_path / "a.safetensors", kohya(shapes, 12, 6.0), ss_network_module="networks.lora", ss_network_dim="12")
@@ -283,7 +283,7 @@ def test_a_total_error_is_met_by_what_is_stored(tmp_path: Path, case: str, error
         tmp_path / "b.safetensors",
         Budget(error=error),
         base=tmp_path / "base.safetensors",
-        dtype="BF16",
+        dtype="bfloat16",
     )
 
     whole, low = merged(tmp_path, "a.safetensors"), merged(tmp_path, "b.safetensors")

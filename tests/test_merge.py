@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import loratool
-from loratool import LoratoolError, Options, Source, merge
+from loratool import LoratoolError, Selection, Strength, WeightedAdapter, merge
 from loratool.errors import InvalidAdapter, NonFinite, OutputError, ShapeMismatch, UnmatchedModules, Unsupported
 from loratool.files.adapter_files import open_adapter
 from loratool.files.hashes import short_hash
@@ -56,7 +57,7 @@ def test_adds_the_exact_sum_and_rounds_it_once(tmp_path: Path, dtype: torch.dtyp
 
     merge(
         tmp_path / "base.safetensors",
-        [Source(p, w) for p, w in zip(paths, strengths, strict=True)],
+        [WeightedAdapter(p, w) for p, w in zip(paths, strengths, strict=True)],
         tmp_path / "out.safetensors",
     )
 
@@ -152,8 +153,8 @@ def test_stochastic_rounding_keeps_the_strength_that_nearest_loses(tmp_path: Pat
     base, path = tmp_path / "base.safetensors", tmp_path / "a.safetensors"
 
     nearest = merge(base, [path], tmp_path / "nearest.safetensors")
-    chance = merge(base, [path], tmp_path / "chance.safetensors", Options(stochastic=True, seed=1))
-    merge(base, [path], tmp_path / "again.safetensors", Options(stochastic=True, seed=1))
+    chance = merge(base, [path], tmp_path / "chance.safetensors", stochastic=True, seed=1)
+    merge(base, [path], tmp_path / "again.safetensors", stochastic=True, seed=1)
 
     assert nearest.realised_strength is not None
     assert chance.realised_strength is not None
@@ -168,8 +169,9 @@ def test_include_exclude_and_components_choose_and_weigh_modules(tmp_path: Path)
     adapter = kohya(STEMS, 2, 1.0)
     save(tmp_path / "a.safetensors", adapter)
 
-    options = Options(include=("*fc", "*out", "conv"), exclude=("*out",), components={"unet": 0.5})
-    report = merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "out.safetensors", options)
+    selection = Selection(include=("*fc", "*out", "conv"), exclude=("*out",))
+    weighted = WeightedAdapter(tmp_path / "a.safetensors", Strength(1.0, parts={"unet": 0.5}))
+    report = merge(tmp_path / "base.safetensors", [weighted], tmp_path / "out.safetensors", selection=selection)
 
     assert set(report.changed) == {"fc.weight", "conv.weight"}
     merged = load_file(tmp_path / "out.safetensors")
@@ -182,9 +184,7 @@ def test_another_dtype_is_one_rounding_of_everything_floating(tmp_path: Path) ->
     save(tmp_path / "base.safetensors", base)
     save(tmp_path / "a.safetensors", adapter)
 
-    merge(
-        tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "out.safetensors", Options(dtype="bfloat16")
-    )
+    merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "out.safetensors", dtype="bfloat16")
 
     merged = load_file(tmp_path / "out.safetensors")
     assert torch.equal(merged["conv.weight"], base["conv.weight"].bfloat16())
@@ -208,7 +208,7 @@ def test_differences_biases_and_tucker_factors(tmp_path: Path) -> None:
     }
     save(tmp_path / "a.safetensors", adapter)
 
-    merge(tmp_path / "base.safetensors", [Source(tmp_path / "a.safetensors", 2.0)], tmp_path / "out.safetensors")
+    merge(tmp_path / "base.safetensors", [WeightedAdapter(tmp_path / "a.safetensors", 2.0)], tmp_path / "out.safetensors")
 
     merged = load_file(tmp_path / "out.safetensors")
     torch.testing.assert_close(merged["fc.weight"], base["fc.weight"] + 1.0)
@@ -344,19 +344,19 @@ def test_unmatched_modules_are_left_out_only_when_asked(tmp_path: Path) -> None:
     save(tmp_path / "a.safetensors", kohya(STEMS | {"lora_unet_elsewhere": (3, 3)}, 2, 1.0))
     base, adapter, out = (tmp_path / name for name in ("base.safetensors", "a.safetensors", "out.safetensors"))
 
-    report = merge(base, [adapter], out, Options(allow_unmatched=True))
+    report = merge(base, [adapter], out, allow_unmatched=True)
 
     assert report.unmatched == ("lora_unet_elsewhere",)
     assert any("elsewhere" in warning for warning in report.warnings)
 
 
-@pytest.mark.parametrize("options", [Options(allow_unmatched=True), Options(include=("nothing",))])
-def test_merging_nothing_is_an_error(tmp_path: Path, options: Options) -> None:
+@pytest.mark.parametrize("options", [{"allow_unmatched": True}, {"selection": Selection(include=("nothing",))}])
+def test_merging_nothing_is_an_error(tmp_path: Path, options: dict[str, Any]) -> None:
     save(tmp_path / "base.safetensors", base_tensors())
     save(tmp_path / "a.safetensors", kohya({"lora_unet_elsewhere": (3, 3)}, 2, 1.0))
 
     with pytest.raises(LoratoolError):
-        merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "out.safetensors", options)
+        merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "out.safetensors", **options)
 
     assert not (tmp_path / "out.safetensors").exists()
 
@@ -387,7 +387,7 @@ def test_an_existing_output_survives_unless_told_otherwise(tmp_path: Path) -> No
         merge(base, [adapter], out)
     assert out.read_text() == "mine"
 
-    merge(base, [adapter], out, Options(overwrite=True))
+    merge(base, [adapter], out, overwrite=True)
     assert load_file(out).keys() == base_tensors().keys()
 
 
@@ -403,7 +403,7 @@ def test_the_output_is_never_an_input(tmp_path: Path, link: str) -> None:
     before = base.read_bytes()
 
     with pytest.raises(OutputError, match="input"):
-        merge(base, [adapter], out, Options(overwrite=True))
+        merge(base, [adapter], out, overwrite=True)
 
     assert base.read_bytes() == before
 
@@ -422,7 +422,7 @@ def test_a_full_disk_leaves_the_old_output(tmp_path: Path, monkeypatch: pytest.M
             tmp_path / "base.safetensors",
             [tmp_path / "a.safetensors"],
             tmp_path / "out.safetensors",
-            Options(overwrite=True),
+            overwrite=True,
         )
 
     assert (tmp_path / "out.safetensors").read_text() == "mine"
@@ -442,7 +442,7 @@ def test_what_a_killed_run_left_is_swept(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_plans_and_writes_nothing(tmp_path: Path) -> None:
-    report = merge(FIXTURES / "llama", [FIXTURES / "llama-lora"], tmp_path / "out", Options(dry_run=True))
+    report = merge(FIXTURES / "llama", [FIXTURES / "llama-lora"], tmp_path / "out", dry_run=True)
 
     assert report.matched == 14
     assert report.realised_strength is None

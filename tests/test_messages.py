@@ -12,8 +12,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from loratool import WeightedAdapter
 from loratool.cli import short_of_memory
-from loratool.cli.options import adapter_and_strength
+from loratool.cli.options import weighted
 from loratool.cli.render import progress_bar
 from loratool.files.strict_json import strict_json
 from loratool.text import LONGEST, count, safe
@@ -187,7 +188,7 @@ def test_nothing_from_outside_controls_a_terminal(text: str) -> None:
 @settings(max_examples=examples(100))
 def test_a_strength_is_what_follows_the_last_colon(name: str, strength: float) -> None:
     assume(name != "-")
-    assert adapter_and_strength(f"{name}:{strength!r}") == (Path(name), strength)
+    assert weighted(f"{name}:{strength!r}") == WeightedAdapter(Path(name), strength)
 
 
 JSON = st.recursive(

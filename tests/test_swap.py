@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from loratool import Checkpoint, Options, Source, merge, swap
+from loratool import Checkpoint, WeightedAdapter, merge, swap
 from loratool.errors import OutputError, Unsupported
 from loratool.files.in_place import READY, finish
 from loratool.files.layout import open_layout
@@ -43,8 +43,8 @@ def test_a_swap_is_the_merge_of_the_other_to_one_rounding(
 ) -> None:
     folder = tmp_path_factory.mktemp("swap")
     base = save(folder / "base.safetensors", base_tensors(dtype))
-    a = Source(save(folder / "a.safetensors", kohya(STEMS, 3, 2.0, seed)), old)
-    b = Source(save(folder / "b.safetensors", kohya(STEMS, 2, 1.0, seed + 1)), new)
+    a = WeightedAdapter(save(folder / "a.safetensors", kohya(STEMS, 3, 2.0, seed)), old)
+    b = WeightedAdapter(save(folder / "b.safetensors", kohya(STEMS, 2, 1.0, seed + 1)), new)
     merge(base, [a], folder / "with-a.safetensors")
     merge(base, [b], folder / "with-b.safetensors")
 
@@ -237,7 +237,7 @@ def test_what_cannot_be_done_in_place_is_refused_with_the_way_out(tmp_path: Path
         pytest.skip("root may write whatever the mode says")
     model = llm("llama")
     model.save_pretrained(tmp_path / "base")
-    options = Options(dtype="bfloat16") if case == "dtype" else Options()
+    options: dict[str, Any] = {"dtype": "bfloat16"} if case == "dtype" else {}
     config = {"modules_to_save": ["embed_tokens", "lm_head"]} if case == "vocabulary" else {}
     if case == "vocabulary":
         model.resize_token_embeddings(56)
@@ -250,7 +250,7 @@ def test_what_cannot_be_done_in_place_is_refused_with_the_way_out(tmp_path: Path
         weights.chmod(0o400)
     before = contents(tmp_path)
     with pytest.raises((Unsupported, OutputError), match="-o"):
-        merge(tmp_path / "base", [tmp_path / "a"], None, options)
+        merge(tmp_path / "base", [tmp_path / "a"], None, **options)
     assert contents(tmp_path) == before
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loratool import Source, merge
+from loratool import WeightedAdapter, merge
 from loratool.archs import ARCHS, Arch
 from loratool.files.layout import open_layout
 from loratool.formats.table import format_named
@@ -44,7 +44,9 @@ def test_both_namings_of_the_base_and_of_the_adapter_give_the_same_weights(
     adapter = save(tmp_path / "a.safetensors", made_for(arch, format_named(spelling)))
 
     for base in ("diffusers", "original"):
-        report = merge(tmp_path / f"{base}.safetensors", [Source(adapter, 0.5)], tmp_path / f"merged-{base}.safetensors")
+        report = merge(
+            tmp_path / f"{base}.safetensors", [WeightedAdapter(adapter, 0.5)], tmp_path / f"merged-{base}.safetensors"
+        )
         assert not report.unmatched
 
     merged = load_file(tmp_path / "merged-diffusers.safetensors")
@@ -93,7 +95,7 @@ def test_language_models_with_stacked_and_with_separate_layers(
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
     save(tmp_path / "a" / "adapter_model.safetensors", tensors)
 
-    merge(folder, [Source(tmp_path / "a")], tmp_path / "out")
+    merge(folder, [WeightedAdapter(tmp_path / "a")], tmp_path / "out")
 
     changes = {name: up @ down for name, (up, down) in factors.items()}
     whole = changes if adapter_is_stacked else stacked(changes)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,15 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from loratool import Checkpoint, LoratoolError, Options, Source, delta, load, merge, unmerge
-from loratool.adapter.selection import Choice
+from loratool import Checkpoint, LoratoolError, WeightedAdapter, delta, load, merge, unmerge
+from loratool.adapter.selection import Selection
+from loratool.adapter.strengths import Strength
 from loratool.errors import InvalidFile, OutputError, Unsupported
 from loratool.files.layout import open_layout
 from loratool.numbers.residuals import packed, unpacked
 from loratool.numbers.rounding import INTEGERS, neighbours
 from loratool.verbs.merge import blocks as streaming
 from loratool.verbs.merge.added import Added
-from loratool.verbs.merge.plan import make_plan
+from loratool.verbs.merge.plan import MergeInput, make_plan
 from tests.conftest import examples
 from tests.models import Tensors, kohya, llm, peft_adapter, save
 from tests.test_merge import STEMS, base_tensors
@@ -113,9 +115,10 @@ def test_an_undo_file_leads_back_to_the_bit(
 
     merge(
         base,
-        [Source(one, first), Source(two, second)],
+        [WeightedAdapter(one, first), WeightedAdapter(two, second)],
         folder / "merged.safetensors",
-        Options(stochastic=stochastic, undo=undo),
+        stochastic=stochastic,
+        undo=undo,
     )
     for path in (one, two):
         path.unlink()
@@ -134,9 +137,9 @@ def test_an_undo_file_leads_back_to_the_bit(
 def test_so_it_does_for_wide_and_for_narrow_numbers(tmp_path: Path, dtype: torch.dtype, stochastic: bool) -> None:
     tensors = {name: each.to(dtype) if each.is_floating_point() else each for name, each in base_tensors().items()}
     base = save(tmp_path / "base.safetensors", tensors)
-    adapter = Source(save(tmp_path / "a.safetensors", kohya(STEMS, 3, 2.0)), 0.5)
-    options = Options(undo=tmp_path / "u", stochastic=stochastic)
-    report = merge(base, [adapter], tmp_path / "m.safetensors", options)
+    adapter = WeightedAdapter(save(tmp_path / "a.safetensors", kohya(STEMS, 3, 2.0)), 0.5)
+    options: dict[str, Any] = {"undo": tmp_path / "u", "stochastic": stochastic}
+    report = merge(base, [adapter], tmp_path / "m.safetensors", **options)
     assert report.realised_strength is not None
     unmerge(tmp_path / "m.safetensors", tmp_path / "b.safetensors", undo=tmp_path / "u")
     assert (tmp_path / "b.safetensors").read_bytes() == base.read_bytes()
@@ -144,10 +147,10 @@ def test_so_it_does_for_wide_and_for_narrow_numbers(tmp_path: Path, dtype: torch
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"dtype": "float32"}, {}])
-def test_so_it_does_for_kinds_that_are_no_sum_and_other_dtypes(tmp_path: Path, changes: dict[str, str]) -> None:
+def test_so_it_does_for_kinds_that_are_no_sum_and_other_dtypes(tmp_path: Path, changes: dict[str, Any]) -> None:
     base = save(tmp_path / "base.safetensors", base_tensors(torch.float16))
     adapter = save(tmp_path / "a.safetensors", dora())
-    merge(base, [adapter], tmp_path / "m.safetensors", Options(undo=tmp_path / "u", **changes))
+    merge(base, [adapter], tmp_path / "m.safetensors", undo=tmp_path / "u", **changes)
     assert unmerge(tmp_path / "m.safetensors", tmp_path / "b.safetensors", undo=tmp_path / "u").exact
     assert (tmp_path / "b.safetensors").read_bytes() == base.read_bytes()
 
@@ -159,7 +162,7 @@ def test_a_sharded_folder_with_a_tied_head_is_there_again_with_its_configs(tmp_p
     peft_adapter(model, tmp_path / "a", r=4, target_modules=["q_proj", "embed_tokens"], modules_to_save=["norm"])
     before = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
 
-    report = merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "m", Options(undo=tmp_path / "u"))
+    report = merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "m", undo=tmp_path / "u")
     assert "lm_head.weight" in Checkpoint(tmp_path / "m")
     shutil.rmtree(tmp_path / "a")
     again = unmerge(tmp_path / "m", tmp_path / "b", undo=tmp_path / "u")
@@ -174,7 +177,7 @@ def test_a_grown_vocabulary_shrinks_again(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     model.resize_token_embeddings(56)
     peft_adapter(model, tmp_path / "a", r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
-    merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "m", Options(undo=tmp_path / "u"))
+    merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "m", undo=tmp_path / "u")
     assert Checkpoint(tmp_path / "m")["lm_head.weight"].shape[0] == 56
     unmerge(tmp_path / "m", tmp_path / "b", undo=tmp_path / "u")
     for path in (tmp_path / "base").iterdir():
@@ -190,7 +193,7 @@ def test_equal_merges_write_equal_undo_files_whatever_the_threads(tmp_path: Path
         monkeypatch.setattr("loratool.numbers.threads.MOST", workers)
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
         out = tmp_path / f"{workers}.safetensors"
-        merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], out, Options(undo=tmp_path / f"u{workers}"))
+        merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], out, undo=tmp_path / f"u{workers}")
     assert (tmp_path / "u1").read_bytes() == (tmp_path / "u4").read_bytes()
     monkeypatch.undo()
     # It is cut as it was written, whatever the pieces are now.
@@ -206,8 +209,8 @@ def test_names_of_any_length_and_letters_have_room(tmp_path: Path) -> None:
         tmp_path / "a.safetensors", kohya({f"lora_unet_{odd}": (12, 8), "lora_unet_" + "x" * 5000: (12, 8)}, 2, 1.0)
     )
     globs = tuple(f'"{number}"' for number in range(2000))
-    options = Options(undo=tmp_path / "undo", exclude=globs)
-    merge(tmp_path / "base.safetensors", [adapter], tmp_path / "m.safetensors", options)
+    options: dict[str, Any] = {"undo": tmp_path / "undo", "selection": Selection(exclude=globs)}
+    merge(tmp_path / "base.safetensors", [adapter], tmp_path / "m.safetensors", **options)
     assert unmerge(tmp_path / "m.safetensors", tmp_path / "b.safetensors", undo=tmp_path / "undo").exact
     delta(tmp_path / "base.safetensors", tmp_path / "m.safetensors", tmp_path / "d.safetensors")
     assert len(load_file(tmp_path / "d.safetensors")) == 2
@@ -224,9 +227,7 @@ def test_an_undo_file_is_small(tmp_path: Path) -> None:
         "lora_unet_w.lora_up.weight": (0.02 / 100 / 8**0.5 * factors["up"]).bfloat16(),
     }
     adapter = save(tmp_path / "a.safetensors", lora)
-    report = merge(
-        tmp_path / "base.safetensors", [adapter], tmp_path / "m.safetensors", Options(undo=tmp_path / "u.safetensors")
-    )
+    report = merge(tmp_path / "base.safetensors", [adapter], tmp_path / "m.safetensors", undo=tmp_path / "u.safetensors")
     assert report.undo_bytes is not None
     # 0.149 bits a number were seen.
     assert report.undo_bytes - adapter.stat().st_size < 0.2 / 8 * 1024 * 1024
@@ -238,8 +239,8 @@ def undone(folder: Path) -> SimpleNamespace:
     one = save(folder / "one.safetensors", kohya(STEMS, 3, 2.0, 1))
     two = save(folder / "two.safetensors", kohya(STEMS, 3, 2.0, 2))
     undo = folder / "undo.safetensors"
-    merge(base, [Source(one, 0.8)], folder / "m1.safetensors", Options(undo=undo))
-    merge(base, [Source(two, 0.8)], folder / "m2.safetensors")
+    merge(base, [WeightedAdapter(one, 0.8)], folder / "m1.safetensors", undo=undo)
+    merge(base, [WeightedAdapter(two, 0.8)], folder / "m2.safetensors")
     merged = {name: folder / f"{name}.safetensors" for name in ("m1", "m2")}
     return SimpleNamespace(base=base, one=one, two=two, undo=undo, **merged)
 
@@ -310,7 +311,7 @@ def test_an_undo_file_never_lies_where_the_output_goes(tmp_path: Path, path: str
     shutil.copytree(tmp_path / "base", tmp_path / "out")
     peft_adapter(model, tmp_path / "a", r=2, target_modules=["q_proj"])
     with pytest.raises(OutputError, match=r"output of this very run|exists and is not a plain file"):
-        merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "out", Options(undo=tmp_path / path, overwrite=True))
+        merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "out", undo=tmp_path / path, overwrite=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -327,8 +328,8 @@ def test_every_number_that_subtraction_misses_is_counted(
         "lora_unet_fc.lora_down.weight": torch.randn(2, 16, generator=generator),
         "lora_unet_fc.lora_up.weight": 10**size * torch.randn(24, 2, generator=generator),
     }
-    adapter = Source(save(folder / "a.safetensors", lora), strength)
-    merge(folder / "base.safetensors", [adapter], folder / "m.safetensors", Options(stochastic=stochastic))
+    adapter = WeightedAdapter(save(folder / "a.safetensors", lora), strength)
+    merge(folder / "base.safetensors", [adapter], folder / "m.safetensors", stochastic=stochastic)
 
     report = unmerge(folder / "m.safetensors", folder / "b.safetensors", [adapter])
 
@@ -337,7 +338,9 @@ def test_every_number_that_subtraction_misses_is_counted(
     assert report.numbers == missed.numel()
     merged = load_file(folder / "m.safetensors")["fc.weight"]
     # Number by number: each that is not the old one is one of those that may not be.
-    plan = make_plan(open_layout(folder / "m.safetensors"), [(load(folder / "a.safetensors"), Choice(-strength))])
+    plan = make_plan(
+        open_layout(folder / "m.safetensors"), [MergeInput(load(folder / "a.safetensors"), Strength(-strength))]
+    )
     column = Added(plan.tensors["fc.weight"])
     rows = torch.tensor([column.doubtful(merged[row : row + 1], row, by_chance=stochastic) for row in range(24)])
     assert report.doubtful == int(rows.sum())
@@ -368,9 +371,9 @@ def test_what_is_no_sum_is_not_subtracted(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_says_otherwise_is_a_warning(tmp_path: Path) -> None:
     files = undone(tmp_path)
-    right = unmerge(files.m1, tmp_path / "b1.safetensors", [Source(files.one, 0.8)])
+    right = unmerge(files.m1, tmp_path / "b1.safetensors", [WeightedAdapter(files.one, 0.8)])
     assert not right.warnings
-    wrong = unmerge(files.m1, tmp_path / "b2.safetensors", [Source(files.one, 0.7)])
+    wrong = unmerge(files.m1, tmp_path / "b2.safetensors", [WeightedAdapter(files.one, 0.7)])
     assert "says that one.safetensors:0.8 was merged into it, not one.safetensors:0.7" in wrong.warnings[0]
 
 

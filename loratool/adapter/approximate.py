@@ -19,6 +19,7 @@ from loratool.deltas.base import Delta
 from loratool.deltas.lora import Embedding, LoRA
 from loratool.deltas.schema import BIAS, WEIGHT
 from loratool.errors import NeedsBase, Unsupported, about, of_file
+from loratool.files.header import stored_dtype
 from loratool.files.tensors import DTYPES
 from loratool.numbers.budgets import Market, within_error
 from loratool.numbers.devices import Lanes, lanes
@@ -73,7 +74,7 @@ class Lowering:
         on: Lanes,
         weigh: bool = False,
     ) -> None:
-        self.adapter, self.dtype, self.weights, self.lanes = adapter, dtype, weights, on
+        self.adapter, self.dtype, self.weights, self.lanes = adapter, stored_dtype(dtype), weights, on
         self.numbers: list[int] = []
         self.kept: list[Change] = []
         for number, change in enumerate(adapter.changes):

@@ -33,17 +33,17 @@ INTEGERS: Final = (".on_input", ".reshape_weight")
 
 
 @dataclass(frozen=True, slots=True)
-class Unsaid:
+class Assumptions:
     """What some files do not say: the alpha of all modules, and which slots of a fused weight loralib trained."""
 
     alpha: float | None = None
     slots: tuple[bool, ...] = ()
 
 
-def load(path: str | Path, *, allow_pickle: bool = False, unsaid: Unsaid | None = None) -> Adapter:
+def load(path: str | Path, *, allow_pickle: bool = False, assume: Assumptions | None = None) -> Adapter:
     """Reads the adapter at `path`, a safetensors file or a PEFT folder, wholly and checked.
 
-    `unsaid` is what a loralib file, or a PEFT file without its config, leaves open.
+    `assume` is what a loralib file, or a PEFT file without its config, leaves open.
 
     Raises `LoratoolError`: every tensor must be explained, every factor finite, every alpha a number. A pickle (`.bin`)
     is refused unless `allow_pickle`, and is then read in a process of its own that may build nothing but tensors.
@@ -53,8 +53,8 @@ def load(path: str | Path, *, allow_pickle: bool = False, unsaid: Unsaid | None 
     if allow_pickle and weights.suffix in PICKLE_SUFFIXES:
         who = identity_of(weights)
         with unpickled(weights) as header:
-            return load_listing(listing(adapter_file(path, header, who)), unsaid)
-    return load_listing(read_listing(path), unsaid)
+            return load_listing(listing(adapter_file(path, header, who)), assume)
+    return load_listing(read_listing(path), assume)
 
 
 def open_any(path: Path, *, allow_pickle: bool = False) -> Adapter | Layout:
@@ -65,22 +65,22 @@ def open_any(path: Path, *, allow_pickle: bool = False) -> Adapter | Layout:
     return found if isinstance(found, Layout) else load_listing(found)
 
 
-def open_source(source: Adapter | str | Path, *, allow_pickle: bool = False, unsaid: Unsaid | None = None) -> Adapter:
+def open_source(source: Adapter | str | Path, *, allow_pickle: bool = False, assume: Assumptions | None = None) -> Adapter:
     """An adapter that is in memory already, or the one at a path, as `load` reads it."""
-    return source if isinstance(source, Adapter) else load(source, allow_pickle=allow_pickle, unsaid=unsaid)
+    return source if isinstance(source, Adapter) else load(source, allow_pickle=allow_pickle, assume=assume)
 
 
-def load_listing(found: Listing, unsaid: Unsaid | None = None) -> Adapter:
+def load_listing(found: Listing, assume: Assumptions | None = None) -> Adapter:
     """`load` of an adapter whose header was read already."""
-    unsaid = unsaid or Unsaid()
-    if unsaid.alpha is not None and not found.configs:
-        found = replace(found, configs={"": PeftConfig("--alpha", alpha=unsaid.alpha)})
+    assume = assume or Assumptions()
+    if assume.alpha is not None and not found.configs:
+        found = replace(found, configs={"": PeftConfig("--alpha", alpha=assume.alpha)})
     require_adapter(found)
     if found.lacks_config and is_language_model([group.module for group in found.groups]):
         raise InvalidAdapter(f"{found.path}: {CONFIG_NAME} is missing, so the scale is unknown; put it beside the tensors")
     alphas = found.alphas()
     with TensorFile(found.header) as file:
-        changes = _all_changes(found, file, alphas, unsaid)
+        changes = _all_changes(found, file, alphas, assume)
         passengers = {name: file.read(found.header.tensors[name]) for name in found.passengers}
         stored = {name: file.read(found.header.tensors[name]) for name in alphas}
     tied = any(config.tied for config in found.configs.values())
@@ -98,12 +98,12 @@ def load_listing(found: Listing, unsaid: Unsaid | None = None) -> Adapter:
     )
 
 
-def _all_changes(found: Listing, file: TensorFile, alphas: Mapping[str, float | None], unsaid: Unsaid) -> list[Change]:
+def _all_changes(found: Listing, file: TensorFile, alphas: Mapping[str, float | None], assume: Assumptions) -> list[Change]:
     """The changes of all modules, in the file's order, read by a few threads."""
 
     def read(group: Group) -> list[Change]:
         with about(f"{found.path}: {group.module}"):
-            return _changes(found, group, file, alphas, unsaid)
+            return _changes(found, group, file, alphas, assume)
 
     return list(chain.from_iterable(results(partial(read, group) for group in found.groups)))
 
@@ -128,7 +128,7 @@ class Stored:
     def changes(self, stem: str) -> list[Change]:
         """What it changes of the module with that stem; nothing where it does not have it."""
         group = self._groups.get(stem)
-        return _changes(self._found, group, self._file, self._alphas, Unsaid()) if group else []
+        return _changes(self._found, group, self._file, self._alphas, Assumptions()) if group else []
 
 
 def _stem(found: Listing, group: Group) -> str:
@@ -149,13 +149,13 @@ def _assumed(found: Listing, changes: list[Change]) -> Iterator[str]:
 
 
 def _changes(
-    found: Listing, group: Group, file: TensorFile, alphas: Mapping[str, float | None], unsaid: Unsaid
+    found: Listing, group: Group, file: TensorFile, alphas: Mapping[str, float | None], assume: Assumptions
 ) -> list[Change]:
-    assume = Given(alpha=unsaid.alpha, slots=unsaid.slots)
+    given = Given(alpha=assume.alpha, slots=assume.slots)
     changes = []
     for part in group.parts():
         tensors = {leaf: _read(file, group.leaves[leaf]) for leaf in part.leaves if leaf != "alpha"}
-        delta = build_part(part, tensors, found.given(group, part, alphas, assume))
+        delta = build_part(part, tensors, found.given(group, part, alphas, given))
         keys = tuple(group.leaves[leaf].name for leaf in part.leaves)
         # A product with a factor of zeros is zero, which need not be multiplied out to be seen.
         zero = delta.additive and (delta.scale == 0 or any(bounds(tensor) == (0, 0) for tensor in tensors.values()))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import isfinite
+from pathlib import Path
+from typing import Final
 
 from loratool.adapter.adapter import Adapter
 from loratool.archs import Arch, arch_named
 from loratool.archs.blocks import LENGTHS, block_of, weighted
-from loratool.errors import LoratoolError
+from loratool.errors import LoratoolError, about
 from loratool.keys.identify import archs_of_adapters
 from loratool.keys.routes import without_table
 from loratool.names import COMPONENTS, WHOLE, Module
@@ -28,6 +30,11 @@ class Strength:
     vector: tuple[float, ...] = ()
     parts: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def by_block(self) -> bool:
+        """Whether a module's block says how strongly it counts."""
+        return bool(self.vector) or any(part not in (*COMPONENTS, "model") for part in self.parts)
+
     def __post_init__(self) -> None:
         for number in (self.value, *self.vector, *self.parts.values()):
             if not isfinite(number):
@@ -36,8 +43,16 @@ class Strength:
     def of(self, modules: Iterable[Module], arch: Arch) -> dict[Module, float]:
         """The strength of each module; raises `LoratoolError` where the architecture has no such vector, and where one of
         `parts` is that of no module."""
+        found, used = self.resolve(modules, arch)
+        if missing := sorted(self.parts.keys() - used):
+            raise LoratoolError(f"{', '.join(missing)}: no module is of such a component or block")
+        return found
+
+    def resolve(self, modules: Iterable[Module], arch: Arch) -> tuple[dict[Module, float], set[str]]:
+        """The strength of each module, and which of `parts` are those of any."""
         by_block = weighted(self.vector, arch) if self.vector else {}
-        found, used = {}, set()
+        found: dict[Module, float] = {}
+        used: set[str] = set()
         for module in modules:
             block, strength = block_of(arch, module), self.value
             strength *= by_block.get(block, 1.0)
@@ -46,14 +61,76 @@ class Strength:
                     used.add(part)
                     strength *= factor
             found[module] = strength
-        if missing := sorted(self.parts.keys() - used):
-            raise LoratoolError(f"{', '.join(missing)}: no module is of such a component or block")
-        return found
+        return found, used
+
+    def negated(self) -> Strength:
+        """The opposite strength, which takes out what this one put in."""
+        return replace(self, value=-self.value)
 
     def unnamed(self, modules: Iterable[Module], arch: Arch) -> list[Module]:
         """Modules in blocks that the vector has no number for."""
         by_block = weighted(self.vector, arch) if self.vector else {}
         return [module for module in modules if by_block and block_of(arch, module) not in by_block]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedAdapter:
+    """An adapter, in memory or at a path, and how strongly it counts: one number, or a `Strength`."""
+
+    adapter: Adapter | str | Path
+    strength: Strength | float = 1.0
+
+    @property
+    def full_strength(self) -> Strength:
+        """The strength as a value of its own; raises `LoratoolError`, naming the adapter, where it is no finite number."""
+        with about(self.path):
+            return self.strength if isinstance(self.strength, Strength) else Strength(self.strength)
+
+    @property
+    def path(self) -> Path:
+        return self.adapter.path if isinstance(self.adapter, Adapter) else Path(self.adapter)
+
+    def negated(self) -> WeightedAdapter:
+        """The same adapter, to be taken out."""
+        return replace(self, strength=self.full_strength.negated())
+
+    def times(self, parts: Mapping[str, float]) -> WeightedAdapter:
+        """The same adapter with the strengths of components and blocks multiplied."""
+        strength = self.full_strength
+        product = {part: strength.parts.get(part, 1.0) * parts.get(part, 1.0) for part in (*strength.parts, *parts)}
+        return replace(self, strength=replace(strength, parts=product))
+
+
+AdapterLike = WeightedAdapter | Adapter | str | Path
+"""What verbs take for an adapter: with a strength of its own, or at strength 1."""
+
+
+def weighted_adapter(source: AdapterLike) -> WeightedAdapter:
+    """An adapter with its strength, 1 where it has none."""
+    return source if isinstance(source, WeightedAdapter) else WeightedAdapter(source)
+
+
+def strengths_of(adapters: Sequence[tuple[Adapter, Strength]]) -> list[dict[Module, float]]:
+    """The strength of each module of each adapter.
+
+    Raises `LoratoolError` for a component or a block that no module of the adapters is of that it was given for.
+    """
+    found: list[dict[Module, float]] = []
+    asked: set[str] = set()
+    used: set[str] = set()
+    for adapter, strength in adapters:
+        arch = architecture(adapter, adapter.modules, length=len(strength.vector)) if strength.by_block else WITHOUT_BLOCKS
+        with about(adapter.path):
+            mine, parts = strength.resolve(adapter.modules, arch)
+        found.append(mine)
+        asked |= strength.parts.keys()
+        used |= parts
+    if missing := sorted(asked - used):
+        raise LoratoolError(f"{', '.join(missing)}: no module is of such a component or block")
+    return found
+
+
+WITHOUT_BLOCKS: Final = Arch("unknown", "a model whose blocks nobody asks for", ())
 
 
 def _is_part(part: str, module: Module, block: str) -> bool:

@@ -12,18 +12,18 @@ import click
 from loratool.cli.convert import a_format, an_arch
 from loratool.cli.inputs import input_name, input_path
 from loratool.cli.options import (
-    adapter_and_parts,
     factors_device_option,
     json_option,
     overwrite_option,
     pickle_option,
     quiet_option,
     verbose_option,
+    weighted,
 )
 from loratool.cli.rank_options import rank_rules, rule_of
 from loratool.cli.render import print_facts, told
 from loratool.cli.resize import print_converted
-from loratool.files.header import DTYPE_OPTIONS
+from loratool.files.header import DTYPE_NAMES
 from loratool.text import histogram, size
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ METHODS = ("sum", "ties", "dare", "dare-ties", "knots", "core")
 @click.option("--to", type=a_format, metavar="FORMAT", help="Format to write. Default: as the first ADAPTER.")
 @click.option("--arch", type=an_arch, metavar="NAME", help="Base architecture, where the names fit several.")
 @click.option("--base", type=input_path, help="The base, for kinds that depend on it.")
-@click.option("--dtype", type=click.Choice(list(DTYPE_OPTIONS)), help="Of factors. Default: one that holds them exactly.")
+@click.option("--dtype", type=click.Choice(list(DTYPE_NAMES)), help="Of factors. Default: one that holds them exactly.")
 @pickle_option
 @factors_device_option
 @overwrite_option
@@ -67,16 +67,12 @@ def combine_command(adapters: tuple[str, ...], out: Path, as_json: bool, quiet: 
       loratool combine a.safetensors:0.7:te1=0 b.safetensors -o ab --rank 32
       loratool combine a/ b/ c/ -o abc/ --method ties --density 0.3 --rank 16
     """
-    from loratool.adapter.strengths import Strength
-    from loratool.verbs.combine.combine import CombineOptions, Part, combine
+    from loratool.verbs.combine.combine import combine
 
     rule = rule_of(given, needed=False)
-    parts = []
-    for path, value, vector, named in map(adapter_and_parts, adapters):
-        parts.append(Part(path, Strength(value, vector, named)))
-    report = combine(parts, out, rule, CombineOptions(**given))
+    report = combine([weighted(text) for text in adapters], out, rule, **given)
     if told(report, as_json=as_json, quiet=quiet):
-        print_facts(f"combined {len(parts)} adapters into {report.out}", _facts(report))
+        print_facts(f"combined {len(adapters)} adapters into {report.out}", _facts(report))
         if verbose and report.lowered:
             print_converted(report.lowered)
 

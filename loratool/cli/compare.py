@@ -62,21 +62,18 @@ def compare_command(
       loratool compare a.safetensors b.safetensors c.safetensors
       loratool compare merged/ --to Llama-3-8B/+my-adapter/:1
     """
-    from loratool.verbs.compare.compare import CompareOptions, compare, compare_to
+    from loratool.verbs.compare.compare import compare, compare_to
 
-    options = CompareOptions(tolerance, base, arch, device, allow_pickle)
     report: Comparison | MergeComparison
     if source:
         if len(paths) != 1:
             raise click.UsageError("--to compares one checkpoint with what it is made of")
-        from loratool.verbs.merge.write import Source
-
         model, adapters = sum_of(source)
-        report = compare_to(paths[0], model, [Source(path, strength) for path, strength in adapters], options)
+        report = compare_to(paths[0], model, adapters, allow_pickle=allow_pickle, device=device)
     else:
         if len(paths) < 2:
             raise click.UsageError("name two or more adapters, or two checkpoints; or one checkpoint and --to")
-        report = compare(paths, options)
+        report = compare(paths, tolerance=tolerance, base=base, arch=arch, allow_pickle=allow_pickle, device=device)
     if report.what != "checkpoints":
         for warning in getattr(report, "warnings", ()):
             warn(warning)

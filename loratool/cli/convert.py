@@ -16,7 +16,6 @@ from loratool.cli.render import print_facts, told, warn
 from loratool.cli.resize import print_converted, rank_options, run_low_rank
 from loratool.errors import LoratoolError
 from loratool.files.adapter_files import is_adapter_folder
-from loratool.files.header import DTYPE_OPTIONS
 from loratool.formats.table import FORMATS, format_named
 from loratool.text import histogram, size
 
@@ -71,7 +70,6 @@ def convert_command(adapter: Path, to: str | None, to_lora: bool, out: Path, **o
     from loratool.numbers.ranks import Rule
 
     options["rule"] = (rule or Rule()) if to_lora else None
-    options["dtype"] = DTYPE_OPTIONS[options["dtype"]] if options["dtype"] else None
     if adapter.is_dir() and not is_adapter_folder(adapter):
         _convert_folder(adapter, to, out, **options)
     else:
@@ -113,10 +111,10 @@ def _convert(
     verbose: bool,
     **options: Any,
 ) -> None:
-    from loratool.adapter.load import Unsaid
+    from loratool.adapter.load import Assumptions
     from loratool.verbs.convert import convert
 
-    report = convert(adapter, out, to, unsaid=Unsaid(alpha, slots or ()), **options)
+    report = convert(adapter, out, to, assume=Assumptions(alpha, slots or ()), **options)
     if told(report, as_json=as_json, quiet=quiet):
         print_facts(f"converted {adapter} to {report.out}", _facts(report))
         if verbose and report.lowered:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,7 +20,7 @@ from loratool.cli.options import (
     quiet_option,
 )
 from loratool.cli.render import print_facts, print_table, progress_bar, told
-from loratool.files.header import DTYPE_OPTIONS
+from loratool.files.header import DTYPE_NAMES
 from loratool.text import size
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ LEADING = 8
 @click.option("--base", type=input_path, help="Base of ADAPTER: for ‖ΔW‖/‖W₀‖, and kinds that depend on it.")
 @click.option("--to", type=a_format, metavar="FORMAT", help="Names to write. Default: ADAPTER's, else kohya's.")
 @click.option("--arch", type=an_arch, metavar="NAME", help="Architecture, where the names fit several.")
-@click.option("--dtype", type=click.Choice(list(DTYPE_OPTIONS)), help="Of what is written. Default: float32.")
+@click.option("--dtype", type=click.Choice(list(DTYPE_NAMES)), help="Of what is written. Default: float32.")
 @click.option("--top", default=SHOWN, show_default=True, type=click.IntRange(0), help="Modules to show; 0 shows all.")
 @click.option("--by", type=click.Choice(["norm", "relative"]), default="norm", show_default=True, help="Order of modules.")
 @click.option("--spectrum", is_flag=True, help="All singular values, of large matrices too.")
@@ -56,9 +56,11 @@ def delta_command(
     out: Path | None,
     top: int,
     by: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
     as_json: bool,
     quiet: bool,
-    **chosen: object,
+    **options: Any,
 ) -> None:
     """Show how large ΔW is, module by module: what ADAPTER adds, or TUNED − BASE. With -o, write it whole.
 
@@ -71,10 +73,11 @@ def delta_command(
       loratool delta style.safetensors -o full.safetensors --dtype bfloat16
       loratool delta Llama-3-8B/ my-finetune/ --by relative --top 10
     """
-    from loratool.verbs.delta.delta import DeltaOptions, delta
+    from loratool.adapter.selection import Selection
+    from loratool.verbs.delta.delta import delta
 
     with progress_bar("measuring", quiet=quiet) as progress:
-        report = delta(path, tuned, out, DeltaOptions(**chosen), progress)  # type: ignore[arg-type]
+        report = delta(path, tuned, out, selection=Selection(include, exclude), progress=progress, **options)
     if told(report, as_json=as_json, quiet=quiet):
         print_facts(f"ΔW of {report.what}", _facts(report))
         _print_modules(report, top, by)

@@ -65,13 +65,13 @@ def edit_command(
       loratool edit a.safetensors -o b --blocks 1,0,0,0,0,1,1,1,1,1,1,1
     """
     from loratool.adapter.strengths import Strength
-    from loratool.verbs.edit.edit import EditOptions, edit
+    from loratool.verbs.edit.edit import edit
 
     asked = given["drop"] or given["keep"] or scale or blocks or components
     if not given["dry_run"] and not (out and asked):
         raise click.UsageError("give -o OUT and what to change, or --dry-run to see what there is")
     strength = Strength(1.0, blocks or (), component_strengths(components))
-    report = edit(adapter, out, EditOptions(scale=factors("--scale", scale), strength=strength, **given))
+    report = edit(adapter, out, scale=factors("--scale", scale), strength=strength, **given)
     if told(report, as_json=as_json, quiet=quiet):
         print_facts(
             f"{'would edit' if report.dry_run else 'edited'} {adapter}" + (f" to {out}" if out else ""), _facts(report)

@@ -24,7 +24,7 @@ from loratool.cli.options import (
 )
 from loratool.cli.rank_options import rank_rules, rule_of
 from loratool.cli.render import print_facts, print_table, progress_bar, told
-from loratool.files.header import DTYPE_OPTIONS
+from loratool.files.header import DTYPE_NAMES
 from loratool.text import histogram, size
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @partial(rank_rules, without=("round_ranks", "pad"))
 @click.option("--to", type=a_format, metavar="FORMAT", help="Format to write; `loratool formats` lists them.")
 @click.option("--arch", type=an_arch, metavar="NAME", help="Architecture of BASE, where its names fit several.")
-@click.option("--dtype", type=click.Choice(list(DTYPE_OPTIONS)), help="Of factors. Default: as TUNED stores each weight.")
+@click.option("--dtype", type=click.Choice(list(DTYPE_NAMES)), help="Of factors. Default: as TUNED stores each weight.")
 @click.option("--split", type=click.Choice(["even", "up", "down"]), default="even", show_default=True, help="Side of σ.")
 @click.option("--clamp-quantile", "clamp", type=share, metavar="SHARE", help="Cut factors as kohya does; only adds error.")
 @include_option
@@ -63,12 +63,13 @@ def extract_command(base: Path, tuned: Path, out: Path, as_json: bool, quiet: bo
       loratool extract base/ tuned/ -o adapter/ --size 50MB
       loratool extract base/ tuned/ -o adapter/ --max-error 20% --max-rank 64
     """
-    from loratool.verbs.extract.extract import ExtractOptions, extract
+    from loratool.adapter.selection import Selection
+    from loratool.verbs.extract.extract import extract
 
-    rule = rule_of(given)
+    rule, selection = rule_of(given), Selection(given.pop("include"), given.pop("exclude"))
     assert rule
     with progress_bar("extracting", quiet=quiet) as progress:
-        report = extract(base, tuned, out, rule, ExtractOptions(**given), progress)
+        report = extract(base, tuned, out, rule, selection=selection, progress=progress, **given)
     if told(report, as_json=as_json, quiet=quiet):
         _print(report, base, tuned, verbose=verbose)
 

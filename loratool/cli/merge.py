@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loratool.cli.inputs import input_name, input_path
 from loratool.cli.options import (
-    adapter_and_strength,
     alpha_option,
     component_strengths,
     device_option,
@@ -23,10 +22,11 @@ from loratool.cli.options import (
     quiet_option,
     slots_option,
     verbose_option,
+    weighted,
     where_to,
 )
 from loratool.cli.render import print_facts, print_table, progress_bar, told
-from loratool.files.header import DTYPE_OPTIONS
+from loratool.files.header import DTYPE_NAMES
 from loratool.text import size
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(list(DTYPE_OPTIONS)),
+    type=click.Choice(list(DTYPE_NAMES)),
     help="Store all floating-point tensors so. Default: as the base.",
 )
 @include_option
@@ -82,6 +82,8 @@ def merge_command(
     adapters: tuple[str, ...],
     out: Path | None,
     in_place: bool,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
     components: tuple[str, ...],
     rounding: str,
     alpha: float | None,
@@ -89,7 +91,7 @@ def merge_command(
     as_json: bool,
     quiet: bool,
     verbose: bool,
-    **chosen: object,
+    **options: Any,
 ) -> None:
     """Merge one or more ADAPTERs into BASE, each at its STRENGTH (default 1), and write the result to OUT.
 
@@ -101,19 +103,23 @@ def merge_command(
       loratool merge sdxl.safetensors style.safetensors:0.8 -o merged.safetensors
       loratool merge Llama-3-8B/ a/ b/:-0.3 -o merged/ --undo back.safetensors
     """
-    from loratool.adapter.load import Unsaid
+    from loratool.adapter.load import Assumptions
+    from loratool.adapter.selection import Selection
     from loratool.verbs.merge.merge import merge
-    from loratool.verbs.merge.write import Options, Source
 
-    options = Options(
-        unsaid=Unsaid(alpha, slots or ()),
-        components=component_strengths(components),
-        stochastic=rounding == "stochastic",
-        **chosen,  # type: ignore[arg-type]
-    )
-    sources = [Source(path, strength) for path, strength in map(adapter_and_strength, adapters)]
+    factors = component_strengths(components)
+    inputs = [weighted(text).times(factors) for text in adapters]
     with progress_bar("merging", quiet=quiet) as progress:
-        report = merge(base, sources, where_to(out, in_place=in_place), options, progress)
+        report = merge(
+            base,
+            inputs,
+            where_to(out, in_place=in_place),
+            selection=Selection(include, exclude),
+            stochastic=rounding == "stochastic",
+            assume=Assumptions(alpha, slots or ()),
+            progress=progress,
+            **options,
+        )
     if told(report, as_json=as_json, quiet=quiet):
         count = "1 adapter" if len(report.adapters) == 1 else f"{len(report.adapters)} adapters"
         print_merge(f"{'would merge' if report.dry_run else 'merged'} {count} into {report.out}", report, verbose=verbose)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +12,9 @@ from loratool.cli.inputs import found, there
 from loratool.errors import LoratoolError
 from loratool.files import hub
 from loratool.names import COMPONENTS
+
+if TYPE_CHECKING:
+    from loratool.adapter.strengths import WeightedAdapter
 
 KEEPING = ("sv_ratio", "sv_fro", "sv_cumulative", "threshold")
 """Rules of other tools, which --keep takes by their names."""
@@ -169,13 +173,8 @@ def where_to(out: Path | None, *, in_place: bool) -> Path | None:
     return out
 
 
-def adapter_and_strength(text: str) -> tuple[Path, float]:
-    """`PATH[:STRENGTH]`: the last colon counts only where a number follows it and no file has the whole as its name."""
-    path, strength = _split(text)
-    return found(path), strength
-
-
 def _split(text: str) -> tuple[str, float]:
+    """`PATH[:STRENGTH]`: the last colon counts only where a number follows it and no file has the whole as its name."""
     path, colon, number = text.rpartition(":")
     if not colon or there(text):
         return text, 1.0
@@ -185,34 +184,40 @@ def _split(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def adapter_and_parts(text: str) -> tuple[Path, float, tuple[float, ...], dict[str, float]]:
+def weighted(text: str) -> WeightedAdapter:
     """`PATH[:STRENGTH[:PARTS]]`, with parts that are numbers, one for each block, or NAME=NUMBER; separated by commas."""
+    from loratool.adapter.strengths import Strength, WeightedAdapter
+
     head, _, tail = text.rpartition(":")
     if not head or there(text) or not {",", "="} & set(tail):
-        return *adapter_and_strength(text), (), {}
+        path, value = _split(text)
+        return WeightedAdapter(found(path), value)
+    path, value = _split(head)
     pairs = [part.partition("=") for part in tail.split(",")]
     try:
         if all(not equals for _, equals, _ in pairs):
-            return *adapter_and_strength(head), tuple(float(number) for number, _, _ in pairs), {}
-        return *adapter_and_strength(head), (), {name: float(number) for name, _, number in pairs}
+            strength = Strength(value, tuple(float(number) for number, _, _ in pairs))
+        else:
+            strength = Strength(value, parts={name: float(number) for name, _, number in pairs})
     except ValueError as error:
         raise LoratoolError(
             f"{text}: expected numbers separated by commas, or NAME=NUMBER, behind the last colon"
         ) from error
+    return WeightedAdapter(found(path), strength)
 
 
-def sum_of(text: str) -> tuple[Path, list[tuple[Path, float]]]:
+def sum_of(text: str) -> tuple[Path, list[WeightedAdapter]]:
     """`BASE+ADAPTER[:STRENGTH]…`: a plus sign separates only where there is a file, or a folder, of that name before it."""
-    words, parts = text.split("+"), list[tuple[Path, float]]()
+    words, parts = text.split("+"), list[str]()
     while words:
         counts = range(1, len(words) + 1)
         count = next((n for n in counts if _is_there("+".join(words[:n]))), len(words))
-        parts.append(adapter_and_strength("+".join(words[:count])))
+        parts.append("+".join(words[:count]))
         words = words[count:]
-    (base, _), *adapters = parts
+    base, *adapters = parts
     if not adapters:
         raise LoratoolError(f"--to {text}: expected BASE+ADAPTER:STRENGTH, of files or folders that exist")
-    return base, adapters
+    return found(_split(base)[0]), [weighted(each) for each in adapters]
 
 
 def _is_there(text: str) -> bool:

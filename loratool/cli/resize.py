@@ -23,7 +23,7 @@ from loratool.cli.options import (
 )
 from loratool.cli.rank_options import rank_rules, rule_of
 from loratool.cli.render import print_facts, print_table, told
-from loratool.files.header import DTYPE_OPTIONS
+from loratool.files.header import DTYPE_NAMES
 from loratool.text import histogram, size
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def rank_options(
     """What both commands take: input, output, how much to keep, the base, and how to report."""
     after = [
         click.option("--base", type=input_path, help="The base, for kinds that depend on it."),
-        click.option("--dtype", type=click.Choice(list(DTYPE_OPTIONS)), help="Of new factors. Default: as the adapter's."),
+        click.option("--dtype", type=click.Choice(list(DTYPE_NAMES)), help="Of new factors. Default: as the adapter's."),
         alpha_option,
         slots_option,
         factors_device_option,
@@ -124,14 +124,13 @@ def _print_frontier(
     quiet: bool,
     **others: Any,
 ) -> None:
-    from loratool.adapter.load import Unsaid
+    from loratool.adapter.load import Assumptions
     from loratool.verbs.resize import frontier
 
     given = [name for name, value in others.items() if value not in (None, False, ()) and name != "verbose"]
     if given:
         raise click.UsageError(f"--frontier shows every rank and writes nothing; {', '.join(given)} does not go with it")
-    named = DTYPE_OPTIONS[dtype] if dtype else None
-    report = frontier(adapter, dtype=named, base=base, unsaid=Unsaid(alpha, slots or ()), device=device)
+    report = frontier(adapter, dtype=dtype, base=base, assume=Assumptions(alpha, slots or ()), device=device)
     if told(report, as_json=as_json, quiet=quiet):
         print_facts(f"{adapter}", [("modules", f"{report.modules}, ‖ΔW‖ = {report.norm:.4g}")])
         rows = [[str(c.rank), size(c.nbytes), *(f"{e:.2%}" for e in (c.error, c.worst, c.shared))] for c in report.choices]
@@ -157,15 +156,15 @@ def run_low_rank(
     device: str,
 ) -> None:
     """Calls `run`, the library's `to_lora` or `resize`, and prints its report."""
-    from loratool.adapter.load import Unsaid
+    from loratool.adapter.load import Assumptions
 
     report = run(
         adapter,
         out,
         rule,
-        dtype=DTYPE_OPTIONS[dtype] if dtype else None,
+        dtype=dtype,
         base=base,
-        unsaid=Unsaid(alpha, slots or ()),
+        assume=Assumptions(alpha, slots or ()),
         device=device,
         overwrite=overwrite,
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from loratool.cli.inputs import input_name, input_path
 from loratool.cli.merge import print_merge
 from loratool.cli.options import (
-    adapter_and_strength,
     device_option,
     in_place_option,
     json_option,
@@ -17,6 +17,7 @@ from loratool.cli.options import (
     pickle_option,
     quiet_option,
     verbose_option,
+    weighted,
     where_to,
 )
 from loratool.cli.render import progress_bar, told
@@ -56,7 +57,7 @@ def swap_command(
     as_json: bool,
     quiet: bool,
     verbose: bool,
-    **chosen: object,
+    **options: Any,
 ) -> None:
     """Take the adapters --out, at the strengths at which they were merged, out of MERGED, and put --in in their place.
 
@@ -68,13 +69,12 @@ def swap_command(
       loratool swap merged/ --out task-a/ --in task-b/:0.5 -o other/
       loratool swap merged/ --out task-a/ --in task-b/ --in-place
     """
-    from loratool.verbs.merge.write import Options, Source
     from loratool.verbs.swap import swap
 
-    old, new = ([Source(*adapter_and_strength(text)) for text in texts] for texts in (outgoing, incoming))
+    old, new = ([weighted(text) for text in texts] for texts in (outgoing, incoming))
     target = where_to(out, in_place=in_place)
     with progress_bar("swapping", quiet=quiet) as progress:
-        report = swap(merged, old, new, target, Options(**chosen), progress)  # type: ignore[arg-type]
+        report = swap(merged, old, new, target, progress=progress, **options)
     if told(report, as_json=as_json, quiet=quiet):
         done = "would swap" if report.dry_run else "swapped"
         print_merge(f"{done} {len(old)} for {len(new)} in {report.out}", report, verbose=verbose)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loratool.cli.inputs import input_name, input_path
 from loratool.cli.options import (
-    adapter_and_strength,
     device_option,
     json_option,
     overwrite_option,
     pickle_option,
     quiet_option,
+    weighted,
 )
 from loratool.cli.render import print_facts, progress_bar, told
 from loratool.text import size
@@ -44,7 +44,7 @@ def unmerge_command(
     out: Path,
     as_json: bool,
     quiet: bool,
-    **chosen: object,
+    **options: Any,
 ) -> None:
     """Write to OUT what MERGED was before a merge.
 
@@ -57,14 +57,13 @@ def unmerge_command(
       loratool unmerge merged/ --undo back.safetensors -o base/
       loratool unmerge merged/ my-adapter/ -o base/
     """
-    from loratool.verbs.merge.write import Options, Source
     from loratool.verbs.unmerge.unmerge import unmerge
 
     if bool(adapters) == bool(undo):
         raise click.UsageError("give either --undo FILE, or the adapters to subtract")
-    sources = [Source(*adapter_and_strength(text)) for text in adapters]
+    outgoing = [weighted(text) for text in adapters]
     with progress_bar("unmerging", quiet=quiet) as progress:
-        report = unmerge(merged, out, sources, undo=undo, options=Options(**chosen), progress=progress)  # type: ignore[arg-type]
+        report = unmerge(merged, out, outgoing, undo=undo, progress=progress, **options)
     if told(report, as_json=as_json, quiet=quiet):
         count = "1 adapter" if len(report.adapters) == 1 else f"{len(report.adapters)} adapters"
         print_facts(f"took {count} out of {merged} to {report.out}", _facts(report))

@@ -18,7 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.errors import InvalidConfig, InvalidFile, LoratoolError
+from loratool.errors import InvalidConfig, InvalidFile, LoratoolError, look_up
 from loratool.files.strict_json import strict_json
 
 BITS: Final[Mapping[str, int]] = {
@@ -31,8 +31,15 @@ BITS: Final[Mapping[str, int]] = {
 """Bits in one element of each dtype that the format names, in the order in which safetensors writes them."""
 PLACES: Final = {dtype: place for place, dtype in enumerate(BITS)}
 
-DTYPE_OPTIONS: Final[Mapping[str, str]] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPE_NAMES: Final[Mapping[str, str]] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The dtypes that outputs may be asked for, and how safetensors calls them."""
+
+
+def stored_dtype(name: str | None) -> str | None:
+    """What safetensors calls the dtype "float32", "float16" or "bfloat16"; None where none is asked for. Raises
+    `UnknownName`."""
+    return None if name is None else look_up(DTYPE_NAMES, name, "dtype")
+
 
 STRUCTS: Final[Mapping[str, str]] = {
     "F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b",

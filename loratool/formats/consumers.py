@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from loratool.errors import look_up
+
 LORA: Final = frozenset({"lora", "embedding"})
 LYCORIS: Final = LORA | {"loha", "lokr", "glora", "full", "bias", "norm", "dora", "oft", "ia3"}
 
@@ -88,3 +90,8 @@ def consumer_kind(kind: str, parameter: str, dimensions: int) -> str:
     if kind == "full":
         return "bias" if parameter == "bias" else "norm" if dimensions == 1 else "full"
     return "oft" if kind in ("input oft", "input boft") else kind
+
+
+def consumer_named(name: str) -> Consumer:
+    """The program called `name`; raises `UnknownName`."""
+    return look_up(CONSUMERS, name, "program")

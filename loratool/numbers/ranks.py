@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loratool.errors import LoratoolError
+from loratool.errors import LoratoolError, look_up
 from loratool.numbers.krylov import Spectrum
 
 NUMERICAL: Final = 1e-6
@@ -108,7 +108,7 @@ class Rule:
     pad: bool = False
 
     def __post_init__(self) -> None:
-        method = METHODS[self.method]
+        method = look_up(METHODS, self.method, "rule")
         if not method.lower <= self.value <= method.upper or not math.isfinite(self.value):
             raise LoratoolError(f"{self.method} is {self.value:g}, expected {_range(method)}")
         if self.least is not None and self.most is not None and self.least > self.most:
@@ -198,6 +198,8 @@ def buy(
     Both are optimal but for the last step (the fractional knapsack's greedy order). What is unknown of an offer counts as
     nothing, so that the price can only rise when more is known.
     """
+    if not offers:
+        return Bought((), 0.0, ())
     gains = torch.cat([offer.sigma.square() for offer in offers])
     costs = torch.cat([torch.full((len(offer.sigma),), offer.cost, dtype=torch.float64) for offer in offers])
     owners = torch.cat([torch.full((len(offer.sigma),), index) for index, offer in enumerate(offers)])

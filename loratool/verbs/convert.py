@@ -8,9 +8,9 @@ from pathlib import Path
 
 from loratool.adapter.adapter import Adapter, files_of
 from loratool.adapter.approximate import Converted, error_of, lower
-from loratool.adapter.load import Unsaid, load
+from loratool.adapter.load import Assumptions, open_source
 from loratool.adapter.write import require_room, write_as
-from loratool.base.base import open_base
+from loratool.base.base import Weights, open_base
 from loratool.errors import of_file
 from loratool.files.adapter_files import AdapterFile
 from loratool.files.adapter_writer import Contents, write
@@ -43,28 +43,28 @@ class ConvertReport:
 
 
 def convert(
-    path: str | Path,
+    adapter: Adapter | str | Path,
     out: str | Path,
     to: str,
     *,
     arch: str | None = None,
-    base: str | Path | None = None,
+    base: str | Path | Weights | None = None,
     rule: Rule | None = None,
     dtype: str | None = None,
     source: str | None = None,
-    unsaid: Unsaid | None = None,
+    assume: Assumptions | None = None,
     allow_pickle: bool = False,
     device: str = "cpu",
     overwrite: bool = False,
 ) -> ConvertReport:
-    """Writes the adapter at `path` to `out` in the format called `to`, with the same ΔW, and compares what it wrote.
+    """Writes an adapter to `out` in the format called `to`, with the same ΔW, and compares what it wrote.
 
     `arch` overrides what the file is detected to be for, and `source`, a format's name, narrows it to what is spelled so;
     `base` is a checkpoint that has the modules' names. With a `rule`, what is no LoRA becomes one first. Raises
     `LoratoolError`, and writes nothing, where a delta has no exact form or no place there.
     """
-    with of_file(path):
-        adapter, target = load(path, allow_pickle=allow_pickle, unsaid=unsaid), format_named(to)
+    with of_file(adapter.path if isinstance(adapter, Adapter) else adapter):
+        adapter, target = open_source(adapter, allow_pickle=allow_pickle, assume=assume), format_named(to)
         out = Path(out).expanduser()
         require_room(target, out)
         converted: list[Converted] = []

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loratool.adapter.adapter import Adapter, Change, files_of
 from loratool.adapter.approximate import Converted, Lowered, Lowering, error_of, fits_lora_file, no_lora
-from loratool.adapter.load import Unsaid, open_source
+from loratool.adapter.load import Assumptions, open_source
 from loratool.adapter.same_format import as_they_were, biases, like_source, named_tensors
 from loratool.base.base import Weights, open_base
 from loratool.deltas.schema import WEIGHT
@@ -53,7 +53,7 @@ def to_lora(
     *,
     dtype: str | None = None,
     base: str | Path | Weights | None = None,
-    unsaid: Unsaid | None = None,
+    assume: Assumptions | None = None,
     device: str = "cpu",
     overwrite: bool = False,
 ) -> LowRankReport:
@@ -63,7 +63,7 @@ def to_lora(
     those of the factors as stored. Raises `LoratoolError`.
     """
     work = Lowering(
-        open_source(adapter, unsaid=unsaid), dtype, fits_lora_file, open_base(base), on=lanes(device, doubles=True)
+        open_source(adapter, assume=assume), dtype, fits_lora_file, open_base(base), on=lanes(device, doubles=True)
     )
     return _written("convert", work, rule or Rule(), Path(out), overwrite=overwrite)
 
@@ -76,7 +76,7 @@ def resize(
     dtype: str | None = None,
     base: str | Path | Weights | None = None,
     weigh: bool = False,
-    unsaid: Unsaid | None = None,
+    assume: Assumptions | None = None,
     device: str = "cpu",
     overwrite: bool = False,
 ) -> LowRankReport:
@@ -87,7 +87,7 @@ def resize(
     With `weigh`, a budget's errors count relative to the weights in `base` that they are errors of.
     """
     on = lanes(device, doubles=True)
-    work = Lowering(open_source(adapter, unsaid=unsaid), dtype, no_lora, open_base(base), on=on, weigh=weigh)
+    work = Lowering(open_source(adapter, assume=assume), dtype, no_lora, open_base(base), on=on, weigh=weigh)
     report = _written("resize", work, rule, Path(out), overwrite=overwrite)
     if not weigh:
         return report
@@ -162,12 +162,12 @@ def frontier(
     *,
     dtype: str | None = None,
     base: str | Path | Weights | None = None,
-    unsaid: Unsaid | None = None,
+    assume: Assumptions | None = None,
     device: str = "cpu",
 ) -> FrontierReport:
     """Size against error against rank of an adapter, for ranks from 1 to the largest that any module has. All of
     it is in the spectra; nothing is written. Raises `LoratoolError`."""
-    adapter = open_source(adapter, unsaid=unsaid)
+    adapter = open_source(adapter, assume=assume)
     work = Lowering(adapter, dtype, no_lora, open_base(base), on=lanes(device, doubles=True))
     kept, said = as_they_were(adapter, work.kept), _said("resize", adapter)
     spectra = work.offers(dict.fromkeys(work.numbers, Rule()))

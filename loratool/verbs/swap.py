@@ -9,19 +9,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from loratool.adapter.load import Assumptions
+from loratool.adapter.strengths import AdapterLike, weighted_adapter
 from loratool.files.layout import open_layout, require_weights
 from loratool.numbers.threads import Progress
-from loratool.verbs.merge.merge import LOST, MergeReport, merge_loaded
-from loratool.verbs.merge.write import Options, Source, loaded
-from loratool.verbs.unmerge.unmerge import require_sums, said_otherwise, taken_out
+from loratool.verbs.merge.merge import LOST, MergeReport, merge_inputs
+from loratool.verbs.merge.write import open_inputs
+from loratool.verbs.unmerge.unmerge import require_sums, said_otherwise
 
 
 def swap(
     merged: str | Path,
-    outgoing: Sequence[Source | str | Path],
-    incoming: Sequence[Source | str | Path],
+    outgoing: Sequence[AdapterLike],
+    incoming: Sequence[AdapterLike],
     out: str | Path | None,
-    options: Options | None = None,
+    *,
+    allow_pickle: bool = False,
+    assume: Assumptions | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Writes to `out`, or without it into `merged` itself, the checkpoint with the adapters `outgoing` subtracted at the
@@ -29,12 +36,15 @@ def swap(
 
     Raises `LoratoolError` where `outgoing` changes something that is no sum, and whatever `merge` raises.
     """
-    options, layout = options or Options(), open_layout(Path(merged).expanduser())
+    layout = open_layout(Path(merged).expanduser())
     require_weights(layout, LOST)
-    old = [loaded(taken_out(source), options) for source in outgoing]
+    negated = [weighted_adapter(source).negated() for source in outgoing]
+    old = open_inputs(negated, assume=assume, allow_pickle=allow_pickle)
     for each in old:
         require_sums(each.adapter)
-    new = [loaded(source, options) for source in incoming]
-    notes = said_otherwise(layout, [(str(each.adapter.path), -each.choice.strength) for each in old])
-    report = merge_loaded("swap", layout, [*old, *new], out, options, progress)
+    new = open_inputs(incoming, assume=assume, allow_pickle=allow_pickle)
+    notes = said_otherwise(layout, [(str(each.adapter.path), -each.strength.value) for each in old])
+    report = merge_inputs(
+        "swap", layout, [*old, *new], out, device=device, overwrite=overwrite, dry_run=dry_run, progress=progress
+    )
     return replace(report, warnings=(*notes, *report.warnings))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loratool import Options, Source, merge
+from loratool import WeightedAdapter, merge
 from loratool.files.in_place import finish
 from tests.conftest import FIXTURES
 from tests.hostile.test_battery import contents
@@ -75,7 +75,7 @@ def killed(folder: Path, title: str, *, old: bool) -> int:
     before = contents(folder)
 
     def action() -> None:
-        merge(folder / base, [Source(folder / adapter)], folder / out if out else None, Options(overwrite=True))
+        merge(folder / base, [WeightedAdapter(folder / adapter)], folder / out if out else None, overwrite=True)
 
     total = done_in_fork(action, sys.maxsize)
     wanted = contents(folder)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from loratool import LoratoolError, Source, merge
+from loratool import LoratoolError, WeightedAdapter, merge
 from loratool.errors import OutputError
 from loratool.files.locks import Lock, sweep_locks
 from loratool.files.output import Output
@@ -167,7 +167,7 @@ def _harmed(folder: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[Path]
         out = folder / "out.safetensors"
         out.unlink(missing_ok=True)
         try:
-            merge(folder / "base.safetensors", [Source(folder / "a.safetensors")], out)
+            merge(folder / "base.safetensors", [WeightedAdapter(folder / "a.safetensors")], out)
         except LoratoolError as error:
             return f"{error}{' and an output' if out.exists() else ''}"
     return "whole" if left >= 0 else "after"

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratool import Source, merge
+from loratool import WeightedAdapter, merge
 from loratool.names import flat
 from loratool.verbs.convert import convert
 from tests.models import SD1_UNET, SDXL_UNET, Tensors, clip, llm, lora, peft_adapter, save, unet
@@ -179,7 +179,7 @@ def test_diffusers_loads_and_fuses_what_was_converted(case: Case, arch: str, spe
     loaded = [tensor for model in (denoiser, *encoders) for name, tensor in model.state_dict().items() if ".lora_B." in name]
     pipe.fuse_lora()
     pipe.unload_lora_weights()
-    merge(tmp_path / "base", [Source(tmp_path / "b.safetensors")], tmp_path / "out")
+    merge(tmp_path / "base", [WeightedAdapter(tmp_path / "b.safetensors")], tmp_path / "out")
 
     assert len(loaded) == trained_modules(tensors)
     assert all(bool(tensor.any()) for tensor in loaded)
@@ -248,7 +248,7 @@ def test_peft_takes_a_text_encoders_adapter_that_was_kohyas(projection: bool, tm
     # SD3 has both of its CLIPs with their projection, which is another class to transformers.
     convert(tmp_path / "a.safetensors", tmp_path / "b", "peft", arch="sd3-medium" if projection else "sdxl")
     encoder.save_pretrained(tmp_path / "base")
-    merge(tmp_path / "base", [Source(tmp_path / "b")], tmp_path / "out")
+    merge(tmp_path / "base", [WeightedAdapter(tmp_path / "b")], tmp_path / "out")
 
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratool import Source, merge
+from loratool import WeightedAdapter, merge
 from tests.models import SDXL_UNET, Tensors, clip, kohya, linear_shapes, save, unet
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -60,7 +60,7 @@ def test_merging_equals_load_lora_weights_and_fuse_lora(tmp_path: Path, spelling
     pipe = pipeline()
     pipe.save_pretrained(tmp_path / "base")
     save(tmp_path / "lora.safetensors", FILES[spelling](pipe))
-    merge(tmp_path / "base", [Source(tmp_path / "lora.safetensors", 0.7)], tmp_path / "out")
+    merge(tmp_path / "base", [WeightedAdapter(tmp_path / "lora.safetensors", 0.7)], tmp_path / "out")
 
     pipe.load_lora_weights(tmp_path / "lora.safetensors")
     pipe.fuse_lora(lora_scale=0.7)

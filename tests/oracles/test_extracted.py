@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from loratool import ExtractOptions, Rule, extract
+from loratool import Rule, Selection, extract
 from tests.models import clip, llm
 from tests.oracles.test_consumers import sdxl
 
@@ -47,9 +47,7 @@ def test_peft_reproduces_the_logits_of_the_tuned_model(tmp_path: Path, kind: str
     base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
     tuned.save_pretrained(tmp_path / "tuned", max_shard_size="30KB")
 
-    report = extract(
-        tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", Rule("rank", 999), ExtractOptions(dtype="float32")
-    )
+    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", Rule("rank", 999), dtype="float32")
 
     assert report.error < 1e-5
     with torch.no_grad():
@@ -68,7 +66,7 @@ def test_peft_reproduces_a_text_encoder(tmp_path: Path, projection: bool) -> Non
     base.save_pretrained(tmp_path / "base")
     tuned.save_pretrained(tmp_path / "tuned")
 
-    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", Rule("rank", 999), ExtractOptions(dtype="float32"))
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", Rule("rank", 999), dtype="float32")
 
     with torch.no_grad():
         theirs, ours = tuned(TOKENS).last_hidden_state, loaded(base, tmp_path / "lora")(TOKENS).last_hidden_state
@@ -97,10 +95,10 @@ def test_diffusers_takes_what_was_extracted_from_an_sdxl(tmp_path: Path, to: str
     pipe.register_modules(**tuned)
     pipe.save_pretrained(tmp_path / "tuned")
     # Biases are another thing: diffusers refuses kohya's files that have them.
-    options = ExtractOptions(to=to, dtype="float32", exclude=("*.bias", "*norm*"))
+    options: dict[str, Any] = {"to": to, "dtype": "float32", "selection": Selection(exclude=("*.bias", "*norm*"))}
     out = tmp_path / "lora.safetensors"
 
-    report = extract(tmp_path / "base", tmp_path / "tuned", out, Rule("rank", rank), options)
+    report = extract(tmp_path / "base", tmp_path / "tuned", out, Rule("rank", rank), **options)
     fresh = sdxl()
     fresh.load_lora_weights(str(out))
     fresh.fuse_lora(components=list(tuned))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratool import Source, merge
+from loratool import WeightedAdapter, merge
 from loratool.archs.sd import SD1, SDXL
 from loratool.archs.table import Arch
 from tests.models import Tensors, kohya, linear_shapes, original_names, save, sd1_checkpoint, sdxl_checkpoint
@@ -63,7 +63,8 @@ def test_both_namings_of_base_and_adapter_give_the_same_weights(tmp_path: Path, 
     pipeline_folder(tmp_path / "base", components)
     made = adapters(single, components, te1)
     sources = [
-        Source(save(tmp_path / f"{name}.safetensors", made[name]), w) for name, w in (("original", 0.8), ("diffusers", -0.3))
+        WeightedAdapter(save(tmp_path / f"{name}.safetensors", made[name]), w)
+        for name, w in (("original", 0.8), ("diffusers", -0.3))
     ]
 
     one = merge(tmp_path / "base.safetensors", sources, tmp_path / "single.safetensors")
@@ -85,7 +86,7 @@ def test_every_module_gets_what_float64_says(tmp_path: Path) -> None:
     adapter = adapters(single, components, "lora_te1_")["diffusers"]
     save(tmp_path / "a.safetensors", adapter)
 
-    merge(tmp_path / "base", [Source(tmp_path / "a.safetensors", 0.8)], tmp_path / "out")
+    merge(tmp_path / "base", [WeightedAdapter(tmp_path / "a.safetensors", 0.8)], tmp_path / "out")
 
     changed = 0
     for component, stem in (("unet", "lora_unet_"), ("te1", "lora_te1_"), ("te2", "lora_te2_")):
@@ -104,7 +105,7 @@ def test_every_module_gets_what_float64_says(tmp_path: Path) -> None:
 def test_the_fixtures_of_the_readme_merge_into_one_file(tmp_path: Path) -> None:
     from tests.conftest import FIXTURES
 
-    sources = [Source(FIXTURES / "style.safetensors", 0.8), Source(FIXTURES / "detail.safetensors", -0.3)]
+    sources = [WeightedAdapter(FIXTURES / "style.safetensors", 0.8), WeightedAdapter(FIXTURES / "detail.safetensors", -0.3)]
     report = merge(FIXTURES / "sdxl.safetensors", sources, tmp_path / "out.safetensors")
 
     assert report.unmatched == ()

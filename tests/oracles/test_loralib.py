@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import loralib
 import pytest
@@ -10,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from loratool import LoratoolError, Options, merge
-from loratool.adapter.load import Unsaid
+from loratool import LoratoolError, merge
+from loratool.adapter.load import Assumptions
 from tests.models import save
 
 RANK, ALPHA = 3, 12
@@ -51,8 +52,8 @@ def test_every_layer_merges_as_loralib_merges_it(tmp_path: Path, name: str) -> N
     expected = plain(model.eval())
     enabled = tuple(getattr(attention["c_attn"], "enable_lora", ()))
 
-    options = Options(unsaid=Unsaid(float(ALPHA), enabled))
-    merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "out.safetensors", options)
+    options: dict[str, Any] = {"assume": Assumptions(float(ALPHA), enabled)}
+    merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "out.safetensors", **options)
 
     got = load_file(tmp_path / "out.safetensors")
     assert any(not torch.equal(expected[key], base[key]) for key in base)
@@ -82,6 +83,6 @@ def test_slots_that_do_not_fit_are_an_error(tmp_path: Path) -> None:
     save(tmp_path / "base.safetensors", base)
     save(tmp_path / "a.safetensors", adapter)
 
-    options = Options(unsaid=Unsaid(slots=(True, True, True)))
+    options: dict[str, Any] = {"assume": Assumptions(slots=(True, True, True))}
     with pytest.raises(LoratoolError, match="--slots"):
-        merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "out.safetensors", options)
+        merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "out.safetensors", **options)

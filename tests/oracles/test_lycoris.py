@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from loratool import Source, merge
+from loratool import WeightedAdapter, merge
 from tests.models import save
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -107,7 +107,7 @@ def test_merging_equals_what_lycoris_merges(tmp_path: Path, case: str) -> None:
 def test_a_strength_is_that_share_of_the_change(tmp_path: Path, case: str) -> None:
     expected = train((ADDITIVE | OTHERS)[case], tmp_path)
 
-    merge(tmp_path / "base.safetensors", [Source(tmp_path / "a.safetensors", -0.6)], tmp_path / "out.safetensors")
+    merge(tmp_path / "base.safetensors", [WeightedAdapter(tmp_path / "a.safetensors", -0.6)], tmp_path / "out.safetensors")
 
     merged, base = load_file(tmp_path / "out.safetensors"), load_file(tmp_path / "base.safetensors")
     for name, tensor in expected.items():

@@ -16,7 +16,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from loratool import Checkpoint, LoratoolError, Options, merge
+from loratool import Checkpoint, LoratoolError, merge
 from tests.models import llm, peft_adapter, save
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -169,7 +169,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2, bias lora_only": ("qwen2", UNTIED, {"target_modules": ["q_proj", "k_proj"], "bias": "lora_only"}),
     "qwen2, lora bias": ("qwen2", UNTIED, {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
     "gpt2, Conv1D": ("gpt2", {}, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
-    "gpt2, Conv1D unsaid": ("gpt2", {}, {"target_modules": ["c_attn"]}),
+    "gpt2, Conv1D assume": ("gpt2", {}, {"target_modules": ["c_attn"]}),
     "mixtral, attention and router": ("mixtral", {}, {"target_modules": ["q_proj", "o_proj", "gate"]}),
 }  # fmt: skip
 
@@ -269,7 +269,7 @@ def test_a_pickled_adapter_is_read_only_when_allowed(tmp_path: Path) -> None:
 
     with pytest.raises(LoratoolError, match="--allow-pickle"):
         merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
-    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", Options(allow_pickle=True))
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", allow_pickle=True)
 
     ours, expected = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "expected")
     assert all(torch.equal(ours[name], expected[name]) for name in expected)

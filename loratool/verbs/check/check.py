@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.adapter import Adapter, Change, require_unchanged
-from loratool.adapter.load import load
-from loratool.adapter.selection import Choice
+from loratool.adapter.load import open_source
 from loratool.adapter.spell import has_lora
 from loratool.deltas.base import Delta, or_one
 from loratool.deltas.relations import norm_of
 from loratool.errors import LoratoolError, some
 from loratool.files.layout import Layout, open_layout
-from loratool.formats.consumers import CONSUMERS, GLOBAL, SHARED, Consumer, consumer_kind
+from loratool.formats.consumers import GLOBAL, SHARED, Consumer, consumer_kind, consumer_named
 from loratool.formats.peft import PeftConfig
 from loratool.formats.table import format_named
 from loratool.keys.detect import is_language_model
 from loratool.keys.identify import archs_of_adapters, format_of
-from loratool.verbs.merge.plan import make_plan
+from loratool.verbs.merge.plan import MergeInput, make_plan
 
 REFUSED: Final = "refused"
 """It does not load."""
@@ -98,10 +97,11 @@ class Case:
                 yield change, change.delta.rank or 0, or_one(change.delta.scale)
 
 
-def check(path: str | Path, target: str, *, base: str | Path | None = None) -> CheckReport:
-    """What the program `target` (see `CONSUMERS`) makes of the adapter at `path`, by rules read from its source; with
-    `base`, whether that has all of the adapter's modules. Raises `LoratoolError` where the adapter cannot be read."""
-    adapter = load(path)
+def check(adapter: Adapter | str | Path, target: str, *, base: str | Path | None = None) -> CheckReport:
+    """What the program `target` (see `CONSUMERS`) makes of an adapter, by rules read from its source; with `base`, whether
+    that has all of the adapter's modules. Raises `LoratoolError` where the adapter cannot be read."""
+    path = adapter.path if isinstance(adapter, Adapter) else adapter
+    adapter = open_source(adapter)
     report = examined(adapter, path, target, open_layout(Path(base).expanduser()) if base else None)
     require_unchanged([adapter])
     return report
@@ -109,7 +109,7 @@ def check(path: str | Path, target: str, *, base: str | Path | None = None) -> C
 
 def examined(adapter: Adapter, path: str | Path, target: str, base: Layout | None) -> CheckReport:
     """`check` of an adapter that is loaded already."""
-    case = Case(adapter, CONSUMERS[target], base)
+    case = Case(adapter, consumer_named(target), base)
     findings = tuple(_unlike_model(case)) or tuple(finding for rule in RULES for finding in rule(case))
     levels = {finding.level for finding in findings}
     return CheckReport(
@@ -240,7 +240,7 @@ def _unlike_base(case: Case) -> Iterator[Finding]:
     if case.base is None:
         return
     try:
-        plan = make_plan(case.base, [(case.adapter, Choice(1.0))], allow_unmatched=True)
+        plan = make_plan(case.base, [MergeInput(case.adapter)], allow_unmatched=True)
     except LoratoolError as error:
         yield Finding(REFUSED, str(error), "use the base that it was made for", False)
         return

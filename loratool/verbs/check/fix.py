@@ -9,14 +9,14 @@ from pathlib import Path
 
 from loratool.adapter.adapter import Adapter, Change, files_of
 from loratool.adapter.approximate import Converted, error_of, lower
-from loratool.adapter.load import load
+from loratool.adapter.load import open_source
 from loratool.adapter.spell import has_lora
 from loratool.adapter.write import write_as
-from loratool.base.base import open_base
+from loratool.base.base import Weights, open_base
 from loratool.deltas.base import Delta, or_one
 from loratool.errors import LoratoolError, of_file
 from loratool.files.history import entry, named
-from loratool.formats.consumers import CONSUMERS, OWN, SHARED, Consumer
+from loratool.formats.consumers import OWN, SHARED, Consumer, consumer_named
 from loratool.formats.peft_writer import without_saved
 from loratool.formats.table import format_named
 from loratool.keys.resolve import Wanted, choose
@@ -25,21 +25,27 @@ from loratool.verbs.check.check import REFUSED, CheckReport, examined, is_pair, 
 
 
 def fix(
-    path: str | Path, target: str, out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
+    adapter: Adapter | str | Path,
+    target: str,
+    out: str | Path,
+    *,
+    base: str | Path | Weights | None = None,
+    overwrite: bool = False,
 ) -> CheckReport:
     """Writes to `out` what `target` loads and takes as it is meant, and says what that took: other kinds become LoRA, what
     the program has no place for is left out with its norm, scales go into the factors, ranks are filled up.
 
     Raises `LoratoolError`, and writes nothing, where no such adapter can be made.
     """
-    adapter = load(path)
+    path = adapter.path if isinstance(adapter, Adapter) else adapter
+    adapter = open_source(adapter)
     weights = open_base(base)
     layout = weights.layout if weights else None
     report = examined(adapter, path, target, layout)
     final = [finding.what for finding in report.findings if finding.level == REFUSED and not finding.fixable]
     if final:
         raise LoratoolError(f"{path}: {final[0]}")
-    consumer, done, lost = CONSUMERS[target], list[str](), 0.0
+    consumer, done, lost = consumer_named(target), list[str](), 0.0
     adapter, gone = _without(adapter, consumer)
     if gone:
         lost = math.hypot(*map(norm_or_zero, gone))

@@ -4,22 +4,22 @@ them."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.adapter import Adapter, files_of
 from loratool.adapter.approximate import Converted, error_of
-from loratool.adapter.load import load
-from loratool.adapter.strengths import Strength
+from loratool.adapter.load import open_source
+from loratool.adapter.strengths import AdapterLike, weighted_adapter
 from loratool.adapter.write import common_metadata, require_room, write_as
-from loratool.base.base import open_base
+from loratool.base.base import Weights, open_base
 from loratool.deltas.methods import METHODS, merged
 from loratool.deltas.sums import Merge
-from loratool.errors import LoratoolError
-from loratool.files.header import DTYPE_OPTIONS
+from loratool.errors import LoratoolError, look_up
+from loratool.files.header import stored_dtype
 from loratool.files.history import METADATA_KEY, entry, named
 from loratool.files.output import check_target
 from loratool.formats.table import format_named
@@ -28,34 +28,37 @@ from loratool.keys.resolve import choose_common
 from loratool.names import Module
 from loratool.numbers.devices import lanes
 from loratool.numbers.ranks import Budget, Rule
-from loratool.verbs.combine.adapter_sum import Combining, MergeAt, as_sum
+from loratool.verbs.combine.adapter_sum import Combining, as_sum
 
 SUM: Final = "sum"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """An adapter and how strongly it counts."""
+class CombineMethod:
+    """How terms are merged: SUM, or one of `deltas.methods` with the density and the seed of what it leaves out."""
 
-    adapter: Adapter | str | Path
-    strength: Strength = field(default_factory=Strength)
-
-
-@dataclass(frozen=True, slots=True)
-class CombineOptions:
-    """How to combine: `to`, a format's name (None: that of the first adapter), `arch` where their names fit several, a
-    `method` of `deltas.methods` with its density and seed, the dtype of factors, and the base for kinds that are no sums."""
-
-    to: str | None = None
-    arch: str | None = None
-    method: str = SUM
+    name: str = SUM
     density: float = 0.5
     seed: int = 0
-    dtype: str | None = None
-    base: str | Path | None = None
-    allow_pickle: bool = False
-    device: str = "cpu"
-    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name != SUM:
+            look_up(METHODS, self.name, "method")
+
+    @property
+    def dense(self) -> bool:
+        """Whether what it makes is of full rank."""
+        return self.name != SUM and METHODS[self.name].dense
+
+    @property
+    def history(self) -> dict[str, Any]:
+        """What the output says of it."""
+        return {"method": self.name} | ({} if self.name == SUM else {"density": self.density, "seed": self.seed})
+
+    def merge_at(self, module: Module, owners: Sequence[int]) -> Merge:
+        """How terms of the adapters `owners` are merged at a module."""
+        seeds = [f"{self.seed}/{module}/{owner}" for owner in owners]
+        return partial(merged, method=self.name, density=self.density, seeds=seeds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,91 +90,85 @@ class CombineReport:
 
 
 def combine(
-    parts: Sequence[Part | str | Path],
+    adapters: Sequence[AdapterLike],
     out: str | Path,
     rule: Rule | Budget | None = None,
-    options: CombineOptions | None = None,
+    *,
+    method: str = SUM,
+    density: float = 0.5,
+    seed: int = 0,
+    to: str | None = None,
+    arch: str | None = None,
+    base: str | Path | Weights | None = None,
+    dtype: str | None = None,
+    allow_pickle: bool = False,
+    device: str = "cpu",
+    overwrite: bool = False,
 ) -> CombineReport:
-    """Writes to `out` one adapter that does what `parts` do together, each at its strength, whatever their formats, ranks,
-    kinds and dtypes are: exactly, with ranks that add, or as well as the ranks that `rule` gives allow.
+    """Writes to `out` one adapter that does what `adapters` do together, each at its strength, whatever their formats,
+    ranks, kinds and dtypes are: exactly, with ranks that add, or as well as the ranks that `rule` gives allow.
+
+    `method` says how they are merged: "sum", or a method of `deltas.methods`, which keeps the share `density`, by chances of
+    `seed`. `to` is a format's name (None: that of the first adapter), `arch` an architecture's where their names fit
+    several, `base` the checkpoint for kinds that are no sums.
 
     Raises `LoratoolError`, and writes nothing, where they are for different models, where a kind depends on its weight and
     there is no base, and where the output's format has no place for a sum.
     """
-    options, out = options or CombineOptions(), Path(out).expanduser()
-    given = [part if isinstance(part, Part) else Part(part) for part in parts]
+    out, how, stored = Path(out).expanduser(), CombineMethod(method, density, seed), stored_dtype(dtype)
+    given = [weighted_adapter(each) for each in adapters]
     if not given:
         raise LoratoolError("there is nothing to combine: name at least one adapter")
-    if options.method != SUM and METHODS[options.method].dense and rule is None:
+    if how.dense and rule is None:
         raise LoratoolError(
-            f"--method {options.method} makes ΔW of full rank; say how much of it to keep: --rank, --max-error, --size …"
+            f"--method {method} makes ΔW of full rank; say how much of it to keep: --rank, --max-error, --size …"
         )
-    combining, sources = _collected(given, out, options)
-
-    made_of = [
-        named(source.path, source.file, strength=part.strength.value) for source, part in zip(sources, given, strict=True)
-    ]
+    loaded = [(open_source(each.adapter, allow_pickle=allow_pickle), each.full_strength) for each in given]
+    sources = [adapter for adapter, _ in loaded]
+    target = format_named(to) if to else format_of(sources[0].keys)
+    require_room(target, out)
+    check_target(out, folder=target.folder, overwrite=overwrite, inputs=[adapter.path for adapter in sources])
+    weights = open_base(base)
+    found, ways = choose_common([adapter.keys for adapter in sources], target, arch, weights.layout if weights else None)
+    at = as_sum if method == SUM else how.merge_at
+    combining = Combining(target, found, ways, at, weights, lanes(device, doubles=True))
+    for number, (adapter, strength) in enumerate(loaded):
+        combining.add(number, adapter, strength)
+    made_of = [named(adapter.path, adapter.file, strength=strength.value) for adapter, strength in loaded]
+    # Nothing is to hold their changes twice.
+    sources = [replace(adapter, changes=()) for adapter in sources]
+    strengths = [(str(adapter.path), strength.value) for adapter, strength in loaded]
+    del loaded, given, adapter
 
     def described(adapter: Adapter, error: float = 0.0) -> Adapter:
-        said = dict(_history(options)) | ({} if rule is None else {"error": f"{error:.4e}"})
+        said = how.history | ({} if rule is None else {"error": f"{error:.4e}"})
         before = sources[0].metadata if len(sources) == 1 else {}
         return replace(adapter, metadata=_metadata(sources, adapter) | entry("combine", made_of, before, **said))
 
-    dtype = DTYPE_OPTIONS[options.dtype] if options.dtype else None
-    combined, lowered = combining.made(sources, rule, dtype, described)
+    combined, lowered = combining.made(sources, rule, stored, described)
     combined = described(combined, error_of(lowered))
     inputs = files_of(sources)
-    written = write_as(
-        combined, combining.target, combining.ways_of(combined), out, inputs=inputs, overwrite=options.overwrite
-    )
-    return _report(combining, combined, given, options, lowered, out, written.nbytes)
-
-
-def _collected(parts: Sequence[Part], out: Path, options: CombineOptions) -> tuple[Combining, list[Adapter]]:
-    """What all parts change, and the adapters without their changes, so that nothing holds these twice."""
-    adapters = [_loaded(part.adapter, options) for part in parts]
-    target = format_named(options.to) if options.to else format_of(adapters[0].keys)
-    require_room(target, out)
-    inputs = [adapter.path for adapter in adapters]
-    check_target(out, folder=target.folder, overwrite=options.overwrite, inputs=inputs)
-    names = [adapter.keys for adapter in adapters]
-    base = open_base(options.base)
-    arch, ways = choose_common(names, target, options.arch, base.layout if base else None)
-    on = lanes(options.device, doubles=True)
-    combining = Combining(target, arch, ways, _merge_at(options), base, on)
-    for number, (adapter, part) in enumerate(zip(adapters, parts, strict=True)):
-        combining.add(number, adapter, part.strength)
-    return combining, [replace(adapter, changes=()) for adapter in adapters]
-
-
-def _merge_at(options: CombineOptions) -> MergeAt:
-    if options.method == SUM:
-        return as_sum
-
-    def at(module: Module, owners: Sequence[int]) -> Merge:
-        seeds = [f"{options.seed}/{module}/{owner}" for owner in owners]
-        return partial(merged, method=options.method, density=options.density, seeds=seeds)
-
-    return at
+    written = write_as(combined, combining.target, combining.ways_of(combined), out, inputs=inputs, overwrite=overwrite)
+    return _report(combining, combined, strengths, method, lowered, out, written.nbytes)
 
 
 def _report(
     combining: Combining,
     combined: Adapter,
-    parts: Sequence[Part],
-    options: CombineOptions,
+    strengths: Sequence[tuple[str, float]],
+    method: str,
     lowered: Sequence[Converted],
     out: Path,
     nbytes: int,
 ) -> CombineReport:
     leaves = [leaf for change in combined.changes for leaf in change.delta.leaves().values()]
-    alone = ["no module is changed by two of the adapters"] if len(parts) > 1 and not combining.common else []
+    apart = ["no module is changed by two of the adapters"] if len(strengths) > 1 and not combining.common else []
     return CombineReport(
         out=str(out),
         format=combining.target.title,
         arch=combining.arch.title,
-        method=options.method,
-        adapters=tuple((str(_path(part.adapter)), part.strength.value) for part in parts),
+        method=method,
+        adapters=tuple(strengths),
         modules=len({change.module for change in combined.changes}),
         common=combining.common,
         ranks=Counter(_ranks(combined)),
@@ -179,20 +176,8 @@ def _report(
         lowered=tuple(lowered),
         error=error_of(lowered),
         nbytes=nbytes,
-        warnings=(
-            *combining.warnings,
-            *combining.lanes.notes(),
-            *(["no module is changed by two of the adapters"] if alone else []),
-        ),
+        warnings=(*combining.warnings, *combining.lanes.notes(), *apart),
     )
-
-
-def _path(adapter: Adapter | str | Path) -> Path:
-    return adapter.path if isinstance(adapter, Adapter) else Path(adapter)
-
-
-def _loaded(adapter: Adapter | str | Path, options: CombineOptions) -> Adapter:
-    return adapter if isinstance(adapter, Adapter) else load(adapter, allow_pickle=options.allow_pickle)
 
 
 def _metadata(sources: Sequence[Adapter], whole: Adapter) -> dict[str, str]:
@@ -203,10 +188,3 @@ def _metadata(sources: Sequence[Adapter], whole: Adapter) -> dict[str, str]:
 def _ranks(adapter: Adapter) -> list[int]:
     """The ranks of its LoRA."""
     return [change.delta.rank or 0 for change in adapter.changes if change.delta.resizable]
-
-
-def _history(options: CombineOptions) -> Iterator[tuple[str, Any]]:
-    yield "method", options.method
-    if options.method != SUM:
-        yield "density", options.density
-        yield "seed", options.seed

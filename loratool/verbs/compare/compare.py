@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from loratool.adapter.adapter import Adapter, require_unchanged
-from loratool.adapter.load import load, open_any
-from loratool.adapter.selection import Choice
+from loratool.adapter.load import open_any
+from loratool.adapter.strengths import AdapterLike
 from loratool.base.base import Weights, open_base
 from loratool.errors import LoratoolError
 from loratool.files.layout import Layout, open_layout, require_weights
@@ -19,22 +19,10 @@ from loratool.verbs.compare.adapters import Aligned, Compared, aligned, compared
 from loratool.verbs.compare.checkpoints import CheckpointComparison, compare_checkpoints
 from loratool.verbs.compare.merges import MergeComparison, compare_merge
 from loratool.verbs.merge.plan import make_plan
-from loratool.verbs.merge.write import Source
+from loratool.verbs.merge.write import open_inputs
 
 TOLERANCE: Final = 1e-6
 """The relative difference that rounding a scale, or its product with a factor, to float32 may make."""
-
-
-@dataclass(frozen=True, slots=True)
-class CompareOptions:
-    """How to compare: the largest relative difference of a module, or a tensor, that counts as the same; a base for kinds
-    that depend on the weight; the architecture where names fit several; where to compute."""
-
-    tolerance: float = TOLERANCE
-    base: str | Path | Weights | None = None
-    arch: str | None = None
-    device: str = "cpu"
-    allow_pickle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +71,30 @@ class MatrixComparison:
 Comparison = AdapterComparison | MatrixComparison | CheckpointComparison
 
 
-def compare(paths: Sequence[str | Path | Adapter], options: CompareOptions | None = None) -> Comparison:
+def compare(
+    paths: Sequence[str | Path | Adapter],
+    *,
+    tolerance: float = TOLERANCE,
+    base: str | Path | Weights | None = None,
+    arch: str | None = None,
+    allow_pickle: bool = False,
+    device: str = "cpu",
+) -> Comparison:
     """Compares two adapters, whatever their formats and kinds; more than two of them, each with each; or two checkpoints.
+
+    They are the same where no module, or no tensor, differs by more than `tolerance` of itself. `base` is for kinds that
+    depend on the weight, `arch` says the architecture where names fit several.
 
     Raises `LoratoolError` where they are not of one sort, or for different models.
     """
-    options = options or CompareOptions()
-    on = lanes(options.device, doubles=True)
+    on = lanes(device, doubles=True)
     if len(paths) < 2:
         raise LoratoolError("name two or more adapters, or two checkpoints")
 
     def opened(path: str | Path | Adapter) -> Adapter | Layout:
         if isinstance(path, Adapter):
             return path
-        return open_any(Path(path).expanduser(), allow_pickle=options.allow_pickle)
+        return open_any(Path(path).expanduser(), allow_pickle=allow_pickle)
 
     found = [opened(path) for path in paths]
     layouts = [each for each in found if isinstance(each, Layout)]
@@ -108,31 +106,30 @@ def compare(paths: Sequence[str | Path | Adapter], options: CompareOptions | Non
         if len(layouts) > 2:
             raise LoratoolError("checkpoints are compared two at a time")
         one, other = map(Weights, layouts)
-        return compare_checkpoints(one, other, options.tolerance, on)
-    base = open_base(options.base)
-    aligned_adapters = aligned(adapters, options.arch, base)
-    report = (_matrix if len(adapters) > 2 else _pair)(adapters, aligned_adapters, options.tolerance, on)
+        return compare_checkpoints(one, other, tolerance, on)
+    aligned_adapters = aligned(adapters, arch, open_base(base))
+    report = (_matrix if len(adapters) > 2 else _pair)(adapters, aligned_adapters, tolerance, on)
     require_unchanged(adapters)
     return report
 
 
 def compare_to(
-    merged: str | Path, base: str | Path, sources: Sequence[Source | str | Path], options: CompareOptions | None = None
+    merged: str | Path,
+    base: str | Path,
+    adapters: Sequence[AdapterLike],
+    *,
+    allow_pickle: bool = False,
+    device: str = "cpu",
 ) -> MergeComparison:
-    """Compares the checkpoint `merged` with `base` and the adapters that it should be made of, number by number."""
-    options = options or CompareOptions()
-    given = [source if isinstance(source, Source) else Source(source) for source in sources]
+    """Compares the checkpoint `merged` with `base` and the adapters that it should be made of, number by number: they are
+    the same where none is off by more than half a step of its dtype."""
     layout = open_layout(Path(base).expanduser())
     require_weights(layout, "its numbers are not those that a merge adds to")
-    loaded = [
-        source.adapter if isinstance(source.adapter, Adapter) else load(source.adapter, allow_pickle=options.allow_pickle)
-        for source in given
-    ]
-    choices = [Choice(source.strength) for source in given]
-    plan = make_plan(layout, list(zip(loaded, choices, strict=True)))
-    names = tuple((str(adapter.path), source.strength) for adapter, source in zip(loaded, given, strict=True))
-    report = compare_merge(Weights(Path(merged).expanduser()), plan, names, lanes(options.device, doubles=True))
-    require_unchanged(loaded)
+    inputs = open_inputs(adapters, allow_pickle=allow_pickle)
+    plan = make_plan(layout, inputs)
+    names = tuple((str(each.adapter.path), each.strength.value) for each in inputs)
+    report = compare_merge(Weights(Path(merged).expanduser()), plan, names, lanes(device, doubles=True))
+    require_unchanged([each.adapter for each in inputs])
     return report
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from loratool.adapter.adapter import Adapter
 from loratool.adapter.load import open_any
-from loratool.adapter.selection import Choice
+from loratool.adapter.selection import Selection
 from loratool.base.base import Weights, open_base
 from loratool.errors import LoratoolError, of_file
-from loratool.files.header import DTYPE_OPTIONS
+from loratool.files.header import stored_dtype
 from loratool.files.layout import Layout
 from loratool.files.output import Output
 from loratool.files.tensors import DTYPES
@@ -29,23 +29,6 @@ from loratool.numbers.threads import Progress, peak_bytes, run_all, tally
 from loratool.verbs.delta.file import Naming, naming_of, provenance, room_for_header, stored
 from loratool.verbs.delta.measure import Measured, measured
 from loratool.verbs.delta.sources import OfAdapter, OfCheckpoints, Source
-
-
-@dataclass(frozen=True, slots=True)
-class DeltaOptions:
-    """What to compute and how to store it: the base of an adapter whose kind depends on it; the format `to` and the dtype of
-    the file; whether all singular values are wanted."""
-
-    base: str | Path | Weights | None = None
-    to: str | None = None
-    arch: str | None = None
-    dtype: str | None = None
-    spectrum: bool = False
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    device: str = "auto"
-    allow_pickle: bool = False
-    overwrite: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,29 +60,38 @@ def delta(
     path: Adapter | str | Path,
     tuned: str | Path | None = None,
     out: str | Path | None = None,
-    options: DeltaOptions | None = None,
+    *,
+    base: str | Path | Weights | None = None,
+    to: str | None = None,
+    arch: str | None = None,
+    dtype: str | None = None,
+    spectrum: bool = False,
+    selection: Selection | None = None,
+    allow_pickle: bool = False,
+    device: str = "auto",
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DeltaReport:
     """Measures what the adapter at `path` adds, or what the checkpoint `tuned` changes of that at `path`, and with `out`
     writes it there, whole: a file of `diff` leaves, one parameter after the other.
 
-    Raises `LoratoolError`, and writes nothing, where a kind depends on its weight and there is no base, where the
-    checkpoints are not of one model, or a number is not finite.
+    `base` is that of an adapter whose kind depends on it; `to` and `dtype` are the format and the dtype of the file; with
+    `spectrum`, all singular values are told. Raises `LoratoolError`, and writes nothing, where a kind depends on its weight
+    and there is no base, where the checkpoints are not of one model, or a number is not finite.
     """
-    started, options = time.monotonic(), options or DeltaOptions()
-    on = lanes(options.device)
-    source = _source(path, tuned, options, on)
+    started, on = time.monotonic(), lanes(device)
+    source = _source(path, tuned, base, selection, on, allow_pickle=allow_pickle)
     with ExitStack() as stack:
-        work = _Work(source, on, options)
+        run = DeltaRun(source, on, dtype or "float32", spectrum=spectrum)
         if out is not None:
-            work.open(Path(out).expanduser(), stack)
+            run.open(Path(out).expanduser(), stack, to, arch, overwrite=overwrite)
         where = path.path if isinstance(path, Adapter) else path
         with of_file(tuned or where):
-            work.run(progress)
-        nbytes = work.finish()
+            run.compute(progress)
+        nbytes = run.finish()
     for each in source.inputs:
         each.require_unchanged()
-    report = work.report(f"{tuned} − {where}" if tuned else str(where))
+    report = run.report(f"{tuned} − {where}" if tuned else str(where))
     return replace(
         report,
         out=str(out) if out is not None else None,
@@ -110,13 +102,18 @@ def delta(
 
 
 def iter_deltas(
-    path: Adapter | str | Path, tuned: str | Path | None = None, options: DeltaOptions | None = None
+    path: Adapter | str | Path,
+    tuned: str | Path | None = None,
+    *,
+    base: str | Path | Weights | None = None,
+    selection: Selection | None = None,
+    allow_pickle: bool = False,
+    device: str = "auto",
 ) -> Iterator[tuple[str, Tensor]]:
     """The name and ΔW, in float32 and of the weight's shape, of each parameter that an adapter changes, or that differs
-    between two checkpoints: computed one by one, on the device that the options name. Raises `LoratoolError`."""
-    options = options or DeltaOptions()
-    on = lanes(options.device)
-    source = _source(path, tuned, options, on)
+    between two checkpoints: computed one by one, on `device`. Raises `LoratoolError`."""
+    on = lanes(device)
+    source = _source(path, tuned, base, selection, on, allow_pickle=allow_pickle)
     for number in range(source.count):
         for dense in on.each(source.name(number), [number], partial(_dense, source)):
             if dense is not None:
@@ -128,42 +125,44 @@ def _dense(source: Source, numbers: Sequence[int], device: torch.device) -> list
     return [effect.dense().cpu() if effect else None for effect in effects]
 
 
-def _source(path: Adapter | str | Path, tuned: str | Path | None, options: DeltaOptions, on: Lanes) -> Source:
-    takes = Choice(include=options.include, exclude=options.exclude).takes
-    found = _opened(path, options)
+def _source(
+    path: Adapter | str | Path,
+    tuned: str | Path | None,
+    base: str | Path | Weights | None,
+    selection: Selection | None,
+    on: Lanes,
+    *,
+    allow_pickle: bool,
+) -> Source:
+    takes = (selection or Selection()).takes
+    found = path if isinstance(path, Adapter) else open_any(Path(path).expanduser(), allow_pickle=allow_pickle)
     if tuned is not None:
         if isinstance(found, Adapter):
             raise LoratoolError(f"{found.path}: is an adapter; its ΔW is taken by itself, or with --base of its model")
         return OfCheckpoints(found, Path(tuned).expanduser(), takes, pinned=on.pinned)
     if isinstance(found, Layout):
         raise LoratoolError(f"{path}: is no adapter; name the tuned checkpoint too, to have the difference of both")
-    source = OfAdapter(found, takes, open_base(options.base, pinned=on.pinned))
+    source = OfAdapter(found, takes, open_base(base, pinned=on.pinned))
     if not source.count:
         raise LoratoolError(f"{found.path}: nothing is left: --include and --exclude leave no module")
     return source
 
 
-def _opened(source: Adapter | str | Path, options: DeltaOptions) -> Adapter | Layout:
-    if isinstance(source, Adapter):
-        return source
-    return open_any(Path(source).expanduser(), allow_pickle=options.allow_pickle)
+class DeltaRun:
+    """All changes of a source, measured on a few lanes and, once `open` was called, written in a dtype."""
 
-
-class _Work:
-    """All changes of a source, measured on a few lanes and, once `open` was called, written."""
-
-    def __init__(self, source: Source, on: Lanes, options: DeltaOptions) -> None:
-        self.source, self.lanes, self.options = source, on, options
+    def __init__(self, source: Source, on: Lanes, dtype: str, *, spectrum: bool) -> None:
+        self.source, self.lanes, self.dtype_name, self.spectrum = source, on, dtype, spectrum
         self.found: dict[int, Measured] = {}
         self.before: dict[int, float] = {}
         self.lost: dict[int, float] = {}
-        self.dtype = DTYPES[DTYPE_OPTIONS[options.dtype or "float32"]]
+        self.dtype = DTYPES[stored_dtype(dtype) or ""]
         self.naming: Naming | None = None
         self.groups = [[number] for number in range(source.count)]
 
-    def open(self, out: Path, stack: ExitStack) -> None:
+    def open(self, out: Path, stack: ExitStack, to: str | None, arch: str | None, *, overwrite: bool) -> None:
         """Has what is computed written to `out`, which appears when it is finished."""
-        self.naming = naming_of(self.source, self.options.to, self.options.arch)
+        self.naming = naming_of(self.source, to, arch)
         self.groups = self.naming.groups(self.source)
         written = {number for group in self.groups for number in group}
         self.groups += [[number] for number in range(self.source.count) if number not in written]
@@ -171,12 +170,12 @@ class _Work:
         if not written:
             raise LoratoolError(f"{out}: {self.naming.title} has a place for nothing of it")
         self.output = stack.enter_context(
-            Output(out, folder=False, overwrite=self.options.overwrite, nbytes=nbytes, inputs=self.source.inputs)
+            Output(out, folder=False, overwrite=overwrite, nbytes=nbytes, inputs=self.source.inputs)
         )
         writer = stack.enter_context(Writer(self.output.path(""), 0))
         self.file = Appending(writer, room_for_header(self.source))
 
-    def run(self, progress: Progress | None) -> None:
+    def compute(self, progress: Progress | None) -> None:
         """Computes everything, a few changes at a time."""
         sizes = [sum(self.source.nbytes(number) for number in group) for group in self.groups]
         add = tally(sum(sizes), progress)
@@ -187,7 +186,7 @@ class _Work:
         """Puts the file in its place, if there is one, and returns its size."""
         if self.naming is None:
             return 0
-        nbytes = self.file.finish(provenance(of=self._of(), dtype=self.options.dtype or "float32"))
+        nbytes = self.file.finish(provenance(of=self._of(), dtype=self.dtype_name))
         self.output.commit()
         return nbytes
 
@@ -232,7 +231,7 @@ class _Work:
                 if effect is None:
                     continue
                 module, parameter = self.source.place(number)
-                self.found[number] = measured(self.source.name(number), effect, spectrum=self.options.spectrum)
+                self.found[number] = measured(self.source.name(number), effect, spectrum=self.spectrum)
                 if effect.weight_norm is not None:
                     self.before[number] = effect.weight_norm
                 if self.naming and module not in self.naming.reasons:

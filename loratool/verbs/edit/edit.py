@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from loratool.adapter.adapter import Adapter
-from loratool.adapter.load import load
+from loratool.adapter.load import open_source
 from loratool.adapter.strengths import Strength, architecture
 from loratool.archs import Arch
 from loratool.archs.blocks import block_of
@@ -22,17 +22,26 @@ from loratool.verbs.edit.rescale import write_edited
 
 
 @dataclass(frozen=True, slots=True)
-class EditOptions:
-    """What to change: globs of modules to `drop`, or the only ones to `keep`; globs to `scale`, with factors; a `strength`
-    for blocks and components. A glob matches a module's name in the file, its path, or its block (IN04, OUT*)."""
+class EditRun:
+    """What an edit changes: globs of modules to `drop`, or the only ones to `keep`; globs to `scale`, with factors; a
+    `strength` for blocks and components."""
 
-    drop: tuple[str, ...] = ()
-    keep: tuple[str, ...] = ()
-    scale: tuple[tuple[str, float], ...] = ()
-    strength: Strength = field(default_factory=Strength)
-    arch: str | None = None
-    overwrite: bool = False
-    dry_run: bool = False
+    drop: tuple[str, ...]
+    keep: tuple[str, ...]
+    scale: tuple[tuple[str, float], ...]
+    strength: Strength
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What was asked for, without what was not."""
+        asked = {
+            "drop": self.drop,
+            "keep": self.keep,
+            "scale": self.scale,
+            "parts": dict(self.strength.parts),
+            "blocks": self.strength.vector,
+        }
+        return {name: value for name, value in asked.items() if value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,61 +87,58 @@ class EditReport:
         return sum(module.factor not in (0, 1) for module in self.modules)
 
 
-def edit(path: str | Path, out: str | Path | None, options: EditOptions | None = None) -> EditReport:
-    """Writes the adapter at `path` to `out` without the modules that are dropped, and with the others at their factors.
+def edit(
+    adapter: Adapter | str | Path,
+    out: str | Path | None = None,
+    *,
+    drop: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    scale: Iterable[tuple[str, float]] = (),
+    strength: Strength | float = 1.0,
+    arch: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> EditReport:
+    """Writes an adapter to `out` without the modules that are dropped, and with the others at their factors.
 
-    Every tensor that no factor is for keeps its bytes. A factor goes into alpha, a tensor's or the config's, and where there
-    is none into the factors. Raises `LoratoolError`, and writes nothing, where a glob matches no module, nothing is left, or
-    a kind has no exact multiple without its base.
+    `drop` are globs of modules, `keep` those of the only ones that stay, `scale` globs with factors, and `strength` weighs
+    blocks and components. A glob matches a module's name in the file, its path, or its block (IN04, OUT*). Every tensor that
+    no factor is for keeps its bytes. A factor goes into alpha, a tensor's or the config's, and where there is none into the
+    factors. Without `out`, and with `dry_run`, nothing is written.
+
+    Raises `LoratoolError`, and writes nothing, where a glob matches no module, nothing is left, or a kind has no exact
+    multiple without its base.
     """
-    options = options or EditOptions()
-    adapter = load(path)
+    adapter = open_source(adapter)
+    full = strength if isinstance(strength, Strength) else Strength(strength)
+    run = EditRun(tuple(drop), tuple(keep), tuple(scale), full)
     modules = adapter.modules
-    arch, blocks = _blocks(adapter, modules, options)
-    factors = _factors(modules, blocks, arch, options)
-    report = _report(adapter, arch, blocks, factors, options)
-    unnamed = options.strength.unnamed(modules, arch)
+    found = architecture(adapter, modules, arch, len(full.vector))
+    blocks = {module: block_of(found, module) for module in modules}
+    factors = _factors(modules, blocks, found, run)
+    report = _report(adapter, found, blocks, factors)
+    unnamed = full.unnamed(modules, found)
     if unnamed:
         shown = some(map(str, unnamed), 2)
         note = f"{len(unnamed)} modules are in blocks that the vector has no number for, and keep their strength: {shown}"
         report = replace(report, warnings=(*report.warnings, note))
-    if options.dry_run or out is None:
+    if dry_run or out is None:
         return replace(report, dry_run=True)
     target = Path(out).expanduser()
     with of_file(adapter.path):
-        nbytes = write_edited(adapter, factors, target, _asked(options), overwrite=options.overwrite)
+        nbytes = write_edited(adapter, factors, target, run.asked, overwrite=overwrite)
     return replace(report, out=str(target), nbytes=nbytes)
 
 
-def _asked(options: EditOptions) -> dict[str, Any]:
-    """What was asked for, without what was not."""
-    asked = {
-        "drop": options.drop,
-        "keep": options.keep,
-        "scale": options.scale,
-        "parts": dict(options.strength.parts),
-        "blocks": options.strength.vector,
-    }
-    return {name: value for name, value in asked.items() if value}
-
-
-def _blocks(adapter: Adapter, modules: Sequence[Module], options: EditOptions) -> tuple[Arch, dict[Module, str]]:
-    """The architecture, and each module's block in it."""
-    arch = architecture(adapter, modules, options.arch, len(options.strength.vector))
-    return arch, {module: block_of(arch, module) for module in modules}
-
-
-def _factors(
-    modules: Sequence[Module], blocks: Mapping[Module, str], arch: Arch, options: EditOptions
-) -> dict[Module, float]:
+def _factors(modules: Sequence[Module], blocks: Mapping[Module, str], arch: Arch, run: EditRun) -> dict[Module, float]:
     """What each module is multiplied by; 0 drops it."""
-    factors = options.strength.of(modules, arch)
-    kept = _matched(modules, blocks, options.keep, "--keep")
-    dropped = _matched(modules, blocks, options.drop, "--drop")
+    factors = run.strength.of(modules, arch)
+    kept = _matched(modules, blocks, run.keep, "--keep")
+    dropped = _matched(modules, blocks, run.drop, "--drop")
     for module in modules:
-        if module in dropped or (options.keep and module not in kept):
+        if module in dropped or (run.keep and module not in kept):
             factors[module] = 0.0
-    for glob, factor in options.scale:
+    for glob, factor in run.scale:
         if not math.isfinite(factor):
             raise LoratoolError(f"--scale {glob}={factor}: expected a finite number")
         for module in _matched(modules, blocks, (glob,), "--scale"):
@@ -155,9 +161,7 @@ def _matched(modules: Iterable[Module], blocks: Mapping[Module, str], globs: Seq
     return found
 
 
-def _report(
-    adapter: Adapter, arch: Arch, blocks: Mapping[Module, str], factors: Mapping[Module, float], options: EditOptions
-) -> EditReport:
+def _report(adapter: Adapter, arch: Arch, blocks: Mapping[Module, str], factors: Mapping[Module, float]) -> EditReport:
     norms: dict[Module, float | None] = {}
     for change in adapter.changes:
         before = norms.get(change.module, 0.0)
@@ -171,7 +175,7 @@ def _report(
         blocks=tuple(_shares(modules)),
         unmeasured=sum(norm is None for norm in norms.values()),
         nbytes=0,
-        dry_run=options.dry_run,
+        dry_run=False,
         warnings=adapter.notes,
     )
 

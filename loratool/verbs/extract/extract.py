@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Final
 
 from loratool._version import __version__
-from loratool.adapter.selection import Choice
+from loratool.adapter.selection import Selection
 from loratool.adapter.write import require_room, write_as
 from loratool.archs import ARCHS, Arch
 from loratool.base.base import Weights
 from loratool.base.pairs import Pair, Pairing, paired
 from loratool.deltas.schema import WEIGHT
 from loratool.errors import LoratoolError, OutputError, ShapeMismatch, of_file, some
-from loratool.files.header import DTYPE_OPTIONS
+from loratool.files.header import stored_dtype
 from loratool.files.layout import require_weights
 from loratool.files.output import check_target
 from loratool.files.tensors import DTYPES
@@ -26,7 +26,7 @@ from loratool.formats.table import Format, format_named
 from loratool.keys.resolve import archs_of, placed
 from loratool.keys.routes import as_named
 from loratool.names import CONTAINER, VAE, Module
-from loratool.numbers.devices import Lanes, lanes
+from loratool.numbers.devices import lanes
 from loratool.numbers.factor import Split
 from loratool.numbers.ranks import Budget, Rule
 from loratool.numbers.threads import Progress, peak_bytes
@@ -41,24 +41,6 @@ DIFFERENCES: Final = ("diff", "diff_b", "w_norm", "b_norm")
 SIDEWAYS: Final = ("gpt_oss", "llama4", "llama4_text")
 """Models whose stacked experts are stored as (experts, in, out), which PEFT knows by their classes (is_transposed)."""
 QUANTISED: Final = "a difference to it is that of the quantisation; extract from the 16-bit originals"
-
-
-@dataclass(frozen=True, slots=True)
-class ExtractOptions:
-    """What to extract and how to store it: `to`, a format's name, `arch`, the base's where its names fit several, the dtype
-    of factors (None: as the tuned weights), the side of the singular values, and a quantile that kohya's tools cut at."""
-
-    to: str | None = None
-    arch: str | None = None
-    dtype: str | None = None
-    split: Split = "even"
-    clamp: float | None = None
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    device: str = "auto"
-    dry_run: bool = False
-    resume: bool = False
-    overwrite: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,32 +89,47 @@ def extract(
     tuned: str | Path,
     out: str | Path,
     rule: Rule | Budget,
-    options: ExtractOptions | None = None,
+    *,
+    to: str | None = None,
+    arch: str | None = None,
+    dtype: str | None = None,
+    split: Split = "even",
+    clamp: float | None = None,
+    selection: Selection | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ExtractReport:
     """Writes to `out` the adapter that makes the checkpoint `tuned` of `base`, as well as its rank allows.
 
     Each is a safetensors file, a folder of Hugging Face or one of diffusers; their names may differ by a prefix, or be those
     of one architecture in two namings. Differences are taken in float32. The best approximation at each rank is found by
-    `krylov.leading`; `rule` says the rank of each module, or shares a budget over all.
+    `krylov.leading`; `rule` says the rank of each module, or shares a budget over all. `to` is a format's name, `arch` that
+    of the base's architecture where its names fit several, `dtype` that of factors (None: as the tuned weights), `split` the
+    side of the singular values, and `clamp` a quantile that kohya's tools cut at. `resume` goes on where an earlier run of
+    the same settings was cut off.
 
     Raises `LoratoolError` and leaves nothing behind where they are not the same model, a number is not finite, nothing
     changed, or the output cannot be written.
     """
-    started, options, out = time.monotonic(), options or ExtractOptions(), Path(out).expanduser()
-    on = lanes(options.device)
+    started, out, selection = time.monotonic(), Path(out).expanduser(), selection or Selection()
+    on, stored = lanes(device), stored_dtype(dtype)
     weights = (Weights(Path(base).expanduser(), pinned=on.pinned), Weights(Path(tuned).expanduser(), pinned=on.pinned))
     for each in weights:
         require_weights(each.layout, QUANTISED)
-    pairing = paired(*weights, Choice(include=options.include, exclude=options.exclude).takes)
-    job = _job(weights, pairing.pairs, out, rule, options, on, progress)
-    if options.dry_run:
+    pairing = paired(*weights, selection.takes)
+    work = Extraction(*weights, on, DTYPES[stored] if stored else None, split, clamp)
+    job = replace(_job(work, pairing.pairs, out, rule, to, arch, overwrite=overwrite), progress=progress)
+    if dry_run:
         return _foreseen(job, pairing, out)
-    journal = Journal(out, _said(job, options)) if options.resume else None
+    settings = {"to": to, "arch": arch, "dtype": dtype, "split": split, "clamp": clamp, "selection": asdict(selection)}
+    journal = Journal(out, _said(job, {**settings, "device": device})) if resume else None
     job = replace(job, journal=journal)
     try:
         with of_file(weights[1].layout.root):
-            report = _extracted(job, pairing, out, options)
+            report = _extracted(job, pairing, out, overwrite=overwrite)
     except LoratoolError as error:
         # What is wrong with the input will be so the next time; a disk may have room again.
         if journal and not isinstance(error, OutputError):
@@ -143,7 +140,7 @@ def extract(
     return replace(report, seconds=time.monotonic() - started, peak_bytes=peak_bytes())
 
 
-def _extracted(job: Job, pairing: Pairing, out: Path, options: ExtractOptions) -> ExtractReport:
+def _extracted(job: Job, pairing: Pairing, out: Path, *, overwrite: bool) -> ExtractReport:
     outcomes = job.run()
     changes, lost = assembled(job.items, outcomes, job.work)
     report = _report(job, pairing, out, outcomes, lost)
@@ -151,50 +148,49 @@ def _extracted(job: Job, pairing: Pairing, out: Path, options: ExtractOptions) -
     if not changes:
         raise LoratoolError(_nothing(report, *(each.root for each in inputs)))
     adapter = job.adapter(changes, outcomes, lost)
-    written = write_as(adapter, job.target, job.ways, out, inputs=inputs, overwrite=options.overwrite)
+    written = write_as(adapter, job.target, job.ways, out, inputs=inputs, overwrite=overwrite)
     return replace(report, nbytes=written.nbytes)
 
 
-def _said(job: Job, options: ExtractOptions) -> str:
-    """All that outcomes depend on: the files, the rule and the options."""
+def _said(job: Job, settings: Mapping[str, object]) -> str:
+    """All that outcomes depend on: the files, the rule and the settings."""
     files = [
         [str(header.path), header.identity]
         for weights in (job.work.base, job.work.tuned)
         for header in weights.layout.files.values()
     ]
-    document = {"version": __version__, "files": files, "rule": asdict(job.rule), "options": asdict(options)}
+    document = {"version": __version__, "files": files, "rule": asdict(job.rule), "settings": settings}
     return json.dumps(document, default=str)
 
 
 def _job(
-    weights: tuple[Weights, Weights],
+    work: Extraction,
     pairs: Sequence[Pair],
     out: Path,
     rule: Rule | Budget,
-    options: ExtractOptions,
-    on: Lanes,
-    progress: Progress | None,
+    to: str | None,
+    arch: str | None,
+    *,
+    overwrite: bool,
 ) -> Job:
     """What is to be done, with everything checked that can be before a tensor is read."""
-    base, tuned = weights
+    base, tuned = work.base, work.tuned
     modules = list(dict.fromkeys(pair.module for pair in pairs if pair.module.component != VAE))
-    found = archs_of(base.layout, modules, options.arch)
-    target = format_named(options.to or _usual(found[0], base))
-    if target.whole == CONTAINER and base.layout.config.get("architectures") and not options.arch:
+    found = archs_of(base.layout, modules, arch)
+    target = format_named(to or _usual(found[0], base))
+    if target.whole == CONTAINER and base.layout.config.get("architectures") and not arch:
         # What transformers saved is called in PEFT what it is called there: of one CLIP, several tables say other things.
         found = [
             as_named(modules, found[0].name, found[0].title if len(found) == 1 else f"the model in {base.layout.root.name}")
         ]
     require_room(target, out)
     inputs = [base.layout.root, tuned.layout.root]
-    check_target(out, folder=target.folder, overwrite=options.overwrite, inputs=inputs)
-    arch, ways, reasons = placed(modules, found, target)
+    check_target(out, folder=target.folder, overwrite=overwrite, inputs=inputs)
+    model, ways, reasons = placed(modules, found, target)
     matrices = {pair.module.stem for pair in pairs if len(pair.shape) > 1 and pair.parameter == WEIGHT and not pair.raw}
     items = tuple(_item(base, pair, target, matrices, reasons) for pair in pairs)
-    _require_alike(items, weights)
-    dtype = DTYPES[DTYPE_OPTIONS[options.dtype]] if options.dtype else None
-    work = Extraction(base, tuned, on, dtype, options.split, options.clamp)
-    return Job(work, items, rule, arch, target, ways, progress)
+    _require_alike(items, (base, tuned))
+    return Job(work, items, rule, model, target, ways)
 
 
 def _usual(arch: Arch, base: Weights) -> str:

@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from loratool.adapter.adapter import Adapter
-from loratool.adapter.selection import Choice
+from loratool.adapter.load import Assumptions
+from loratool.adapter.selection import Selection
+from loratool.adapter.strengths import AdapterLike
 from loratool.errors import Unsupported, some
-from loratool.files.header import DTYPE_OPTIONS, TensorInfo
+from loratool.files.header import TensorInfo, stored_dtype
 from loratool.files.layout import Layout, open_layout, require_weights
 from loratool.numbers.devices import lanes
 from loratool.numbers.threads import Progress, peak_bytes
-from loratool.verbs.merge.blocks import Measure
-from loratool.verbs.merge.plan import Plan, make_plan
-from loratool.verbs.merge.undo_file import Merged
-from loratool.verbs.merge.write import Options, Source, Work, loaded
+from loratool.verbs.merge.blocks import Measure, Rounding
+from loratool.verbs.merge.plan import MergeInput, Plan, make_plan
+from loratool.verbs.merge.write import MergeRun, open_inputs
 
 LOST: Final = "an adapter added to it would be lost in rounding: merge into the 16-bit original, then quantise that once"
 WEAK: Final = 0.9
@@ -53,48 +53,80 @@ class MergeReport:
 
 def merge(
     base: str | Path,
-    adapters: Sequence[Source | str | Path],
+    adapters: Sequence[AdapterLike],
     out: str | Path | None,
-    options: Options | None = None,
+    *,
+    selection: Selection | None = None,
+    dtype: str | None = None,
+    stochastic: bool = False,
+    seed: int = 0,
+    allow_unmatched: bool = False,
+    allow_pickle: bool = False,
+    assume: Assumptions | None = None,
+    undo: str | Path | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merges `adapters` into the checkpoint `base` and writes the result to `out`.
 
     `base` is a safetensors file, or a folder of Hugging Face or diffusers; `out` becomes of the same make, with every
     other file of the folder beside it. Without `out`, `base` itself is changed: clones of its files are, and replace them
-    once they are complete. Each weight is computed in float32 and rounded once to the dtype it is stored in.
+    once they are complete. Each weight is computed in float32 and rounded once to the dtype it is stored in, or to `dtype`:
+    to the nearest number, or with `stochastic` to either neighbour by chances that `seed` gives. `undo` names a file that
+    will lead back to the base.
+
     Raises `LoratoolError` and leaves nothing behind where a module has no target, a shape does not fit, a value is not
     finite, or the output cannot be written.
     """
-    options = options or Options()
     layout = open_layout(Path(base).expanduser())
     require_weights(layout, LOST)
-    return merge_loaded("merge", layout, [loaded(source, options) for source in adapters], out, options, progress)
+    inputs = open_inputs(adapters, selection, assume, allow_pickle=allow_pickle)
+    return merge_inputs(
+        "merge",
+        layout,
+        inputs,
+        out,
+        dtype=dtype,
+        rounding=Rounding(stochastic, seed),
+        allow_unmatched=allow_unmatched,
+        undo=Path(undo).expanduser() if undo else None,
+        device=device,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        progress=progress,
+    )
 
 
-def merge_loaded(
+def merge_inputs(
     command: str,
     layout: Layout,
-    merged: Sequence[Merged],
+    inputs: Sequence[MergeInput],
     out: str | Path | None,
-    options: Options,
-    progress: Progress | None,
+    *,
+    dtype: str | None = None,
+    rounding: Rounding | None = None,
+    allow_unmatched: bool = False,
+    undo: Path | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
 ) -> MergeReport:
     """`merge` of adapters that are loaded already, said by the output to be of `command`."""
     started = time.monotonic()
-    dtype = DTYPE_OPTIONS[options.dtype] if options.dtype else None
-    choices = [(each.adapter, each.choice) for each in merged]
-    plan = make_plan(layout, choices, dtype=dtype, allow_unmatched=options.allow_unmatched)
+    plan = make_plan(layout, inputs, dtype=stored_dtype(dtype), allow_unmatched=allow_unmatched)
     target = Path(out).expanduser() if out else layout.root
     if out is None:
         _require_same_layout(plan)
-    work = Work(plan, merged, options, lanes(options.device), command)
-    measure, notes, undo = (Measure(), (), None) if options.dry_run else work.write(target if out else None, progress)
-    report = _report(plan, choices, target, measure, options.dry_run)
+    work = MergeRun(plan, inputs, lanes(device), command, dtype, rounding or Rounding(), undo, overwrite)
+    measure, notes, undo_bytes = (Measure(), (), None) if dry_run else work.write(target if out else None, progress)
+    report = _report(plan, inputs, target, measure, dry_run)
     return replace(
         report,
         warnings=(*report.warnings, *notes),
-        undo_bytes=undo,
+        undo_bytes=undo_bytes,
         device=work.lanes.title,
         seconds=time.monotonic() - started,
         peak_bytes=peak_bytes(),
@@ -113,16 +145,14 @@ def _kind(info: TensorInfo) -> tuple[str, tuple[int, ...]]:
     return info.dtype, info.shape
 
 
-def _report(
-    plan: Plan, adapters: Sequence[tuple[Adapter, Choice]], target: Path, measure: Measure, dry_run: bool
-) -> MergeReport:
+def _report(plan: Plan, inputs: Sequence[MergeInput], target: Path, measure: Measure, dry_run: bool) -> MergeReport:
     touched = sum(tensor.source.numel for tensor in plan.changed)
     strength = measure.along / measure.wanted if measure.wanted else None
     unchanged = measure.unchanged / measure.elements if measure.elements else None
-    notes = [note for adapter, _ in adapters for note in adapter.notes]
+    notes = [note for each in inputs for note in each.adapter.notes]
     return MergeReport(
         out=str(target),
-        adapters=tuple((str(adapter.path), choice.strength) for adapter, choice in adapters),
+        adapters=tuple((str(each.adapter.path), each.strength.value) for each in inputs),
         matched=plan.matched,
         unmatched=plan.unmatched,
         changed=tuple(tensor.name for tensor in plan.changed),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Final
 
 from loratool.adapter.adapter import Adapter, Change
-from loratool.adapter.selection import Choice
+from loratool.adapter.load import Assumptions
+from loratool.adapter.selection import Selection
+from loratool.adapter.strengths import Strength, strengths_of
 from loratool.deltas.full import Enlarge
 from loratool.errors import LoratoolError, UnmatchedModules, Unsupported, some
 from loratool.files.header import BITS, TensorInfo
@@ -66,13 +68,24 @@ class Plan:
         return tuple(tensor for tensor in self.tensors.values() if tensor.terms)
 
 
+@dataclass(frozen=True, slots=True)
+class MergeInput:
+    """An adapter of a merge, and all that its terms depend on."""
+
+    adapter: Adapter
+    strength: Strength = field(default_factory=Strength)
+    selection: Selection = field(default_factory=Selection)
+    assume: Assumptions = field(default_factory=Assumptions)
+
+
 def make_plan(
-    layout: Layout, adapters: Sequence[tuple[Adapter, Choice]], *, dtype: str | None = None, allow_unmatched: bool = False
+    layout: Layout, inputs: Sequence[MergeInput], *, dtype: str | None = None, allow_unmatched: bool = False
 ) -> Plan:
     """Finds the place of every change; raises `UnmatchedModules`, `ShapeMismatch` or another `LoratoolError`."""
-    draft = _Draft(layout)
-    for adapter, choice in adapters:
-        draft.add(adapter, choice)
+    draft, adapters = _Draft(layout), [each.adapter for each in inputs]
+    strengths = strengths_of([(each.adapter, each.strength) for each in inputs])
+    for each, by_module in zip(inputs, strengths, strict=True):
+        draft.add(each.adapter, each.selection, by_module)
     if draft.unmatched and not (allow_unmatched and draft.matched):
         raise UnmatchedModules(_unmatched_message(draft, adapters))
     if not draft.matched:
@@ -96,8 +109,14 @@ class _Draft:
         self.matched = 0
         self.config: dict[str, Any] = {}
 
-    def add(self, adapter: Adapter, choice: Choice) -> None:
-        taken = [part for change in adapter.changes if choice.takes(change.module) for part in self._as_stored(change)]
+    def add(self, adapter: Adapter, selection: Selection, strengths: Mapping[Module, float]) -> None:
+        taken: list[Change] = []
+        by_module = dict(strengths)
+        for change in adapter.changes:
+            if selection.takes(change.module):
+                stored = self._as_stored(change)
+                by_module |= dict.fromkeys((part.module for part in stored), strengths[change.module])
+                taken += stored
         lost = {
             change.module for change in taken if not change.optional and not self._places(change.module, change.parameter)
         }
@@ -111,9 +130,9 @@ class _Draft:
                     self.unmatched.append(change.module)
                 continue
             self.matched += 1
-            stored = self._stored(places[0].tensor)
-            fitted = self._fitted(change, stored.shape)
-            for name, term in terms_of(stored.shape, fitted, places, choice.strength_of(change.module)):
+            base = self._stored(places[0].tensor)
+            fitted = self._fitted(change, base.shape)
+            for name, term in terms_of(base.shape, fitted, places, by_module[change.module]):
                 mine.setdefault(name, []).append(term)
         for name, terms in mine.items():
             check_overlap(adapter, name, terms)
@@ -190,7 +209,7 @@ class _Draft:
         self.config["tie_word_embeddings"] = False
 
 
-def _unmatched_message(draft: _Draft, adapters: Sequence[tuple[Adapter, Choice]]) -> str:
+def _unmatched_message(draft: _Draft, adapters: Sequence[Adapter]) -> str:
     count = len(draft.unmatched)
     pairs = []
     for module in draft.unmatched[:5]:
@@ -199,7 +218,7 @@ def _unmatched_message(draft: _Draft, adapters: Sequence[tuple[Adapter, Choice]]
     more = f" and {count - 5} more" if count > 5 else ""
     total = count + draft.matched
     message = f"{count} of {total} modules have no target in {draft.layout.root}: {'; '.join(pairs)}{more}"
-    verdicts = {detect([(change.module, None) for change in adapter.changes]).title for adapter, _ in adapters}
+    verdicts = {detect([(change.module, None) for change in adapter.changes]).title for adapter in adapters}
     families = f"; the adapter looks like one for {some(sorted(verdicts))}" if verdicts - {"unknown", "undecided"} else ""
     way_out = "--allow-unmatched leaves them out" if draft.matched else "is the adapter for another model?"
     return f"{message}{families}; {way_out}"

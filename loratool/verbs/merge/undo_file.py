@@ -22,8 +22,9 @@ from torch import Tensor
 
 from loratool._version import __version__
 from loratool.adapter.adapter import Adapter, files_of
-from loratool.adapter.load import Unsaid
-from loratool.adapter.selection import Choice
+from loratool.adapter.load import Assumptions
+from loratool.adapter.selection import Selection
+from loratool.adapter.strengths import Strength
 from loratool.errors import InvalidFile, Unsupported, some
 from loratool.files.adapter_files import AdapterFile
 from loratool.files.header import Header, TensorInfo, read_header
@@ -37,26 +38,17 @@ from loratool.numbers.threads import results
 from loratool.verbs.merge import blocks as streaming
 from loratool.verbs.merge.added import Added, rows_of
 from loratool.verbs.merge.blocks import Job
-from loratool.verbs.merge.plan import Plan, TensorPlan
+from loratool.verbs.merge.plan import MergeInput, Plan, TensorPlan
 from loratool.verbs.merge.segments import matrix
 
 HASH_BYTES: Final = 8 << 20
 """Bytes of a file that are hashed at a time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """An adapter of a merge, and all that its terms depend on."""
-
-    adapter: Adapter
-    choice: Choice
-    unsaid: Unsaid
-
-
 class UndoFile:
     """An undo file on its way out: `follow` each job of the merge, then `finish`. Use it in a `with`."""
 
-    def __init__(self, path: Path, plan: Plan, merged: Sequence[Merged], dtype: str | None, *, overwrite: bool) -> None:
+    def __init__(self, path: Path, plan: Plan, merged: Sequence[MergeInput], dtype: str | None, *, overwrite: bool) -> None:
         self.plan, self.merged, self.dtype = plan, merged, dtype
         for each in merged:
             _file_of(each.adapter)
@@ -125,16 +117,17 @@ class UndoFile:
         raw = packed(base.flatten(), added.taken_from(merged, job.start))
         self._file.in_turn(number, [_bytes(f"rows/{job.tensor.name}/{job.start}", raw)])
 
-    def _of(self, each: Merged) -> dict[str, Any]:
-        choice, file = each.choice, _file_of(each.adapter)
+    def _of(self, each: MergeInput) -> dict[str, Any]:
+        file, strength = _file_of(each.adapter), each.strength
         return {
             "name": each.adapter.path.name,
-            "strength": choice.strength,
-            "include": list(choice.include),
-            "exclude": list(choice.exclude),
-            "components": dict(choice.components),
-            "alpha": each.unsaid.alpha,
-            "slots": list(each.unsaid.slots),
+            "strength": strength.value,
+            "include": list(each.selection.include),
+            "exclude": list(each.selection.exclude),
+            "components": dict(strength.parts),
+            **({"blocks": list(strength.vector)} if strength.vector else {}),
+            "alpha": each.assume.alpha,
+            "slots": list(each.assume.slots),
             "folder": file.config_file is not None or file.path.is_dir(),
         }
 
@@ -180,8 +173,9 @@ class Held:
     """An adapter in an undo file: what it was called, how it was merged, and whether it was a folder."""
 
     name: str
-    choice: Choice
-    unsaid: Unsaid
+    strength: Strength
+    selection: Selection
+    assume: Assumptions
     folder: bool
 
 
@@ -236,7 +230,9 @@ def _inside(name: str) -> bool:
 
 
 def _adapter(said: Mapping[str, Any]) -> Held:
-    components = {str(name): float(factor) for name, factor in said["components"].items()}
-    choice = Choice(float(said["strength"]), tuple(map(str, said["include"])), tuple(map(str, said["exclude"])), components)
+    parts = {str(name): float(factor) for name, factor in said["components"].items()}
+    strength = Strength(float(said["strength"]), tuple(map(float, said.get("blocks", ()))), parts)
+    selection = Selection(tuple(map(str, said["include"])), tuple(map(str, said["exclude"])))
     alpha = None if said["alpha"] is None else float(said["alpha"])
-    return Held(str(said["name"]), choice, Unsaid(alpha, tuple(map(bool, said["slots"]))), bool(said["folder"]))
+    assume = Assumptions(alpha, tuple(map(bool, said["slots"])))
+    return Held(str(said["name"]), strength, selection, assume, bool(said["folder"]))

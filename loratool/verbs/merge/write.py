@@ -9,11 +9,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loratool.adapter.adapter import Adapter, files_of
-from loratool.adapter.load import Unsaid, load
-from loratool.adapter.selection import Choice, check_strength
+from loratool.adapter.adapter import files_of
+from loratool.adapter.load import Assumptions, open_source
+from loratool.adapter.selection import Selection
+from loratool.adapter.strengths import AdapterLike, weighted_adapter
 from loratool.errors import OutputError, of_file
-from loratool.files.header import DTYPE_OPTIONS
+from loratool.files.header import stored_dtype
 from loratool.files.history import METADATA_KEY, entry, history_of, named
 from loratool.files.in_place import Clones
 from loratool.files.output import Destination, Input, Output
@@ -22,71 +23,51 @@ from loratool.numbers.devices import Lanes
 from loratool.numbers.threads import Progress
 from loratool.verbs.merge.blocks import Measure, Rounding
 from loratool.verbs.merge.files import Follow, OutputFile, rewritten_files, run
-from loratool.verbs.merge.plan import Plan
-from loratool.verbs.merge.undo_file import Merged, UndoFile
+from loratool.verbs.merge.plan import MergeInput, Plan
+from loratool.verbs.merge.undo_file import UndoFile
+
+
+def open_inputs(
+    adapters: Sequence[AdapterLike],
+    selection: Selection | None = None,
+    assume: Assumptions | None = None,
+    *,
+    allow_pickle: bool = False,
+) -> list[MergeInput]:
+    """Adapters as they will be merged; raises `LoratoolError`."""
+    selection, assume = selection or Selection(), assume or Assumptions()
+    found = []
+    for each in map(weighted_adapter, adapters):
+        adapter = open_source(each.adapter, allow_pickle=allow_pickle, assume=assume)
+        found.append(MergeInput(adapter, each.full_strength, selection, assume))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """An adapter and how strongly to merge it."""
-
-    adapter: Adapter | str | Path
-    strength: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to merge: which modules, how strongly per component, how results are stored and where they are computed; and where
-    to write what leads back to the base (`undo`)."""
-
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    components: Mapping[str, float] = field(default_factory=dict)
-    dtype: str | None = None
-    stochastic: bool = False
-    seed: int = 0
-    allow_unmatched: bool = False
-    allow_pickle: bool = False
-    unsaid: Unsaid = field(default_factory=Unsaid)
-    device: str = "auto"
-    undo: str | Path | None = None
-    overwrite: bool = False
-    dry_run: bool = False
-
-
-def loaded(source: Source | str | Path, options: Options) -> Merged:
-    """An adapter as it will be merged; raises `LoratoolError`."""
-    source = source if isinstance(source, Source) else Source(source)
-    adapter = source.adapter
-    if not isinstance(adapter, Adapter):
-        adapter = load(adapter, allow_pickle=options.allow_pickle, unsaid=options.unsaid)
-    strength = check_strength(source.strength, str(adapter.path))
-    return Merged(adapter, Choice(strength, options.include, options.exclude, options.components), options.unsaid)
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """A planned merge, to be written."""
+class MergeRun:
+    """A planned merge, to be written: how its results are stored and rounded, and where to write what leads back."""
 
     plan: Plan
-    merged: Sequence[Merged]
-    options: Options
+    merged: Sequence[MergeInput]
     lanes: Lanes
     command: str = "merge"
+    dtype: str | None = None
+    rounding: Rounding = field(default_factory=Rounding)
+    undo: Path | None = None
+    overwrite: bool = False
     follow: Follow | None = None
 
     def write(self, target: Path | None, progress: Progress | None) -> tuple[Measure, tuple[str, ...], int | None]:
         """Writes the output to `target`, or with None into the base itself; returns what was measured, what is to be said
         of it, and the size of the undo file, if one was asked for."""
-        plan, options, rewritten = self.plan, self.options, rewritten_files(self.plan)
+        plan, rewritten = self.plan, rewritten_files(self.plan)
         with ExitStack() as stack:
             undo = None
-            if options.undo:
-                dtype = DTYPE_OPTIONS[options.dtype] if options.dtype else None
-                path = Path(options.undo).expanduser()
-                if target and (path == target or target in path.parents):
-                    raise OutputError(f"{path}: is, or lies in, the output of this very run; choose another place")
-                undo = stack.enter_context(UndoFile(path, plan, self.merged, dtype, overwrite=options.overwrite))
+            if self.undo:
+                dtype = stored_dtype(self.dtype)
+                if target and (self.undo == target or target in self.undo.parents):
+                    raise OutputError(f"{self.undo}: is, or lies in, the output of this very run; choose another place")
+                undo = stack.enter_context(UndoFile(self.undo, plan, self.merged, dtype, overwrite=self.overwrite))
             output = self._output(target) if target else Clones(plan.layout.root, rewritten, self._inputs())
             stack.enter_context(output)
             if not output.in_place:
@@ -99,8 +80,8 @@ class Work:
                 ]
                 adapters = ", ".join(str(each.adapter.path) for each in self.merged)
                 with of_file(f"{adapters} into {plan.layout.root}"):
-                    measure = run(files, Rounding(options.stochastic, options.seed), self.lanes, progress)
-                provenance = _provenance(self.command, self.merged, self._said(), options, measure)
+                    measure = run(files, self.rounding, self.lanes, progress)
+                provenance = _provenance(self.command, self.merged, self._said(), self.rounding, measure)
                 silent = [file for file in files if not file.finish(provenance)]
             nbytes = None
             if undo:
@@ -123,9 +104,7 @@ class Work:
     def _output(self, target: Path) -> Destination:
         layout = self.plan.layout
         needed = sum(tensor.nbytes for tensor in self.plan.tensors.values()) + (1 << 20)
-        return Output(
-            target, folder=layout.is_folder, overwrite=self.options.overwrite, nbytes=needed, inputs=self._inputs()
-        )
+        return Output(target, folder=layout.is_folder, overwrite=self.overwrite, nbytes=needed, inputs=self._inputs())
 
     def _inputs(self) -> list[Input]:
         return [self.plan.layout, *files_of(each.adapter for each in self.merged)]
@@ -135,10 +114,10 @@ class Work:
         layout = self.plan.layout
         for name in (*layout.other_files(), *(file for file in layout.files if file not in rewritten)):
             copy_file(layout.root / name, output.path(name))
-        _write_configs(self.plan, output, self.options)
+        _write_configs(self.plan, output, self.dtype)
 
 
-def _write_configs(plan: Plan, output: Destination, options: Options) -> None:
+def _write_configs(plan: Plan, output: Destination, dtype: str | None) -> None:
     """Rewrites the copies of shard indexes and config.json where the tensors are no longer those of the base."""
     layout = plan.layout
     added = {name: tensor.file for name, tensor in plan.tensors.items() if name not in layout.tensors}
@@ -152,7 +131,7 @@ def _write_configs(plan: Plan, output: Destination, options: Options) -> None:
             document["metadata"] = {**(document.get("metadata") or {}), "total_size": total}
             output.path(name).write_text(json.dumps(document, indent=2) + "\n")
     config = layout.config
-    dtypes = {key: options.dtype for key in ("torch_dtype", "dtype") if options.dtype and key in config}
+    dtypes = {key: dtype for key in ("torch_dtype", "dtype") if dtype and key in config}
     if config and (plan.config or dtypes):
         output.path("config.json").write_text(json.dumps({**config, **plan.config, **dtypes}, indent=2) + "\n")
 
@@ -162,17 +141,31 @@ def _files_of(weight_map: Mapping[str, str], index: str) -> set[str]:
     return {f"{folder}/{shard}" if folder else shard for shard in weight_map.values()}
 
 
-def _provenance(command: str, merged: Sequence[Merged], base: Mapping[str, str], options: Options, measure: Measure) -> str:
+def _provenance(
+    command: str, merged: Sequence[MergeInput], base: Mapping[str, str], rounding: Rounding, measure: Measure
+) -> str:
     """A short account for the output's metadata, without times or paths, so that equal runs write equal bytes."""
     said = entry(
         command,
-        [named(each.adapter.path, each.adapter.file, strength=each.choice.strength) for each in merged],
+        [_record(each) for each in merged],
         base,
-        round=f"stochastic, seed {options.seed}" if options.stochastic else "nearest",
+        round=f"stochastic, seed {rounding.seed}" if rounding.stochastic else "nearest",
         realised_strength=_figure(measure.along, measure.wanted),
         unchanged=_figure(measure.unchanged, measure.elements),
     )
     return said[METADATA_KEY]
+
+
+def _record(each: MergeInput) -> dict[str, object]:
+    """What is said of an adapter: how strongly it was merged, and its components and blocks where these differ."""
+    strength = each.strength
+    more = {"parts": dict(strength.parts), "blocks": strength.vector}
+    return named(
+        each.adapter.path,
+        each.adapter.file,
+        strength=strength.value,
+        **{name: value for name, value in more.items() if value},
+    )
 
 
 def _figure(part: float, whole: float) -> float | None:

@@ -16,7 +16,7 @@ from loratool.errors import InvalidFile, LoratoolError
 from loratool.files.layout import Layout
 from loratool.keys.listing import open_input
 from loratool.text import count
-from loratool.verbs.delta.delta import DeltaOptions, DeltaReport, delta
+from loratool.verbs.delta.delta import DeltaReport, delta
 from loratool.verbs.hash import Hashes, hashes_of
 from loratool.verbs.inspect.block_map import Map, map_of
 from loratool.verbs.inspect.inspect import AdapterReport, inspect_adapter
@@ -72,7 +72,7 @@ def facts_of(path: Path, base: Weights | None) -> Facts:
         training=tuple(training),
         tags=tuple(_tags(metadata).most_common(TAGS)),
         map=map_of(adapter),
-        delta=_or_why(lambda: delta(adapter, options=DeltaOptions(base=base, spectrum=True))),
+        delta=_or_why(lambda: delta(adapter, base=base, spectrum=True)),
         frontier=_or_why(lambda: frontier(adapter, base=base)),
     )
 

@@ -15,7 +15,7 @@ from loratool.errors import LoratoolError
 from loratool.files.output import Output, check_target
 from loratool.files.writer import Writer
 from loratool.text import message, safe, size
-from loratool.verbs.compare.compare import AdapterComparison, CompareOptions, MatrixComparison, compare
+from loratool.verbs.compare.compare import AdapterComparison, MatrixComparison, compare
 from loratool.verbs.report import charts
 from loratool.verbs.report.facts import Facts, facts_of
 
@@ -68,7 +68,7 @@ class PageReport:
 
 
 def report(
-    paths: Sequence[str | Path], out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
+    paths: Sequence[str | Path], out: str | Path, *, base: str | Path | Weights | None = None, overwrite: bool = False
 ) -> PageReport:
     """Writes an HTML page about the adapters at `paths` to `out`: facts, a map of ‖ΔW‖, spectra, the frontier of size and
     error, what its training says of itself, and for several their cosines. `base` is for kinds that depend on it.
@@ -187,7 +187,7 @@ def _frontier(facts: Facts) -> Iterator[str]:
 def _compared(found: Sequence[Facts], base: Weights | None) -> Iterator[str]:
     yield "<h3>Each with each</h3>"
     try:
-        result = compare([facts.adapter for facts in found], CompareOptions(base=base))
+        result = compare([facts.adapter for facts in found], base=base)
     except LoratoolError as error:
         yield f'<p class="note">They cannot be compared: {_text(error)}</p>'
         return

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import torch
 
-from loratool.adapter.adapter import Adapter
 from loratool.adapter.load import load
-from loratool.adapter.selection import Choice
 from loratool.errors import InvalidFile, LoratoolError, about
 from loratool.files.header import TensorInfo
 from loratool.files.layout import Layout, open_layout
@@ -25,7 +23,7 @@ from loratool.numbers.residuals import unpacked
 from loratool.numbers.threads import Progress, results, run_all, tally
 from loratool.verbs.merge.added import Added, rows_of
 from loratool.verbs.merge.blocks import Job, by_blocks
-from loratool.verbs.merge.plan import Plan, TensorPlan, make_plan
+from loratool.verbs.merge.plan import MergeInput, Plan, TensorPlan, make_plan
 from loratool.verbs.merge.segments import matrix
 from loratool.verbs.merge.undo_file import Undo, read_undo, sha256
 
@@ -61,7 +59,7 @@ def restored(merged: Path, out: Path, undo_path: Path, *, overwrite: bool, progr
         _fill(Restoring(plan, layout, undo, kept, writers), progress)
         digests = _checked(merged, undo, output)
         output.commit()
-    pairs = tuple((held.name, held.choice.strength) for held in undo.adapters)
+    pairs = tuple((held.name, held.strength.value) for held in undo.adapters)
     return Restored(plan, pairs, digests, nbytes)
 
 
@@ -100,7 +98,7 @@ def _begun(file: str, undo: Undo, kept: TensorFile, output: Output) -> Writer:
 
 
 @contextmanager
-def _adapters(undo: Undo, kept: TensorFile, folder: Path) -> Iterator[list[tuple[Adapter, Choice]]]:
+def _adapters(undo: Undo, kept: TensorFile, folder: Path) -> Iterator[list[MergeInput]]:
     """The adapters that an undo file holds, read from a folder where they lie for the time."""
     place = temporary_in(folder)
     try:
@@ -117,7 +115,8 @@ def _adapters(undo: Undo, kept: TensorFile, folder: Path) -> Iterator[list[tuple
             if not files:
                 raise InvalidFile(f"{undo.header.path}: lacks its adapter {number + 1}")
             with about(undo.header.path):
-                found.append((load(files[0].parent if held.folder else files[0], unsaid=held.unsaid), held.choice))
+                adapter = load(files[0].parent if held.folder else files[0], assume=held.assume)
+                found.append(MergeInput(adapter, held.strength, held.selection, held.assume))
         yield found
     finally:
         remove(place)

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from loratool.adapter.adapter import Adapter
+from loratool.adapter.load import Assumptions
+from loratool.adapter.strengths import AdapterLike, weighted_adapter
 from loratool.errors import LoratoolError, Unsupported
 from loratool.files.history import history_of
 from loratool.files.layout import Layout, open_layout
@@ -18,8 +20,8 @@ from loratool.numbers.threads import Progress, peak_bytes
 from loratool.verbs.merge.added import Added, rows_of
 from loratool.verbs.merge.blocks import Job
 from loratool.verbs.merge.files import rounded_by_chance
-from loratool.verbs.merge.plan import Plan, make_plan
-from loratool.verbs.merge.write import Options, Source, Work, loaded
+from loratool.verbs.merge.plan import MergeInput, Plan, make_plan
+from loratool.verbs.merge.write import MergeRun, open_inputs
 from loratool.verbs.unmerge.restore import restored
 
 
@@ -44,10 +46,14 @@ class UnmergeReport:
 def unmerge(
     merged: str | Path,
     out: str | Path,
-    adapters: Sequence[Source | str | Path] = (),
+    adapters: Sequence[AdapterLike] = (),
     *,
     undo: str | Path | None = None,
-    options: Options | None = None,
+    allow_unmatched: bool = False,
+    allow_pickle: bool = False,
+    assume: Assumptions | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> UnmergeReport:
     """Writes to `out` what the checkpoint `merged` was before a merge.
@@ -58,32 +64,31 @@ def unmerge(
     Raises `LoratoolError`, and leaves nothing behind, where the undo file is of another checkpoint, or where an adapter's
     change is no sum and cannot be subtracted.
     """
-    started, options = time.monotonic(), options or Options()
+    started = time.monotonic()
     source, target = Path(merged).expanduser(), Path(out).expanduser()
     if bool(adapters) == bool(undo):
         raise LoratoolError(f"{merged}: give either the adapters to subtract, or the undo file of the merge")
     if undo:
-        found = restored(source, target, Path(undo).expanduser(), overwrite=options.overwrite, progress=progress)
+        found = restored(source, target, Path(undo).expanduser(), overwrite=overwrite, progress=progress)
         report = _report(target, found.plan, found.adapters, found.nbytes, sha256=found.sha256)
     else:
-        report = _subtracted(source, target, adapters, options, progress)
+        layout = open_layout(source)
+        negated = [weighted_adapter(each).negated() for each in adapters]
+        inputs = open_inputs(negated, assume=assume, allow_pickle=allow_pickle)
+        plan = _plan(layout, inputs, allow_unmatched=allow_unmatched)
+        doubt = _Doubt(by_chance=rounded_by_chance(layout))
+        work = MergeRun(plan, inputs, lanes(device), "unmerge", overwrite=overwrite, follow=doubt.follow)
+        _, notes, _ = work.write(target, progress)
+        pairs = tuple((str(each.adapter.path), -each.strength.value) for each in inputs)
+        report = _report(target, plan, pairs, layout.nbytes, doubtful=doubt.count)
+        report = replace(report, warnings=(*said_otherwise(layout, pairs), *notes))
     return replace(report, seconds=time.monotonic() - started, peak_bytes=peak_bytes())
 
 
-def _subtracted(
-    merged: Path, out: Path, adapters: Sequence[Source | str | Path], options: Options, progress: Progress | None
-) -> UnmergeReport:
-    layout = open_layout(merged)
-    given = [loaded(taken_out(source), options) for source in adapters]
-    for each in given:
+def _plan(layout: Layout, inputs: Sequence[MergeInput], *, allow_unmatched: bool) -> Plan:
+    for each in inputs:
         require_sums(each.adapter)
-    plan = make_plan(layout, [(each.adapter, each.choice) for each in given], allow_unmatched=options.allow_unmatched)
-    doubt = _Doubt(by_chance=rounded_by_chance(layout))
-    work = Work(plan, given, options, lanes(options.device), "unmerge", doubt.follow)
-    _, notes, _ = work.write(out, progress)
-    pairs = tuple((str(each.adapter.path), -each.choice.strength) for each in given)
-    report = _report(out, plan, pairs, layout.nbytes, doubtful=doubt.count)
-    return replace(report, warnings=(*said_otherwise(layout, pairs), *notes))
+    return make_plan(layout, inputs, allow_unmatched=allow_unmatched)
 
 
 def _report(
@@ -107,12 +112,6 @@ def _report(
         seconds=0.0,
         peak_bytes=0,
     )
-
-
-def taken_out(source: Source | str | Path) -> Source:
-    """An adapter to be subtracted: the same at the opposite strength."""
-    source = source if isinstance(source, Source) else Source(source)
-    return replace(source, strength=-source.strength)
 
 
 def require_sums(adapter: Adapter) -> None:
