@@ -12,7 +12,7 @@ import click
 from loratool.cli.convert import an_arch
 from loratool.cli.inputs import expanded, input_name, input_path
 from loratool.cli.options import factors_device_option, json_option, pickle_option, quiet_option, sum_of, verbose_option
-from loratool.cli.render import print_facts, print_json, print_table, warn
+from loratool.cli.render import print_facts, print_table, told
 
 if TYPE_CHECKING:
     from loratool.verbs.compare.adapters import Compared
@@ -74,12 +74,7 @@ def compare_command(
         if len(paths) < 2:
             raise click.UsageError("name two or more adapters, or two checkpoints; or one checkpoint and --to")
         report = compare(paths, tolerance=tolerance, base=base, arch=arch, allow_pickle=allow_pickle, device=device)
-    if report.what != "checkpoints":
-        for warning in getattr(report, "warnings", ()):
-            warn(warning)
-    if as_json:
-        print_json(report)
-    elif not quiet:
+    if told(report, as_json=as_json, quiet=quiet):
         _print(report, verbose=verbose)
     ctx.exit(0 if report.same else 1)
 

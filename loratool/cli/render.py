@@ -10,11 +10,14 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from loratool.text import message, safe
+
+if TYPE_CHECKING:
+    from loratool.verbs.reports import Report
 
 NARROWEST: Final = 40
 
@@ -24,7 +27,7 @@ def warn(text: str) -> None:
     click.echo(f"warning: {message(text)}", err=True)
 
 
-def told(report: Any, *, as_json: bool, quiet: bool) -> bool:
+def told(report: Report, *, as_json: bool, quiet: bool) -> bool:
     """Prints a report's warnings and, where it is asked for, the report as JSON; whether its text is to be printed still."""
     for warning in report.warnings:
         warn(warning)
@@ -88,7 +91,9 @@ def progress_bar(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], No
 def _plain(value: Any) -> Any:
     """A report as JSON has it: fields and mappings as objects, what is no finite number as null."""
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        # What reports have in common comes behind what each one says.
+        fields = sorted(dataclasses.fields(value), key=lambda field: field.kw_only is True)
+        return {field.name: _plain(getattr(value, field.name)) for field in fields}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

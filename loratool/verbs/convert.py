@@ -19,10 +19,11 @@ from loratool.files.tensors import TensorFile
 from loratool.formats.table import Format, format_named
 from loratool.keys.resolve import Wanted, choose
 from loratool.numbers.ranks import Rule
+from loratool.verbs.reports import Report
 
 
 @dataclass(frozen=True, slots=True)
-class ConvertReport:
+class ConvertReport(Report):
     """What a conversion did: into which format, for which architecture, how many modules there were and are, how many of
     them were cut or stacked, and the largest relative difference of a module that re-reading it found. `lowered` are the
     modules that became LoRA first, `error` what that left out of all of them."""
@@ -39,7 +40,6 @@ class ConvertReport:
     nbytes: int
     lowered: tuple[Converted, ...] = ()
     error: float = 0.0
-    warnings: tuple[str, ...] = ()
 
 
 def convert(

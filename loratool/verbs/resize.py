@@ -22,13 +22,14 @@ from loratool.files.history import entry, named
 from loratool.numbers.budgets import Market
 from loratool.numbers.devices import lanes
 from loratool.numbers.ranks import NUMERICAL, Budget, Offer, Rule
+from loratool.verbs.reports import Report, worst_of
 
 LADDER: Final = (1, *(step for power in range(1, 15) for step in (2**power, 3 * 2 ** (power - 1))))
 """The ranks of a frontier: 1, 2, 3, 4, 6, 8, 12, 16 …"""
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankReport:
+class LowRankReport(Report):
     """What a conversion did: every module that changed its kind, how many did not, and the error over all of them; `weighed`
     is the error with each module's square divided by that of the weight it changes, where that was asked for."""
 
@@ -37,13 +38,12 @@ class LowRankReport:
     kept: int
     error: float
     nbytes: int
-    warnings: tuple[str, ...] = ()
     weighed: float | None = None
 
     @property
     def worst(self) -> Converted | None:
         """The module with the largest error."""
-        return max(self.modules, key=lambda module: module.error, default=None)
+        return worst_of(self.modules)
 
 
 def to_lora(
@@ -109,7 +109,7 @@ def _written(command: str, work: Lowering, rule: Rule | Budget, out: Path, *, ov
     nbytes = write(_contents(said, work, done, kept), files_of([adapter]), out.expanduser(), overwrite=overwrite)
     figures = tuple(figures for figures, _ in done.values())
     notes = (*adapter.notes, *work.lanes.notes())
-    return LowRankReport(str(out), figures, len(work.kept), error_of(figures), nbytes, notes)
+    return LowRankReport(str(out), figures, len(work.kept), error_of(figures), nbytes, warnings=notes)
 
 
 Said = Callable[[float], dict[str, str]]
@@ -148,13 +148,12 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class FrontierReport:
+class FrontierReport(Report):
     """What each size costs in error, before anything is rounded to a dtype."""
 
     modules: int
     norm: float
     choices: tuple[Choice, ...]
-    warnings: tuple[str, ...] = ()
 
 
 def frontier(
@@ -188,7 +187,7 @@ def frontier(
 
     largest = max(map(_effective, spectra.values()), default=0)
     ranks = [rank for rank in LADDER if rank < largest] + [largest] if total else []
-    return FrontierReport(len(spectra), total, tuple(map(choice, ranks)), adapter.notes)
+    return FrontierReport(len(spectra), total, tuple(map(choice, ranks)), warnings=adapter.notes)
 
 
 def _effective(offer: Offer) -> int:

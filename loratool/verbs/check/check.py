@@ -21,6 +21,7 @@ from loratool.formats.table import format_named
 from loratool.keys.detect import is_language_model
 from loratool.keys.identify import archs_of_adapters, format_of
 from loratool.verbs.merge.plan import MergeInput, make_plan
+from loratool.verbs.reports import Report
 
 REFUSED: Final = "refused"
 """It does not load."""
@@ -54,7 +55,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckReport:
+class CheckReport(Report):
     """What a program makes of an adapter, by the `source` of the program; and of a fix, what was done and its error.
 
     It is `good` where it loads as it is, does the same, and costs nothing; the verdict says so in words.
@@ -71,7 +72,6 @@ class CheckReport:
     error: float = 0.0
     lost: float = 0.0
     nbytes: int = 0
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from loratool.names import Module
 from loratool.numbers.devices import lanes
 from loratool.numbers.ranks import Budget, Rule
 from loratool.verbs.combine.adapter_sum import Combining, as_sum
+from loratool.verbs.reports import Report, worst_of
 
 SUM: Final = "sum"
 
@@ -62,7 +63,7 @@ class CombineMethod:
 
 
 @dataclass(frozen=True, slots=True)
-class CombineReport:
+class CombineReport(Report):
     """What was combined: `common` is how many modules several adapters change, `ranks` those of the output's factors.
 
     `lowered` are the modules that a rule, or a dtype, made an approximation of, and `error` what that leaves out of all of
@@ -81,12 +82,11 @@ class CombineReport:
     lowered: tuple[Converted, ...]
     error: float
     nbytes: int
-    warnings: tuple[str, ...] = ()
 
     @property
     def worst(self) -> Converted | None:
         """The module with the largest error."""
-        return max(self.lowered, key=lambda module: module.error, default=None)
+        return worst_of(self.lowered)
 
 
 def combine(

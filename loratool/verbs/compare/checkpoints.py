@@ -16,6 +16,7 @@ from loratool.keys.places import Place, module_of
 from loratool.numbers import rounding
 from loratool.numbers.devices import Lanes, sent
 from loratool.numbers.threads import results
+from loratool.verbs.reports import Report
 
 BLOCK: Final = 1 << 20
 """Numbers that are read of either at a time."""
@@ -47,7 +48,7 @@ class TensorDifference:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointComparison:
+class CheckpointComparison(Report):
     """Two checkpoints: how many tensors are the same to the bit, those that differ, and those that only one has."""
 
     one: str

@@ -20,13 +20,14 @@ from loratool.verbs.compare.checkpoints import CheckpointComparison, compare_che
 from loratool.verbs.compare.merges import MergeComparison, compare_merge
 from loratool.verbs.merge.plan import make_plan
 from loratool.verbs.merge.write import open_inputs
+from loratool.verbs.reports import Report
 
 TOLERANCE: Final = 1e-6
 """The relative difference that rounding a scale, or its product with a factor, to float32 may make."""
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterComparison:
+class AdapterComparison(Report):
     """Two adapters: ‖ΔW‖ of each, ‖ΔW_A − ΔW_B‖, that relative to the larger norm, and their cosine, over all `modules`.
 
     `overlap` is the mean squared cosine of the principal angles of what they write to, and of what they read from: 1 for one
@@ -45,7 +46,6 @@ class AdapterComparison:
     overlap: tuple[float | None, float | None]
     tolerance: float
     same: bool
-    warnings: tuple[str, ...] = ()
     what: str = "adapters"
 
     @property
@@ -55,7 +55,7 @@ class AdapterComparison:
 
 
 @dataclass(frozen=True, slots=True)
-class MatrixComparison:
+class MatrixComparison(Report):
     """Several adapters: ‖ΔW‖ of each, and of each pair ‖ΔW_i − ΔW_j‖, and the cosine."""
 
     paths: tuple[str, ...]
@@ -64,7 +64,6 @@ class MatrixComparison:
     cosines: tuple[tuple[float | None, ...], ...]
     tolerance: float
     same: bool
-    warnings: tuple[str, ...] = ()
     what: str = "matrix"
 
 
@@ -187,9 +186,9 @@ def _matrix(adapters: Sequence[Adapter], found: Aligned, tolerance: float, on: L
     gaps = ((differences[i][j], max(float(norms[i]), float(norms[j]))) for i in size for j in size)
     largest = max((gap / norm for gap, norm in gaps if gap), default=0.0)
     paths = tuple(str(adapter.path) for adapter in adapters)
-    return MatrixComparison(
-        paths, tuple(norms.tolist()), differences, cosines, tolerance, largest <= tolerance, _notes(adapters, on)
-    )
+    same = largest <= tolerance
+    warnings = _notes(adapters, on)
+    return MatrixComparison(paths, tuple(norms.tolist()), differences, cosines, tolerance, same, warnings=warnings)
 
 
 def _notes(adapters: Sequence[Adapter], on: Lanes) -> tuple[str, ...]:

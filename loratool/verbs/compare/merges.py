@@ -22,6 +22,7 @@ from loratool.verbs.merge.blocks import by_blocks, changed_whole
 from loratool.verbs.merge.files import rounded_by_chance
 from loratool.verbs.merge.plan import Plan, TensorPlan
 from loratool.verbs.merge.segments import Segment, matrix, segments_of
+from loratool.verbs.reports import Report
 
 BLOCK: Final = 1 << 19
 """Numbers that are computed at a time."""
@@ -42,7 +43,7 @@ class Off:
 
 
 @dataclass(frozen=True, slots=True)
-class MergeComparison:
+class MergeComparison(Report):
     """How a merged checkpoint compares with base + Σ w · ΔW: `checked` numbers, `worst` the largest distance in steps of the
     stored dtype (½ is what rounding to nearest may take; `allowed` is 1 for a merge that rounded by chance)."""
 
@@ -58,7 +59,6 @@ class MergeComparison:
     missing: tuple[str, ...]
     extra: tuple[str, ...]
     same: bool
-    warnings: tuple[str, ...] = ()
     what: str = "merge"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -25,14 +24,15 @@ from loratool.files.output import Output
 from loratool.files.tensors import DTYPES
 from loratool.files.writer import Appending, Writer
 from loratool.numbers.devices import Lanes, lanes
-from loratool.numbers.threads import Progress, peak_bytes, run_all, tally
+from loratool.numbers.threads import Progress, run_all, tally
 from loratool.verbs.delta.file import Naming, naming_of, provenance, room_for_header, stored
 from loratool.verbs.delta.measure import Measured, measured
 from loratool.verbs.delta.sources import OfAdapter, OfCheckpoints, Source
+from loratool.verbs.reports import Stopwatch, TimedReport
 
 
 @dataclass(frozen=True, slots=True)
-class DeltaReport:
+class DeltaReport(TimedReport):
     """What changes: every parameter that does, in order, and how many do not; ‖ΔW‖ of all, and relative to the weights it
     changes, where a base tells.
 
@@ -45,15 +45,11 @@ class DeltaReport:
     unchanged: int
     norm: float
     relative: float | None
-    device: str
-    seconds: float
-    peak_bytes: int
     out: str | None = None
     format: str | None = None
     nbytes: int = 0
     error: float = 0.0
     left_out: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
 
 
 def delta(
@@ -79,7 +75,7 @@ def delta(
     `spectrum`, all singular values are told. Raises `LoratoolError`, and writes nothing, where a kind depends on its weight
     and there is no base, where the checkpoints are not of one model, or a number is not finite.
     """
-    started, on = time.monotonic(), lanes(device)
+    stopwatch, on = Stopwatch(), lanes(device)
     source = _source(path, tuned, base, selection, on, allow_pickle=allow_pickle)
     with ExitStack() as stack:
         run = DeltaRun(source, on, dtype or "float32", spectrum=spectrum)
@@ -92,13 +88,7 @@ def delta(
     for each in source.inputs:
         each.require_unchanged()
     report = run.report(f"{tuned} − {where}" if tuned else str(where))
-    return replace(
-        report,
-        out=str(out) if out is not None else None,
-        nbytes=nbytes,
-        seconds=time.monotonic() - started,
-        peak_bytes=peak_bytes(),
-    )
+    return stopwatch.stop(replace(report, out=str(out) if out is not None else None, nbytes=nbytes))
 
 
 def iter_deltas(
@@ -204,8 +194,6 @@ class DeltaRun:
             norm=math.sqrt(whole),
             relative=math.sqrt(whole / before) if before and len(self.before) == len(self.found) else None,
             device=self.lanes.title,
-            seconds=0.0,
-            peak_bytes=0,
             format=naming.title if naming else None,
             error=math.sqrt(math.fsum(self.lost.values()) / whole) if whole else 0.0,
             left_out=tuple(self.source.name(number) for number in left_out),

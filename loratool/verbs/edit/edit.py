@@ -19,6 +19,7 @@ from loratool.errors import LoratoolError, of_file, some
 from loratool.names import Module
 from loratool.text import natural
 from loratool.verbs.edit.rescale import write_edited
+from loratool.verbs.reports import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class EditReport:
+class EditReport(Report):
     """What an edit did, or with `dry_run` would do; `unmeasured` modules are of kinds whose norm depends on the weight."""
 
     out: str
@@ -76,7 +77,6 @@ class EditReport:
     unmeasured: int
     nbytes: int
     dry_run: bool
-    warnings: tuple[str, ...] = ()
 
     @property
     def dropped(self) -> int:

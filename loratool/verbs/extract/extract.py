@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,12 +28,13 @@ from loratool.names import CONTAINER, VAE, Module
 from loratool.numbers.devices import lanes
 from loratool.numbers.factor import Split
 from loratool.numbers.ranks import Budget, Rule
-from loratool.numbers.threads import Progress, peak_bytes
+from loratool.numbers.threads import Progress
 from loratool.verbs.extract.assemble import Item, assembled
 from loratool.verbs.extract.forms import EXPERTS, LORA, form_of, no_place
 from loratool.verbs.extract.job import Job
 from loratool.verbs.extract.journal import Journal
 from loratool.verbs.extract.outcomes import Extracted, Extraction, Outcome
+from loratool.verbs.reports import Stopwatch, TimedReport, worst_of
 
 DIFFERENCES: Final = ("diff", "diff_b", "w_norm", "b_norm")
 """Leaves that not everybody reads."""
@@ -54,7 +54,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True)
-class ExtractReport:
+class ExtractReport(TimedReport):
     """What an extraction found: every parameter that changed and how it is held, what is left out, how many did not change.
 
     `norm` is ‖W' − W₀‖ over all that was compared, and `error` the relative error of it with what is left out counted as
@@ -72,16 +72,12 @@ class ExtractReport:
     norm: float
     error: float
     nbytes: int
-    seconds: float
-    peak_bytes: int
-    device: str
     dry_run: bool
-    warnings: tuple[str, ...] = ()
 
     @property
     def worst(self) -> Extracted | None:
         """The module with the largest relative error."""
-        return max(self.modules, key=lambda module: module.error, default=None)
+        return worst_of(self.modules)
 
 
 def extract(
@@ -114,7 +110,7 @@ def extract(
     Raises `LoratoolError` and leaves nothing behind where they are not the same model, a number is not finite, nothing
     changed, or the output cannot be written.
     """
-    started, out, selection = time.monotonic(), Path(out).expanduser(), selection or Selection()
+    stopwatch, out, selection = Stopwatch(), Path(out).expanduser(), selection or Selection()
     on, stored = lanes(device), stored_dtype(dtype)
     weights = (Weights(Path(base).expanduser(), pinned=on.pinned), Weights(Path(tuned).expanduser(), pinned=on.pinned))
     for each in weights:
@@ -137,7 +133,7 @@ def extract(
         raise
     if journal:
         journal.discard()
-    return replace(report, seconds=time.monotonic() - started, peak_bytes=peak_bytes())
+    return stopwatch.stop(report)
 
 
 def _extracted(job: Job, pairing: Pairing, out: Path, *, overwrite: bool) -> ExtractReport:
@@ -245,8 +241,6 @@ def _report(
         norm=math.sqrt(whole),
         error=math.sqrt(missing / whole) if whole else 0.0,
         nbytes=0,
-        seconds=0.0,
-        peak_bytes=0,
         device=job.work.lanes.title,
         dry_run=False,
         warnings=(*pairing.notes, *_read_by_few(held), *job.work.lanes.notes()),

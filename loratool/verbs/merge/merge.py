@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +14,11 @@ from loratool.errors import Unsupported, some
 from loratool.files.header import TensorInfo, stored_dtype
 from loratool.files.layout import Layout, open_layout, require_weights
 from loratool.numbers.devices import lanes
-from loratool.numbers.threads import Progress, peak_bytes
+from loratool.numbers.threads import Progress
 from loratool.verbs.merge.blocks import Measure, Rounding
 from loratool.verbs.merge.plan import MergeInput, Plan, make_plan
 from loratool.verbs.merge.write import MergeRun, open_inputs
+from loratool.verbs.reports import Stopwatch, TimedReport
 
 LOST: Final = "an adapter added to it would be lost in rounding: merge into the 16-bit original, then quantise that once"
 WEAK: Final = 0.9
@@ -26,7 +26,7 @@ WEAK: Final = 0.9
 
 
 @dataclass(frozen=True, slots=True)
-class MergeReport:
+class MergeReport(TimedReport):
     """What a merge did, or with `dry_run` would do.
 
     `realised_strength` is ⟨stored change, ΔW⟩ / ‖ΔW‖², `unchanged` the share of touched weights that rounding left as
@@ -43,11 +43,7 @@ class MergeReport:
     realised_strength: float | None
     unchanged: float | None
     sampled: float
-    seconds: float
-    peak_bytes: int
     dry_run: bool
-    warnings: tuple[str, ...]
-    device: str = "cpu"
     undo_bytes: int | None = None
 
 
@@ -115,7 +111,7 @@ def merge_inputs(
     progress: Progress | None = None,
 ) -> MergeReport:
     """`merge` of adapters that are loaded already, said by the output to be of `command`."""
-    started = time.monotonic()
+    stopwatch = Stopwatch()
     plan = make_plan(layout, inputs, dtype=stored_dtype(dtype), allow_unmatched=allow_unmatched)
     target = Path(out).expanduser() if out else layout.root
     if out is None:
@@ -123,14 +119,8 @@ def merge_inputs(
     work = MergeRun(plan, inputs, lanes(device), command, dtype, rounding or Rounding(), undo, overwrite)
     measure, notes, undo_bytes = (Measure(), (), None) if dry_run else work.write(target if out else None, progress)
     report = _report(plan, inputs, target, measure, dry_run)
-    return replace(
-        report,
-        warnings=(*report.warnings, *notes),
-        undo_bytes=undo_bytes,
-        device=work.lanes.title,
-        seconds=time.monotonic() - started,
-        peak_bytes=peak_bytes(),
-    )
+    report = replace(report, warnings=(*report.warnings, *notes), undo_bytes=undo_bytes, device=work.lanes.title)
+    return stopwatch.stop(report)
 
 
 def _require_same_layout(plan: Plan) -> None:
@@ -161,8 +151,6 @@ def _report(plan: Plan, inputs: Sequence[MergeInput], target: Path, measure: Mea
         realised_strength=strength,
         unchanged=unchanged,
         sampled=measure.elements / touched if touched else 0.0,
-        seconds=0.0,
-        peak_bytes=0,
         dry_run=dry_run,
         warnings=(*notes, *plan.warnings, *_warnings(plan, measure, strength)),
     )

@@ -21,6 +21,7 @@ from loratool.formats import modelspec
 from loratool.formats.peft import METADATA_KEY
 from loratool.verbs.hash import hashes_of
 from loratool.verbs.meta.private import without_private
+from loratool.verbs.reports import Report
 
 NEEDED: Final = frozenset({METADATA_KEY, "format", "software"})
 """Without these readers make something else of a file: diffusers keeps alphas in one, transformers asks for another, and
@@ -30,14 +31,13 @@ OWN: Final = frozenset({*LENGTHS, HISTORY, "modelspec.hash_sha256"})
 
 
 @dataclass(frozen=True, slots=True)
-class MetaReport:
+class MetaReport(Report):
     """What became of a file's metadata: the keys that were added, changed and removed."""
 
     out: str
     added: tuple[str, ...]
     changed: tuple[str, ...]
     removed: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
 
 
 def metadata_of(path: str | Path) -> dict[str, str]:

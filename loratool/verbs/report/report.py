@@ -18,6 +18,7 @@ from loratool.text import message, safe, size
 from loratool.verbs.compare.compare import AdapterComparison, MatrixComparison, compare
 from loratool.verbs.report import charts
 from loratool.verbs.report.facts import Facts, facts_of
+from loratool.verbs.reports import Report
 
 STYLE: Final = """
 :root { color-scheme: light dark; --ink: #1f2937; --dim: #6b7280; --paper: #fff; --line: #e5e7eb; --card: #f9fafb; }
@@ -57,14 +58,13 @@ LARGEST: Final = 15
 
 
 @dataclass(frozen=True, slots=True)
-class PageReport:
+class PageReport(Report):
     """What was written: for which adapters, how many charts, and how many bytes."""
 
     out: str
     adapters: tuple[str, ...]
     charts: int
     nbytes: int
-    warnings: tuple[str, ...] = ()
 
 
 def report(
@@ -89,7 +89,7 @@ def report(
             writer.write(raw, 0)
         output.commit()
     why = [part for facts in found for part in (facts.delta, facts.frontier) if isinstance(part, str)]
-    return PageReport(str(out), tuple(map(str, places)), text.count("<svg"), len(raw), tuple(dict.fromkeys(why)))
+    return PageReport(str(out), tuple(map(str, places)), text.count("<svg"), len(raw), warnings=tuple(dict.fromkeys(why)))
 
 
 def _page(found: Sequence[Facts], base: Weights | None) -> Iterator[str]:

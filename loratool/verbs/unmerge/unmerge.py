@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,17 +15,18 @@ from loratool.errors import LoratoolError, Unsupported
 from loratool.files.history import history_of
 from loratool.files.layout import Layout, open_layout
 from loratool.numbers.devices import lanes
-from loratool.numbers.threads import Progress, peak_bytes
+from loratool.numbers.threads import Progress
 from loratool.verbs.merge.added import Added, rows_of
 from loratool.verbs.merge.blocks import Job
 from loratool.verbs.merge.files import rounded_by_chance
 from loratool.verbs.merge.plan import MergeInput, Plan, make_plan
 from loratool.verbs.merge.write import MergeRun, open_inputs
+from loratool.verbs.reports import Stopwatch, TimedReport
 from loratool.verbs.unmerge.restore import restored
 
 
 @dataclass(frozen=True, slots=True)
-class UnmergeReport:
+class UnmergeReport(TimedReport):
     """What an unmerge did. `exact` says that the base is there again to the bit, by the SHA-256 of its files in `sha256`;
     otherwise `doubtful` of the `numbers` that were changed may be off by a rounding."""
 
@@ -38,9 +38,6 @@ class UnmergeReport:
     numbers: int
     doubtful: int
     nbytes: int
-    seconds: float
-    peak_bytes: int
-    warnings: tuple[str, ...] = ()
 
 
 def unmerge(
@@ -64,7 +61,7 @@ def unmerge(
     Raises `LoratoolError`, and leaves nothing behind, where the undo file is of another checkpoint, or where an adapter's
     change is no sum and cannot be subtracted.
     """
-    started = time.monotonic()
+    stopwatch = Stopwatch()
     source, target = Path(merged).expanduser(), Path(out).expanduser()
     if bool(adapters) == bool(undo):
         raise LoratoolError(f"{merged}: give either the adapters to subtract, or the undo file of the merge")
@@ -81,8 +78,8 @@ def unmerge(
         _, notes, _ = work.write(target, progress)
         pairs = tuple((str(each.adapter.path), -each.strength.value) for each in inputs)
         report = _report(target, plan, pairs, layout.nbytes, doubtful=doubt.count)
-        report = replace(report, warnings=(*said_otherwise(layout, pairs), *notes))
-    return replace(report, seconds=time.monotonic() - started, peak_bytes=peak_bytes())
+        report = replace(report, warnings=(*said_otherwise(layout, pairs), *notes), device=work.lanes.title)
+    return stopwatch.stop(report)
 
 
 def _plan(layout: Layout, inputs: Sequence[MergeInput], *, allow_unmatched: bool) -> Plan:
@@ -109,8 +106,6 @@ def _report(
         numbers=sum(tensor.source.numel for tensor in plan.changed),
         doubtful=doubtful,
         nbytes=nbytes,
-        seconds=0.0,
-        peak_bytes=0,
     )
 
 

@@ -1,0 +1,56 @@
+"""What reports of all verbs have in common. No torch: some verbs do without."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a verb did, and `warnings`: what one should know of it."""
+
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimedReport(Report):
+    """A report of something that takes time and memory: how much of both it took, and on which device."""
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    device: str = "cpu"
+
+
+AnyTimedReport = TypeVar("AnyTimedReport", bound=TimedReport)
+
+
+class Stopwatch:
+    """Runs from when it is made."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    def stop(self, report: AnyTimedReport) -> AnyTimedReport:
+        """The report with the seconds that have passed, and the most memory that the process has held."""
+        from loratool.numbers.threads import peak_bytes
+
+        return replace(report, seconds=time.monotonic() - self._started, peak_bytes=peak_bytes())
+
+
+class HasError(Protocol):
+    """A module with the relative error of what became of it."""
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − what is stored‖ / ‖ΔW‖."""
+
+
+Erroneous = TypeVar("Erroneous", bound=HasError)
+
+
+def worst_of(modules: Iterable[Erroneous]) -> Erroneous | None:
+    """The module with the largest relative error; None where there is no module."""
+    return max(modules, key=lambda module: module.error, default=None)
