@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from loratool.flags import in_flags
+
 LONGEST: Final = 200
 LONGEST_MESSAGE: Final = 4000
 UNITS: Final = ("bytes", "kB", "MB", "GB", "TB")
@@ -18,8 +20,8 @@ def safe(text: object, longest: int = LONGEST) -> str:
 
 
 def message(text: str) -> str:
-    """An error's or a warning's text, made safe."""
-    return safe(text, LONGEST_MESSAGE)
+    """An error's or a warning's text, made safe, in the command line's words."""
+    return safe(in_flags(text), LONGEST_MESSAGE)
 
 
 def size(nbytes: float) -> str:

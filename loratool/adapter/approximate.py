@@ -135,7 +135,7 @@ class Lowering:
         """What a square of a module counts: less, the larger the weight is that it changes."""
         change = self.adapter.changes[number]
         if self.weights is None:
-            raise NeedsBase(f"{change}: what its weight is like only the base can tell; pass --base")
+            raise NeedsBase(f"{change}: what its weight is like only the base can tell; pass `base=`")
         norm = float(self.weights.of(change.module).float().norm())
         return 1 / norm if norm else 0.0
 
@@ -181,7 +181,7 @@ def lowered_adapter(work: Lowering, done: Lowered) -> Adapter:
 def _refuse_bias(change: Change, weights: Weights | None) -> None:
     """PEFT's (IA)³ multiplies the bias of a layer that has one, which a LoRA cannot."""
     if weights is None:
-        raise NeedsBase(f"{change}: may multiply a bias, which only the base can tell; pass --base")
+        raise NeedsBase(f"{change}: may multiply a bias, which only the base can tell; pass `base=`")
     if weights.targets.find(change.module, BIAS):
         raise Unsupported(f"{change}: (IA)³ multiplies this layer's bias too, which a LoRA cannot hold; merge it instead")
 

@@ -74,7 +74,7 @@ def load_listing(found: Listing, assume: Assumptions | None = None) -> Adapter:
     """`load` of an adapter whose header was read already."""
     assume = assume or Assumptions()
     if assume.alpha is not None and not found.configs:
-        found = replace(found, configs={"": PeftConfig("--alpha", alpha=assume.alpha)})
+        found = replace(found, configs={"": PeftConfig("`Assumptions(alpha=)`", alpha=assume.alpha)})
     require_adapter(found)
     if found.lacks_config and is_language_model([group.module for group in found.groups]):
         raise InvalidAdapter(f"{found.path}: {CONFIG_NAME} is missing, so the scale is unknown; put it beside the tensors")
@@ -141,7 +141,7 @@ def _stem(found: Listing, group: Group) -> str:
 def _assumed(found: Listing, changes: list[Change]) -> Iterator[str]:
     """What was taken for granted because neither the file nor the user says it, and modules that come to nothing."""
     if found.lacks_config:
-        yield f"has PEFT's names without {CONFIG_NAME}; its scale is taken to be 1 (--alpha says otherwise)"
+        yield f"has PEFT's names without {CONFIG_NAME}; its scale is taken to be 1 (`Assumptions(alpha=)` says otherwise)"
     nothing = [str(change) for change in changes if change.zero]
     if nothing:
         yield f"{len(nothing)} of {len(changes)} modules change nothing, being zero: {some(nothing)}"

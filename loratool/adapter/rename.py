@@ -103,7 +103,7 @@ def _explained(what: object) -> Iterator[None]:
             yield
     except Unsupported as error:
         raise Unsupported(
-            f"{error}; --to-lora, with --base where its kind needs it, makes a LoRA of it, which can be cut and stacked"
+            f"{error}; `rule=Rule()`, with `base=` where its kind needs it, makes a LoRA of it, which can be cut and stacked"
         ) from error
 
 

@@ -90,7 +90,7 @@ def _fitting(item: Moved, target: Format) -> Delta:
     forms = [form for form in item.delta.forms() if form.leaves().keys() <= target.leaves.keys()]
     if not forms:
         label = _part(item.delta).label
-        way_out = "--to-lora makes a LoRA of it" if has_lora(item.parameter, item.delta) else "merge it"
+        way_out = "`rule=Rule()` makes a LoRA of it" if has_lora(item.parameter, item.delta) else "merge it"
         raise Unsupported(f"{target.title} has no place for a delta of kind {label}; {way_out}, or choose another format")
     # PEFT looks for an embedding's factors under names of their own.
     embedding = is_embedding(item.path) and "embedding_up" in target.leaves

@@ -70,7 +70,7 @@ def size_as(adapter: Adapter, target: Format, ways: Mapping[Module, Route]) -> i
 def require_room(target: Format, out: Path) -> None:
     """Raises `OutputError` where a folder is to be written under a file's name."""
     if target.folder and out.suffix == ".safetensors":
-        raise OutputError(f"{out}: {target.title} is a folder; name one, or write a single file with --to peft-file")
+        raise OutputError(f"{out}: {target.title} is a folder; name one, or write a single file with `to='peft-file'`")
 
 
 def packed(adapter: Adapter, target: Format, result: Spelled) -> Contents:
@@ -111,7 +111,7 @@ def _of(result: Spelled, prefix: str) -> tuple[dict[str, int], dict[str, float |
 def _config(adapter: Adapter, result: Spelled) -> dict[str, Any]:
     """adapter_config.json: PEFT's LoRA, with what its tensors ask for."""
     if any(result.dora) and not all(result.dora):
-        raise Unsupported("PEFT has DoRA for all modules of an adapter or for none; --to-lora makes LoRA of them")
+        raise Unsupported("PEFT has DoRA for all modules of an adapter or for none; `rule=Rule()` makes LoRA of them")
     biased = any(name.endswith(".lora_B.bias") for name in result.tensors)
     if biased and any(name.endswith(".lora_embedding_A") for name in result.tensors):
         raise Unsupported(

@@ -145,5 +145,5 @@ def _step(tensor: Tensor) -> float:
 def _lost(base: Weights, tuned: Weights, pair: Pair) -> str:
     for weights, places in ((base, pair.base), (tuned, pair.tuned)):
         if not bool(widened(weights.at(places)).isfinite().all()):
-            return f"{weights.layout.root}: {places[0].tensor} holds NaN or Inf; --exclude leaves it out"
-    return f"{pair}: the difference of the two overflows float32; --exclude leaves it out"
+            return f"{weights.layout.root}: {places[0].tensor} holds NaN or Inf; `Selection(exclude=)` leaves it out"
+    return f"{pair}: the difference of the two overflows float32; `Selection(exclude=)` leaves it out"

@@ -61,7 +61,7 @@ def effect_of(
     norm = weight_norm(weight) if weight is not None and measure_weight else None
     if not delta.additive:
         if weight is None:
-            raise NeedsBase(f"what a delta of kind {delta.kind} adds depends on its weight; pass --base")
+            raise NeedsBase(f"what a delta of kind {delta.kind} adds depends on its weight; pass `base=`")
         whole = _added(delta, sent(weight, device).float())
         return Effect(tuple(whole.shape), None, whole, norm)
     shape = base.shape_of(module, parameter) if base and delta.flattened else delta.shape

@@ -71,7 +71,7 @@ def paired(base: Weights, tuned: Weights, takes: Takes) -> Pairing:
     notes = (*draft.leftovers(takes), *draft.unequal())
     pairs = [pair for pair in draft.pairs if takes(pair.module, pair.parameter)]
     if not pairs:
-        raise LoratoolError("nothing to extract: --include and --exclude leave no parameter of either")
+        raise LoratoolError("nothing to extract: `Selection(include=)` and `exclude=` leave no parameter of either")
     excluded = tuple(str(pair) for pair in draft.pairs if not takes(pair.module, pair.parameter))
     return Pairing(tuple(pairs), excluded, notes)
 
@@ -178,5 +178,5 @@ def _unlike(mine: Layout, other: Layout, missing: list[str]) -> str:
     of = f" ({models[0]} and {models[1]})" if models[0] != models[1] else ""
     return (
         f"{other.root}: lacks {some(missing)} of {mine.root}{of}; both must be the same model, "
-        "or leave out what only one of them has, with --exclude"
+        "or leave out what only one of them has, with `Selection(exclude=)`"
     )

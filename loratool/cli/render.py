@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from loratool.flags import in_flags
 from loratool.text import message, safe
 
 if TYPE_CHECKING:
     from loratool.verbs.reports import Report
 
 NARROWEST: Final = 40
+SENTENCES: Final = ("warnings", "suspicions", "why", "way")
+"""Fields of reports that hold sentences for people."""
 
 
 def warn(text: str) -> None:
@@ -93,12 +96,19 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         # What reports have in common comes behind what each one says.
         fields = sorted(dataclasses.fields(value), key=lambda field: field.kw_only is True)
-        return {field.name: _plain(getattr(value, field.name)) for field in fields}
+        return {field.name: _said(field.name, _plain(getattr(value, field.name))) for field in fields}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _said(name: str, value: Any) -> Any:
+    """The value of a field, in the command line's words where it is for people."""
+    if name not in SENTENCES:
+        return value
+    return [in_flags(each) for each in value] if isinstance(value, list) else in_flags(value)
 
 
 def _show(*parts: Any) -> None:

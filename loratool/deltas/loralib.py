@@ -49,17 +49,20 @@ class LoRALib(StoredDelta):
         slots = given.slots or SLOTS.get(delta.groups, ())
         if sum(slots) != delta.groups:
             raise InvalidAdapter(
-                f"has factors for {delta.groups} slots of a fused weight; say which with --slots, as in 1,0,1"
+                f"has factors for {delta.groups} slots of a fused weight; say which with `Assumptions(slots=)`, as in 1,0,1"
             )
         return replace(delta, slots=slots, guessed=not given.slots)
 
     def assumptions(self) -> tuple[str, ...]:
-        unsaid = "loralib does not store alpha; its scale is taken to be 1 (--alpha says otherwise)"
+        unsaid = "loralib does not store alpha; its scale is taken to be 1 (`Assumptions(alpha=)` says otherwise)"
         scale = (unsaid,) if self.alpha is None else ()
         if not self.guessed:
             return scale
         shown = "".join("qkv"[i] for i, enabled in enumerate(self.slots) if enabled)
-        slots = f"loralib does not store which slots of a fused weight it trained: taken as {shown} (--slots says otherwise)"
+        slots = (
+            f"loralib does not store which slots of a fused weight it trained: taken as {shown} "
+            "(`Assumptions(slots=)` says otherwise)"
+        )
         return (*scale, slots)
 
     def leaves(self) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ def open_adapter(path: Path) -> AdapterFile:
     if weights.suffix in PICKLE_SUFFIXES:
         raise Unsupported(
             f"{weights}: a pickle can run code when it is opened; load it with PEFT and save_pretrained it as safetensors, "
-            "or pass --allow-pickle if you trust where it comes from"
+            "or pass `allow_pickle=True` if you trust where it comes from"
         )
     header = read_header(weights, ADAPTER_HEADER_BYTES)
     return adapter_file(path, header, header.identity)

@@ -110,11 +110,13 @@ def _is_folder(path: Path) -> bool:
 def _check_plain(path: Path) -> None:
     """Whether a file may be replaced: links are not, since what they point to belongs to others too."""
     if path.is_symlink():
-        raise OutputError(f"{path}: is a symbolic link, and what it points to may be in use elsewhere; write a copy with -o")
+        raise OutputError(
+            f"{path}: is a symbolic link, and what it points to may be in use elsewhere; write a copy with `out=`"
+        )
     if not path.is_file():
         raise OutputError(f"{path}: is not a plain file")
     if not os.access(path, os.W_OK):
-        raise OutputError(f"{path}: is read-only; write a copy with -o")
+        raise OutputError(f"{path}: is read-only; write a copy with `out=`")
 
 
 def _shared(source: Path, target: Path) -> bool:

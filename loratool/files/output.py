@@ -155,11 +155,11 @@ def _check_target(target: Path, *, folder: bool, overwrite: bool, inputs: Iterab
     if not os.path.lexists(target):
         return
     if not overwrite:
-        raise OutputError(f"{target}: exists; pass --overwrite to replace it")
+        raise OutputError(f"{target}: exists; pass `overwrite=True` to replace it")
     if target.is_symlink() or not (target.is_dir() if folder else target.is_file()):
         raise OutputError(f"{target}: exists and is not a plain {'folder' if folder else 'file'}; choose another name")
     if folder and not _holds_a_model(target):
-        raise OutputError(f"{target}: holds files but no model; --overwrite would delete them, so choose another name")
+        raise OutputError(f"{target}: holds files but no model; `overwrite=True` would delete them, so choose another name")
     if not os.access(target, os.W_OK):
         raise OutputError(f"{target}: is read-only")
 

@@ -25,7 +25,10 @@ VALUES: Final[Mapping[str, tuple[str, str]]] = {
     "description": (ANYTHING, "a text"),
     "author": (ANYTHING, "a name"),
     "date": (ISO_8601, "a date such as 2026-07-16 or 2026-07-16T18:13:38Z"),
-    "hash_sha256": (r"0x[0-9a-f]{64}", "0x and 64 hexadecimal digits, as `loratool hash` prints for AutoV3 with --json"),
+    "hash_sha256": (
+        r"0x[0-9a-f]{64}",
+        "0x and 64 hexadecimal digits: AutoV3, as `loratool hash` has it in full",
+    ),
     "implementation_version": (r"\S+", "a version or a commit"),
     "license": (ANYTHING, "a licence's name, address or text"),
     "usage_hint": (ANYTHING, "a short text"),

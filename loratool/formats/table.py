@@ -61,7 +61,7 @@ class Format:
             raise Unsupported(f"{self.title} has no place for a {'text encoder' if name in ENCODERS else 'model like this'}")
         if "{encoder}" in template and not encoder:
             raise Unsupported(
-                f"{self.title} names text encoders, and which one this is is unknown; --arch says for what model"
+                f"{self.title} names text encoders, and which one this is is unknown; `arch=` says for what model"
             )
         called = kohya or (UNET if name not in ENCODERS else name)
         trainer = kohya if kohya in ("prior_unet", "prior_te", "te") else name if name in ENCODERS else place

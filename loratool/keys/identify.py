@@ -50,5 +50,5 @@ def format_of(adapter: AdapterKeys) -> Format:
         return format_named("peft" if adapter.has_config else "peft-file")
     matching = matching_formats(adapter)
     if not matching:
-        raise Unsupported(f"{adapter.path}: is spelled as no one format is; choose with --to how the output is to be")
+        raise Unsupported(f"{adapter.path}: is spelled as no one format is; choose with `to=` how the output is to be")
     return matching[0]

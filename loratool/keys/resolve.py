@@ -54,7 +54,7 @@ def choose(adapters: Sequence[AdapterKeys], target: Format, wanted: Wanted) -> t
     if not ways:
         raise problems[0]
     if len(ways) > 1:
-        titles = " or ".join(f"{candidate.title} (--arch {candidate.name})" for candidate, _ in ways)
+        titles = " or ".join(f"{candidate.title} (`arch={candidate.name!r}`)" for candidate, _ in ways)
         raise AmbiguousFile(f"{where}: may be for {titles}, which {target.title} spells differently; choose one")
     return ways[0]
 
@@ -117,7 +117,7 @@ def placed(
     best = min(len(reasons) for *_, reasons in ways)
     first, *others = [way for way in ways if len(way[2]) == best]
     if any(_names(other[1]) != _names(first[1]) for other in others):
-        titles = " or ".join(f"{arch.title} (--arch {arch.name})" for arch, *_ in (first, *others))
+        titles = " or ".join(f"{arch.title} (`arch={arch.name!r}`)" for arch, *_ in (first, *others))
         raise AmbiguousFile(f"the base may be {titles}, which {target.title} spells differently; choose one")
     return first
 
@@ -164,7 +164,7 @@ def _without_table(adapters: Sequence[AdapterKeys], modules: Sequence[Module], t
     alone = [(adapter.path, found[0].title) for adapter in adapters if (found := archs_of_adapters([adapter]))]
     if alone and len(adapters) > 1:
         shown = ", ".join(f"{path} is for {title}" for path, title in alone)
-        raise LoratoolError(f"no one model has the modules of all: {shown}; --arch names it where that is wrong")
+        raise LoratoolError(f"no one model has the modules of all: {shown}; `arch=` names it where that is wrong")
     own = without_table(modules)
     if is_spelled(modules, own, target):
         return own
@@ -173,6 +173,6 @@ def _without_table(adapters: Sequence[AdapterKeys], modules: Sequence[Module], t
     if strange:
         raise LoratoolError(
             f"no table explains {some(map(str, strange), 2)}, so what {target.title} calls them is unknown; "
-            "--arch says for which model they are, --base gives a file that has their names"
+            "`arch=` says for which model they are, `base=` gives a file that has their names"
         )
     return own

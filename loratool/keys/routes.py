@@ -50,7 +50,7 @@ def routes(modules: Iterable[Module], arch: Arch, target: Format) -> dict[Module
         components.add(component.place)
         if target.single and len(components) > 1:
             several = " and ".join(sorted(components))
-            raise Unsupported(f"{target.title} holds one model, this adapter is for {several}; --to diffusers holds all")
+            raise Unsupported(f"{target.title} holds one model, this adapter is for {several}; `to='diffusers'` holds all")
         try:
             found[module] = route(component, spot, _prefix(component, target), component.naming(target.namings))
         except KeyError as part:
@@ -94,7 +94,7 @@ def known(module: Module, arch: Arch) -> list[tuple[Component, Spot]]:
     places = arch.places(module)
     if not places:
         raise LoratoolError(
-            f"{module}: {arch.title} has no such module; --arch names another model, --base a file that has its names"
+            f"{module}: {arch.title} has no such module; `arch=` names another model, `base=` a file that has its names"
         )
     return places
 

@@ -37,7 +37,7 @@ def within_error(error: float, whole: float, spent: Callable[[float], T], left: 
         allowed -= 1.02 * excess
     raise LoratoolError(
         f"a total error of {error:.2%} cannot be met: what the format has no place for, and rounding to the dtype, "
-        "come to more; choose another --to, --dtype float32, or a larger error"
+        "come to more; choose another `to=`, `dtype='float32'`, or a larger error"
     )
 
 

@@ -37,12 +37,12 @@ def devices_named(name: str) -> tuple[torch.device, ...]:
         return cuda or (CPU,)
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (number and not (kind == "cuda" and number.isdecimal())):
-        raise LoratoolError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+        raise LoratoolError(f"`device={name!r}`: expected auto, cpu, cuda, cuda:N or mps")
     there = {"cpu": (CPU,), "cuda": cuda, "mps": mps}[kind]
     chosen = there[int(number) : int(number) + 1] if number else there
     if not chosen:
         seen = f"{len(cuda)} CUDA devices and {'an' if mps else 'no'} MPS device"
-        raise LoratoolError(f"--device {name}: this torch, {torch.__version__}, sees {seen}; --device cpu does without")
+        raise LoratoolError(f"`device={name!r}`: this torch, {torch.__version__}, sees {seen}; `device='cpu'` does without")
     return chosen
 
 

@@ -157,7 +157,7 @@ def _until_met(rule: Rule, storage: Storage, full: int, attempt: Callable[[Rule]
         if rounding >= asked or found.rank >= min(full, rule.most or full):
             raise LoratoolError(
                 f"rounding its factors to {dtype_name(storage.dtype)} alone takes {rounding:.2e} of it, and the largest "
-                f"error is {asked:.2e}; choose --dtype float32, or a larger error"
+                f"error is {asked:.2e}; choose `dtype='float32'`, or a larger error"
             )
         rule = replace(rule, value=math.sqrt(asked**2 - rounding**2), least=found.rank + 1)
 
@@ -202,7 +202,7 @@ def stored(up: Tensor, down: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
         up, down = up.clamp(-limit, limit), down.clamp(-limit, limit)
     up, down = up.to(storage.dtype), down.to(storage.dtype)
     if not (all_finite(up) and all_finite(down)):
-        raise NonFinite(f"its factors overflow {dtype_name(storage.dtype)}; choose --dtype float32 or bfloat16")
+        raise NonFinite(f"its factors overflow {dtype_name(storage.dtype)}; choose `dtype='float32'` or bfloat16")
     return up, down
 
 

@@ -138,7 +138,7 @@ class Rule:
             return rank
         step = next((step for step in self.steps if step >= rank), None)
         if step is None:
-            raise LoratoolError(f"needs rank {rank}, and the largest that is allowed is {self.steps[-1]}; add --max-rank")
+            raise LoratoolError(f"needs rank {rank}, and the largest that is allowed is {self.steps[-1]}; add `Rule(most=)`")
         return step
 
     @property

@@ -155,12 +155,12 @@ def _other_format(case: Case) -> Iterator[Finding]:
     if own not in case.consumer.reads:
         called = f"is in {format_named(own).title}'s format" if own else "is in no one format"
         what = f"{called}, which {case.consumer.title} does not read"
-        yield Finding(REFUSED, what, f"loratool convert --to {case.consumer.writes}")
+        yield Finding(REFUSED, what, f"`convert(to={case.consumer.writes!r})`")
     elif case.consumer.unread and (names := case.consumer.unread.get(own)):
         mine = [arch.title for arch in archs_of_adapters([case.adapter.keys]) if arch.name in names.split()]
         if mine:
             what = f"is in {format_named(own).title}'s format, which {case.consumer.title} does not read for {mine[0]}"
-            yield Finding(REFUSED, what, f"loratool convert --to {case.consumer.writes}")
+            yield Finding(REFUSED, what, f"`convert(to={case.consumer.writes!r})`")
 
 
 def _other_arch(case: Case) -> Iterator[Finding]:
@@ -183,9 +183,12 @@ def _other_kinds(case: Case) -> Iterator[Finding]:
         gone = not has_lora(changes[0].parameter, changes[0].delta)
         lost = math.hypot(*map(norm_or_zero, changes)) if gone else 0.0
         title = WORDS.get(kind, kind)
-        way = "leave it out" if gone else f"make LoRA of it: loratool convert --to {case.consumer.writes} --to-lora"
-        if not gone and any(not change.delta.additive for change in changes):
-            way += " --base BASE"
+        if gone:
+            way = "leave it out"
+        elif all(change.delta.additive for change in changes):
+            way = f"make LoRA of it: `convert(to={case.consumer.writes!r}, rule=Rule())`"
+        else:
+            way = f"make LoRA of it: `convert(to={case.consumer.writes!r}, rule=Rule(), base=BASE)`"
         yield Finding(REFUSED, f"has {title}, which {case.consumer.title} does not have", way, True, names, lost)
 
 
@@ -215,7 +218,7 @@ def _unread_metadata(case: Case) -> Iterator[Finding]:
         wrong = [str(change) for change, _, scale in case.loras() if scale != 1.0]
         if wrong:
             what = f"{case.consumer.title} does not read alphas from metadata: {len(wrong)} modules act at strength 1"
-            yield Finding(DIFFERENT, what, f"loratool convert --to {case.consumer.writes}", True, tuple(wrong))
+            yield Finding(DIFFERENT, what, f"`convert(to={case.consumer.writes!r})`", True, tuple(wrong))
 
 
 def _ranks(case: Case) -> Iterator[Finding]:
@@ -225,12 +228,12 @@ def _ranks(case: Case) -> Iterator[Finding]:
     largest = max(ranks)
     if largest > case.consumer.ranks[-1]:
         what = f"has rank {largest}; {case.consumer.title} takes {case.consumer.ranks[-1]} at most"
-        yield Finding(REFUSED, what, f"loratool resize --rank {case.consumer.ranks[-1]}", False)
+        yield Finding(REFUSED, what, f"`resize(rule=Rule('rank', {case.consumer.ranks[-1]}))`", False)
         return
     step = next(step for step in case.consumer.ranks if step >= largest)
     if largest != step and largest > case.consumer.usual_rank:
         what = f"has rank {largest}, none that --max-lora-rank takes: memory for {step} is allotted"
-        yield Finding(COSTLY, what, f"fill it up to {step}: loratool resize --rank {largest} --round-ranks vllm --pad")
+        yield Finding(COSTLY, what, f"fill it up to {step}: `resize(rule=Rule('rank', {largest}, steps='vllm', pad=True))`")
     if step > case.consumer.usual_rank:
         what = f"needs --max-lora-rank {step}; without it ranks end at {case.consumer.usual_rank}"
         yield Finding(NOTE, what, f"start {case.consumer.title} with --max-lora-rank {step}", False)

@@ -218,6 +218,6 @@ def _stored(change: Change, dtype: torch.dtype | None, target: Format) -> tuple[
         return delta, None
     with about(change):
         if not all(map(all_finite, narrow.leaves().values())):
-            raise NonFinite(f"overflows {dtype_name(dtype)}; choose --dtype float32 or bfloat16")
+            raise NonFinite(f"overflows {dtype_name(dtype)}; choose `dtype='float32'` or bfloat16")
         norm, error = norm_and_distance(delta, narrow)
     return narrow, Converted(str(change), delta.kind, narrow.rank or 0, norm, error / norm if norm else 0.0)

@@ -121,7 +121,8 @@ def combine(
         raise LoratoolError("there is nothing to combine: name at least one adapter")
     if how.dense and rule is None:
         raise LoratoolError(
-            f"--method {method} makes ΔW of full rank; say how much of it to keep: --rank, --max-error, --size …"
+            f"`method={method!r}` makes ΔW of full rank; say how much of it to keep: "
+            "`Rule('rank', ...)`, `Rule('max_error', ...)`, `Budget(nbytes=)` …"
         )
     loaded = [(open_source(each.adapter, allow_pickle=allow_pickle), each.full_strength) for each in given]
     sources = [adapter for adapter, _ in loaded]

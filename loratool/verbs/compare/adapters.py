@@ -156,7 +156,7 @@ def _compared(name: str, one: Delta | None, other: Delta | None) -> Compared:
         if found is None:
             if not identical:
                 kinds = " and ".join(dict.fromkeys((one.kind, other.kind)))
-                raise NeedsBase(f"how far deltas of kind {kinds} are apart depends on the weight; pass --base")
+                raise NeedsBase(f"how far deltas of kind {kinds} are apart depends on the weight; pass `base=`")
             return Compared(name, True, None, None, 0.0, 0.0, None)
     return _of_relation(name, found, identical=identical)
 
@@ -195,7 +195,7 @@ def inner_products(aligned: Aligned, on: Lanes) -> Tensor:
     def one(place: Place, device: torch.device) -> Tensor:
         deltas = [_there(mine.get(place), device) for mine in changes]
         if not all(delta is None or delta.additive for delta in deltas):
-            raise NeedsBase(f"{aligned.name(place)}: is of a kind that depends on the weight; pass --base")
+            raise NeedsBase(f"{aligned.name(place)}: is of a kind that depends on the weight; pass `base=`")
         require_alike([delta for delta in deltas if delta])
         held = [_held(delta) if delta else None for delta in deltas]
         table = torch.zeros(len(changes), len(changes), dtype=torch.float64)

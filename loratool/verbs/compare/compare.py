@@ -100,7 +100,9 @@ def compare(
     adapters = [each for each in found if isinstance(each, Adapter)]
     if layouts and adapters:
         names = ", ".join(str(path) for path in paths if not isinstance(path, Adapter))
-        raise LoratoolError(f"{names}: some are adapters and some are checkpoints; --to compares a merge with its sources")
+        raise LoratoolError(
+            f"{names}: some are adapters and some are checkpoints; `compare_to()` compares a merge with its sources"
+        )
     if layouts:
         if len(layouts) > 2:
             raise LoratoolError("checkpoints are compared two at a time")

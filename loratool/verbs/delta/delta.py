@@ -128,13 +128,13 @@ def _source(
     found = path if isinstance(path, Adapter) else open_any(Path(path).expanduser(), allow_pickle=allow_pickle)
     if tuned is not None:
         if isinstance(found, Adapter):
-            raise LoratoolError(f"{found.path}: is an adapter; its ΔW is taken by itself, or with --base of its model")
+            raise LoratoolError(f"{found.path}: is an adapter; its ΔW is taken by itself, or with `base=` of its model")
         return OfCheckpoints(found, Path(tuned).expanduser(), takes, pinned=on.pinned)
     if isinstance(found, Layout):
         raise LoratoolError(f"{path}: is no adapter; name the tuned checkpoint too, to have the difference of both")
     source = OfAdapter(found, takes, open_base(base, pinned=on.pinned))
     if not source.count:
-        raise LoratoolError(f"{found.path}: nothing is left: --include and --exclude leave no module")
+        raise LoratoolError(f"{found.path}: nothing is left: `Selection(include=)` and `exclude=` leave no module")
     return source
 
 

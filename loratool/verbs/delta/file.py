@@ -82,7 +82,7 @@ def naming_of(source: Source, to: str | None, arch: str | None) -> Naming:
     modules = list(dict.fromkeys(source.place(number)[0] for number in range(source.count)))
     target = format_named(to) if to else None
     if target and "diff" not in target.leaves:
-        raise Unsupported(f"{target.title} has no place for full differences; --to kohya, or comfyui, has")
+        raise Unsupported(f"{target.title} has no place for full differences; `to='kohya'`, or comfyui, has")
     if isinstance(source, OfAdapter):
         return _of_adapter(source, target, arch)
     assert isinstance(source, OfCheckpoints)
@@ -132,7 +132,7 @@ def stored(naming: Naming, parts: Sequence[tuple[Module, str, Tensor]], dtype: t
         narrow = tensor.to(dtype)
         with about(name):
             if not all_finite(narrow):
-                raise NonFinite(f"overflows {dtype_name(dtype)}; choose --dtype float32")
+                raise NonFinite(f"overflows {dtype_name(dtype)}; choose `dtype='float32'`")
         lost += squares((tensor - narrow.to(tensor.dtype)).reshape(1, -1))
         raw = tensor_bytes(narrow.contiguous().cpu())
         entries.append(Entry(name, DTYPE_NAMES[dtype], tuple(narrow.shape), raw))

@@ -133,15 +133,15 @@ def edit(
 def _factors(modules: Sequence[Module], blocks: Mapping[Module, str], arch: Arch, run: EditRun) -> dict[Module, float]:
     """What each module is multiplied by; 0 drops it."""
     factors = run.strength.of(modules, arch)
-    kept = _matched(modules, blocks, run.keep, "--keep")
-    dropped = _matched(modules, blocks, run.drop, "--drop")
+    kept = _matched(modules, blocks, run.keep, "keep")
+    dropped = _matched(modules, blocks, run.drop, "drop")
     for module in modules:
         if module in dropped or (run.keep and module not in kept):
             factors[module] = 0.0
     for glob, factor in run.scale:
         if not math.isfinite(factor):
-            raise LoratoolError(f"--scale {glob}={factor}: expected a finite number")
-        for module in _matched(modules, blocks, (glob,), "--scale"):
+            raise LoratoolError(f"`scale=({glob!r}, {factor})`: expected a finite number")
+        for module in _matched(modules, blocks, (glob,), "scale"):
             factors[module] *= factor
     if not any(factors.values()):
         raise LoratoolError("nothing is left: every module is dropped")
@@ -155,7 +155,7 @@ def _matched(modules: Iterable[Module], blocks: Mapping[Module, str], globs: Seq
         mine = {m for m in modules if any(fnmatchcase(name, glob) for name in (m.stem, m.path, blocks[m]))}
         if not mine:
             raise LoratoolError(
-                f"{option} {glob}: matches no module; --dry-run shows the blocks, inspect --modules the names"
+                f"`{option}={glob!r}`: matches no module; `dry_run=True` shows the blocks, `inspect()` the names"
             )
         found |= mine
     return found

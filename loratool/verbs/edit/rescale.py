@@ -78,7 +78,7 @@ def _scaled(change: Change, factor: float) -> Delta:
     except NeedsBase as error:
         raise NeedsBase(
             f"{change}: what a multiple of a delta of kind {change.delta.kind} is only its weight tells; "
-            "combine FILE:STRENGTH --base BASE computes it"
+            "`combine(base=BASE)` of it at that strength computes it"
         ) from error
 
 
@@ -113,7 +113,7 @@ def _folded(change: Change, factor: float, by_leaf: Mapping[str, str]) -> dict[s
     after = replace(delta, scale=factor).folded().leaves() if "scale" in delta.__slots__ else {}
     changed = {leaf: tensor for leaf, tensor in after.items() if tensor is not before[leaf]}
     if not changed or not changed.keys() <= by_leaf.keys():
-        raise Unsupported(f"a delta of kind {delta.kind} has no place for a factor; convert --to-lora makes a LoRA of it")
+        raise Unsupported(f"a delta of kind {delta.kind} has no place for a factor; `to_lora()` makes a LoRA of it")
     return {by_leaf[leaf]: tensor for leaf, tensor in changed.items()}
 
 

@@ -214,7 +214,7 @@ def _require_alike(items: Sequence[Item], weights: tuple[Weights, Weights]) -> N
         if (pair := item.pair).shape != pair.tuned_shape and (pair.shape[1:] != pair.tuned_shape[1:] or item.form == LORA)
     ]
     if unlike:
-        raise ShapeMismatch(f"{some(unlike, 3)}; both must be the same model, or leave these out with --exclude")
+        raise ShapeMismatch(f"{some(unlike, 3)}; both must be the same model, or leave these out with `Selection(exclude=)`")
 
 
 def _report(
@@ -252,7 +252,7 @@ def _read_by_few(held: Sequence[Extracted]) -> Iterator[str]:
     if count:
         yield (
             f"{count} biases and norms are held as differences (diff_b, w_norm), which ComfyUI, A1111 and LyCORIS read; "
-            "diffusers refuses the file, others ignore them: --exclude '*.bias' --exclude '*norm*' leaves them out"
+            "diffusers refuses the file, others ignore them: `Selection(exclude=('*.bias', '*norm*'))` leaves them out"
         )
 
 

@@ -56,7 +56,8 @@ class Job:
             return self._outcomes(dict.fromkeys(numbers, self.rule))
         if any(item.form == EXPERTS for item in self.items):
             raise Unsupported(
-                "a budget cannot be shared with stacked experts; give --rank or --max-error, or --exclude them"
+                "a budget cannot be shared with stacked experts; give `Rule('rank', ...)` or `Rule('max_error', ...)`, "
+                "or leave them out with `Selection(exclude=)`"
             )
         others = self._outcomes({number: Rule() for number in numbers if self.items[number].form != LORA})
         market = Market([number for number in numbers if self.items[number].form == LORA], self._offers, self.rule)

@@ -158,7 +158,7 @@ class Extraction:
             return Outcome(None, _figures(change, pair, "", change.norm))
         stored = change.dense.to(storage.dtype)
         if not bool(stored.isfinite().all()):
-            raise NonFinite(f"overflows {dtype_name(storage.dtype)}; choose --dtype float32 or bfloat16")
+            raise NonFinite(f"overflows {dtype_name(storage.dtype)}; choose `dtype='float32'` or bfloat16")
         error = math.sqrt(squares((change.dense - widened(stored)).reshape(1, -1)))
         delta = Full(stored.cpu(), form, 1.0 if form == BESIDE_LORA else None)
         return Outcome(delta, _figures(change, pair, form, error))

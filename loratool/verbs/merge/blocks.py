@@ -257,7 +257,7 @@ def _lost(tensor: TensorPlan, result: Tensor) -> str:
     bad = int((~finite).sum())
     if bad:
         return f"{tensor.name}: {bad} values of the result are NaN or Inf, which the base holds or a ΔW comes to"
-    return f"{tensor.name}: {beyond} values of the result overflow {tensor.dtype}; choose --dtype float32 or bfloat16"
+    return f"{tensor.name}: {beyond} values of the result overflow {tensor.dtype}; choose `dtype='float32'` or bfloat16"
 
 
 def _apply(term: Term, base: Tensor, result: Tensor) -> None:

@@ -128,7 +128,7 @@ def _require_same_layout(plan: Plan) -> None:
     other = [tensor.name for tensor in plan.tensors.values() if (tensor.dtype, tensor.shape) != _kind(tensor.source)]
     other += [name for name in plan.tensors if name not in plan.layout.tensors]
     if other:
-        raise Unsupported(f"{plan.layout.root}: {some(other)} would get another dtype or shape; write with -o instead")
+        raise Unsupported(f"{plan.layout.root}: {some(other)} would get another dtype or shape; write to an `out=` instead")
 
 
 def _kind(info: TensorInfo) -> tuple[str, tuple[int, ...]]:
@@ -165,5 +165,5 @@ def _warnings(plan: Plan, measure: Measure, strength: float | None) -> Iterator[
         share = measure.unchanged / measure.elements
         yield (
             f"rounding left {share:.0%} of the touched weights unchanged, and the adapters act at {strength:.2f} of their "
-            "strength; try --dtype float32, or --round stochastic"
+            "strength; try `dtype='float32'`, or `stochastic=True`"
         )

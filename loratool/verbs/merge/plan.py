@@ -89,7 +89,7 @@ def make_plan(
     if draft.unmatched and not (allow_unmatched and draft.matched):
         raise UnmatchedModules(_unmatched_message(draft, adapters))
     if not draft.matched:
-        raise LoratoolError("nothing to merge: --include and --exclude leave no module of any adapter")
+        raise LoratoolError("nothing to merge: `Selection(include=)` and `exclude=` leave no module of any adapter")
     tensors = draft.tensors(dtype)
     warnings = [f"{name} is not part of the model and is left out of the output" for name in layout.left_out]
     if any(name.startswith("model_ema.") for name in layout.tensors):
@@ -220,5 +220,5 @@ def _unmatched_message(draft: _Draft, adapters: Sequence[Adapter]) -> str:
     message = f"{count} of {total} modules have no target in {draft.layout.root}: {'; '.join(pairs)}{more}"
     verdicts = {detect([(change.module, None) for change in adapter.changes]).title for adapter in adapters}
     families = f"; the adapter looks like one for {some(sorted(verdicts))}" if verdicts - {"unknown", "undecided"} else ""
-    way_out = "--allow-unmatched leaves them out" if draft.matched else "is the adapter for another model?"
+    way_out = "`allow_unmatched=True` leaves them out" if draft.matched else "is the adapter for another model?"
     return f"{message}{families}; {way_out}"

@@ -85,4 +85,6 @@ def check_overlap(adapter: Adapter, name: str, terms: list[Term]) -> None:
     added = sorted((term for term in terms if not term.delta.replaces), key=lambda term: term.start)
     for one, other in pairwise(added):
         if other.start < one.stop and one.change != other.change:
-            raise LoratoolError(f"{adapter.path}: {one.change} and {other.change} both go to {name}; use --exclude for one")
+            raise LoratoolError(
+                f"{adapter.path}: {one.change} and {other.change} both go to {name}; use `Selection(exclude=)` for one"
+            )

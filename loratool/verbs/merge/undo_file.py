@@ -209,7 +209,7 @@ def read_undo(path: Path) -> Undo:
     try:
         document = strict_json(header.metadata.get(METADATA_KEY, "{}").encode())
         if document.get("command") != "undo":
-            raise InvalidFile(f"{path}: is not an undo file; merge --undo writes one")
+            raise InvalidFile(f"{path}: is not an undo file; `merge(undo=)` writes one")
         files = {name: (int(facts["size"]), str(facts["sha256"])) for name, facts in document["files"].items()}
         adapters = tuple(_adapter(each) for each in document["adapters"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -115,7 +115,7 @@ def require_sums(adapter: Adapter) -> None:
         if not change.delta.additive:
             raise Unsupported(
                 f"{adapter.path}: {change}: what a delta of kind {change.delta.kind} changed depends on the weight before; "
-                "only the undo file of the merge (merge --undo) leads back"
+                "only the undo file of the merge (`merge(undo=)`) leads back"
             )
 
 
