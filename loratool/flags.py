@@ -76,4 +76,6 @@ def _shown(value: ast.expr) -> str:
         return "" if value.value in (True, ...) else str(value.value)
     if isinstance(value, ast.Tuple):
         return "=".join(_shown(each) for each in value.elts)
+    if isinstance(value, ast.Attribute) and isinstance(value.value, ast.Subscript):
+        return _shown(value.value.slice)  # a row of a table goes by its name
     return ast.unparse(value)

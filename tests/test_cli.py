@@ -15,7 +15,7 @@ from loratool import WeightedAdapter
 from loratool.cli.options import component_strengths, weighted
 from loratool.errors import LoratoolError
 from loratool.text import histogram, safe, size
-from tests.conftest import FIXTURES
+from tests.conftest import FIXTURES, Run
 from tests.models import kohya, save
 
 LLAMA, LORA = FIXTURES / "llama", FIXTURES / "llama-lora"
@@ -45,6 +45,15 @@ def test_an_existing_file_whose_name_ends_like_a_strength_is_that_file(
     Path("take:2").touch()
 
     assert weighted("take:2") == WeightedAdapter(Path("take:2"), 1.0)
+
+
+@pytest.mark.parametrize(("short", "dtype"), [("fp32", "F32"), ("fp16", "F16"), ("bf16", "BF16"), ("bfloat16", "BF16")])
+def test_dtypes_go_by_the_names_that_trainers_give_them_too(short: str, dtype: str, run: Run) -> None:
+    assert (
+        run("resize", FIXTURES / "style.safetensors", "-o", "a.safetensors", "--rank", "2", "--dtype", short).returncode == 0
+    )
+    report = json.loads(run("inspect", "--json", "a.safetensors").stdout)
+    assert dtype in report["dtypes"]
 
 
 def test_components_have_names_and_numbers() -> None:

@@ -22,7 +22,7 @@ FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
 
 
 def texts(path: Path) -> Iterator[str]:
-    """The strings of a module but its docstrings; what an f-string inserts is x."""
+    """The strings of a module but its docstrings; what an f-string inserts is 'x'."""
     tree = ast.parse(path.read_text())
     told = {
         id(statement.value)
@@ -77,7 +77,7 @@ def test_the_library_speaks_of_no_flag(path: Path) -> None:
         ("`to='kohya'`, or comfyui, has", "--to kohya, or comfyui, has"),
         ("pass `overwrite=True` to replace it", "pass --overwrite to replace it"),
         ("`Selection(exclude=('*.bias', '*norm*'))` leaves", "--exclude '*.bias' --exclude '*norm*' leaves"),
-        ("`resize(rule=Rule('rank', 5, steps='vllm'))`", "loratool resize --rank 5 --round-ranks vllm"),
+        ("`resize(rule=Rule('rank', 5, steps=CONSUMERS['vllm'].ranks))`", "loratool resize --rank 5 --round-ranks vllm"),
         ("`scale=('OUT*', nan)`: x", "--scale OUT*=nan: x"),
         ("`loratool inspect` and `git lfs pull`", "`loratool inspect` and `git lfs pull`"),
         ("a file called `x=(`", "a file called `x=(`"),

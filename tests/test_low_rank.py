@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from loratool import Budget, Checkpoint, LoratoolError, Rule, frontier, load, merge, resize, to_lora
+from loratool.cli.options import STEPS
 from loratool.errors import NeedsBase, Unsupported
-from loratool.numbers.ranks import STEPS
 from tests.models import kohya, llm, peft_adapter, save
 from tests.oracles.test_lycoris import ADDITIVE, OTHERS, train
 

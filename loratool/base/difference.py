@@ -17,6 +17,7 @@ from loratool.errors import NonFinite
 from loratool.numbers import rounding
 from loratool.numbers.devices import CPU, sent, wide
 from loratool.numbers.krylov import squares
+from loratool.numbers.linalg import row_blocks
 
 BLOCK: Final = 1 << 18
 """Elements that are read and subtracted at a time: few enough to stay in cache."""
@@ -120,11 +121,8 @@ def _blocks(base: Weights, tuned: Weights, pair: Pair, size: int) -> Iterator[tu
         yield 0, base.at(pair.base).reshape(1), tuned.at(pair.tuned).reshape(1)
         return
     count = max(pair.shape[0], pair.tuned_shape[0])
-    step = max(1, size // max(math.prod(pair.shape[1:]), 1))
-    if not (base.by_rows(pair.base) and tuned.by_rows(pair.tuned)):
-        step = count
-    for start in range(0, count, step):
-        stop = min(start + step, count)
+    apart = base.by_rows(pair.base) and tuned.by_rows(pair.tuned)
+    for start, stop in row_blocks(count, math.prod(pair.shape[1:]), size) if apart else [(0, count)]:
         yield start, base.rows(pair.base, start, stop), tuned.rows(pair.tuned, start, stop)
 
 

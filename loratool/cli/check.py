@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli.inputs import input_path
-from loratool.cli.options import json_option, overwrite_option, quiet_option
+from loratool.cli.options import base_option, json_option, output_option, overwrite_option, quiet_option
 from loratool.cli.render import print_facts, told
 from loratool.formats.consumers import CONSUMERS
 from loratool.text import safe, size
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 @click.command("check", short_help="Say what vLLM, ComfyUI or another makes of an adapter.")
 @click.argument("adapter", type=input_path)
 @click.option("--for", "target", required=True, type=click.Choice(list(CONSUMERS)), help="The program.")
-@click.option("--base", type=input_path, help="Look for the modules in this model; and for kinds that depend on it.")
+@base_option("Look for the modules in this model; and for kinds that depend on it.")
 @click.option("--fix", is_flag=True, help="Write an adapter that the program takes, and say what that cost.")
-@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="What --fix writes.")
+@output_option("What --fix writes.", required=False)
 @overwrite_option
 @json_option
 @quiet_option

@@ -9,40 +9,42 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratool.cli.convert import a_format, an_arch
-from loratool.cli.inputs import input_name, input_path
+from loratool.cli.inputs import input_name
 from loratool.cli.options import (
+    arch_option,
+    base_option,
+    dtype_option,
     factors_device_option,
     json_option,
+    output_option,
     overwrite_option,
     pickle_option,
     quiet_option,
+    to_option,
     verbose_option,
     weighted,
 )
 from loratool.cli.rank_options import rank_rules, rule_of
 from loratool.cli.render import print_facts, told
 from loratool.cli.resize import print_converted
-from loratool.files.header import DTYPE_NAMES
+from loratool.deltas.schema import MERGE_METHODS, SUM
 from loratool.text import histogram, size
 
 if TYPE_CHECKING:
     from loratool.verbs.combine.combine import CombineReport
 
-METHODS = ("sum", "ties", "dare", "dare-ties", "knots", "core")
-
 
 @click.command("combine", short_help="Make one adapter of several.")
 @click.argument("adapters", nargs=-1, type=input_name, required=True, metavar="ADAPTER[:STRENGTH[:PARTS]]...")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="What to write.")
+@output_option()
 @partial(rank_rules, without=("auto",))
-@click.option("--method", type=click.Choice(METHODS), default="sum", show_default=True, help="How to merge.")
+@click.option("--method", type=click.Choice((SUM, *MERGE_METHODS)), default=SUM, show_default=True, help="How to merge.")
 @click.option("--density", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True, help="Share kept.")
 @click.option("--seed", default=0, show_default=True, help="Of what dare and dare-ties drop.")
-@click.option("--to", type=a_format, metavar="FORMAT", help="Format to write. Default: as the first ADAPTER.")
-@click.option("--arch", type=an_arch, metavar="NAME", help="Base architecture, where the names fit several.")
-@click.option("--base", type=input_path, help="The base, for kinds that depend on it.")
-@click.option("--dtype", type=click.Choice(list(DTYPE_NAMES)), help="Of factors. Default: one that holds them exactly.")
+@to_option("Format to write. Default: as the first ADAPTER.")
+@arch_option()
+@base_option()
+@dtype_option("Of factors. Default: one that holds them exactly.")
 @pickle_option
 @factors_device_option
 @overwrite_option

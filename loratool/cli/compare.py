@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.convert import an_arch
-from loratool.cli.inputs import expanded, input_name, input_path
-from loratool.cli.options import factors_device_option, json_option, pickle_option, quiet_option, sum_of, verbose_option
+from loratool.cli.inputs import expanded, input_name
+from loratool.cli.options import (
+    arch_option,
+    base_option,
+    factors_device_option,
+    json_option,
+    pickle_option,
+    quiet_option,
+    sum_of,
+    verbose_option,
+)
 from loratool.cli.render import print_facts, print_table, told
 
 if TYPE_CHECKING:
@@ -29,8 +37,8 @@ SHOWN = 20
 @click.option("--to", "source", metavar="BASE+ADAPTER[:W]...", help="Check the merge A against what it is made of.")
 @click.option("--tol", "tolerance", type=click.FloatRange(min=0), default=1e-6, show_default=True, help="Largest relative "
               "difference of a module that counts as the same.")  # fmt: skip
-@click.option("--base", type=input_path, help="The base, for kinds that depend on it.")
-@click.option("--arch", type=an_arch, metavar="NAME", help="Base architecture, where the names fit several.")
+@base_option()
+@arch_option()
 @pickle_option
 @factors_device_option
 @json_option

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratool.archs import ARCHS
-from loratool.cli.options import pickle_option
+from loratool.cli.options import a_format, arch_option, pickle_option, to_option
 from loratool.cli.rank_options import rule_of
 from loratool.cli.render import print_facts, told, warn
 from loratool.cli.resize import print_converted, rank_options, run_low_rank
 from loratool.errors import LoratoolError
 from loratool.files.adapter_files import is_adapter_folder
-from loratool.formats.table import FORMATS, format_named
+from loratool.formats.table import format_named
 from loratool.text import histogram, size
 
 if TYPE_CHECKING:
@@ -30,14 +29,11 @@ ALPHAS = {
 }
 """Where alpha is, in words."""
 
-a_format = click.Choice([row.name for row in FORMATS])
-an_arch = click.Choice([arch.name for arch in ARCHS])
-
 
 @click.command("convert", short_help="Write an adapter in another format, or any kind as LoRA.")
-@click.option("--to", type=a_format, metavar="FORMAT", help="Format to write; `loratool formats` lists them.")
+@to_option()
 @click.option("--to-lora", is_flag=True, help="Write LoHa, LoKr, DoRA, OFT … as LoRA, and print the error.")
-@click.option("--arch", type=an_arch, metavar="NAME", help="Base architecture, where the names fit several.")
+@arch_option()
 @click.option("--from", "source", type=a_format, metavar="FORMAT", help="Format of ADAPTER, where it is not clear.")
 @pickle_option
 @rank_options

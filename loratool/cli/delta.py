@@ -8,19 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratool.cli.convert import a_format, an_arch
 from loratool.cli.inputs import input_path
 from loratool.cli.options import (
+    arch_option,
+    base_option,
     device_option,
+    dtype_option,
     exclude_option,
     include_option,
     json_option,
+    output_option,
     overwrite_option,
     pickle_option,
     quiet_option,
+    to_option,
 )
 from loratool.cli.render import print_facts, print_table, progress_bar, told
-from loratool.files.header import DTYPE_NAMES
 from loratool.text import size
 
 if TYPE_CHECKING:
@@ -35,11 +38,11 @@ LEADING = 8
 @click.command("delta", short_help="Measure or write out ΔW: of an adapter, or between two checkpoints.")
 @click.argument("path", type=input_path, metavar="ADAPTER|BASE")
 @click.argument("tuned", type=input_path, metavar="[TUNED]", required=False)
-@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Write ΔW whole to this file.")
-@click.option("--base", type=input_path, help="Base of ADAPTER: for ‖ΔW‖/‖W₀‖, and kinds that depend on it.")
-@click.option("--to", type=a_format, metavar="FORMAT", help="Names to write. Default: ADAPTER's, else kohya's.")
-@click.option("--arch", type=an_arch, metavar="NAME", help="Architecture, where the names fit several.")
-@click.option("--dtype", type=click.Choice(list(DTYPE_NAMES)), help="Of what is written. Default: float32.")
+@output_option("Write ΔW whole to this file.", required=False)
+@base_option("Base of ADAPTER: for ‖ΔW‖/‖W₀‖, and kinds that depend on it.")
+@to_option("Names to write. Default: ADAPTER's, else kohya's.")
+@arch_option("Architecture, where the names fit several.")
+@dtype_option("Of what is written. Default: float32.")
 @click.option("--top", default=SHOWN, show_default=True, type=click.IntRange(0), help="Modules to show; 0 shows all.")
 @click.option("--by", type=click.Choice(["norm", "relative"]), default="norm", show_default=True, help="Order of modules.")
 @click.option("--spectrum", is_flag=True, help="All singular values, of large matrices too.")

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratool.cli.convert import an_arch
 from loratool.cli.inputs import input_path
 from loratool.cli.options import (
+    arch_option,
     component_strengths,
+    dry_run_option,
     factors,
     json_option,
+    output_option,
     overwrite_option,
     quiet_option,
     vector,
@@ -28,15 +30,15 @@ if TYPE_CHECKING:
 
 @click.command("edit", short_help="Drop or scale modules, blocks and components.")
 @click.argument("adapter", type=input_path)
-@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="What to write; not with --dry-run.")
+@output_option("What to write; not with --dry-run.", required=False)
 @click.option("--drop", multiple=True, metavar="GLOB", help="Leave out modules. Repeatable.")
 @click.option("--keep", multiple=True, metavar="GLOB", help="Leave out all other modules. Repeatable.")
 @click.option("--scale", multiple=True, metavar="GLOB=W", help="Multiply the strength of modules. Repeatable.")
 @click.option("--blocks", type=vector, metavar="W,W,…", help="12, 17, 20 or 26 block weights of Stable Diffusion.")
 @click.option("--component", "components", multiple=True, metavar="NAME=W", help="Weigh unet, te1, te2, te3 or model.")
-@click.option("--arch", type=an_arch, metavar="NAME", help="Base architecture, where the names fit several.")
+@arch_option()
 @overwrite_option
-@click.option("--dry-run", is_flag=True, help="Print each block's share of ‖ΔW‖², before and after, and write nothing.")
+@dry_run_option("Print each block's share of ‖ΔW‖², before and after, and write nothing.")
 @json_option
 @quiet_option
 @verbose_option

@@ -10,21 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratool.cli.convert import a_format, an_arch
 from loratool.cli.inputs import input_path
 from loratool.cli.options import (
+    arch_option,
     device_option,
+    dry_run_option,
+    dtype_option,
     exclude_option,
     include_option,
     json_option,
+    output_option,
     overwrite_option,
     quiet_option,
     share,
+    to_option,
     verbose_option,
 )
 from loratool.cli.rank_options import rank_rules, rule_of
 from loratool.cli.render import print_facts, print_table, progress_bar, told
-from loratool.files.header import DTYPE_NAMES
 from loratool.text import histogram, size
 
 if TYPE_CHECKING:
@@ -34,11 +37,11 @@ if TYPE_CHECKING:
 @click.command("extract", short_help="Turn a fine-tuned checkpoint into an adapter.")
 @click.argument("base", type=input_path)
 @click.argument("tuned", type=input_path)
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="File or folder to write.")
+@output_option("File or folder to write.")
 @partial(rank_rules, without=("round_ranks", "pad"))
-@click.option("--to", type=a_format, metavar="FORMAT", help="Format to write; `loratool formats` lists them.")
-@click.option("--arch", type=an_arch, metavar="NAME", help="Architecture of BASE, where its names fit several.")
-@click.option("--dtype", type=click.Choice(list(DTYPE_NAMES)), help="Of factors. Default: as TUNED stores each weight.")
+@to_option()
+@arch_option("Architecture of BASE, where its names fit several.")
+@dtype_option("Of factors. Default: as TUNED stores each weight.")
 @click.option("--split", type=click.Choice(["even", "up", "down"]), default="even", show_default=True, help="Side of σ.")
 @click.option("--clamp-quantile", "clamp", type=share, metavar="SHARE", help="Cut factors as kohya does; only adds error.")
 @include_option
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
 @device_option
 @click.option("--resume", is_flag=True, help="Keep what is done in OUT.partial, and go on from there after an interruption.")
 @overwrite_option
-@click.option("--dry-run", is_flag=True, help="Print the plan, from the headers, and write nothing.")
+@dry_run_option("Print the plan, from the headers, and write nothing.")
 @json_option
 @quiet_option
 @verbose_option

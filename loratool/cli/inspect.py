@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from loratool.cli.inputs import expanded, input_name, input_path
-from loratool.cli.options import json_option
+from loratool.cli.inputs import expanded, input_name
+from loratool.cli.options import base_option, json_option
 from loratool.cli.render import print_facts, print_json, print_table
 from loratool.errors import LoratoolError
 from loratool.text import count, histogram, safe, size
@@ -36,7 +36,7 @@ TOLD: Final = frozenset({"version", "command", "adapters", "before", "modules", 
 @click.option("--modules", "list_modules", is_flag=True, help="List every module.")
 @click.option("--values", is_flag=True, help="Read the tensors too: norms, spectra, NaN, zeros.")
 @click.option("--plot", is_flag=True, help="Draw ‖ΔW‖ by block and sort of module.")
-@click.option("--base", type=input_path, help="Give the share of parameters of this whole checkpoint.")
+@base_option("Give the share of parameters of this whole checkpoint.")
 @json_option
 def inspect_command(
     files: tuple[Path, ...], list_modules: bool, values: bool, plot: bool, base: Path | None, as_json: bool

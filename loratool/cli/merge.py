@@ -13,10 +13,13 @@ from loratool.cli.options import (
     alpha_option,
     component_strengths,
     device_option,
+    dry_run_option,
+    dtype_option,
     exclude_option,
     in_place_option,
     include_option,
     json_option,
+    output_option,
     overwrite_option,
     pickle_option,
     quiet_option,
@@ -26,7 +29,6 @@ from loratool.cli.options import (
     where_to,
 )
 from loratool.cli.render import print_facts, print_table, progress_bar, told
-from loratool.files.header import DTYPE_NAMES
 from loratool.text import size
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 @click.command("merge", short_help="Merge adapters into a base checkpoint.")
 @click.argument("base", type=input_path)
 @click.argument("adapters", nargs=-1, type=input_name, required=True, metavar="ADAPTER[:STRENGTH]...")
-@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="File or folder to write.")
+@output_option("File or folder to write.", required=False)
 @in_place_option
 @click.option(
     "--undo",
@@ -44,11 +46,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Write what `loratool unmerge` restores BASE from, to the bit.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(list(DTYPE_NAMES)),
-    help="Store all floating-point tensors so. Default: as the base.",
-)
+@dtype_option("Store all floating-point tensors so. Default: as the base.")
 @include_option
 @exclude_option
 @click.option(
@@ -73,7 +71,7 @@ if TYPE_CHECKING:
 @pickle_option
 @device_option
 @overwrite_option
-@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@dry_run_option()
 @json_option
 @quiet_option
 @verbose_option

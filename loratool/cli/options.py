@@ -3,21 +3,81 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import click
 
-from loratool.cli.inputs import found, there
+from loratool.archs import ARCHS
+from loratool.cli.inputs import found, input_path, there
 from loratool.errors import LoratoolError
 from loratool.files import hub
+from loratool.files.header import DTYPE_NAMES
+from loratool.formats.consumers import CONSUMERS
+from loratool.formats.table import FORMATS
 from loratool.names import COMPONENTS
 
 if TYPE_CHECKING:
     from loratool.adapter.strengths import WeightedAdapter
 
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
 KEEPING = ("sv_ratio", "sv_fro", "sv_cumulative", "threshold")
 """Rules of other tools, which --keep takes by their names."""
+
+STEPS: Final[Mapping[str, tuple[int, ...]]] = {
+    "vllm": CONSUMERS["vllm"].ranks,
+    "pow2": tuple(2**power for power in range(15)),
+}
+"""Ranks that servers allow, by a name for them."""
+
+a_format = click.Choice([row.name for row in FORMATS])
+an_arch = click.Choice([arch.name for arch in ARCHS])
+
+
+class Dtype(click.Choice[str]):
+    """A dtype that outputs are stored in: float32, float16 or bfloat16, or one of these as trainers call it."""
+
+    short: ClassVar[Mapping[str, str]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+    def __init__(self) -> None:
+        super().__init__(list(DTYPE_NAMES))
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The dtype's full name."""
+        return super().convert(self.short.get(value, value), param, ctx)
+
+
+def output_option(help: str = "What to write.", *, required: bool = True) -> Decorator:
+    """Where to write."""
+    return click.option("-o", "--output", "out", required=required, type=click.Path(path_type=Path), help=help)
+
+
+def base_option(help: str = "The base, for kinds that depend on it.") -> Decorator:
+    """The checkpoint that an adapter belongs to."""
+    return click.option("--base", type=input_path, help=help)
+
+
+def arch_option(help: str = "Base architecture, where the names fit several.") -> Decorator:
+    """The architecture, where a file's names do not tell it."""
+    return click.option("--arch", type=an_arch, metavar="NAME", help=help)
+
+
+def to_option(help: str = "Format to write; `loratool formats` lists them.") -> Decorator:
+    """The format to write."""
+    return click.option("--to", type=a_format, metavar="FORMAT", help=help)
+
+
+def dtype_option(help: str) -> Decorator:
+    """The dtype to store."""
+    return click.option("--dtype", type=Dtype(), help=help)
+
+
+def dry_run_option(help: str = "Print the plan and write nothing.") -> Decorator:
+    """Only says what would be done."""
+    return click.option("--dry-run", is_flag=True, help=help)
+
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -125,8 +185,6 @@ class Steps(click.ParamType[tuple[int, ...]]):
         """The ranks, smallest first."""
         if isinstance(value, tuple):
             return value
-        from loratool.numbers.ranks import STEPS
-
         if value in STEPS:
             return STEPS[value]
         numbers = value.split(",")

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import click
 
-from loratool.cli.inputs import expanded, input_name, input_path
-from loratool.cli.options import json_option, overwrite_option, quiet_option
+from loratool.cli.inputs import expanded, input_name
+from loratool.cli.options import base_option, json_option, output_option, overwrite_option, quiet_option
 from loratool.cli.render import print_facts, told
 from loratool.text import size
 
 
 @click.command("report", short_help="Make a page about adapters, to look at in a browser.")
 @click.argument("adapters", nargs=-1, required=True, type=input_name, callback=expanded)
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="The HTML file to write.")
-@click.option("--base", type=input_path, help="The base, for kinds that depend on it.")
+@output_option("The HTML file to write.")
+@base_option()
 @overwrite_option
 @json_option
 @quiet_option

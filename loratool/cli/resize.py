@@ -13,9 +13,13 @@ import click
 from loratool.cli.inputs import input_path
 from loratool.cli.options import (
     KEEPING,
+    Decorator,
     alpha_option,
+    base_option,
+    dtype_option,
     factors_device_option,
     json_option,
+    output_option,
     overwrite_option,
     quiet_option,
     slots_option,
@@ -23,7 +27,6 @@ from loratool.cli.options import (
 )
 from loratool.cli.rank_options import rank_rules, rule_of
 from loratool.cli.render import print_facts, print_table, told
-from loratool.files.header import DTYPE_NAMES
 from loratool.text import histogram, size
 
 if TYPE_CHECKING:
@@ -39,9 +42,9 @@ def rank_options(
     writes: bool = True,
 ) -> Callable[..., None]:
     """What both commands take: input, output, how much to keep, the base, and how to report."""
-    after = [
-        click.option("--base", type=input_path, help="The base, for kinds that depend on it."),
-        click.option("--dtype", type=click.Choice(list(DTYPE_NAMES)), help="Of new factors. Default: as the adapter's."),
+    after: list[Decorator] = [
+        base_option(),
+        dtype_option("Of new factors. Default: as the adapter's."),
         alpha_option,
         slots_option,
         factors_device_option,
@@ -50,9 +53,9 @@ def rank_options(
         quiet_option,
         verbose_option,
     ]
-    before = [
+    before: list[Decorator] = [
         click.argument("adapter", type=input_path),
-        click.option("-o", "--output", "out", required=writes, type=click.Path(path_type=Path), help="What to write."),
+        output_option(required=writes),
     ]
     for option in reversed(after):
         command = option(command)

@@ -11,8 +11,10 @@ from loratool.cli.inputs import input_name, input_path
 from loratool.cli.merge import print_merge
 from loratool.cli.options import (
     device_option,
+    dry_run_option,
     in_place_option,
     json_option,
+    output_option,
     overwrite_option,
     pickle_option,
     quiet_option,
@@ -39,12 +41,12 @@ NAMED = "ADAPTER[:STRENGTH]"
 @click.option(
     "--in", "incoming", type=input_name, multiple=True, required=True, metavar=NAMED, help="To put in. Repeatable."
 )
-@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="File or folder to write.")
+@output_option("File or folder to write.", required=False)
 @in_place_option
 @pickle_option
 @device_option
 @overwrite_option
-@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@dry_run_option()
 @json_option
 @quiet_option
 @verbose_option

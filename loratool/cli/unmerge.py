@@ -12,6 +12,7 @@ from loratool.cli.inputs import input_name, input_path
 from loratool.cli.options import (
     device_option,
     json_option,
+    output_option,
     overwrite_option,
     pickle_option,
     quiet_option,
@@ -31,7 +32,7 @@ HASHES = 8
 @click.argument("merged", type=input_path)
 @click.argument("adapters", nargs=-1, type=input_name, metavar="[ADAPTER[:STRENGTH]]...")
 @click.option("--undo", type=input_path, metavar="FILE", help="What `merge --undo` wrote.")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="File or folder to write.")
+@output_option("File or folder to write.")
 @pickle_option
 @device_option
 @overwrite_option

@@ -26,6 +26,7 @@ from torch import Tensor
 from loratool.deltas.base import Delta
 from loratool.deltas.full import Full
 from loratool.deltas.lora import LoRA
+from loratool.deltas.schema import MERGE_METHODS
 
 Back = Callable[[Tensor], Delta]
 """From coordinates to a delta."""
@@ -96,13 +97,19 @@ class Method:
     dense: bool = False
 
 
-METHODS: Final[Mapping[str, Method]] = {
-    "ties": Method(dense_space, trimmed, elect=True, dense=True),
-    "dare": Method(dense_space, dropped, elect=False, dense=True),
-    "dare-ties": Method(dense_space, dropped, elect=True, dense=True),
-    "knots": Method(knots_space, trimmed, elect=True),
-    "core": Method(core_space, trimmed, elect=True),
-}
+METHODS: Final[Mapping[str, Method]] = dict(
+    zip(
+        MERGE_METHODS,
+        (
+            Method(dense_space, trimmed, elect=True, dense=True),
+            Method(dense_space, dropped, elect=False, dense=True),
+            Method(dense_space, dropped, elect=True, dense=True),
+            Method(knots_space, trimmed, elect=True),
+            Method(core_space, trimmed, elect=True),
+        ),
+        strict=True,
+    )
+)
 
 
 def merged(terms: Sequence[Delta], weights: Sequence[float], *, method: str, density: float, seeds: Sequence[str]) -> Delta:

@@ -314,3 +314,8 @@ def _leftover(left: Shapes) -> str:
         if leaf in left and other not in left:
             return f"has {leaf} but no {other}: half of a pair is missing"
     return f"has {', '.join(sorted(left))}, which no kind of delta explains"
+
+
+SUM: Final = "sum"
+MERGE_METHODS: Final = ("ties", "dare", "dare-ties", "knots", "core")
+"""How several changes of one weight become one: their sum, or by a method of `deltas.methods`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,6 +12,12 @@ from torch import Tensor
 
 NARROW: Final = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 """Dtypes that torch cannot compare numbers of."""
+
+
+def row_blocks(rows: int, columns: int, numbers: int) -> Iterator[tuple[int, int]]:
+    """The first row, and the one behind the last, of each block of a matrix: as many as hold `numbers`, at least one."""
+    step = max(1, numbers // max(columns, 1))
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def bounds(tensor: Tensor) -> tuple[float, float]:

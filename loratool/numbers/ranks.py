@@ -84,13 +84,6 @@ METHODS: Final[Mapping[str, Method]] = {
 the stored dtype reaches; `all` is all that is more than float32's noise."""
 
 
-STEPS: Final[Mapping[str, tuple[int, ...]]] = {
-    "vllm": (1, 8, 16, 32, 64, 128, 256, 320, 512),
-    "pow2": tuple(2**power for power in range(15)),
-}
-"""Ranks that servers allow: vLLM's are its max_lora_rank (vllm/config/lora.py)."""
-
-
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One of `METHODS` and its value, the rank of convolutions with a kernel where it is another, and bounds of the rank.

@@ -233,7 +233,11 @@ def _ranks(case: Case) -> Iterator[Finding]:
     step = next(step for step in case.consumer.ranks if step >= largest)
     if largest != step and largest > case.consumer.usual_rank:
         what = f"has rank {largest}, none that --max-lora-rank takes: memory for {step} is allotted"
-        yield Finding(COSTLY, what, f"fill it up to {step}: `resize(rule=Rule('rank', {largest}, steps='vllm', pad=True))`")
+        yield Finding(
+            COSTLY,
+            what,
+            f"fill it up to {step}: `resize(rule=Rule('rank', {largest}, steps=CONSUMERS['vllm'].ranks, pad=True))`",
+        )
     if step > case.consumer.usual_rank:
         what = f"needs --max-lora-rank {step}; without it ranks end at {case.consumer.usual_rank}"
         yield Finding(NOTE, what, f"start {case.consumer.title} with --max-lora-rank {step}", False)

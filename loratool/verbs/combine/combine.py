@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from loratool.adapter.adapter import Adapter, files_of
 from loratool.adapter.approximate import Converted, error_of
@@ -17,6 +17,7 @@ from loratool.adapter.strengths import AdapterLike, weighted_adapter
 from loratool.adapter.write import common_metadata, require_room, write_as
 from loratool.base.base import Weights, open_base
 from loratool.deltas.methods import METHODS, merged
+from loratool.deltas.schema import SUM
 from loratool.deltas.sums import Merge
 from loratool.errors import LoratoolError, look_up
 from loratool.files.header import stored_dtype
@@ -30,8 +31,6 @@ from loratool.numbers.devices import lanes
 from loratool.numbers.ranks import Budget, Rule
 from loratool.verbs.combine.adapter_sum import Combining, as_sum
 from loratool.verbs.reports import Report, worst_of
-
-SUM: Final = "sum"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from loratool.base.base import Weights
 from loratool.keys.places import Place, module_of
 from loratool.numbers import rounding
 from loratool.numbers.devices import Lanes, sent
+from loratool.numbers.linalg import row_blocks
 from loratool.numbers.threads import results
 from loratool.verbs.reports import Report
 
@@ -131,9 +132,7 @@ def _blocks(
     if not shape or not (one.by_rows(mine) and other.by_rows(theirs)):
         yield one.at(mine), other.at(theirs)
         return
-    step = max(1, BLOCK // max(math.prod(shape[1:]), 1))
-    for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
+    for start, stop in row_blocks(shape[0], math.prod(shape[1:]), BLOCK):
         yield one.rows(mine, start, stop), other.rows(theirs, start, stop)
 
 

@@ -17,6 +17,7 @@ from loratool.files.layout import Layout
 from loratool.files.tensors import TensorFile
 from loratool.numbers import rounding
 from loratool.numbers.devices import Lanes, sent
+from loratool.numbers.linalg import row_blocks
 from loratool.numbers.threads import results
 from loratool.verbs.merge.blocks import by_blocks, changed_whole
 from loratool.verbs.merge.files import rounded_by_chance
@@ -140,9 +141,8 @@ def _expected(tensor: TensorPlan, source: TensorFile, device: torch.device) -> I
         return
     segments = [segment.on(device) for segment in segments_of(tensor, rows, columns)]
     base = source.read(tensor.source).reshape(rows, columns)
-    step = max(1, BLOCK // max(columns, 1))
-    for start in range(0, rows, step):
-        part = sent(base[start : start + step], device).double()
+    for start, stop in row_blocks(rows, columns, BLOCK):
+        part = sent(base[start:stop], device).double()
         slack = part.abs() if tensor.terms else torch.zeros_like(part)
         for segment in segments:
             _add(segment, start, part, slack)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loratool.files.header import TensorInfo
 from loratool.files.tensors import DTYPES, tensor_bytes
+from loratool.numbers.linalg import row_blocks
 from loratool.numbers.rounding import neighbours
 from loratool.verbs.merge.blocks import Job, by_blocks, changed_whole
 from loratool.verbs.merge.plan import TensorPlan
@@ -63,10 +64,8 @@ class Added:
     def _blocks(self, merged: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Some rows at a time, and what the merge added to them."""
         rows = merged.reshape(-1, self.columns)
-        step = max(1, BLOCK // max(self.columns, 1))
-        for first in range(0, len(rows), step):
-            part = rows[first : first + step]
-            yield part, self._change(start + first, len(part))
+        for first, last in row_blocks(len(rows), self.columns, BLOCK):
+            yield rows[first:last], self._change(start + first, last - first)
 
     def _change(self, start: int, count: int) -> Tensor:
         if not by_blocks(self.tensor):
