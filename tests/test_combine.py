@@ -276,7 +276,7 @@ def test_kinds_that_depend_on_the_weight_need_the_base(tmp_path: Path) -> None:
     peft_adapter(copy.deepcopy(model), tmp_path / "lora", 2, r=2, target_modules=["q_proj", "v_proj"])
     parts = [WeightedAdapter(tmp_path / "dora", Strength(0.5)), WeightedAdapter(tmp_path / "lora")]
 
-    with pytest.raises(NeedsBase, match="--base"):
+    with pytest.raises(NeedsBase, match="`base=`"):
         combine(parts, tmp_path / "sum", Rule("rank", 16))
     assert not (tmp_path / "sum").exists()
 

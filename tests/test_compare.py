@@ -156,7 +156,7 @@ def test_kinds_that_depend_on_the_weight_need_the_base(tmp_path: Path) -> None:
     for seed, name in enumerate("ab"):
         peft_adapter(copy.deepcopy(model), tmp_path / name, seed, r=4, use_dora=True, target_modules=["q_proj"])
 
-    with pytest.raises(NeedsBase, match="--base"):
+    with pytest.raises(NeedsBase, match="`base=`"):
         compare([tmp_path / "a", tmp_path / "b"])
     same = compare([tmp_path / "a", tmp_path / "a"])
     assert isinstance(same, AdapterComparison)

@@ -89,7 +89,7 @@ def test_the_file_merges_to_what_the_adapter_merges_to(tmp_path: Path, case: str
     train((ADDITIVE | OTHERS)[case], tmp_path)
     base, adapter = tmp_path / "base.safetensors", tmp_path / "a.safetensors"
     if case in OTHERS:
-        with pytest.raises(NeedsBase, match="depends on its weight; pass --base"):
+        with pytest.raises(NeedsBase, match="depends on its weight; pass `base=`"):
             delta(adapter, None, tmp_path / "d.safetensors", **CPU)
 
     report = delta(adapter, None, tmp_path / "d.safetensors", base=base, device="cpu")
@@ -206,7 +206,7 @@ def test_errors_say_what_to_do_and_leave_nothing(tmp_path: Path) -> None:
         (LoratoolError, "is no adapter; name the tuned checkpoint too", lambda: delta(base, None, out, **CPU)),
         (
             Unsupported,
-            "no place for full differences; --to kohya",
+            "no place for full differences; `to='kohya'`",
             lambda: delta(path, None, out, to="diffusers"),
         ),
         (OutputError, "is an input of this very run", lambda: delta(path, None, path, overwrite=True)),
@@ -216,7 +216,7 @@ def test_errors_say_what_to_do_and_leave_nothing(tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             call()
     large = save(tmp_path / "large.safetensors", {"lora_unet_a.diff": torch.full((24, 16), 1e6)})
-    with pytest.raises(NonFinite, match=r"lora_unet_a\.diff: overflows float16; choose --dtype float32"):
+    with pytest.raises(NonFinite, match=r"lora_unet_a\.diff: overflows float16; choose `dtype='float32'`"):
         delta(large, None, out, dtype="float16", device="cpu")
     assert not [each for each in tmp_path.iterdir() if each.name == out.name or each.name.startswith(".")]
 

@@ -119,7 +119,7 @@ def test_threads_take_turns_on_the_devices() -> None:
 
 @pytest.mark.parametrize("name", ["tpu", "cpu:1", "cuda:x", "mps:0", "", "cuda:99"])
 def test_a_device_that_is_not_there_is_an_error(name: str) -> None:
-    with pytest.raises(LoratoolError, match=f"--device {name}: "):
+    with pytest.raises(LoratoolError, match=f"`device='{name}'`: "):
         devices_named(name)
 
 

@@ -178,7 +178,7 @@ def test_every_kind_is_scaled_exactly_or_refused(tmp_path: Path, case: str) -> N
     base = load_file(tmp_path / "base.safetensors")
     options: dict[str, Any] = {"scale": (("*", -0.6),)}
     if case in OTHERS:
-        with pytest.raises(NeedsBase, match="--base BASE"):
+        with pytest.raises(NeedsBase, match=r"combine\(base=BASE\)"):
             edit(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **options)
         return
     edit(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **options)
@@ -235,7 +235,7 @@ def test_a_dora_can_lose_modules(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["use_dora"] is True
     report = edit(tmp_path / "b", None)
     assert (report.unmeasured, len(report.modules)) == (2, 2)
-    with pytest.raises(NeedsBase, match="--base BASE"):
+    with pytest.raises(NeedsBase, match=r"combine\(base=BASE\)"):
         edit(tmp_path / "a", tmp_path / "c", scale=(("*", 0.5),))
     found = compare([tmp_path / "b", tmp_path / "b"])
     assert isinstance(found, AdapterComparison)
@@ -245,8 +245,8 @@ def test_a_dora_can_lose_modules(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"drop": ("*typo*",)}, r"--drop \*typo\*: matches no module"),
-        ({"scale": (("IN05", 2.0),)}, "--scale IN05: matches no module"),
+        ({"drop": ("*typo*",)}, r"`drop='\*typo\*'`: matches no module"),
+        ({"scale": (("IN05", 2.0),)}, "`scale='IN05'`: matches no module"),
         ({"drop": ("*",)}, "nothing is left"),
         ({"scale": (("*", float("nan")),)}, "finite"),
         ({"strength": Strength(1.0, (1.0,) * 13)}, "a vector of 13 block weights: .* takes 17 or 26"),

@@ -438,7 +438,7 @@ def test_blocks_make_no_difference(tmp_path: Path, block: int, monkeypatch: pyte
 
 def test_a_choice_of_nothing_is_an_error(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path, tuned_tensors())
-    with pytest.raises(LoratoolError, match="--include and --exclude leave no parameter"):
+    with pytest.raises(LoratoolError, match=r"Selection\(include=\)` and `exclude=` leave no parameter"):
         extract(base, tuned, tmp_path / "o", Rule("rank", 2), selection=Selection(("nothing",)), **COMFY)
 
 

@@ -383,7 +383,7 @@ def test_an_existing_output_survives_unless_told_otherwise(tmp_path: Path) -> No
     base, adapter, out = (tmp_path / name for name in ("base.safetensors", "a.safetensors", "out.safetensors"))
     out.write_text("mine")
 
-    with pytest.raises(OutputError, match="--overwrite"):
+    with pytest.raises(OutputError, match="`overwrite=True`"):
         merge(base, [adapter], out)
     assert out.read_text() == "mine"
 

@@ -253,7 +253,7 @@ def test_another_checkpoint_is_told_by_its_hash_and_nothing_is_written(tmp_path:
     smaller = save(tmp_path / "s.safetensors", {"fc.weight": torch.zeros(12, 8)})
     with pytest.raises(InvalidFile, match=r"s\.safetensors: \S+ is not there, the merge of .* is of another checkpoint"):
         unmerge(smaller, tmp_path / "out.safetensors", undo=files.undo)
-    with pytest.raises(InvalidFile, match="is not an undo file; merge --undo writes one"):
+    with pytest.raises(InvalidFile, match=r"is not an undo file; `merge\(undo=\)` writes one"):
         unmerge(files.m1, tmp_path / "out.safetensors", undo=files.m2)
     llm("llama").save_pretrained(tmp_path / "folder")
     with pytest.raises(InvalidFile, match="is of a merge into one file"):

@@ -267,7 +267,7 @@ def test_a_pickled_adapter_is_read_only_when_allowed(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     torch.save(tensors, tmp_path / "adapter" / "adapter_model.bin")
 
-    with pytest.raises(LoratoolError, match="--allow-pickle"):
+    with pytest.raises(LoratoolError, match="`allow_pickle=True`"):
         merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", allow_pickle=True)
 
