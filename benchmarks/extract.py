@@ -22,7 +22,7 @@ from benchmarks import common, floors
 from loratool import Checkpoint, Rule
 from loratool.numbers import krylov
 from loratool.numbers.devices import devices_named
-from loratool.numbers.krylov import leading
+from loratool.numbers.krylov import truncated_svd
 
 RANK = 16
 
@@ -106,13 +106,13 @@ def svd_part(folder: Path, arguments: argparse.Namespace) -> None:
     dense = 0.01 * torch.randn(4096, 4096) + 0.01 * (torch.randn(4096, 128) * falling) @ torch.randn(128, 4096)
     taken = common.in_turns(
         {
-            "leading": lambda: common.timed(lambda: leading(dense, Rule("rank", RANK), rank=RANK)),
+            "leading": lambda: common.timed(lambda: truncated_svd(dense, Rule("rank", RANK), rank=RANK)),
             "svd": lambda: common.timed(lambda: torch.linalg.svd(dense, full_matrices=False)),
         },
         arguments.rounds,
         lambda: None,
     )
-    found = leading(dense, Rule("rank", RANK), rank=RANK)
+    found = truncated_svd(dense, Rule("rank", RANK), rank=RANK)
     sigma = torch.linalg.svdvals(dense.double())
     error = float((dense - found.up @ found.down).norm() / sigma[RANK:].norm())
     print(f"svd: 4096², rank {RANK}: {taken['leading']:.3f} s; torch.linalg.svd {taken['svd']:.1f} s", end="")

@@ -23,7 +23,7 @@ import torch
 from benchmarks import common
 from loratool.adapter.adapter import Change
 from loratool.adapter.load import load
-from loratool.numbers.factor import Storage, refactored
+from loratool.numbers.factor import Storage, recompress
 from loratool.numbers.ranks import Rule
 
 RANK, LOWER = 128, 32
@@ -124,7 +124,7 @@ def svd_part(adapters: list[Path], rounds: int) -> None:
         started = time.perf_counter()
         torch.linalg.svd(product, full_matrices=False)
         slow += shapes[shape] * (time.perf_counter() - started)
-        run = partial(refactored, up, down, Rule("rank", LOWER), Storage(torch.float16))
+        run = partial(recompress, up, down, Rule("rank", LOWER), Storage(torch.float16))
         run()
         started = time.perf_counter()
         for _ in range(10 * rounds):

@@ -56,10 +56,10 @@ class OutputError(LoratoolError):
     """An output that cannot be written, or must not be."""
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def look_up(table: Mapping[str, T], name: str, what: str) -> T:
+def look_up(table: Mapping[str, _T], name: str, what: str) -> _T:
     """The row of `table` called `name`; raises `UnknownName`, which lists all rows, where there is none."""
     if name in table:
         return table[name]
@@ -68,7 +68,7 @@ def look_up(table: Mapping[str, T], name: str, what: str) -> T:
     raise UnknownName(f"there is no {what} called {name!r}{guess}; there are {', '.join(table)}")
 
 
-def some(names: Iterable[str], shown: int = 5) -> str:
+def first_few(names: Iterable[str], shown: int = 5) -> str:
     """The first few names and how many more there are, for an error's message."""
     listed = list(names)
     more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
@@ -76,7 +76,7 @@ def some(names: Iterable[str], shown: int = 5) -> str:
 
 
 @contextmanager
-def of_file(path: object) -> Iterator[None]:
+def error_in_file(path: object) -> Iterator[None]:
     """Puts the name of a file before the message of an error that does not have it yet."""
     try:
         yield
@@ -87,7 +87,7 @@ def of_file(path: object) -> Iterator[None]:
 
 
 @contextmanager
-def about(what: object) -> Iterator[None]:
+def error_context(what: object) -> Iterator[None]:
     """Puts `what` an error is about before its message."""
     try:
         yield

@@ -18,7 +18,7 @@ FLAGS: Final[Mapping[str, str]] = {
     "steps": "--round-ranks",
 }  # fmt: skip
 """Arguments whose flag has another name."""
-VALUES: Final = ("Rule", "Budget", "Selection", "Assumptions")
+_VALUES: Final = ("Rule", "Budget", "Selection", "Assumptions")
 """Values whose parts are flags of their own."""
 COMMANDS: Final[Mapping[str, str]] = {
     "compare_to": "compare --to",
@@ -46,7 +46,7 @@ def _flags(reference: str) -> str:
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
         return ""
     name, words = call.func.id, " ".join(_of_arguments(call))
-    if name == "_" or name in VALUES:
+    if name == "_" or name in _VALUES:
         return words
     return f"loratool {COMMANDS.get(name, name)} {words}".rstrip()
 
@@ -57,7 +57,7 @@ def _of_arguments(call: ast.Call) -> Iterator[str]:
         yield " ".join([_flag(method), *(word for word in words if word)])
     for keyword in call.keywords:
         value: ast.expr = keyword.value
-        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in VALUES:
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in _VALUES:
             yield from _of_arguments(value)
         elif isinstance(value, ast.Tuple) and keyword.arg != "scale":
             yield from (f"{_flag(keyword.arg)} {shlex.quote(_shown(each))}" for each in value.elts)

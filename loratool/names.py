@@ -116,7 +116,7 @@ def base_component(name: str) -> tuple[str, str, str]:
     return WHOLE, "", name
 
 
-def readings(module: Module) -> Iterator[tuple[str, str]]:
+def candidate_names(module: Module) -> Iterator[tuple[str, str]]:
     """The component and path that a module's name may mean: as its prefix says, then by a prefix behind PEFT's container."""
     yield module.component, module.path
     if module.component == WHOLE:

@@ -16,7 +16,7 @@ def safe(text: object, longest: int = LONGEST) -> str:
     """Text from outside with control characters, escapes and bidi overrides made visible, and cut to a length."""
     shown = str(text)
     cut = f"{shown[:longest]}…" if len(shown) > longest else shown
-    return "".join(character if character.isprintable() else _escaped(character) for character in cut)
+    return "".join(character if character.isprintable() else _escape(character) for character in cut)
 
 
 def message(text: str) -> str:
@@ -46,7 +46,7 @@ def histogram(counts: Mapping[Any, int], shown: int = 8) -> str:
     return ", ".join(f"{safe(value)} ×{times:,}" for value, times in ordered[:shown]) + more
 
 
-def _escaped(character: str) -> str:
+def _escape(character: str) -> str:
     return character.encode("unicode_escape", errors="backslashreplace").decode("ascii", errors="backslashreplace")
 
 

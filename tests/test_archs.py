@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loratool.archs import ARCHS, Arch, Component
-from loratool.archs.links import Link, fuse, mentioned, rename
+from loratool.archs.links import Link, fuse, parts_mentioned, rename
 from loratool.archs.sd import SD1, SDXL
 from loratool.names import flat
 from tests.architectures import BEYOND, CONVERTERS, converted, shapes
@@ -34,7 +34,7 @@ def test_no_name_stands_twice_in_a_column(component: Component, naming: str) -> 
 
 @pytest.mark.parametrize(("component", "naming"), LINKS)
 def test_flattening_loses_nothing(component: Component, naming: str) -> None:
-    for column in mentioned(component.links[naming]):
+    for column in parts_mentioned(component.links[naming]):
         assert len({flat(name) for name in column}) == len(column)
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from loratool import WeightedAdapter
-from loratool.cli.options import component_strengths, weighted
+from loratool.cli.options import parse_component_strengths, parse_weighted_adapter
 from loratool.errors import LoratoolError
 from loratool.text import histogram, safe, size
 from tests.conftest import FIXTURES, Run
@@ -35,7 +35,7 @@ LLAMA, LORA = FIXTURES / "llama", FIXTURES / "llama-lora"
     ],
 )
 def test_a_strength_is_what_follows_the_last_colon_if_it_is_a_number(text: str, path: str, strength: float) -> None:
-    assert weighted(text) == WeightedAdapter(Path(path), strength)
+    assert parse_weighted_adapter(text) == WeightedAdapter(Path(path), strength)
 
 
 def test_an_existing_file_whose_name_ends_like_a_strength_is_that_file(
@@ -44,7 +44,7 @@ def test_an_existing_file_whose_name_ends_like_a_strength_is_that_file(
     monkeypatch.chdir(tmp_path)
     Path("take:2").touch()
 
-    assert weighted("take:2") == WeightedAdapter(Path("take:2"), 1.0)
+    assert parse_weighted_adapter("take:2") == WeightedAdapter(Path("take:2"), 1.0)
 
 
 @pytest.mark.parametrize(("short", "dtype"), [("fp32", "F32"), ("fp16", "F16"), ("bf16", "BF16"), ("bfloat16", "BF16")])
@@ -57,10 +57,10 @@ def test_dtypes_go_by_the_names_that_trainers_give_them_too(short: str, dtype: s
 
 
 def test_components_have_names_and_numbers() -> None:
-    assert component_strengths(("te1=0.5", "unet=0")) == {"te1": 0.5, "unet": 0.0}
+    assert parse_component_strengths(("te1=0.5", "unet=0")) == {"te1": 0.5, "unet": 0.0}
     for wrong in ("te9=1", "te1", "te1=x"):
         with pytest.raises(LoratoolError, match="--component"):
-            component_strengths((wrong,))
+            parse_component_strengths((wrong,))
 
 
 def test_merge_reports_what_it_did(tmp_path: Path, run) -> None:

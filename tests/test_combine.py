@@ -29,7 +29,7 @@ from loratool import (
 )
 from loratool.archs.flux import FLUX1
 from loratool.deltas.lora import LoRA
-from loratool.deltas.methods import core_space, elected, knots_space, merged, trimmed
+from loratool.deltas.methods import core_space, elect_signs, knots_space, merge_deltas, trim_smallest
 from loratool.errors import NeedsBase, ShapeMismatch
 from loratool.files.adapter_files import open_adapter
 from loratool.files.hashes import short_hash
@@ -356,7 +356,7 @@ def some_loras(count: int = 3) -> list[LoRA]:
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
 def test_ties_equals_a_dense_reference(density: float) -> None:
     terms, weights = some_loras(), [0.7, 0.4, -1.2]
-    found = merged(terms, weights, method="ties", density=density, seeds=["", "", ""]).dense()
+    found = merge_deltas(terms, weights, method="ties", density=density, seeds=["", "", ""]).dense()
     torch.testing.assert_close(
         found.double(), ties_of([term.dense() for term in terms], weights, density), rtol=1e-5, atol=1e-7
     )
@@ -366,7 +366,7 @@ def test_ties_equals_pefts_where_weights_are_equal() -> None:
     from peft.utils.merge_utils import ties
 
     terms = some_loras()
-    found = merged(terms, [0.6] * 3, method="ties", density=0.4, seeds=["", "", ""]).dense()
+    found = merge_deltas(terms, [0.6] * 3, method="ties", density=0.4, seeds=["", "", ""]).dense()
     theirs = ties([term.dense() for term in terms], torch.tensor([0.6] * 3), 0.4)
     torch.testing.assert_close(found, theirs)
 
@@ -376,7 +376,7 @@ def test_dare_equals_a_dense_reference_and_its_seed(method: str) -> None:
     from hashlib import sha256
 
     terms, weights, density = some_loras(), [0.7, 0.4, -1.2], 0.5
-    found = merged(terms, weights, method=method, density=density, seeds=["1", "2", "3"]).dense()
+    found = merge_deltas(terms, weights, method=method, density=density, seeds=["1", "2", "3"]).dense()
 
     weighted = []
     for term, weight, seed in zip(terms, weights, "123", strict=True):
@@ -385,13 +385,18 @@ def test_dare_equals_a_dense_reference_and_its_seed(method: str) -> None:
         weighted.append(weight * mask * term.dense() / density)
     expected = sum(weighted) if method == "dare" else ties_of(weighted, [1.0] * 3, 1.0).float()
     torch.testing.assert_close(found, expected)
-    assert not torch.equal(found, merged(terms, weights, method=method, density=density, seeds=["1", "2", "4"]).dense())
+    assert not torch.equal(
+        found, merge_deltas(terms, weights, method=method, density=density, seeds=["1", "2", "4"]).dense()
+    )
 
 
 def test_dare_keeps_the_sum_on_average() -> None:
     terms = some_loras(2)
     mean = (
-        sum(merged(terms, [1.0, 1.0], method="dare", density=0.3, seeds=[f"a{i}", f"b{i}"]).dense() for i in range(4000))
+        sum(
+            merge_deltas(terms, [1.0, 1.0], method="dare", density=0.3, seeds=[f"a{i}", f"b{i}"]).dense()
+            for i in range(4000)
+        )
         / 4000
     )
     whole = terms[0].dense() + terms[1].dense()
@@ -414,10 +419,10 @@ def test_knots_equals_its_definition() -> None:
     left, sigma, right = torch.linalg.svd(whole, full_matrices=False)
     kept = sigma > 1e-6 * sigma[0]
     parts = torch.split((sigma[kept, None] * right[kept]).float(), 7, dim=1)
-    sparse = torch.stack([w * trimmed(part, 0.5, torch.Generator()) for w, part in zip(weights, parts, strict=True)])
-    expected = left[:, kept].float() @ elected(sparse)
+    sparse = torch.stack([w * trim_smallest(part, 0.5, torch.Generator()) for w, part in zip(weights, parts, strict=True)])
+    expected = left[:, kept].float() @ elect_signs(sparse)
 
-    found = merged(terms, weights, method="knots", density=0.5, seeds=["", "", ""])
+    found = merge_deltas(terms, weights, method="knots", density=0.5, seeds=["", "", ""])
 
     torch.testing.assert_close(found.dense(), expected, rtol=1e-3, atol=1e-5)
 
@@ -425,7 +430,7 @@ def test_knots_equals_its_definition() -> None:
 @pytest.mark.parametrize("method", ["ties", "knots", "core"])
 def test_one_adapter_alone_keeps_its_strength(method: str) -> None:
     term = some_loras(1)[0]
-    found = merged([term], [-0.6], method=method, density=1.0, seeds=[""])
+    found = merge_deltas([term], [-0.6], method=method, density=1.0, seeds=[""])
     torch.testing.assert_close(found.dense(), -0.6 * term.dense(), rtol=1e-4, atol=1e-6)
 
 

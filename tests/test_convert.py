@@ -15,13 +15,13 @@ from safetensors.torch import save as encoded
 from torch import Tensor
 
 from loratool.adapter.load import load
-from loratool.adapter.rename import renamed
+from loratool.adapter.rename import rename_changes
 from loratool.archs import ARCHS, Arch, Component
 from loratool.archs.links import Link
 from loratool.errors import AmbiguousFile, LoratoolError, OutputError, Unsupported
 from loratool.files.header import read_header
 from loratool.formats.table import FORMATS, Format, format_named
-from loratool.keys.resolve import Wanted, choose
+from loratool.keys.resolve import Hints, resolve_routes
 from loratool.names import DIFFUSERS
 from loratool.verbs.convert import convert
 from loratool.verbs.inspect.inspect import AdapterReport, inspect
@@ -69,7 +69,7 @@ def made_for(arch: Arch, spelling: Format, *, seed: int = 0, alpha: float | None
     component = arch.component("unet")
     assert component is not None
     prefix = spelling.prefix(
-        "unet", place=component.place, kohya=component.kohya, encoder=component.encoder, inside=component.inside
+        "unet", place=component.diffusers_folder, kohya=component.kohya, encoder=component.encoder, inside=component.inside
     )
     naming, rows = component.naming(spelling.namings), rows_of(component)
     generator = torch.Generator().manual_seed(seed)
@@ -91,8 +91,8 @@ def parts_of(path: Path, arch: Arch) -> dict[tuple[str, str], Tensor]:
     """ΔW of every module of diffusers' naming that the adapter changes, by the tables; zeros left out."""
     adapter = load(path)
     target = format_named("diffusers")
-    _, ways = choose([adapter.keys], target, Wanted(arch.name))
-    moved = renamed(adapter.changes, ways)
+    _, ways = resolve_routes([adapter.keys], target, Hints(arch.name))
+    moved = rename_changes(adapter.changes, ways)
     return {(item.prefix, item.path): item.delta.dense() for item in moved if bool(item.delta.dense().any())}
 
 

@@ -163,7 +163,7 @@ def test_peft_names_without_a_config_are_read_where_they_are_no_language_models(
     convert(save(tmp_path / "a.safetensors", flux), tmp_path / "b.safetensors", "comfyui", arch="flux1")
 
     assert "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight" in load_file(tmp_path / "b.safetensors")
-    assert any("scale is taken to be 1" in note for note in load(tmp_path / "a.safetensors").notes)
+    assert any("scale is taken to be 1" in note for note in load(tmp_path / "a.safetensors").warnings)
     with pytest.raises(InvalidAdapter, match=r"config\.json is missing"):
         load(save(tmp_path / "c.safetensors", llama))
 

@@ -24,8 +24,8 @@ from loratool import (
     to_lora,
     unmerge,
 )
-from loratool.deltas.base import Delta, moved
-from loratool.numbers.devices import CPU, Lanes, devices_named, exact_products, lanes
+from loratool.deltas.base import Delta, to_device
+from loratool.numbers.devices import CPU, DevicePool, devices_named, exact_products, open_devices
 from loratool.verbs.compare.compare import AdapterComparison
 from loratool.verbs.merge import blocks as streaming
 from tests.laws.test_deltas import MAKERS, Make
@@ -40,7 +40,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 def staged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has merges treat the CPU as a device that numbers must travel to and from."""
-    monkeypatch.setattr("loratool.verbs.merge.merge.lanes", partial(lanes, staged=True))
+    monkeypatch.setattr("loratool.verbs.merge.merge.open_devices", partial(open_devices, staged=True))
 
 
 def files(folder: Path, dtype: torch.dtype) -> tuple[Path, list[WeightedAdapter]]:
@@ -76,7 +76,7 @@ def test_memory_that_runs_out_moves_work_to_the_cpu_and_says_so(tmp_path: Path, 
     tries = count()
     run_job = streaming.run_job
 
-    def out_of_memory(*words: object) -> streaming.Measure:
+    def out_of_memory(*words: object) -> streaming.RoundingStats:
         if next(tries) == 0:
             raise torch.OutOfMemoryError
         return run_job(*words)  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does() -> None:
             raise torch.OutOfMemoryError
         return [-item for item in items]
 
-    found = Lanes([CPU], count(), [], staged=True).each("it", range(8), compute)
+    found = DevicePool([CPU], count(), [], staged=True).run_batch("it", range(8), compute)
     assert found == [-item for item in range(8)]
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
 
@@ -105,15 +105,15 @@ def test_what_no_device_holds_is_an_error_of_the_cpu() -> None:
     def compute(items: list[int], device: torch.device) -> list[int]:
         raise torch.OutOfMemoryError("there is no more")
 
-    lane = Lanes([CPU], count(), [], staged=True)
+    lane = DevicePool([CPU], count(), [], staged=True)
     with pytest.raises(torch.OutOfMemoryError):
-        lane.each("it", [1], compute)
-    assert "it" in next(lane.notes())
+        lane.run_batch("it", [1], compute)
+    assert "it" in next(lane.warnings())
 
 
 def test_threads_take_turns_on_the_devices() -> None:
     turns = count()
-    taken = [Lanes([CPU, META], turns, [], staged=True).device for _ in range(4)]
+    taken = [DevicePool([CPU, META], turns, [], staged=True).device for _ in range(4)]
     assert taken == [CPU, META, CPU, META]
 
 
@@ -146,12 +146,12 @@ def test_products_are_exact_whatever_the_caller_allows() -> None:
 def test_every_kind_moves_to_a_device_with_all_that_it_computes(make: Make) -> None:
     """On the meta device nothing is computed, but an operation with a tensor of another device is an error."""
     delta, shape = make(torch.Generator().manual_seed(0), 2)
-    there = moved(delta, META)
+    there = to_device(delta, META)
     assert isinstance(there, Delta)
     if any(name in str(type(there)) for name in ("OFT", "BOFT")) and "InputBOFT" not in str(type(there)):
         pytest.skip("bounds itself by a number that the meta device does not have")
     assert there.apply(torch.empty(shape, device=META), 0.5).device == META
-    assert moved(delta, CPU).apply(torch.ones(shape), 0.5).equal(delta.apply(torch.ones(shape), 0.5))
+    assert to_device(delta, CPU).apply(torch.ones(shape), 0.5).equal(delta.apply(torch.ones(shape), 0.5))
 
 
 @needs_cuda
@@ -159,7 +159,7 @@ def test_every_kind_moves_to_a_device_with_all_that_it_computes(make: Make) -> N
 def test_a_gpu_agrees_to_rounding(tmp_path: Path, dtype: torch.dtype) -> None:
     from safetensors.torch import load_file
 
-    from loratool.numbers.rounding import steps
+    from loratool.numbers.rounding import ulp
 
     base, adapters = files(tmp_path, dtype)
     for device in ("cpu", "cuda"):
@@ -167,7 +167,7 @@ def test_a_gpu_agrees_to_rounding(tmp_path: Path, dtype: torch.dtype) -> None:
     one, other = (load_file(tmp_path / f"{device}.safetensors") for device in ("cpu", "cuda"))
     for name, tensor in one.items():
         if tensor.is_floating_point():
-            slack = steps(tensor).double() + 2.0**-20 * tensor.double().abs()
+            slack = ulp(tensor).double() + 2.0**-20 * tensor.double().abs()
             assert bool(((tensor.double() - other[name].double()).abs() <= slack).all())
 
 

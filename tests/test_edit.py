@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from loratool import LoratoolError, Strength, compare, edit, merge
 from loratool.archs import ARCHS
-from loratool.archs.blocks import LENGTHS, VECTORS, block_of
+from loratool.archs.blocks import VECTOR_LENGTHS, VECTORS, block_of
 from loratool.archs.sd import SD1, SDXL
 from loratool.errors import NeedsBase
 from loratool.files.header import read_header
@@ -126,7 +126,7 @@ def test_blocks_are_those_that_sd_scripts_means(arch: Any) -> None:
         assert block_of(arch, Module(encoder.name, path, path)) == "BASE"
 
 
-@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.name in LENGTHS], ids=lambda arch: arch.name)
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.name in VECTOR_LENGTHS], ids=lambda arch: arch.name)
 def test_every_naming_of_a_module_is_in_the_same_block(arch: Any) -> None:
     for link in arch.component("unet").links[ORIGINAL]:
         assert block_of(arch, Module("unet", link.whole, "")) == block_of(arch, Module("unet", link.parts[0], ""))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from loratool import Budget, Checkpoint, LoratoolError, Rule, Selection, WeightedAdapter, extract, inspect, load, merge
 from loratool.archs import ARCHS, Arch
 from loratool.errors import NonFinite, OutputError, ShapeMismatch, UnmatchedModules, Unsupported
-from loratool.numbers.devices import lanes
+from loratool.numbers.devices import open_devices
 from tests.models import Tensors, clip, kohya, llm, peft_adapter, save, sdxl_checkpoint
 from tests.oracles.test_peft import meta_names
 
@@ -255,7 +255,7 @@ def test_equal_runs_write_equal_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     base, tuned = pair(tmp_path, tuned_tensors())
     written = []
     for workers in (1, 4):
-        monkeypatch.setattr("loratool.numbers.threads.MOST", workers)
+        monkeypatch.setattr("loratool.numbers.threads.MOST_THREADS", workers)
         out = tmp_path / f"{workers}.safetensors"
         extract(base, tuned, out, Rule("rank", 4), to="comfyui", dtype="float16")
         written.append(out.read_bytes())
@@ -278,7 +278,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
             raise KeyboardInterrupt
         return called(work, tasks, device)
 
-    monkeypatch.setattr("loratool.numbers.threads.MOST", 1)
+    monkeypatch.setattr("loratool.numbers.threads.MOST_THREADS", 1)
     monkeypatch.setattr(Extraction, "outcomes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract(base, tuned, out, Rule("rank", 3), **options)
@@ -427,7 +427,7 @@ def test_blocks_make_no_difference(tmp_path: Path, block: int, monkeypatch: pyte
     """Vectors too are read a part at a time, and their last part is a shorter one."""
     base, tuned = pair(tmp_path, tuned_tensors(torch.bfloat16), base_tensors(torch.bfloat16))
     whole = extract(base, tuned, tmp_path / "whole", Rule("rank", 2), **COMFY)
-    monkeypatch.setattr("loratool.base.difference.BLOCK", block)
+    monkeypatch.setattr("loratool.base.difference._BLOCK", block)
 
     parts = extract(base, tuned, tmp_path / "parts", Rule("rank", 2), **COMFY)
 
@@ -450,7 +450,7 @@ def test_batches_make_no_difference(tmp_path: Path, rule: Rule | Budget, monkeyp
 
     base, tuned = model_pair(tmp_path, "llama", hidden_size=128, intermediate_size=256)
     alone = extract(base, tuned, tmp_path / "alone", rule, device="cpu")
-    monkeypatch.setattr("loratool.verbs.extract.extract.lanes", partial(lanes, staged=True))
+    monkeypatch.setattr("loratool.verbs.extract.extract.open_devices", partial(open_devices, staged=True))
     together = extract(base, tuned, tmp_path / "together", rule, device="cpu")
     whole, sizes = Extraction.outcomes, list[int]()
 
@@ -494,7 +494,7 @@ def test_exclude_is_the_way_out(tmp_path: Path) -> None:
 
 def test_outputs_are_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, tuned = pair(tmp_path, tuned_tensors())
-    monkeypatch.setattr("loratool.verbs.extract.job.Job.run", lambda job: pytest.fail("worked for nothing"))
+    monkeypatch.setattr("loratool.verbs.extract.job.ExtractRun.run", lambda job: pytest.fail("worked for nothing"))
     wrong = [
         (tuned, COMFY),
         (tmp_path / "none" / "out.safetensors", COMFY),

@@ -16,7 +16,7 @@ import torch
 from loratool.files.adapter_files import open_adapter
 from loratool.files.hashes import LETTERS, legacy_hash, short_hash
 from loratool.files.header import read_header
-from loratool.verbs.hash import file_hashes
+from loratool.verbs.hash import hash_file
 from tests.conftest import FIXTURES, Run
 from tests.models import kohya, save
 
@@ -65,7 +65,7 @@ def test_they_are_those_that_others_compute(tmp_path: Path, rows: int, metadata:
     tensors, path = mixed(rows), tmp_path / "a.safetensors"
     safetensors.torch.save_file(tensors, path, metadata or None)
     raw = path.read_bytes()
-    found = file_hashes(path)
+    found = hash_file(path)
     assert found.sha256 == hashlib.sha256(raw).hexdigest()
     assert found.autov2 == found.sha256[:10]
     assert found.autov1 == hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8]
@@ -87,7 +87,7 @@ def test_kohyas_hash_is_of_the_order_that_safetensors_writes(tmp_path: Path) -> 
     text = json.dumps(header).encode()
     path = tmp_path / "a.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + one.numpy().tobytes() + two.numpy().tobytes())
-    found = file_hashes(path)
+    found = hash_file(path)
     assert (found.sshs_model_hash, found.sshs_legacy_hash) == kohyas({"z": one, "a": two}, {})
     assert found.sshs_model_hash != found.autov3
 
@@ -108,7 +108,7 @@ def test_what_we_write_says_true_hashes_of_itself(tmp_path: Path, invoke: Run, l
     names = {"style": "style.safetensors", "lora": "llama-lora", "llama": "llama", "tuned": "llama-tuned"}
     words = line.format(**{key: FIXTURES / name for key, name in names.items()}).split()
     assert invoke(*words).returncode == 0
-    found = file_hashes(tmp_path / "out")
+    found = hash_file(tmp_path / "out")
     assert found.claims == {"sshs_model_hash": True, "sshs_legacy_hash": True}
     file = tmp_path / "out"
     file = file / "adapter_model.safetensors" if file.is_dir() else file

@@ -19,7 +19,7 @@ from loratool.deltas.base import Delta
 from loratool.errors import Unsupported
 from loratool.files.layout import open_layout
 from loratool.formats.table import FORMATS, Format
-from loratool.keys.detect import detect, named_like
+from loratool.keys.detect import archs_by_name, detect
 from loratool.keys.listing import read_listing
 from loratool.keys.places import inputs_of
 from loratool.verbs.convert import convert
@@ -94,7 +94,7 @@ def filled(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
 
 def arch_of(path: Path) -> str:
     """The architecture that explains the names; of several alike, any."""
-    return named_like([group.module for group in read_listing(path).groups])[0].name
+    return archs_by_name([group.module for group in read_listing(path).groups])[0].name
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from loratool import WeightedAdapter
 from loratool.cli import short_of_memory
-from loratool.cli.options import weighted
+from loratool.cli.options import parse_weighted_adapter
 from loratool.cli.render import progress_bar
 from loratool.files.strict_json import strict_json
 from loratool.text import LONGEST, count, safe
@@ -188,7 +188,7 @@ def test_nothing_from_outside_controls_a_terminal(text: str) -> None:
 @settings(max_examples=examples(100))
 def test_a_strength_is_what_follows_the_last_colon(name: str, strength: float) -> None:
     assume(name != "-")
-    assert weighted(f"{name}:{strength!r}") == WeightedAdapter(Path(name), strength)
+    assert parse_weighted_adapter(f"{name}:{strength!r}") == WeightedAdapter(Path(name), strength)
 
 
 JSON = st.recursive(

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from loratool import LoratoolError, inspect
 from loratool.files.header import read_header
-from loratool.verbs.hash import file_hashes
-from loratool.verbs.meta.meta import copy_metadata, delete_metadata, metadata_of, set_metadata, strip_metadata
+from loratool.verbs.hash import hash_file
+from loratool.verbs.meta.meta import copy_metadata, delete_metadata, read_metadata, set_metadata, strip_metadata
 from tests.conftest import FIXTURES, Run, examples
 from tests.models import kohya
 
@@ -64,11 +64,11 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 @settings(max_examples=examples(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_value_is_stored_as_it_is_and_the_tensors_stay(file: Path, values: dict[str, str]) -> None:
     values = {key: value for key, value in values.items() if not key.startswith("modelspec.")}
-    data, before = data_of(file), metadata_of(file)
+    data, before = data_of(file), read_metadata(file)
     set_metadata(file, values, file.with_name("b"), overwrite=True)
     set_metadata(file, values)
     for path in (file, file.with_name("b")):
-        assert metadata_of(path) == before | values
+        assert read_metadata(path) == before | values
         assert data_of(path) == data
         with safetensors.safe_open(path, "pt") as opened:
             assert opened.metadata() == before | values
@@ -78,29 +78,29 @@ def test_keys_are_deleted_copied_and_stripped(file: Path) -> None:
     other = file.with_name("other.safetensors")
     safetensors.torch.save_file(kohya({"lora_unet_k": (8, 8)}, 2, 1.0), other, {"mine": "1", "format": "pt"})
     report = delete_metadata(file, ["ss_*", "ot_config"])
-    assert metadata_of(file).keys() == {"modelspec.author", "modelspec.title", "modelspec.license"}
+    assert read_metadata(file).keys() == {"modelspec.author", "modelspec.title", "modelspec.license"}
     assert "ss_network_dim" in report.removed
     with pytest.raises(LoratoolError, match="has no metadata called ss_none"):
         delete_metadata(file, ["ss_none"])
     copy_metadata(file, other, ["modelspec.t*"])
-    assert metadata_of(other) == {"mine": "1", "format": "pt", "modelspec.title": "Cats, by Alice"}
+    assert read_metadata(other) == {"mine": "1", "format": "pt", "modelspec.title": "Cats, by Alice"}
     strip_metadata(other)
-    assert metadata_of(other) == {"format": "pt"}
+    assert read_metadata(other) == {"format": "pt"}
 
 
 def test_hashes_stay_true_and_are_not_copied(tmp_path: Path, invoke: Run) -> None:
     assert invoke("resize", FIXTURES / "style.safetensors", "--rank", "2", "-o", "a.safetensors").returncode == 0
     for line in ("meta set a.safetensors ss_x=y --in-place", "meta delete a.safetensors ss_* -o b.safetensors"):
         assert invoke(*line.split()).returncode == 0
-    assert all(file_hashes(tmp_path / name).true for name in ("a.safetensors", "b.safetensors"))
+    assert all(hash_file(tmp_path / name).true for name in ("a.safetensors", "b.safetensors"))
     shutil.copy(FIXTURES / "detail.safetensors", tmp_path / "c.safetensors")
     copy_metadata(tmp_path / "a.safetensors", tmp_path / "c.safetensors")
-    assert not {"sshs_model_hash", "loratool"} & metadata_of(tmp_path / "c.safetensors").keys()
+    assert not {"sshs_model_hash", "loratool"} & read_metadata(tmp_path / "c.safetensors").keys()
 
 
 def test_what_is_private_goes_and_what_was_learnt_stays(file: Path) -> None:
     report = strip_metadata(file, private=True)
-    after = metadata_of(file)
+    after = read_metadata(file)
     told = json.dumps(after, ensure_ascii=False).lower()
     for secret in ("alice", "secret", "/home", "users", "workspace", "~/"):
         assert secret not in told, secret
@@ -160,7 +160,7 @@ def test_what_readers_need_is_not_taken(tmp_path: Path, invoke: Run) -> None:
 
 def test_folders_links_and_outputs(tmp_path: Path, invoke: Run) -> None:
     assert invoke("meta", "set", LORA, "a=b", "-o", "copy").returncode == 0
-    assert metadata_of(tmp_path / "copy")["a"] == "b"
+    assert read_metadata(tmp_path / "copy")["a"] == "b"
     assert (tmp_path / "copy" / "adapter_config.json").read_bytes() == (LORA / "adapter_config.json").read_bytes()
     done = invoke("meta", "set", LORA, "a=b", "-o", "copy")
     assert "exists; pass --overwrite" in done.stderr

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 
 from loratool import Checkpoint, WeightedAdapter, merge, swap
 from loratool.errors import OutputError, Unsupported
-from loratool.files.in_place import READY, finish
+from loratool.files.in_place import READY_FOLDER, complete_interrupted_change
 from loratool.files.layout import open_layout
 from loratool.files.writer import Writer
-from loratool.numbers.rounding import steps
+from loratool.numbers.rounding import ulp
 from tests.conftest import examples
 from tests.models import Tensors, kohya, llm, peft_adapter, save
 from tests.test_merge import STEMS, base_tensors
@@ -56,7 +56,7 @@ def test_a_swap_is_the_merge_of_the_other_to_one_rounding(
             assert torch.equal(tensor, wanted[name])
             continue
         # Half a step of what was merged, and one of either result; float32's own error is some of its steps.
-        slack = (steps(merged[name]) + steps(wanted[name]) + steps(tensor)).double() / 2
+        slack = (ulp(merged[name]) + ulp(wanted[name]) + ulp(tensor)).double() / 2
         slack += 2.0**-20 * (merged[name].double().abs() + wanted[name].double().abs())
         assert bool(((tensor.double() - wanted[name].double()).abs() <= slack).all())
 
@@ -172,7 +172,7 @@ def test_a_crash_at_any_step_leaves_either_state(tmp_path: Path, monkeypatch: py
         # Whatever it was, it can be done, and leaves nothing behind once the process is gone.
         with monkeypatch.context() as patched:
             patched.setattr("loratool.files.output._alive", lambda pid: False)
-            patched.setattr("loratool.files.locks._locked", lambda descriptor: True)
+            patched.setattr("loratool.files.locks._try_lock", lambda descriptor: True)
             if seen[-1] == "old":
                 swap(victim, [files.a], [files.b], None)
             else:
@@ -209,7 +209,7 @@ def test_what_a_killed_run_left_is_swept_by_the_next(tmp_path: Path) -> None:
 
 def test_an_interrupted_change_is_finished_by_whoever_opens_it(tmp_path: Path) -> None:
     files = checkpoint(tmp_path)
-    ready = files.model / READY
+    ready = files.model / READY_FOLDER
     ready.mkdir()
     shard = sorted(files.wanted.glob("*.safetensors"))[0].name
     shutil.copy(files.wanted / shard, ready / shard)
@@ -222,12 +222,12 @@ def test_a_strangers_folder_moves_files_nowhere_else(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     root = tmp_path / "model"
-    (root / READY / "unet").mkdir(parents=True)
-    (root / READY / "unet" / "x.safetensors").write_text("evil")
-    (root / READY / "link.safetensors").symlink_to(elsewhere)
+    (root / READY_FOLDER / "unet").mkdir(parents=True)
+    (root / READY_FOLDER / "unet" / "x.safetensors").write_text("evil")
+    (root / READY_FOLDER / "link.safetensors").symlink_to(elsewhere)
     (root / "unet").symlink_to(elsewhere)
     with pytest.raises(OutputError, match="has no place in"):
-        finish(root)
+        complete_interrupted_change(root)
     assert not list(elsewhere.iterdir())
 
 

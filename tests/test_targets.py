@@ -14,7 +14,7 @@ from loratool import WeightedAdapter, merge
 from loratool.archs import ARCHS, Arch
 from loratool.files.layout import open_layout
 from loratool.formats.table import format_named
-from loratool.keys.places import Place, Targets
+from loratool.keys.places import WeightIndex, WeightRows
 from loratool.names import Module
 from tests.models import original_names, save
 from tests.test_convert import UNIT, WIDTH, made_for, rows_of, some_links
@@ -112,9 +112,9 @@ def test_experts_apart_are_found_whole_beside_the_names_of_their_stacks(tmp_path
     """gate_up_proj is both tensors, one after the other; gate_proj and up_proj stay the whole of their own."""
     expert = "model.layers.0.mlp.experts.0"
     base = {f"{expert}.gate_proj.weight": torch.zeros(6, 4), f"{expert}.up_proj.weight": torch.zeros(6, 4)}
-    targets = Targets(open_layout(save(tmp_path / "base.safetensors", base)))
+    targets = WeightIndex(open_layout(save(tmp_path / "base.safetensors", base)))
 
     places = {name: targets.find(Module("", f"{expert}.{name}", name)) for name in ("gate_proj", "up_proj", "gate_up_proj")}
 
-    gate, up = (Place(f"{expert}.{name}.weight", 0, 6) for name in ("gate_proj", "up_proj"))
+    gate, up = (WeightRows(f"{expert}.{name}.weight", 0, 6) for name in ("gate_proj", "up_proj"))
     assert places == {"gate_proj": (gate,), "up_proj": (up,), "gate_up_proj": (gate, up)}

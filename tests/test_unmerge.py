@@ -22,10 +22,10 @@ from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import Strength
 from loratool.errors import InvalidFile, OutputError, Unsupported
 from loratool.files.layout import open_layout
-from loratool.numbers.residuals import packed, unpacked
-from loratool.numbers.rounding import INTEGERS, neighbours
+from loratool.numbers.residuals import pack_residual, unpack_residual
+from loratool.numbers.rounding import INTEGERS, adjacent_values
 from loratool.verbs.merge import blocks as streaming
-from loratool.verbs.merge.added import Added
+from loratool.verbs.merge.added import PlannedChange
 from loratool.verbs.merge.plan import MergeInput, make_plan
 from tests.conftest import examples
 from tests.models import Tensors, kohya, llm, peft_adapter, save
@@ -65,7 +65,7 @@ def test_what_was_packed_is_unpacked_to_the_bit(dtype: torch.dtype, seed: int, c
     if near:
         guess = (values.double() * (1 + 0.01 * torch.randn(count, generator=generator))).to(dtype)
 
-    again = unpacked(packed(values, guess), guess)
+    again = unpack_residual(pack_residual(values, guess), guess)
 
     assert torch.equal(again.view(INTEGERS[width]), values.view(INTEGERS[width]))
 
@@ -74,24 +74,24 @@ def test_what_was_packed_is_unpacked_to_the_bit(dtype: torch.dtype, seed: int, c
 @settings(max_examples=examples(200), deadline=None)
 def test_what_was_never_packed_is_an_error(raw: bytes, count: int) -> None:
     guess = torch.zeros(count, dtype=torch.bfloat16)
-    good = packed(guess + 1, guess)
+    good = pack_residual(guess + 1, guess)
     with pytest.raises(InvalidFile, match="damaged"):
-        unpacked(raw, guess)
+        unpack_residual(raw, guess)
     with pytest.raises(InvalidFile, match="damaged"):
-        unpacked(good, torch.zeros(count + 9, dtype=torch.bfloat16))
+        unpack_residual(good, torch.zeros(count + 9, dtype=torch.bfloat16))
 
 
 def test_what_is_unpacked_is_never_more_than_was_asked_for() -> None:
-    bomb = packed(torch.zeros(1 << 24, dtype=torch.bfloat16), torch.zeros(1 << 24, dtype=torch.bfloat16))
+    bomb = pack_residual(torch.zeros(1 << 24, dtype=torch.bfloat16), torch.zeros(1 << 24, dtype=torch.bfloat16))
     assert len(bomb) < 2000
     with pytest.raises(InvalidFile, match="damaged"):
-        unpacked(bomb, torch.zeros(4, dtype=torch.bfloat16))
+        unpack_residual(bomb, torch.zeros(4, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_neighbours_have_nothing_between_them(dtype: torch.dtype) -> None:
     values = torch.tensor([0.0, -0.0, 1.0, -1.0, 0.75, -2.0]).to(dtype)
-    below, above = (each.double() for each in neighbours(values))
+    below, above = (each.double() for each in adjacent_values(values))
     middle = values.double()
     assert bool((below < middle).all())
     assert bool((middle < above).all())
@@ -190,7 +190,7 @@ def test_equal_merges_write_equal_undo_files_whatever_the_threads(tmp_path: Path
     monkeypatch.setattr(streaming, "TASK_BYTES", 1 << 17)
     monkeypatch.setattr(streaming, "BLOCK_BYTES", 1 << 15)
     for workers in (1, 4):
-        monkeypatch.setattr("loratool.numbers.threads.MOST", workers)
+        monkeypatch.setattr("loratool.numbers.threads.MOST_THREADS", workers)
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
         out = tmp_path / f"{workers}.safetensors"
         merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], out, undo=tmp_path / f"u{workers}")
@@ -341,7 +341,7 @@ def test_every_number_that_subtraction_misses_is_counted(
     plan = make_plan(
         open_layout(folder / "m.safetensors"), [MergeInput(load(folder / "a.safetensors"), Strength(-strength))]
     )
-    column = Added(plan.tensors["fc.weight"])
+    column = PlannedChange(plan.tensors["fc.weight"])
     rows = torch.tensor([column.doubtful(merged[row : row + 1], row, by_chance=stochastic) for row in range(24)])
     assert report.doubtful == int(rows.sum())
     assert bool((missed.sum(1) <= rows).all())

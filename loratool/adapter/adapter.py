@@ -28,7 +28,7 @@ class Change:
     parameter: str
     delta: Delta
     optional: bool = False
-    apart: tuple[Change, ...] = ()
+    per_expert: tuple[Change, ...] = ()
     keys: tuple[str, ...] = ()
     zero: bool = False
 
@@ -51,7 +51,7 @@ def with_one_expert_rank(changes: Sequence[Change]) -> list[Change]:
 class Adapter:
     """The changes that an adapter makes, in the order in which those to one weight are to be made.
 
-    `tied` says that its embedding and head are one (PEFT's ensure_weight_tying). `passengers` are tensors that travel with
+    `tied` says that its embedding and head are one (PEFT's ensure_weight_tying). `extras` are tensors that travel with
     it and change no weight, `alphas` the file's own, both by key. `config` is PEFT's adapter_config.json, if there is one,
     and `file` what it was read from, None of an adapter that was computed.
     """
@@ -60,9 +60,9 @@ class Adapter:
     changes: tuple[Change, ...]
     metadata: Mapping[str, str]
     tied: bool = False
-    passengers: Mapping[str, Tensor] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
     alphas: Mapping[str, Tensor] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     file: AdapterFile | None = None
 

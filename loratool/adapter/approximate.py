@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from loratool.adapter.adapter import Adapter, Change
-from loratool.base.base import Weights, open_base
+from loratool.base.base import BaseCheckpoint, open_base
 from loratool.base.effects import Effect, effect_of
 from loratool.deltas.base import Delta
 from loratool.deltas.lora import Embedding, LoRA
 from loratool.deltas.schema import BIAS, WEIGHT
-from loratool.errors import NeedsBase, Unsupported, about, of_file
+from loratool.errors import NeedsBase, Unsupported, error_context, error_in_file
 from loratool.files.header import stored_dtype
 from loratool.files.tensors import DTYPES
-from loratool.numbers.budgets import Market, within_error
-from loratool.numbers.devices import Lanes, lanes
-from loratool.numbers.factor import Factored, Storage, factored, offered, refactored
-from loratool.numbers.linalg import Core
-from loratool.numbers.ranks import Budget, Offer, Rule
-from loratool.numbers.threads import results
+from loratool.numbers.budgets import RankAllocator, within_error
+from loratool.numbers.devices import DevicePool, open_devices
+from loratool.numbers.factor import Storage, StoredFactors, candidate_of, factorise, recompress
+from loratool.numbers.linalg import ProductSVD
+from loratool.numbers.ranks import Budget, RankCandidate, Rule
+from loratool.numbers.threads import map_on_threads
 
 Keep = Callable[[Delta], bool]
 """Which deltas stay what they are."""
@@ -37,7 +37,7 @@ def fits_lora_file(delta: Delta) -> bool:
     return delta.fits_lora_file
 
 
-def no_lora(delta: Delta) -> bool:
+def keeps_its_rank(delta: Delta) -> bool:
     """Of what a file of LoRA holds as it is: all whose rank cannot be another."""
     return delta.fits_lora_file and not delta.resizable
 
@@ -47,7 +47,7 @@ NOTHING: Final = Rule("rank", 1, most=0)
 
 
 @dataclass(frozen=True, slots=True)
-class Converted:
+class ApproximatedModule:
     """One module that became a LoRA: its kind before, its rank now, ‖ΔW‖, and ‖ΔW − LoRA‖ / ‖ΔW‖."""
 
     name: str
@@ -57,11 +57,11 @@ class Converted:
     error: float
 
 
-Lowered = dict[int, tuple[Converted, Delta]]
+ApproximatedDeltas = dict[int, tuple[ApproximatedModule, Delta]]
 """By the number of a change: what became of it, and the LoRA; one of rank 0 where nothing is left."""
 
 
-class Lowering:
+class Approximation:
     """An adapter whose deltas become LoRA: those to lower, by number, and those that are `kept`."""
 
     def __init__(
@@ -69,17 +69,17 @@ class Lowering:
         adapter: Adapter,
         dtype: str | None,
         keep: Keep,
-        weights: Weights | None,
+        weights: BaseCheckpoint | None,
         *,
-        on: Lanes,
+        devices: DevicePool,
         weigh: bool = False,
     ) -> None:
-        self.adapter, self.dtype, self.weights, self.lanes = adapter, stored_dtype(dtype), weights, on
+        self.adapter, self.dtype, self.weights, self.devices = adapter, stored_dtype(dtype), weights, devices
         self.numbers: list[int] = []
         self.kept: list[Change] = []
         for number, change in enumerate(adapter.changes):
             if change.optional:
-                with of_file(adapter.path):
+                with error_in_file(adapter.path):
                     _refuse_bias(change, weights)
             elif keep(change.delta) or change.parameter == BIAS or len(change.delta.shape) < 2:
                 self.kept.append(change)
@@ -87,27 +87,27 @@ class Lowering:
                 self.numbers.append(number)
         self.worth = {number: self._worth(number) if weigh else 1.0 for number in self.numbers}
 
-    def lowered(self, rule: Rule | Mapping[int, Rule]) -> Lowered:
+    def approximate(self, rule: Rule | Mapping[int, Rule]) -> ApproximatedDeltas:
         """Every delta to lower as a LoRA, by one rule or each by its own."""
 
-        def one(number: int) -> tuple[Converted, Delta]:
+        def one(number: int) -> tuple[ApproximatedModule, Delta]:
             change = self.adapter.changes[number]
             mine = rule if isinstance(rule, Rule) else rule[number]
             storage = Storage(self._stored_as(change))
 
-            def compute(device: torch.device) -> tuple[Converted, Delta]:
+            def compute(device: torch.device) -> tuple[ApproximatedModule, Delta]:
                 delta, figures = _low_rank(change, _effect(change, self.weights, device), mine, storage)
                 return figures, delta
 
-            return self.lanes.one(str(change), compute)
+            return self.devices.run_one(str(change), compute)
 
-        return dict(zip(self.numbers, results(partial(one, number) for number in self.numbers), strict=True))
+        return dict(zip(self.numbers, map_on_threads(partial(one, number) for number in self.numbers), strict=True))
 
-    def within(self, budget: Budget, size: Callable[[Lowered], int]) -> Lowered:
+    def within(self, budget: Budget, size: Callable[[ApproximatedDeltas], int]) -> ApproximatedDeltas:
         """Every delta to lower at the rank that its share of the budget buys; `size` is that of the output."""
-        market = Market(self.numbers, self.offers, budget)
+        market = RankAllocator(self.numbers, self.offers, budget)
         if budget.nbytes is not None:
-            return self._at(market.within_bytes(budget.nbytes, lambda ranks: size(self.imagined(ranks))))
+            return self._at(market.within_bytes(budget.nbytes, lambda ranks: size(self.placeholders(ranks))))
         return within_error(
             budget.error or 0.0,
             market.total,
@@ -122,13 +122,13 @@ class Lowering:
         dtypes = [tensor.dtype for tensor in change.delta.leaves().values() if tensor.is_floating_point()]
         return max(dtypes, key=lambda dtype: dtype.itemsize)
 
-    def _at(self, ranks: Mapping[int, int]) -> Lowered:
+    def _at(self, ranks: Mapping[int, int]) -> ApproximatedDeltas:
         rules = {number: Rule("rank", rank) for number, rank in ranks.items()}
-        return self.lowered(dict.fromkeys(self.numbers, NOTHING) | rules)
+        return self.approximate(dict.fromkeys(self.numbers, NOTHING) | rules)
 
-    def offers(self, rules: Mapping[int, Rule]) -> dict[int, Offer]:
+    def offers(self, rules: Mapping[int, Rule]) -> dict[int, RankCandidate]:
         """What the ranks of modules are worth, as far as each one's rule looks."""
-        offers = results(partial(self._offer, number, rule) for number, rule in rules.items())
+        offers = map_on_threads(partial(self._offer, number, rule) for number, rule in rules.items())
         return dict(zip(rules, offers, strict=True))
 
     def _worth(self, number: int) -> float:
@@ -139,37 +139,40 @@ class Lowering:
         norm = float(self.weights.of(change.module).float().norm())
         return 1 / norm if norm else 0.0
 
-    def _offer(self, number: int, rule: Rule) -> Offer:
+    def _offer(self, number: int, rule: Rule) -> RankCandidate:
         change = self.adapter.changes[number]
-        return self.lanes.one(str(change), partial(self._offered, number, rule))
+        return self.devices.run_one(str(change), partial(self._offered, number, rule))
 
-    def _offered(self, number: int, rule: Rule, device: torch.device) -> Offer:
+    def _offered(self, number: int, rule: Rule, device: torch.device) -> RankCandidate:
         change = self.adapter.changes[number]
         delta = _effect(change, self.weights, device)
         each, worth = self._stored_as(change).itemsize, self.worth[number]
         if delta.factors:
-            core = Core(*delta.factors)
+            core = ProductSVD(*delta.factors)
             cost = len(delta.factors[0]) + delta.factors[1].shape[1]
-            return Offer(core.sigma.cpu() * worth, True, cost * each, float(core.squares.sum()) * worth**2)
+            return RankCandidate(core.sigma.cpu() * worth, True, cost * each, float(core.squares.sum()) * worth**2)
         seen = replace(rule, value=rule.value / worth) if rule.method == "threshold" and worth else rule
-        offer = offered(delta.dense().flatten(1), seen, each)
+        offer = candidate_of(delta.dense().flatten(1), seen, each)
         return replace(offer, sigma=offer.sigma * worth, total=offer.total * worth**2)
 
-    def imagined(self, ranks: Mapping[int, int]) -> Lowered:
+    def placeholders(self, ranks: Mapping[int, int]) -> ApproximatedDeltas:
         """What would be written at these ranks, with room in place of numbers."""
-        done: Lowered = {}
+        done: ApproximatedDeltas = {}
         for number, asked in ranks.items():
             change = self.adapter.changes[number]
-            flattened = self.weights is not None and change.delta.flattened
+            flattened = self.weights is not None and change.delta.kernel_flattened
             shape = self.weights.shape_of(change.module) if flattened and self.weights else change.delta.shape
             nothing = torch.zeros(1, dtype=self._stored_as(change))
             rank = min(asked, shape[0], math.prod(shape[1:]))
-            done[number] = Converted(str(change), change.delta.kind, rank, 0.0, 0.0), room_for(shape, rank, nothing)
+            done[number] = (
+                ApproximatedModule(str(change), change.delta.kind, rank, 0.0, 0.0),
+                placeholder_lora(shape, rank, nothing),
+            )
         return done
 
 
-def lowered_adapter(work: Lowering, done: Lowered) -> Adapter:
-    """The adapter with its lowered deltas in the place of what they were, but for those that nothing is left of."""
+def approximated_adapter(work: Approximation, done: ApproximatedDeltas) -> Adapter:
+    """The adapter with approximated deltas in the place of what they were, but for those that nothing is left of."""
     changes = [
         Change(change.module, WEIGHT, done[number][1]) if number in done else change
         for number, change in enumerate(work.adapter.changes)
@@ -178,7 +181,7 @@ def lowered_adapter(work: Lowering, done: Lowered) -> Adapter:
     return replace(work.adapter, changes=tuple(changes))
 
 
-def _refuse_bias(change: Change, weights: Weights | None) -> None:
+def _refuse_bias(change: Change, weights: BaseCheckpoint | None) -> None:
     """PEFT's (IA)³ multiplies the bias of a layer that has one, which a LoRA cannot."""
     if weights is None:
         raise NeedsBase(f"{change}: may multiply a bias, which only the base can tell; pass `base=`")
@@ -186,38 +189,40 @@ def _refuse_bias(change: Change, weights: Weights | None) -> None:
         raise Unsupported(f"{change}: (IA)³ multiplies this layer's bias too, which a LoRA cannot hold; merge it instead")
 
 
-def _effect(change: Change, weights: Weights | None, device: torch.device) -> Effect:
+def _effect(change: Change, weights: BaseCheckpoint | None, device: torch.device) -> Effect:
     """What a change of a weight adds to it."""
-    with about(change):
-        delta = change.delta.made()
+    with error_context(change):
+        delta = change.delta.materialise()
         if delta.stacked:
             raise Unsupported("is a LoRA on stacked experts, which only PEFT's target_parameters can hold")
         return effect_of(delta, change.module, change.parameter, weights, device)
 
 
-def _low_rank(change: Change, delta: Effect, rule: Rule, storage: Storage) -> tuple[Delta, Converted]:
+def _low_rank(change: Change, delta: Effect, rule: Rule, storage: Storage) -> tuple[Delta, ApproximatedModule]:
     """A LoRA as it is to be stored, and how far its product is from the delta."""
     rule = rule.of(delta.shape)
-    with about(change):
+    with error_context(change):
         found = (
-            refactored(*delta.factors, rule, storage) if delta.factors else factored(delta.dense().flatten(1), rule, storage)
+            recompress(*delta.factors, rule, storage)
+            if delta.factors
+            else factorise(delta.dense().flatten(1), rule, storage)
         )
         found = found.padded(rule.padded(found.rank))
     error = found.error / found.norm if found.norm else 0.0
-    figures = Converted(str(change), change.delta.kind, found.rank, found.norm, error)
+    figures = ApproximatedModule(str(change), change.delta.kind, found.rank, found.norm, error)
     if "embedding_down" in change.delta.leaves():
         # PEFT adds the product of an embedding's factors transposed.
         return Embedding(found.up.T.contiguous(), found.down.T.contiguous(), 1.0), figures
     return as_lora(found, delta.shape), figures
 
 
-def room_for(shape: tuple[int, ...], rank: int, nothing: Tensor) -> LoRA:
+def placeholder_lora(shape: tuple[int, ...], rank: int, nothing: Tensor) -> LoRA:
     """A LoRA of that rank on a weight of `shape` that has a size, and no memory: all its numbers are `nothing`."""
     ones = (1,) * len(shape[2:])
     return LoRA(nothing.expand(rank, *shape[1:]), nothing.expand(shape[0], rank, *ones), None, 1.0)
 
 
-def as_lora(found: Factored, shape: tuple[int, ...]) -> LoRA:
+def as_lora(found: StoredFactors, shape: tuple[int, ...]) -> LoRA:
     """The factors of a weight of `shape`, (out, in, *kernel), with the kernel in `down`, and scale 1."""
     kernel = shape[2:]
     ones = (1,) * len(kernel)
@@ -225,17 +230,22 @@ def as_lora(found: Factored, shape: tuple[int, ...]) -> LoRA:
     return LoRA(down, found.up.reshape(*found.up.shape, *ones).contiguous(), None, 1.0)
 
 
-def lower(
-    adapter: Adapter, rule: Rule, dtype: str | None = None, *, base: str | Path | Weights | None = None, device: str = "cpu"
-) -> tuple[Adapter, list[Converted]]:
+def approximate_adapter(
+    adapter: Adapter,
+    rule: Rule,
+    dtype: str | None = None,
+    *,
+    base: str | Path | BaseCheckpoint | None = None,
+    device: str = "cpu",
+) -> tuple[Adapter, list[ApproximatedModule]]:
     """The adapter with every delta on a matrix or a kernel that a LoRA file cannot hold as a LoRA of scale 1, and what
     became of each."""
-    work = Lowering(adapter, dtype, fits_lora_file, open_base(base), on=lanes(device, doubles=True))
-    done = work.lowered(rule)
-    return lowered_adapter(work, done), [figures for figures, _ in done.values()]
+    work = Approximation(adapter, dtype, fits_lora_file, open_base(base), devices=open_devices(device, doubles=True))
+    done = work.approximate(rule)
+    return approximated_adapter(work, done), [figures for figures, _ in done.values()]
 
 
-def error_of(converted: Sequence[Converted]) -> float:
+def error_of(converted: Sequence[ApproximatedModule]) -> float:
     """The relative error over all modules."""
     left = sum((module.error * module.norm) ** 2 for module in converted) ** 0.5
     whole = sum(module.norm**2 for module in converted) ** 0.5

@@ -15,20 +15,20 @@ from torch import Tensor
 from loratool.adapter.adapter import Adapter, Change
 from loratool.deltas.registry import build_part
 from loratool.deltas.schema import BIAS, Given
-from loratool.errors import InvalidAdapter, NonFinite, Unsupported, about, some
+from loratool.errors import InvalidAdapter, NonFinite, Unsupported, error_context, first_few
 from loratool.files.adapter_files import CONFIG_NAME, PICKLE_SUFFIXES, adapter_file, identity_of, locate
 from loratool.files.header import TensorInfo
 from loratool.files.layout import Layout
-from loratool.files.pickles import unpickled
+from loratool.files.pickles import open_pickle
 from loratool.files.tensors import FLOATS, TensorFile
 from loratool.formats.peft import PeftConfig
 from loratool.keys.detect import is_language_model
-from loratool.keys.listing import Group, Listing, listing, open_input, read_listing, require_adapter
+from loratool.keys.listing import AdapterListing, ModuleLeaves, list_adapter, open_input, read_listing, require_adapter
 from loratool.names import CONTAINER
 from loratool.numbers.linalg import all_finite, bounds
-from loratool.numbers.threads import results
+from loratool.numbers.threads import map_on_threads
 
-INTEGERS: Final = (".on_input", ".reshape_weight")
+_INTEGERS: Final = (".on_input", ".reshape_weight")
 """Leaves that hold whole numbers."""
 
 
@@ -52,8 +52,8 @@ def load(path: str | Path, *, allow_pickle: bool = False, assume: Assumptions | 
     weights, _ = locate(path)
     if allow_pickle and weights.suffix in PICKLE_SUFFIXES:
         who = identity_of(weights)
-        with unpickled(weights) as header:
-            return load_listing(listing(adapter_file(path, header, who)), assume)
+        with open_pickle(weights) as header:
+            return load_listing(list_adapter(adapter_file(path, header, who)), assume)
     return load_listing(read_listing(path), assume)
 
 
@@ -70,7 +70,7 @@ def open_source(source: Adapter | str | Path, *, allow_pickle: bool = False, ass
     return source if isinstance(source, Adapter) else load(source, allow_pickle=allow_pickle, assume=assume)
 
 
-def load_listing(found: Listing, assume: Assumptions | None = None) -> Adapter:
+def load_listing(found: AdapterListing, assume: Assumptions | None = None) -> Adapter:
     """`load` of an adapter whose header was read already."""
     assume = assume or Assumptions()
     if assume.alpha is not None and not found.configs:
@@ -81,16 +81,16 @@ def load_listing(found: Listing, assume: Assumptions | None = None) -> Adapter:
     alphas = found.alphas()
     with TensorFile(found.header) as file:
         changes = _all_changes(found, file, alphas, assume)
-        passengers = {name: file.read(found.header.tensors[name]) for name in found.passengers}
+        extras = {name: file.read(found.header.tensors[name]) for name in found.extras}
         stored = {name: file.read(found.header.tensors[name]) for name in alphas}
     tied = any(config.tied for config in found.configs.values())
-    notes = tuple(f"{found.path}: {note}" for note in _assumed(found, changes))
+    notes = tuple(f"{found.path}: {note}" for note in _assumptions_of(found, changes))
     return Adapter(
         found.path,
         tuple(changes),
         found.header.metadata,
         tied,
-        passengers,
+        extras,
         stored,
         notes,
         found.file.config,
@@ -98,17 +98,19 @@ def load_listing(found: Listing, assume: Assumptions | None = None) -> Adapter:
     )
 
 
-def _all_changes(found: Listing, file: TensorFile, alphas: Mapping[str, float | None], assume: Assumptions) -> list[Change]:
+def _all_changes(
+    found: AdapterListing, file: TensorFile, alphas: Mapping[str, float | None], assume: Assumptions
+) -> list[Change]:
     """The changes of all modules, in the file's order, read by a few threads."""
 
-    def read(group: Group) -> list[Change]:
-        with about(f"{found.path}: {group.module}"):
+    def read(group: ModuleLeaves) -> list[Change]:
+        with error_context(f"{found.path}: {group.module}"):
             return _changes(found, group, file, alphas, assume)
 
-    return list(chain.from_iterable(results(partial(read, group) for group in found.groups)))
+    return list(chain.from_iterable(map_on_threads(partial(read, group) for group in found.groups)))
 
 
-class Stored:
+class LazyAdapter:
     """An adapter on the disk, whose changes are read module by module, each time they are asked for. Use it in a `with`."""
 
     def __init__(self, path: Path) -> None:
@@ -131,25 +133,25 @@ class Stored:
         return _changes(self._found, group, self._file, self._alphas, Assumptions()) if group else []
 
 
-def _stem(found: Listing, group: Group) -> str:
+def _stem(found: AdapterListing, group: ModuleLeaves) -> str:
     """The stem of what a group changes: of stacked experts that of the parameter, not of the module that holds it."""
     config = found.config(group.module)
     parameter = config.parameter_of(group.module.path) if config else None
     return CONTAINER + parameter if parameter else group.module.stem
 
 
-def _assumed(found: Listing, changes: list[Change]) -> Iterator[str]:
+def _assumptions_of(found: AdapterListing, changes: list[Change]) -> Iterator[str]:
     """What was taken for granted because neither the file nor the user says it, and modules that come to nothing."""
     if found.lacks_config:
         yield f"has PEFT's names without {CONFIG_NAME}; its scale is taken to be 1 (`Assumptions(alpha=)` says otherwise)"
     nothing = [str(change) for change in changes if change.zero]
     if nothing:
-        yield f"{len(nothing)} of {len(changes)} modules change nothing, being zero: {some(nothing)}"
+        yield f"{len(nothing)} of {len(changes)} modules change nothing, being zero: {first_few(nothing)}"
     yield from dict.fromkeys(words for change in changes for words in change.delta.assumptions())
 
 
 def _changes(
-    found: Listing, group: Group, file: TensorFile, alphas: Mapping[str, float | None], assume: Assumptions
+    found: AdapterListing, group: ModuleLeaves, file: TensorFile, alphas: Mapping[str, float | None], assume: Assumptions
 ) -> list[Change]:
     given = Given(alpha=assume.alpha, slots=assume.slots)
     changes = []
@@ -167,7 +169,7 @@ def _changes(
     return sorted(changes, key=lambda change: not change.delta.replaces)
 
 
-def _of_experts(change: Change, found: Listing) -> Change:
+def _of_experts(change: Change, found: AdapterListing) -> Change:
     """A change of a stacked weight, at the path of the parameter, and the changes of its experts' own weights."""
     config = found.config(change.module)
     parameter = config and config.parameter_of(change.module.path)
@@ -177,11 +179,11 @@ def _of_experts(change: Change, found: Listing) -> Change:
         Change(replace(change.module, path=f"{block}.{expert}.{name}"), change.parameter, delta)
         for expert, delta in enumerate(change.delta.per_expert())
     ]
-    return replace(change, module=replace(change.module, path=parameter), apart=tuple(apart), zero=False)
+    return replace(change, module=replace(change.module, path=parameter), per_expert=tuple(apart), zero=False)
 
 
 def _read(file: TensorFile, info: TensorInfo) -> Tensor:
-    if info.dtype not in FLOATS and not info.name.endswith(INTEGERS):
+    if info.dtype not in FLOATS and not info.name.endswith(_INTEGERS):
         raise Unsupported(f"{info.name} has dtype {info.dtype}, expected floating-point numbers")
     tensor = file.read(info)
     if not all_finite(tensor):

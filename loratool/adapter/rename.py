@@ -11,13 +11,13 @@ from loratool.adapter.adapter import Change
 from loratool.archs.links import Link
 from loratool.deltas.base import Delta, stack
 from loratool.deltas.schema import ANY
-from loratool.errors import InvalidAdapter, Unsupported, about
+from loratool.errors import InvalidAdapter, Unsupported, error_context
 from loratool.keys.routes import Route
 from loratool.names import Module
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class RenamedDelta:
     """A delta under its new name: the component's `prefix` and the `path` behind it; `sources` are what it came from, one
     where only its name is new."""
 
@@ -44,47 +44,47 @@ class _Piece:
         return self.prefix, self.link.whole, self.change.parameter, self.delta.kind
 
 
-def renamed(changes: Sequence[Change], ways: Mapping[Module, Route]) -> list[Moved]:
+def rename_changes(changes: Sequence[Change], routes: Mapping[Module, Route]) -> list[RenamedDelta]:
     """Every change under its new name, exactly; raises `LoratoolError` for what has no exact form there."""
-    moved: list[Moved] = []
+    moved: list[RenamedDelta] = []
     pieces: list[_Piece] = []
     for change in changes:
-        if change.apart:
+        if change.per_expert:
             raise Unsupported(f"{change}: is a LoRA on stacked experts, which only PEFT's target_parameters can hold")
-        route = ways[change.module]
-        with _explained(change):
+        route = routes[change.module]
+        with _explain_errors(change):
             if route.renames:
-                delta = exchanged(change.delta) if route.swapped else change.delta
-                moved.append(Moved(route.prefix, route.targets[0][0], change.parameter, delta, (change,)))
+                delta = swap_halves(change.delta) if route.swapped else change.delta
+                moved.append(RenamedDelta(route.prefix, route.targets[0][0], change.parameter, delta, (change,)))
                 continue
             targets = dict(zip(route.read.parts, route.targets, strict=True))
-            for part, delta in _apart(change, route):
+            for part, delta in _changes_of_experts(change, route):
                 whole, link = targets[part]
                 if link and len(link.parts) > 1:
                     pieces.append(_Piece(route.prefix, link, part, delta, change))
                 else:
-                    moved.append(Moved(route.prefix, whole, change.parameter, turned(delta, link), (change,)))
+                    moved.append(RenamedDelta(route.prefix, whole, change.parameter, cross_link(delta, link), (change,)))
     pieces.sort(key=lambda piece: piece.place)
-    return moved + [_stacked(list(group)) for _, group in groupby(pieces, key=lambda piece: piece.place)]
+    return moved + [_stack(list(group)) for _, group in groupby(pieces, key=lambda piece: piece.place)]
 
 
-def _apart(change: Change, route: Route) -> list[tuple[str, Delta]]:
+def _changes_of_experts(change: Change, route: Route) -> list[tuple[str, Delta]]:
     """The deltas of a module's parts in diffusers' naming, without those that nothing changes, where another is."""
     link = route.read.link
     if link is None or len(link.parts) == 1:
-        return [(route.read.parts[0], turned(change.delta, link))]
-    whole = cut(change.delta, link.sizes)
+        return [(route.read.parts[0], cross_link(change.delta, link))]
+    whole = split_delta(change.delta, link.sizes)
     if any(type(part) is not type(change.delta) for part in whole):
         raise Unsupported(
             f"a {change.delta.kind} whose blocks do not end where the parts do can be cut only as a dense difference"
         )
-    trimmed = [part.trimmed() for part in whole]
+    trimmed = [part.without_zero_ranks() for part in whole]
     if not any(trimmed):
         return list(zip(link.parts, whole, strict=True))
     return [(name, part) for name, part in zip(link.parts, trimmed, strict=True) if part]
 
 
-def cut(delta: Delta, sizes: Sequence[int]) -> list[Delta]:
+def split_delta(delta: Delta, sizes: Sequence[int]) -> list[Delta]:
     """`delta` in pieces of rows in the ratio `sizes`."""
     rows = delta.shape[0]
     if rows == ANY:
@@ -96,10 +96,10 @@ def cut(delta: Delta, sizes: Sequence[int]) -> list[Delta]:
 
 
 @contextmanager
-def _explained(what: object) -> Iterator[None]:
+def _explain_errors(what: object) -> Iterator[None]:
     """Says what an error is about, and what can be done where a delta has no exact form."""
     try:
-        with about(what):
+        with error_context(what):
             yield
     except Unsupported as error:
         raise Unsupported(
@@ -107,29 +107,29 @@ def _explained(what: object) -> Iterator[None]:
         ) from error
 
 
-def exchanged(delta: Delta) -> Delta:
+def swap_halves(delta: Delta) -> Delta:
     """`delta` with the two halves of its output in the opposite order."""
-    return stack(cut(delta, (1, 1))[::-1])
+    return stack(split_delta(delta, (1, 1))[::-1])
 
 
-def turned(delta: Delta, link: Link | None) -> Delta:
+def cross_link(delta: Delta, link: Link | None) -> Delta:
     """`delta` across `link`, in either direction: with its halves exchanged where the link says so."""
-    return exchanged(delta) if link and link.swapped else delta
+    return swap_halves(delta) if link and link.swapped else delta
 
 
-def _stacked(pieces: Sequence[_Piece]) -> Moved:
+def _stack(pieces: Sequence[_Piece]) -> RenamedDelta:
     """The delta of a module that is made of several, with nothing in the place of those that are not changed."""
     first, link = pieces[0], pieces[0].link
     deltas: dict[str, Delta | None] = {piece.part: piece.delta for piece in pieces}
-    with _explained(f"{link.whole}, made of {', '.join(str(piece.change.module) for piece in pieces)}"):
+    with _explain_errors(f"{link.whole}, made of {', '.join(str(piece.change.module) for piece in pieces)}"):
         if len(deltas) < len(pieces):
             raise Unsupported("two deltas of one kind on the same part")
-        whole = joined(link, deltas)
+        whole = stack_parts(link, deltas)
         assert whole is not None
-        return Moved(first.prefix, link.whole, first.change.parameter, whole, tuple(piece.change for piece in pieces))
+        return RenamedDelta(first.prefix, link.whole, first.change.parameter, whole, tuple(piece.change for piece in pieces))
 
 
-def joined(link: Link, deltas: Mapping[str, Delta | None]) -> Delta | None:
+def stack_parts(link: Link, deltas: Mapping[str, Delta | None]) -> Delta | None:
     """The delta of a stacked module from those of its parts, with nothing in the place of those that are not changed."""
     name, given = next(((name, delta) for name, delta in deltas.items() if delta), ("", None))
     if given is None:

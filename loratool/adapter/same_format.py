@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from loratool.adapter.adapter import Adapter, Change
-from loratool.deltas.base import or_one
+from loratool.deltas.base import scale_or_one
 from loratool.errors import Unsupported
-from loratool.files.adapter_writer import Contents
+from loratool.files.adapter_writer import AdapterContents
 from loratool.files.tensors import TensorFile
 from loratool.formats import kohya
 from loratool.formats.peft_writer import LoraFacts, lora_document, with_targets
@@ -27,7 +27,7 @@ HASH_KEY: Final = "modelspec.hash_sha256"
 EMBEDDING_NAMES: Final = {"embedding_down": "lora_embedding_A", "embedding_up": "lora_embedding_B"}
 
 
-def named_tensors(change: Change) -> dict[str, Tensor]:
+def lora_tensors(change: Change) -> dict[str, Tensor]:
     """A new LoRA's tensors under the names that the adapter's own spelling of the module calls for."""
     stem, leaves = change.module.stem, change.delta.leaves()
     if "embedding_down" in leaves:
@@ -38,17 +38,17 @@ def named_tensors(change: Change) -> dict[str, Tensor]:
     return tensors if dotted else tensors | {f"{stem}.alpha": torch.tensor(float(len(leaves["down"])))}
 
 
-def as_they_were(adapter: Adapter, kept: Sequence[Change]) -> dict[str, Tensor]:
-    """The tensors of changes that stay what they are, and of passengers, under their own names and to the byte."""
+def read_unchanged(adapter: Adapter, kept: Sequence[Change]) -> dict[str, Tensor]:
+    """The tensors of changes that stay what they are, and of extras, under their own names and to the byte."""
     source = adapter.file
     if source is None or source.is_pickle:
         raise Unsupported(f"{adapter.path}: is not a safetensors file with tensors to keep; convert it first")
     with TensorFile(source.header) as file:
         tensors = source.header.tensors
-        return dict(adapter.passengers) | {name: file.read(tensors[name]) for change in kept for name in change.keys}
+        return dict(adapter.extras) | {name: file.read(tensors[name]) for change in kept for name in change.keys}
 
 
-def biases(kept: Sequence[Change], converted: set[str]) -> dict[str, Tensor]:
+def rescaled_biases(kept: Sequence[Change], converted: set[str]) -> dict[str, Tensor]:
     """Biases of LoRA modules that were rewritten, with their scale in them: the new factors have it in theirs."""
     return {
         change.keys[0]: change.delta.dense()
@@ -57,10 +57,12 @@ def biases(kept: Sequence[Change], converted: set[str]) -> dict[str, Tensor]:
     }
 
 
-def like_source(adapter: Adapter, tensors: Mapping[str, Tensor], kept: Sequence[Change], ranks: Sequence[int]) -> Contents:
+def contents_like_source(
+    adapter: Adapter, tensors: Mapping[str, Tensor], kept: Sequence[Change], ranks: Sequence[int]
+) -> AdapterContents:
     """`tensors` as an adapter like the one they came from; `kept` are the changes that stayed what they were, `ranks`
     those of the new factors."""
-    return Contents(tensors, kohya.of_new_factors(adapter.metadata, ranks), _config(adapter, tensors, kept))
+    return AdapterContents(tensors, kohya.of_new_factors(adapter.metadata, ranks), _config(adapter, tensors, kept))
 
 
 def _config(adapter: Adapter, tensors: Mapping[str, Tensor], kept: Sequence[Change]) -> dict[str, Any] | None:
@@ -77,11 +79,11 @@ def _config(adapter: Adapter, tensors: Mapping[str, Tensor], kept: Sequence[Chan
     for change in kept:
         path = change.module.stem.removeprefix(CONTAINER)
         if path in scales and change.parameter == "weight":
-            scales[path] = or_one(change.delta.scale)
+            scales[path] = scale_or_one(change.delta.scale)
     return lora_document(adapter.config, LoraFacts(ranks, scales))
 
 
-def rescaled_metadata(adapter: Adapter, kept: Sequence[Change], factors: Mapping[Module, float]) -> dict[str, str]:
+def rescale_metadata(adapter: Adapter, kept: Sequence[Change], factors: Mapping[Module, float]) -> dict[str, str]:
     """The file's own metadata, with what it says of alpha true of modules that got `factors`, and without a hash that is no
     longer right."""
     metadata = {key: value for key, value in adapter.metadata.items() if key != HASH_KEY}

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from loratool.adapter.adapter import Adapter
-from loratool.adapter.rename import Moved
+from loratool.adapter.rename import RenamedDelta
 from loratool.archs.llm import is_embedding
 from loratool.deltas.base import Delta
-from loratool.deltas.schema import CONSTRAINT, WEIGHT, Part, explain
-from loratool.errors import LoratoolError, Unsupported, about
+from loratool.deltas.schema import CONSTRAINT, WEIGHT, DeltaSpec, explain
+from loratool.errors import LoratoolError, Unsupported, error_context
 from loratool.formats.peft import wrapping
 from loratool.formats.table import FOLDED, TENSOR, Format
 from loratool.names import CONTAINER
 
 
 @dataclass(slots=True)
-class Spelled:
+class FormatTensors:
     """The tensors of an adapter in a format; `ranks` and `scales` by the prefix and path of each module of low rank, for
     formats that keep alphas elsewhere; `whole` are the paths of weights that are stored whole, `experts` the ranks of
     stacked ones."""
@@ -34,21 +34,21 @@ class Spelled:
     dora: list[bool] = field(default_factory=list)
 
 
-def spelled(moved: Sequence[Moved], target: Format, adapter: Adapter) -> Spelled:
+def spell_adapter(moved: Sequence[RenamedDelta], target: Format, adapter: Adapter) -> FormatTensors:
     """The tensors of `moved` as `target` spells them; raises `Unsupported` for what it has no place for."""
-    result = Spelled()
+    result = FormatTensors()
     matrices = {(item.prefix, item.path) for item in moved if item.parameter == "weight" and not item.delta.replaces}
     for item in moved:
         stem = target.stem(item.prefix, _holder(item, moved))
-        with about(" + ".join(str(source) for source in item.sources)):
-            delta = _fitting(item, target)
+        with error_context(" + ".join(str(source) for source in item.sources)):
+            delta = _fit(item, target)
             part = _part(delta)
             # An alpha beside factors without a rank is ignored; PEFT's bias shares that of its module's factors.
             unheld = part.rank is None and not part.kind.module_alpha
             if target.alpha == FOLDED or unheld:
                 delta = delta.folded()
             named = {
-                target.key(_wrapped(item, stem, target, matrices), leaf): tensor for leaf, tensor in delta.leaves().items()
+                target.key(_wrap(item, stem, target, matrices), leaf): tensor for leaf, tensor in delta.leaves().items()
             }
             # An orthogonal delta's alpha is its constraint, which nothing else can hold.
             beside = target.alpha == TENSOR or (part.kind.alpha == CONSTRAINT and "alpha" in target.leaves)
@@ -68,13 +68,13 @@ def spelled(moved: Sequence[Moved], target: Format, adapter: Adapter) -> Spelled
     return result
 
 
-def _wrapped(item: Moved, stem: str, target: Format, matrices: Container[tuple[str, str]]) -> str:
+def _wrap(item: RenamedDelta, stem: str, target: Format, matrices: Container[tuple[str, str]]) -> str:
     """The stem of a value as PEFT has it: a bias of a module that it wraps is the base layer's."""
     inside = item.delta.replaces and item.parameter == "bias" and (item.prefix, item.path) in matrices
     return f"{stem}.base_layer" if inside and target.whole == CONTAINER else stem
 
 
-def _holder(item: Moved, moved: Sequence[Moved]) -> str:
+def _holder(item: RenamedDelta, moved: Sequence[RenamedDelta]) -> str:
     """The path of the module that has a delta's tensors: for stacked experts that whose parameter it changes, behind a
     `base_layer` for each that PEFT wraps around it (`formats.peft.PeftConfig.parameter_of`)."""
     if not item.delta.stacked:
@@ -85,9 +85,9 @@ def _holder(item: Moved, moved: Sequence[Moved]) -> str:
     return module + ".base_layer" * (len(beside) - 1 - beside.index(item.path))
 
 
-def _fitting(item: Moved, target: Format) -> Delta:
+def _fit(item: RenamedDelta, target: Format) -> Delta:
     """The first form of a delta that the format has a place for."""
-    forms = [form for form in item.delta.forms() if form.leaves().keys() <= target.leaves.keys()]
+    forms = [form for form in item.delta.equivalent_forms() if form.leaves().keys() <= target.leaves.keys()]
     if not forms:
         label = _part(item.delta).label
         way_out = "`rule=Rule()` makes a LoRA of it" if has_lora(item.parameter, item.delta) else "merge it"
@@ -102,12 +102,12 @@ def has_lora(parameter: str, delta: Delta) -> bool:
     return parameter == WEIGHT and delta.becomes_lora
 
 
-def _part(delta: Delta) -> Part:
+def _part(delta: Delta) -> DeltaSpec:
     """What the schema calls a delta's leaves."""
     return explain({leaf: tuple(tensor.shape) for leaf, tensor in delta.leaves().items()})[0]
 
 
-def _alpha(item: Moved, delta: Delta, part: Part, adapter: Adapter) -> Tensor | None:
+def _alpha(item: RenamedDelta, delta: Delta, part: DeltaSpec, adapter: Adapter) -> Tensor | None:
     """The alpha to stand beside the factors: the very one of the source where it still holds, else one that gives the
     same scale; None where there is none."""
     stored = [adapter.alphas[key] for source in item.sources for key in source.keys if key in adapter.alphas]

@@ -11,8 +11,8 @@ from typing import Final
 
 from loratool.adapter.adapter import Adapter
 from loratool.archs import Arch, arch_named
-from loratool.archs.blocks import LENGTHS, block_of, weighted
-from loratool.errors import LoratoolError, about
+from loratool.archs.blocks import VECTOR_LENGTHS, block_of, block_strengths
+from loratool.errors import LoratoolError, error_context
 from loratool.keys.identify import archs_of_adapters
 from loratool.keys.routes import without_table
 from loratool.names import COMPONENTS, WHOLE, Module
@@ -50,7 +50,7 @@ class Strength:
 
     def resolve(self, modules: Iterable[Module], arch: Arch) -> tuple[dict[Module, float], set[str]]:
         """The strength of each module, and which of `parts` are those of any."""
-        by_block = weighted(self.vector, arch) if self.vector else {}
+        by_block = block_strengths(self.vector, arch) if self.vector else {}
         found: dict[Module, float] = {}
         used: set[str] = set()
         for module in modules:
@@ -69,7 +69,7 @@ class Strength:
 
     def unnamed(self, modules: Iterable[Module], arch: Arch) -> list[Module]:
         """Modules in blocks that the vector has no number for."""
-        by_block = weighted(self.vector, arch) if self.vector else {}
+        by_block = block_strengths(self.vector, arch) if self.vector else {}
         return [module for module in modules if by_block and block_of(arch, module) not in by_block]
 
 
@@ -83,7 +83,7 @@ class WeightedAdapter:
     @property
     def full_strength(self) -> Strength:
         """The strength as a value of its own; raises `LoratoolError`, naming the adapter, where it is no finite number."""
-        with about(self.path):
+        with error_context(self.path):
             return self.strength if isinstance(self.strength, Strength) else Strength(self.strength)
 
     @property
@@ -119,8 +119,10 @@ def strengths_of(adapters: Sequence[tuple[Adapter, Strength]]) -> list[dict[Modu
     asked: set[str] = set()
     used: set[str] = set()
     for adapter, strength in adapters:
-        arch = architecture(adapter, adapter.modules, length=len(strength.vector)) if strength.by_block else WITHOUT_BLOCKS
-        with about(adapter.path):
+        arch = (
+            architecture_of(adapter, adapter.modules, length=len(strength.vector)) if strength.by_block else WITHOUT_BLOCKS
+        )
+        with error_context(adapter.path):
             mine, parts = strength.resolve(adapter.modules, arch)
         found.append(mine)
         asked |= strength.parts.keys()
@@ -139,10 +141,10 @@ def _is_part(part: str, module: Module, block: str) -> bool:
     return fnmatchcase(block, part)
 
 
-def architecture(adapter: Adapter, modules: Sequence[Module], name: str | None = None, length: int = 0) -> Arch:
+def architecture_of(adapter: Adapter, modules: Sequence[Module], name: str | None = None, length: int = 0) -> Arch:
     """The architecture that blocks are named by: the one asked for, else one that explains all modules. Of look-alikes,
     which have the same blocks, it is one that has a vector of `length` block weights."""
     if name:
         return arch_named(name)
     found = archs_of_adapters([adapter.keys]) or [without_table(modules)]
-    return next((arch for arch in found if length in LENGTHS.get(arch.name, ())), found[0])
+    return next((arch for arch in found if length in VECTOR_LENGTHS.get(arch.name, ())), found[0])

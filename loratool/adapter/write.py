@@ -8,72 +8,74 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.adapter import Adapter
-from loratool.adapter.load import Stored
-from loratool.adapter.rename import Moved, renamed
-from loratool.adapter.spell import Spelled, spelled
-from loratool.adapter.verify import compared
+from loratool.adapter.load import LazyAdapter
+from loratool.adapter.rename import RenamedDelta, rename_changes
+from loratool.adapter.spell import FormatTensors, spell_adapter
+from loratool.adapter.verify import verify_adapter
 from loratool.errors import OutputError, Unsupported
-from loratool.files.adapter_writer import Contents, size_of, write
+from loratool.files.adapter_writer import AdapterContents, contents_size, write_contents
 from loratool.files.output import Input
 from loratool.formats import kohya
-from loratool.formats.peft import METADATA_KEY
+from loratool.formats.peft import PEFT_METADATA_KEY
 from loratool.formats.peft_writer import LoraFacts, lora_config, lora_document, metadata_entry
 from loratool.formats.table import FOLDED, METADATA, Format
 from loratool.keys.routes import Route
 from loratool.names import CONTAINER, Module
 
-STALE: Final = ("modelspec.hash_sha256", METADATA_KEY)
+STALE: Final = ("modelspec.hash_sha256", PEFT_METADATA_KEY)
 """Metadata that is no longer true of a file of other tensors."""
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WriteResult:
     """What was written: the changes under their new names, the largest relative difference of a module that reading it again
     found, and its bytes."""
 
-    moved: tuple[Moved, ...]
+    moved: tuple[RenamedDelta, ...]
     difference: float
     nbytes: int
 
 
-def write_as(
+def write_adapter(
     adapter: Adapter,
     target: Format,
-    ways: Mapping[Module, Route],
+    routes: Mapping[Module, Route],
     out: Path,
     *,
     inputs: Sequence[Input],
     overwrite: bool = False,
-) -> Written:
+) -> WriteResult:
     """Writes `adapter` to `out` in the format `target`, each module as `ways` says, and compares what it wrote with it.
 
     Raises `LoratoolError`, and writes nothing, where a delta has no exact form or no place there.
     """
-    require_room(target, out)
-    moved = renamed(adapter.changes, ways)
-    contents = packed(adapter, target, spelled(moved, target, adapter))
+    require_folder_name(target, out)
+    moved = rename_changes(adapter.changes, routes)
+    contents = pack_adapter(adapter, target, spell_adapter(moved, target, adapter))
     differences: list[float] = []
 
     def check(written: Path) -> None:
-        with Stored(written) as again:
-            differences.append(compared(adapter, again, ways, target))
+        with LazyAdapter(written) as again:
+            differences.append(verify_adapter(adapter, again, routes, target))
 
-    nbytes = write(contents, inputs, out, overwrite=overwrite, check=check)
-    return Written(tuple(moved), max(differences), nbytes)
-
-
-def size_as(adapter: Adapter, target: Format, ways: Mapping[Module, Route]) -> int:
-    """The bytes that `write_as` would write, of deltas whose tensors need not hold anything yet."""
-    return size_of(packed(adapter, target, spelled(renamed(adapter.changes, ways), target, adapter)))
+    nbytes = write_contents(contents, inputs, out, overwrite=overwrite, check=check)
+    return WriteResult(tuple(moved), max(differences), nbytes)
 
 
-def require_room(target: Format, out: Path) -> None:
+def size_in_format(adapter: Adapter, target: Format, routes: Mapping[Module, Route]) -> int:
+    """The bytes that `write_adapter` would write, of deltas whose tensors need not hold anything yet."""
+    return contents_size(
+        pack_adapter(adapter, target, spell_adapter(rename_changes(adapter.changes, routes), target, adapter))
+    )
+
+
+def require_folder_name(target: Format, out: Path) -> None:
     """Raises `OutputError` where a folder is to be written under a file's name."""
     if target.folder and out.suffix == ".safetensors":
         raise OutputError(f"{out}: {target.title} is a folder; name one, or write a single file with `to='peft-file'`")
 
 
-def packed(adapter: Adapter, target: Format, result: Spelled) -> Contents:
+def pack_adapter(adapter: Adapter, target: Format, result: FormatTensors) -> AdapterContents:
     """What a file, or a folder, in the format `target` holds of an adapter whose tensors are spelled already."""
     metadata = {key: value for key, value in adapter.metadata.items() if key not in STALE}
     metadata |= _network(adapter, target, result)
@@ -83,8 +85,8 @@ def packed(adapter: Adapter, target: Format, result: Spelled) -> Contents:
         prefixes = dict.fromkeys(prefix for prefix, _ in result.ranks)
         configs = {"" if prefix == CONTAINER else prefix: lora_config(*_of(result, prefix)) for prefix in prefixes}
         metadata |= metadata_entry(configs)
-    tensors = result.tensors | dict(adapter.passengers)
-    return Contents(tensors, metadata, _config(adapter, result) if target.folder else None)
+    tensors = result.tensors | dict(adapter.extras)
+    return AdapterContents(tensors, metadata, _config(adapter, result) if target.folder else None)
 
 
 def common_metadata(adapters: Sequence[Adapter], whole: Adapter) -> dict[str, str]:
@@ -102,13 +104,13 @@ def new_metadata(target: Format, ranks: Sequence[int]) -> dict[str, str]:
     return {"format": "pt"} | (kohya.new_network(ranks) if target.flat else {})
 
 
-def _of(result: Spelled, prefix: str) -> tuple[dict[str, int], dict[str, float | None]]:
+def _of(result: FormatTensors, prefix: str) -> tuple[dict[str, int], dict[str, float | None]]:
     """The ranks and the scales of one component, by path."""
     ranks = {path: rank for (of, path), rank in result.ranks.items() if of == prefix}
     return ranks, {path: scale for (of, path), scale in result.scales.items() if of == prefix}
 
 
-def _config(adapter: Adapter, result: Spelled) -> dict[str, Any]:
+def _config(adapter: Adapter, result: FormatTensors) -> dict[str, Any]:
     """adapter_config.json: PEFT's LoRA, with what its tensors ask for."""
     if any(result.dora) and not all(result.dora):
         raise Unsupported("PEFT has DoRA for all modules of an adapter or for none; `rule=Rule()` makes LoRA of them")
@@ -131,7 +133,7 @@ def _config(adapter: Adapter, result: Spelled) -> dict[str, Any]:
     return lora_document(adapter.config, facts)
 
 
-def _network(adapter: Adapter, target: Format, result: Spelled) -> dict[str, str]:
+def _network(adapter: Adapter, target: Format, result: FormatTensors) -> dict[str, str]:
     """kohya's metadata of rank and alpha, made true where the conversion changed them."""
     before = {
         source.shape[0] for change in adapter.changes for leaf, source in change.delta.leaves().items() if leaf == "down"

@@ -17,7 +17,7 @@ from loratool.archs.pixart import PIXART
 from loratool.archs.qwen_image import QWEN_IMAGE
 from loratool.archs.sd import SD1, SD2, SDXL, SDXL_REFINER, SSD1B, VEGA
 from loratool.archs.sd3 import SD3_MEDIUM, SD35_LARGE
-from loratool.archs.table import Arch, Component, Spot
+from loratool.archs.table import Arch, Component, NameReading
 from loratool.archs.video import COGVIDEOX_2B, COGVIDEOX_5B, LTX_VIDEO
 from loratool.archs.wan import WAN_1_3B, WAN_5B, WAN_14B
 from loratool.errors import look_up
@@ -35,4 +35,4 @@ def arch_named(name: str) -> Arch:
     return look_up({arch.name: arch for arch in ARCHS}, name, "architecture")
 
 
-__all__ = ["ARCHS", "Arch", "Component", "Spot", "arch_named"]
+__all__ = ["ARCHS", "Arch", "Component", "NameReading", "arch_named"]

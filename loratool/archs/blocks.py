@@ -19,23 +19,23 @@ BASE: Final = "BASE"
 """All text encoders."""
 
 
-def _named(inputs: Sequence[int], outputs: Sequence[int]) -> tuple[str, ...]:
+def _block_named(inputs: Sequence[int], outputs: Sequence[int]) -> tuple[str, ...]:
     return (BASE, *(f"IN{i:02}" for i in inputs), "M00", *(f"OUT{i:02}" for i in outputs))
 
 
 VECTORS: Final[Mapping[int, tuple[str, ...]]] = {
-    12: _named((4, 5, 7, 8), range(6)),
-    17: _named((1, 2, 4, 5, 7, 8), range(3, 12)),
-    20: _named(range(9), range(9)),
-    26: _named(range(12), range(12)),
+    12: _block_named((4, 5, 7, 8), range(6)),
+    17: _block_named((1, 2, 4, 5, 7, 8), range(3, 12)),
+    20: _block_named(range(9), range(9)),
+    26: _block_named(range(12), range(12)),
 }
 """The blocks that a vector of so many weights is for: 12 and 17 are those with attention, of SDXL and of SD1."""
-LENGTHS: Final[Mapping[str, tuple[int, ...]]] = {
+VECTOR_LENGTHS: Final[Mapping[str, tuple[int, ...]]] = {
     "sd1": (17, 26), "sd2": (17, 26), "sdxl": (12, 20), "ssd-1b": (12, 20), "vega": (12, 20),
 }  # fmt: skip
 """The vectors that each architecture has."""
 
-EMBEDDINGS: Final = ("time_embed.", "label_emb.")
+_EMBEDDINGS: Final = ("time_embed.", "label_emb.")
 """What sd-scripts counts to SDXL's first block."""
 _NUMBERED = re.compile(r".*?(?<=\.)\d+(?=\.)")
 
@@ -43,11 +43,11 @@ _NUMBERED = re.compile(r".*?(?<=\.)\d+(?=\.)")
 def block_of(arch: Arch, module: Module) -> str:
     """The block that `module` is in: IN00 to OUT11 in a U-Net and BASE for its text encoders; in other models what stands
     before the first number of its path and the number, or the component where there is none."""
-    places = arch.places(module)
+    places = arch.readings_of(module)
     if not places:
         return module.component or module.path.partition(".")[0]
     component, spot = places[0]
-    if arch.name not in LENGTHS:
+    if arch.name not in VECTOR_LENGTHS:
         found = _NUMBERED.match(spot.parts[0])
         return found[0] if found and component.name not in ENCODERS else component.name or spot.parts[0].partition(".")[0]
     if component.name in ENCODERS:
@@ -58,12 +58,12 @@ def block_of(arch: Arch, module: Module) -> str:
         return f"{'IN' if side == 'input_blocks' else 'OUT'}{int(rest.partition('.')[0]):02}"
     if side == "middle_block":
         return "M00"
-    return "IN00" if whole.startswith(EMBEDDINGS) and 20 in LENGTHS[arch.name] else side
+    return "IN00" if whole.startswith(_EMBEDDINGS) and 20 in VECTOR_LENGTHS[arch.name] else side
 
 
-def weighted(vector: Sequence[float], arch: Arch) -> dict[str, float]:
+def block_strengths(vector: Sequence[float], arch: Arch) -> dict[str, float]:
     """The weight of each block that a vector names; raises `LoratoolError` where the architecture has no such vector."""
-    lengths = LENGTHS.get(arch.name, ())
+    lengths = VECTOR_LENGTHS.get(arch.name, ())
     if len(vector) not in lengths:
         takes = f"takes {' or '.join(map(str, lengths))}" if lengths else "has no such vectors: weigh blocks by their names"
         raise LoratoolError(f"a vector of {len(vector)} block weights: {arch.title} {takes}")

@@ -37,7 +37,7 @@ def attentions() -> Iterator[tuple[str, str]]:
             yield block, f"{block}.attn"
 
 
-def stored() -> Iterator[Link]:
+def stored_names() -> Iterator[Link]:
     """The checkpoint."""
     yield from blocks()
     for ours, theirs in attentions():
@@ -58,7 +58,7 @@ CASCADE = Arch(
     (
         Component(
             UNET,
-            {ORIGINAL: comfy, CHECKPOINT: stored, OMI: lambda: apart(stored())},
+            {ORIGINAL: comfy, CHECKPOINT: stored_names, OMI: lambda: apart(stored_names())},
             {"to_q": 2048, "kv_mapper.1": 2048},
             folder="prior",
             kohya="prior_unet",

@@ -14,7 +14,7 @@ from loratool.archs.table import Arch, Component
 from loratool.archs.text_encoders import language_model
 from loratool.names import CONDITIONER, ORIGINAL, UNET
 
-TOP = {
+_TOP = {
     "patch_embed.proj": "x_embedder.proj.1",
     "time_embed.t_embedder.linear_1": "t_embedder.1.linear_1",
     "time_embed.t_embedder.linear_2": "t_embedder.1.linear_2",
@@ -23,7 +23,7 @@ TOP = {
     "norm_out.linear_2": "final_layer.adaln_modulation.2",
     "proj_out": "final_layer.linear",
 }
-ATTENTION = {
+_ATTENTION = {
     "to_q": "q_proj",
     "to_k": "k_proj",
     "to_v": "v_proj",
@@ -31,7 +31,7 @@ ATTENTION = {
     "norm_q": "q_norm",
     "norm_k": "k_norm",
 }
-BLOCK = {
+_BLOCK = {
     **{f"norm{n}.linear_{m}": f"adaln_modulation_{part}.{m}"
        for n, part in ((1, "self_attn"), (2, "cross_attn"), (3, "mlp")) for m in (1, 2)},
     "ff.net.0.proj": "mlp.layer1",
@@ -41,12 +41,12 @@ BLOCK = {
 
 def cosmos() -> Iterator[Link]:
     """28 blocks."""
-    yield from rename("", "", TOP)
+    yield from rename("", "", _TOP)
     for i in range(28):
         ours, theirs = f"transformer_blocks.{i}", f"blocks.{i}"
-        yield from rename(f"{ours}.attn1", f"{theirs}.self_attn", ATTENTION)
-        yield from rename(f"{ours}.attn2", f"{theirs}.cross_attn", ATTENTION)
-        yield from rename(ours, theirs, BLOCK)
+        yield from rename(f"{ours}.attn1", f"{theirs}.self_attn", _ATTENTION)
+        yield from rename(f"{ours}.attn2", f"{theirs}.cross_attn", _ATTENTION)
+        yield from rename(ours, theirs, _BLOCK)
 
 
 def conditioner() -> Iterator[Link]:

@@ -16,7 +16,7 @@ from loratool.names import OMI, ORIGINAL, TE1, TE2, UNET, XLABS
 
 IMAGE = "attn.to_q attn.to_k attn.to_v"
 TEXT = "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
-ATTENTION = {
+_ATTENTION = {
     "attn.to_out.0": "img_attn.proj",
     "attn.to_add_out": "txt_attn.proj",
     "attn.norm_q": "img_attn.norm.query_norm",
@@ -24,15 +24,15 @@ ATTENTION = {
     "attn.norm_added_q": "txt_attn.norm.query_norm",
     "attn.norm_added_k": "txt_attn.norm.key_norm",
 }
-FEEDFORWARD = {
+_FEEDFORWARD = {
     "ff.net.0.proj": "img_mlp.0",
     "ff.net.2": "img_mlp.2",
     "ff_context.net.0.proj": "txt_mlp.0",
     "ff_context.net.2": "txt_mlp.2",
 }
-MODULATION = {"norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin"}
+_MODULATION = {"norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin"}
 SINGLE_ATTENTION = {"attn.norm_q": "norm.query_norm", "attn.norm_k": "norm.key_norm"}
-EMBEDDERS = {"context_embedder": "txt_in", "x_embedder": "img_in", "proj_out": "final_layer.linear"}
+_EMBEDDERS = {"context_embedder": "txt_in", "x_embedder": "img_in", "proj_out": "final_layer.linear"}
 LAST = "final_layer.adaLN_modulation.1"
 TWO_LAYERS = {"linear_1": "in_layer", "linear_2": "out_layer"}
 
@@ -40,7 +40,7 @@ TWO_LAYERS = {"linear_1": "in_layer", "linear_2": "out_layer"}
 def double(i: int, table: dict[str, str]) -> Iterator[Link]:
     """Block `i` of the two streams, image and text."""
     ours, theirs = f"transformer_blocks.{i}", f"double_blocks.{i}"
-    yield from rename(ours, theirs, ATTENTION | table)
+    yield from rename(ours, theirs, _ATTENTION | table)
     yield fuse(ours, IMAGE, f"{theirs}.img_attn.qkv")
     yield fuse(ours, TEXT, f"{theirs}.txt_attn.qkv")
 
@@ -54,33 +54,33 @@ def single(i: int, table: dict[str, str]) -> Iterator[Link]:
 
 def flux() -> Iterator[Link]:
     """FLUX.1: 19 double blocks, 38 single ones."""
-    yield from rename("", "", EMBEDDERS)
+    yield from rename("", "", _EMBEDDERS)
     yield swap("norm_out.linear", LAST)
     for ours, theirs in {"timestep": "time_in", "guidance": "guidance_in", "text": "vector_in"}.items():
         yield from rename(f"time_text_embed.{ours}_embedder", theirs, TWO_LAYERS)
     for i in range(19):
-        yield from double(i, FEEDFORWARD | MODULATION)
+        yield from double(i, _FEEDFORWARD | _MODULATION)
     for i in range(38):
         yield from single(i, {"norm.linear": "modulation.lin"})
 
 
 def chroma() -> Iterator[Link]:
     """Chroma: FLUX.1 with a layer that distils all guidance in the place of modulation."""
-    yield from rename("", "", EMBEDDERS)
+    yield from rename("", "", _EMBEDDERS)
     guidance = "distilled_guidance_layer"
     yield from rename(guidance, guidance, {"in_proj": "in_proj", "out_proj": "out_proj"})
     for i in range(5):
         yield from rename(f"{guidance}.layers.{i}", f"{guidance}.layers.{i}", TWO_LAYERS)
         yield Link((f"{guidance}.norms.{i}",), f"{guidance}.norms.{i}")
     for i in range(19):
-        yield from double(i, FEEDFORWARD)
+        yield from double(i, _FEEDFORWARD)
     for i in range(38):
         yield from single(i, {})
 
 
 def flux2(doubles: int, singles: int) -> Iterator[Link]:
     """FLUX.2, of which there are several sizes."""
-    yield from rename("", "", EMBEDDERS)
+    yield from rename("", "", _EMBEDDERS)
     yield swap("norm_out.linear", LAST)
     for ours, theirs in {"timestep": "time_in", "guidance": "guidance_in"}.items():
         yield from rename(f"time_guidance_embed.{ours}_embedder", theirs, TWO_LAYERS)

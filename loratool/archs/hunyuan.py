@@ -36,7 +36,7 @@ SINGLE = {
     "norm.linear": "modulation.linear",
     "proj_out": "linear2",
 }
-REFINER = {
+_REFINER = {
     "norm1": "norm1",
     "norm2": "norm2",
     "attn.to_out.0": "self_attn_proj",
@@ -81,7 +81,7 @@ def text_in() -> Iterator[Link]:
     yield Link(("context_embedder.proj_in",), "txt_in.input_embedder")
     for i in range(2):
         ours, theirs = f"context_embedder.token_refiner.refiner_blocks.{i}", f"txt_in.individual_token_refiner.blocks.{i}"
-        yield from rename(ours, theirs, REFINER)
+        yield from rename(ours, theirs, _REFINER)
         yield fuse(ours, IMAGE, f"{theirs}.self_attn_qkv")
 
 

@@ -8,7 +8,7 @@ from loratool.archs.links import Link, rename
 from loratool.archs.table import Arch, Component
 from loratool.names import ORIGINAL, UNET
 
-TOP = {
+_TOP = {
     "img_in": "first",
     "final_layer.linear": "last.linear",
     "final_layer.norm": "last.norm",
@@ -20,7 +20,7 @@ TOP = {
     "txt_in.linear_2": "txtmlp.3",
     "text_fusion.projector": "txtfusion.projector",
 }
-BLOCK = {
+_BLOCK = {
     "attn.to_q": "attn.wq",
     "attn.to_k": "attn.wk",
     "attn.to_v": "attn.wv",
@@ -43,10 +43,10 @@ GROUPS = (
 
 def krea2() -> Iterator[Link]:
     """28 blocks behind the fusion of text layers."""
-    yield from rename("", "", TOP)
+    yield from rename("", "", _TOP)
     for ours, theirs, count in GROUPS:
         for i in range(count):
-            yield from rename(f"{ours}.{i}", f"{theirs}.{i}", BLOCK)
+            yield from rename(f"{ours}.{i}", f"{theirs}.{i}", _BLOCK)
 
 
 KREA2 = Arch(

@@ -60,7 +60,7 @@ def apart(links: Iterable[Link], instead: Mapping[str, str] | None = None) -> It
             yield from (Link((part,), f"{whole}.{number}") for number, part in enumerate(link.parts))
 
 
-def mentioned(links: Iterable[Link]) -> tuple[set[str], set[str]]:
+def parts_mentioned(links: Iterable[Link]) -> tuple[set[str], set[str]]:
     """All module paths of the one naming, and all of the other."""
     rows = list(links)
     return {part for link in rows for part in link.parts}, {link.whole for link in rows}

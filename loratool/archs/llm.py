@@ -13,7 +13,7 @@ from typing import Final
 
 from loratool.archs.links import Link, fuse, rename
 
-DECODER: Final = re.compile(
+_DECODER: Final = re.compile(
     r"(?!.*\bencoder\.)(?:.*\.)?(?:layers\.\d+\.(?:self_attn|mlp|block_sparse_moe|linear_attn)|h\.\d+\.(?:attn|mlp))\..*"
     r"|(?:.*\.)?(?:lm_head|embed_tokens|wte|score)"
 )
@@ -23,7 +23,7 @@ CONV1D: Final = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 """Modules that GPT-2 and its kin build from transformers' Conv1D, which stores the weight as (in, out)."""
 
 
-def mixture(names: frozenset[str]) -> Iterator[Link]:
+def mixture_of_experts(names: frozenset[str]) -> Iterator[Link]:
     """The second names of the experts that a base with module paths `names` has, if any.
 
     Mixtral's blocks under their names in transformers 5, and for each expert the stack of gate and up that
@@ -40,7 +40,7 @@ def mixture(names: frozenset[str]) -> Iterator[Link]:
             yield fuse(expert, "gate_proj up_proj", f"{expert}.gate_up_proj")
 
 
-def fused(names: frozenset[str], heads: tuple[int, int]) -> Iterator[Link]:
+def fuse_rows(names: frozenset[str], heads: tuple[int, int]) -> Iterator[Link]:
     """The stacks of q, k and v, and of gate and up, that some models have and others have apart, for a base with module
     paths `names`. `heads` are those of queries, and of keys and values, which give a stack's ratio; (0, 0) if unknown.
 
@@ -91,7 +91,7 @@ def is_meta(paths: Iterable[str]) -> bool:
 
 def is_decoder(path: str) -> bool:
     """Whether a module path is one of a Hugging Face language model's."""
-    return DECODER.fullmatch(path) is not None
+    return _DECODER.fullmatch(path) is not None
 
 
 EMBEDDING: Final = re.compile(

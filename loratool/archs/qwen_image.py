@@ -9,11 +9,11 @@ from loratool.archs.table import Arch, Component
 from loratool.archs.text_encoders import language_model
 from loratool.names import ORIGINAL, UNET
 
-TOP = (
+_TOP = (
     "time_text_embed.timestep_embedder.linear_1 time_text_embed.timestep_embedder.linear_2 "
     "txt_norm img_in txt_in norm_out.linear proj_out"
 )
-BLOCK = (
+_BLOCK = (
     "img_mod.1 txt_mod.1 img_mlp.net.0.proj img_mlp.net.2 txt_mlp.net.0.proj txt_mlp.net.2 "
     "attn.to_q attn.to_k attn.to_v attn.add_q_proj attn.add_k_proj attn.add_v_proj attn.to_out.0 attn.to_add_out "
     "attn.norm_q attn.norm_k attn.norm_added_q attn.norm_added_k"
@@ -22,9 +22,9 @@ BLOCK = (
 
 def qwen_image() -> Iterator[Link]:
     """60 blocks of two streams."""
-    yield from same("", TOP)
+    yield from same("", _TOP)
     for i in range(60):
-        yield from same(f"transformer_blocks.{i}", BLOCK)
+        yield from same(f"transformer_blocks.{i}", _BLOCK)
 
 
 QWEN_IMAGE = Arch(

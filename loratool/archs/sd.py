@@ -15,7 +15,7 @@ from loratool.archs.table import Arch, Component
 from loratool.archs.text_encoders import clip_l, open_clip
 from loratool.names import DIFFUSERS, KOHYA, ORIGINAL, TE1, UNET
 
-TOP = {
+_TOP = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -31,7 +31,7 @@ RESNET = {
     "conv2": "out_layers.3",
 }
 SHORTCUT = {"conv_shortcut": "skip_connection"}
-BLOCK = (
+_BLOCK = (
     *(f"attn{n}.{leaf}" for n in (1, 2) for leaf in ("to_q", "to_k", "to_v", "to_out.0")),
     "ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3",
 )  # fmt: skip
@@ -53,20 +53,20 @@ class Shape:
 
 FOUR = Shape(((1, 1), (1, 1), (1, 1), (0, 0)), ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1)), (1, 2, 4, 4), 1)
 XL = Shape(((0, 0), (2, 2), (10, 10)), ((10, 10, 10), (2, 2, 2), (0, 0, 0)), (1, 2, 4), 10, added=True)
-REFINER = Shape(((0, 0), (4, 4), (4, 4), (0, 0)), ((0, 0, 0), (4, 4, 4), (4, 4, 4), (0, 0, 0)), (1, 2, 4, 4), 4, added=True)
+_REFINER = Shape(((0, 0), (4, 4), (4, 4), (0, 0)), ((0, 0, 0), (4, 4, 4), (4, 4, 4), (0, 0, 0)), (1, 2, 4, 4), 4, added=True)
 SEGMIND = Shape(((0, 0), (2, 2), (4, 4)), ((4, 4, 10), (2, 1, 1), (0, 0, 0)), (1, 2, 4), None, added=True)
-SMALL = Shape(((0, 0), (1, 1), (2, 2)), ((2, 2, 2), (1, 1, 1), (0, 0, 0)), (1, 2, 4), None, added=True)
+_SMALL = Shape(((0, 0), (1, 1), (2, 2)), ((2, 2, 2), (1, 1, 1), (0, 0, 0)), (1, 2, 4), None, added=True)
 
 
 def attention(depth: int) -> dict[str, str]:
     """A spatial transformer of `depth` blocks, called alike in both namings."""
-    inner = [f"transformer_blocks.{k}.{leaf}" for k in range(depth) for leaf in BLOCK]
+    inner = [f"transformer_blocks.{k}.{leaf}" for k in range(depth) for leaf in _BLOCK]
     return {name: name for name in ("norm", "proj_in", "proj_out", *inner)}
 
 
 def unet(shape: Shape) -> Iterator[Link]:
     """A U-Net of `shape`. A ResNet has a shortcut only where it changes the width."""
-    yield from rename("", "", TOP | (ADDED if shape.added else {}))
+    yield from rename("", "", _TOP | (ADDED if shape.added else {}))
     last = len(shape.down) - 1
     for i, depths in enumerate(shape.down):
         for j, depth in enumerate(depths):
@@ -127,8 +127,8 @@ SDXL = Arch(
 SDXL_REFINER = Arch(
     "sdxl-refiner",
     "Stable Diffusion XL Refiner",
-    (_unet(REFINER, 1280, 0), open_clip(32, 1280, 694_659_840, TE1, folder="text_encoder_2", kohya="te2")),
+    (_unet(_REFINER, 1280, 0), open_clip(32, 1280, 694_659_840, TE1, folder="text_encoder_2", kohya="te2")),
     ("sdxl_refiner", "stable-diffusion-xl-v1-refiner"),
 )
 SSD1B = Arch("ssd-1b", "SSD-1B", (_unet(SEGMIND, 2048, 0), clip_l(), BIG_G), ("ssd", "segmind"))
-VEGA = Arch("vega", "Segmind Vega", (_unet(SMALL, 2048, 0), clip_l(), BIG_G), ("vega",))
+VEGA = Arch("vega", "Segmind Vega", (_unet(_SMALL, 2048, 0), clip_l(), BIG_G), ("vega",))

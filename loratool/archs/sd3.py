@@ -14,7 +14,7 @@ from loratool.archs.table import Arch, Component
 from loratool.archs.text_encoders import clip_l, open_clip, t5_xxl
 from loratool.names import OMI, ORIGINAL, TE3, UNET
 
-TOP = {
+_TOP = {
     "context_embedder": "context_embedder",
     "pos_embed.proj": "x_embedder.proj",
     "proj_out": "final_layer.linear",
@@ -23,7 +23,7 @@ TOP = {
     "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
     "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
 }
-IMAGE = {
+_IMAGE = {
     "norm1.linear": "x_block.adaLN_modulation.1",
     "attn.to_out.0": "x_block.attn.proj",
     "attn.norm_q": "x_block.attn.ln_q",
@@ -33,7 +33,7 @@ IMAGE = {
     "ff.net.0.proj": "x_block.mlp.fc1",
     "ff.net.2": "x_block.mlp.fc2",
 }
-TEXT = {
+_TEXT = {
     "norm1_context.linear": "context_block.adaLN_modulation.1",
     "attn.to_add_out": "context_block.attn.proj",
     "ff_context.net.0.proj": "context_block.mlp.fc1",
@@ -44,17 +44,17 @@ SECOND = {"attn2.to_out.0": "x_block.attn2.proj", "attn2.norm_q": "x_block.attn2
 
 def sd3(blocks: int, dual: int = 0) -> Iterator[Link]:
     """`blocks` joint blocks, the first `dual` of them with a second attention."""
-    yield from rename("", "", TOP)
+    yield from rename("", "", _TOP)
     yield swap("norm_out.linear", "final_layer.adaLN_modulation.1")
     for i in range(blocks):
         ours, theirs = f"transformer_blocks.{i}", f"joint_blocks.{i}"
-        yield from rename(ours, theirs, IMAGE | (SECOND if i < dual else {}))
+        yield from rename(ours, theirs, _IMAGE | (SECOND if i < dual else {}))
         yield fuse(ours, "attn.to_q attn.to_k attn.to_v", f"{theirs}.x_block.attn.qkv")
         yield fuse(ours, "attn.add_q_proj attn.add_k_proj attn.add_v_proj", f"{theirs}.context_block.attn.qkv")
         if i < dual:
             yield fuse(ours, "attn2.to_q attn2.to_k attn2.to_v", f"{theirs}.x_block.attn2.qkv")
         if i < blocks - 1:
-            yield from rename(ours, theirs, TEXT)
+            yield from rename(ours, theirs, _TEXT)
         else:
             yield swap(f"{ours}.norm1_context.linear", f"{theirs}.context_block.adaLN_modulation.1")
 
@@ -65,17 +65,17 @@ def _sd3(blocks: int, width: int, dual: int = 0) -> Component:
     return Component(UNET, {ORIGINAL: original, OMI: lambda: apart(original())}, inputs)
 
 
-ENCODERS = (clip_l(projected=True), open_clip(32, 1280, 694_659_840), t5_xxl(TE3))
+_ENCODERS = (clip_l(projected=True), open_clip(32, 1280, 694_659_840), t5_xxl(TE3))
 
 SD3_MEDIUM = Arch(
     "sd3-medium",
     "Stable Diffusion 3 / 3.5 Medium",
-    (_sd3(24, 1536, 13), *ENCODERS),
+    (_sd3(24, 1536, 13), *_ENCODERS),
     ("sd3m", "sd3_m", "sd3.5m", "sd35m", "stable-diffusion-3-m", "stable-diffusion-3.5-m", "stable-diffusion-3-5-m", "sd3"),
 )
 SD35_LARGE = Arch(
     "sd3.5-large",
     "Stable Diffusion 3.5 Large",
-    (_sd3(38, 2432), *ENCODERS),
+    (_sd3(38, 2432), *_ENCODERS),
     ("sd3l", "sd3.5l", "sd35l", "sd3-5l", "stable-diffusion-3.5-l", "stable-diffusion-3-5-l", "sd3.5_large", "sd3"),
 )

@@ -20,8 +20,8 @@ from loratool.names import (
     UNET,
     WHOLE,
     Module,
+    candidate_names,
     flat,
-    readings,
 )
 
 Rows = Callable[[], Iterable[Link]]
@@ -34,7 +34,7 @@ FOLDERS: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Spot:
+class NameReading:
     """How the name of a module is to be read: its `naming`, its `path` there with dots, and the `link` that has it.
 
     `link` is None in the diffusers naming, whose modules are parts.
@@ -72,7 +72,7 @@ class Component:
     same: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def place(self) -> str:
+    def diffusers_folder(self) -> str:
         """Its folder in a diffusers pipeline."""
         return self.folder or FOLDERS[self.name]
 
@@ -91,19 +91,19 @@ class Component:
         found = next((naming for naming in wanted if naming in self.rows or naming in self.same), DIFFUSERS)
         return self.same.get(found, found)
 
-    def find(self, path: str) -> Spot | None:
+    def read_name(self, path: str) -> NameReading | None:
         """How the module `path`, dotted or flattened, of any naming is read; the first naming that has the name decides."""
         # Some tools leave an underscore behind the name (ComfyUI#4347).
         flattened = flat(path).rstrip("_")
         for naming, names in self._names.items():
             if link := names().get(flattened):
                 part = next((part for part in link.parts if flat(part) == flattened), None)
-                return Spot(DIFFUSERS, part) if part else Spot(naming, link.whole, link)
+                return NameReading(DIFFUSERS, part) if part else NameReading(naming, link.whole, link)
         return None
 
     def contradicts(self, path: str, width: int) -> bool:
         """Whether an input `width` at `path` shows this to be another model."""
-        spot = self.find(path)
+        spot = self.read_name(path)
         paths = spot.parts if spot else (path,)
         return any(
             f".{name}".endswith(f".{ending}") and width != expected
@@ -149,11 +149,11 @@ class Arch:
     def component(self, name: str) -> Component | None:
         return next((component for component in self.components if component.name == name), None)
 
-    def places(self, module: Module) -> list[tuple[Component, Spot]]:
+    def readings_of(self, module: Module) -> list[tuple[Component, NameReading]]:
         """The components that have `module`, and how they read its name: the one that its prefix names, or else all that
         may be meant; empty where none has it."""
-        for name, path in readings(module):
-            found = [(owner, spot) for owner in self._owners(name) if (spot := owner.find(path))]
+        for name, path in candidate_names(module):
+            found = [(owner, spot) for owner in self._owners(name) if (spot := owner.read_name(path))]
             if found:
                 return found
         return []

@@ -13,7 +13,7 @@ from loratool.archs.links import Link, fuse, rename, same
 from loratool.archs.table import Component
 from loratool.names import CHECKPOINT, COMFYUI, TE1, TE2, TRANSFORMERS_5, UNWRAPPED
 
-EMBEDDINGS = {
+_EMBEDDINGS = {
     "embeddings.token_embedding": "token_embedding",
     "embeddings.position_embedding": "positional_embedding",
     "final_layer_norm": "ln_final",
@@ -25,7 +25,7 @@ LAYER = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
-ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
+_ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
 
 
 def clip(layers: int) -> Iterator[Link]:
@@ -35,7 +35,7 @@ def clip(layers: int) -> Iterator[Link]:
             yield Link((part,), part)
 
 
-def unwrapped(layers: int) -> Iterator[Link]:
+def unwrap(layers: int) -> Iterator[Link]:
     """CLIP without its `text_model.`."""
     for link in clip(layers):
         yield Link(link.parts, link.whole.removeprefix("text_model."))
@@ -43,12 +43,12 @@ def unwrapped(layers: int) -> Iterator[Link]:
 
 def openclip(layers: int) -> Iterator[Link]:
     """OpenCLIP of `layers` layers, whose q, k and v are one raw parameter, and whose projection is stored transposed."""
-    yield from rename("text_model", "", EMBEDDINGS)
+    yield from rename("text_model", "", _EMBEDDINGS)
     yield Link(("text_projection",), "text_projection", transposed=True)
     for i in range(layers):
         ours, theirs = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
         yield from rename(ours, theirs, LAYER)
-        yield fuse(ours, ATTENTION, f"{theirs}.attn.in_proj")
+        yield fuse(ours, _ATTENTION, f"{theirs}.attn.in_proj")
 
 
 def t5(layers: int) -> Iterator[Link]:
@@ -74,7 +74,7 @@ def decoder(layers: int, ours: str, theirs: str) -> Iterator[Link]:
 @cache
 def clip_l(name: str = TE1, kohya: str = "", *, projected: bool = False) -> Component:
     """OpenAI's CLIP ViT-L/14, of SD1, SDXL and FLUX.1, and `projected`, with its projection, of SD3."""
-    rows = {CHECKPOINT: partial(clip, 12), UNWRAPPED if projected else TRANSFORMERS_5: partial(unwrapped, 12)}
+    rows = {CHECKPOINT: partial(clip, 12), UNWRAPPED if projected else TRANSFORMERS_5: partial(unwrap, 12)}
     return Component(name, rows, {"q_proj": 768, "fc1": 768}, 123_060_480, encoder="clip_l", kohya=kohya)
 
 
@@ -84,7 +84,7 @@ def open_clip(
 ) -> Component:
     """OpenCLIP ViT-bigG with its projection (SDXL, SD3), or ViT-H without (SD2)."""
     plain = TRANSFORMERS_5 if encoder == "clip_h" else UNWRAPPED
-    rows = {CHECKPOINT: partial(openclip, layers), plain: partial(unwrapped, layers)}
+    rows = {CHECKPOINT: partial(openclip, layers), plain: partial(unwrap, layers)}
     return Component(name, rows, {"q_proj": width, "fc1": width}, parameters, encoder=encoder, folder=folder, kohya=kohya)
 
 

@@ -13,7 +13,7 @@ from loratool.archs.links import Link, rename
 from loratool.archs.table import Arch, Component
 from loratool.names import ORIGINAL, UNET
 
-TOP = {
+_TOP = {
     "patch_embedding": "patch_embedding",
     "vace_patch_embedding": "vace_patch_embedding",
     "proj_out": "head.head",
@@ -28,19 +28,19 @@ TOP = {
     "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
     "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
 }
-ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
-IMAGE = {"add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img"}
+_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
+_IMAGE = {"add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img"}
 REST = {"scale_shift_table": "modulation", "norm2": "norm3", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}
 
 
 def wan(blocks: int, vace: int) -> Iterator[Link]:
     """`blocks` blocks, and `vace` side blocks, of which the first has a projection in."""
-    yield from rename("", "", TOP)
+    yield from rename("", "", _TOP)
     for name, count in (("blocks", blocks), ("vace_blocks", vace)):
         for i in range(count):
             block = f"{name}.{i}"
-            yield from rename(f"{block}.attn1", f"{block}.self_attn", ATTENTION)
-            yield from rename(f"{block}.attn2", f"{block}.cross_attn", ATTENTION | IMAGE)
+            yield from rename(f"{block}.attn1", f"{block}.self_attn", _ATTENTION)
+            yield from rename(f"{block}.attn2", f"{block}.cross_attn", _ATTENTION | _IMAGE)
             yield from rename(block, block, REST)
     for i in range(vace):
         ends = {"proj_out": "after_proj"} | ({} if i else {"proj_in": "before_proj"})

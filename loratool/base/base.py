@@ -12,17 +12,17 @@ from loratool.deltas.schema import WEIGHT
 from loratool.errors import LoratoolError
 from loratool.files.layout import Layout
 from loratool.files.tensors import Checkpoint
-from loratool.keys.places import Place, Targets
+from loratool.keys.places import WeightIndex, WeightRows
 from loratool.names import Module
 
 
-class Weights:
+class BaseCheckpoint:
     """The checkpoint at `path`, with the places of its modules."""
 
     def __init__(self, path: Path | Layout, *, pinned: bool = False) -> None:
         self.checkpoint = Checkpoint(path, pinned=pinned)
         self.layout = self.checkpoint.layout
-        self.targets = Targets(self.layout)
+        self.targets = WeightIndex(self.layout)
 
     def of(self, module: Module, parameter: str = WEIGHT) -> Tensor:
         """The module's weight, (out, in, *kernel), or its bias; raises `LoratoolError` where there is none."""
@@ -32,17 +32,17 @@ class Weights:
         """The shape of what `of` reads, from the header alone."""
         return self.shape(self._places(module, parameter))
 
-    def _places(self, module: Module, parameter: str) -> tuple[Place, ...]:
+    def _places(self, module: Module, parameter: str) -> tuple[WeightRows, ...]:
         places = self.targets.find(module, parameter)
         if not places:
             raise LoratoolError(f"{module}: has no {parameter} in {self.layout.root}")
         return places
 
-    def at(self, places: Sequence[Place]) -> Tensor:
+    def at(self, places: Sequence[WeightRows]) -> Tensor:
         """What lies at `places`, one below the other."""
-        return _joined([self._part(place, 0, place.rows) for place in places])
+        return _join([self._part(place, 0, place.rows) for place in places])
 
-    def rows(self, places: Sequence[Place], start: int, stop: int) -> Tensor:
+    def rows(self, places: Sequence[WeightRows], start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of what lies at `places`, as many of them as there are; no others are read."""
         parts, first = [], 0
         for place in places:
@@ -50,20 +50,20 @@ class Weights:
             if low < high:
                 parts.append(self._part(place, low, high))
             first += place.rows
-        return _joined(parts) if parts else self._part(places[-1], 0, 0)
+        return _join(parts) if parts else self._part(places[-1], 0, 0)
 
-    def by_rows(self, places: Sequence[Place]) -> bool:
+    def by_rows(self, places: Sequence[WeightRows]) -> bool:
         """Whether some rows can be read without the rest."""
         return all(not place.transposed and place.step == 1 for place in places)
 
-    def _part(self, place: Place, start: int, stop: int) -> Tensor:
+    def _part(self, place: WeightRows, start: int, stop: int) -> Tensor:
         if self.by_rows([place]):
             return self.checkpoint.rows(place.tensor, place.start + start, place.start + stop)
         stored = self.checkpoint[place.tensor]
         rows = (stored.T if place.transposed else stored)[place.start : place.stop : place.step]
         return rows[start:stop].contiguous()
 
-    def shape(self, places: Sequence[Place]) -> tuple[int, ...]:
+    def shape(self, places: Sequence[WeightRows]) -> tuple[int, ...]:
         """The shape of what lies at `places`: (out, in, *kernel) for a weight."""
         shape = self.layout.info(places[0].tensor).shape
         if not shape:
@@ -72,12 +72,12 @@ class Weights:
         return (sum(place.rows for place in places), *inner)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def open_base(base: str | Path | Weights | None, *, pinned: bool = False) -> Weights | None:
+def open_base(base: str | Path | BaseCheckpoint | None, *, pinned: bool = False) -> BaseCheckpoint | None:
     """The checkpoint at a path, or one that is open already; None without one. Raises `LoratoolError`."""
-    if base is None or isinstance(base, Weights):
+    if base is None or isinstance(base, BaseCheckpoint):
         return base
-    return Weights(Path(base).expanduser(), pinned=pinned)
+    return BaseCheckpoint(Path(base).expanduser(), pinned=pinned)

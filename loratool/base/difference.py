@@ -10,16 +10,16 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loratool.base.base import Weights
+from loratool.base.base import BaseCheckpoint
 from loratool.base.pairs import Pair
-from loratool.deltas.base import widened
+from loratool.deltas.base import to_compute_dtype
 from loratool.errors import NonFinite
 from loratool.numbers import rounding
-from loratool.numbers.devices import CPU, sent, wide
-from loratool.numbers.krylov import squares
+from loratool.numbers.devices import CPU, send, to_float64
+from loratool.numbers.krylov import squared_norm
 from loratool.numbers.linalg import row_blocks
 
-BLOCK: Final = 1 << 18
+_BLOCK: Final = 1 << 18
 """Elements that are read and subtracted at a time: few enough to stay in cache."""
 BLOCK_THERE: Final = 1 << 24
 """Elements that travel to a device at a time."""
@@ -41,14 +41,14 @@ class Difference:
     edge: float
 
 
-def difference(base: Weights, tuned: Weights, pair: Pair, device: torch.device) -> Difference | None:
+def difference(base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair, device: torch.device) -> Difference | None:
     """What `pair` changed; None where it changed nothing.
 
     Raises `NonFinite` where either holds NaN or Inf. Rows that only one of them has are a difference to zero.
     """
     changed, rounded = _Rows(pair, _dtype(base, tuned, pair), device), _Rounding()
-    for start, before, after in _blocks(base, tuned, pair, BLOCK if device == CPU else BLOCK_THERE):
-        before, after = sent(before, device), sent(after, device)  # noqa: PLW2901
+    for start, before, after in _blocks(base, tuned, pair, _BLOCK if device == CPU else BLOCK_THERE):
+        before, after = send(before, device), send(after, device)  # noqa: PLW2901
         if before.dtype == after.dtype and torch.equal(before, after):
             continue
         rows = changed.rows(start, max(len(before), len(after)))
@@ -65,7 +65,7 @@ def difference(base: Weights, tuned: Weights, pair: Pair, device: torch.device) 
         return None
     largest = max(-low, high)
     matrix = _matrix(dense)
-    norm = math.sqrt(squares(matrix if 1e-15 < largest < 1e15 else matrix / largest))
+    norm = math.sqrt(squared_norm(matrix if 1e-15 < largest < 1e15 else matrix / largest))
     norm *= 1.0 if 1e-15 < largest < 1e15 else largest
     return Difference(dense, norm, *rounded.sizes(matrix.shape, norm))
 
@@ -94,8 +94,8 @@ class _Rounding:
 
     def add(self, stored: Tensor) -> None:
         """Adds the steps of `stored` in the dtype that it is in."""
-        squared = _matrix(rounding.steps(stored)).square_()
-        columns = wide(squared.sum(0))
+        squared = _matrix(rounding.ulp(stored)).square_()
+        columns = to_float64(squared.sum(0))
         self.columns = columns if self.columns is None else self.columns + columns
         self.largest_row = max(self.largest_row, float(squared.sum(1).max()))
 
@@ -114,7 +114,7 @@ class _Rounding:
         return noise, edge * min(1.0, rms / each if each else 1.0)
 
 
-def _blocks(base: Weights, tuned: Weights, pair: Pair, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _blocks(base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The rows of both, a few at a time, from the first on; what is not stored row by row comes at once, and a single number
     as a row of one."""
     if not pair.shape:
@@ -131,7 +131,7 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(-1, 1)
 
 
-def _dtype(base: Weights, tuned: Weights, pair: Pair) -> torch.dtype:
+def _dtype(base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair) -> torch.dtype:
     stored = (base.layout.info(pair.base[0].tensor).dtype, tuned.layout.info(pair.tuned[0].tensor).dtype)
     return torch.float64 if "F64" in stored else torch.float32
 
@@ -140,8 +140,8 @@ def _step(tensor: Tensor) -> float:
     return torch.finfo(tensor.dtype).eps
 
 
-def _lost(base: Weights, tuned: Weights, pair: Pair) -> str:
+def _lost(base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair) -> str:
     for weights, places in ((base, pair.base), (tuned, pair.tuned)):
-        if not bool(widened(weights.at(places)).isfinite().all()):
+        if not bool(to_compute_dtype(weights.at(places)).isfinite().all()):
             return f"{weights.layout.root}: {places[0].tensor} holds NaN or Inf; `Selection(exclude=)` leaves it out"
     return f"{pair}: the difference of the two overflows float32; `Selection(exclude=)` leaves it out"

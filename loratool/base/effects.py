@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loratool.base.base import Weights
-from loratool.deltas.base import Delta, moved, widened
+from loratool.base.base import BaseCheckpoint
+from loratool.deltas.base import Delta, to_compute_dtype, to_device
 from loratool.deltas.full import Full
 from loratool.deltas.schema import WEIGHT
 from loratool.errors import NeedsBase, ShapeMismatch
 from loratool.names import Module
-from loratool.numbers.devices import CPU, sent
-from loratool.numbers.krylov import squares
+from loratool.numbers.devices import CPU, send
+from loratool.numbers.krylov import squared_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def effect_of(
     delta: Delta,
     module: Module,
     parameter: str,
-    base: Weights | None,
+    base: BaseCheckpoint | None,
     device: torch.device = CPU,
     *,
     measure_weight: bool = False,
@@ -56,15 +56,15 @@ def effect_of(
     add that depend on their weight. Raises `NeedsBase` for such a kind without a base, `ShapeMismatch` where it does not fit
     its weight, and `LoratoolError` where the base has none.
     """
-    delta = moved(delta.made(), device)
+    delta = to_device(delta.materialise(), device)
     weight = base.of(module, parameter) if base and (measure_weight or not delta.additive) else None
     norm = weight_norm(weight) if weight is not None and measure_weight else None
     if not delta.additive:
         if weight is None:
             raise NeedsBase(f"what a delta of kind {delta.kind} adds depends on its weight; pass `base=`")
-        whole = _added(delta, sent(weight, device).float())
+        whole = _matrix_added(delta, send(weight, device).float())
         return Effect(tuple(whole.shape), None, whole, norm)
-    shape = base.shape_of(module, parameter) if base and delta.flattened else delta.shape
+    shape = base.shape_of(module, parameter) if base and delta.kernel_flattened else delta.shape
     factors = delta.factors() if len(shape) > 1 else None
     if factors is not None and factors[0].shape[1] <= min(len(factors[0]), factors[1].shape[1]):
         return Effect(shape, factors, None, norm)
@@ -73,11 +73,11 @@ def effect_of(
 
 def weight_norm(weight: Tensor) -> float:
     """‖W‖, its squares summed in float64."""
-    wide = widened(weight)
-    return math.sqrt(squares(wide.flatten(1) if wide.ndim > 1 else wide.reshape(1, -1)))
+    wide = to_compute_dtype(weight)
+    return math.sqrt(squared_norm(wide.flatten(1) if wide.ndim > 1 else wide.reshape(1, -1)))
 
 
-def _added(delta: Delta, weight: Tensor) -> Tensor:
+def _matrix_added(delta: Delta, weight: Tensor) -> Tensor:
     """W' − W in float32."""
     try:
         return delta.apply(weight) - weight

@@ -9,13 +9,13 @@ from typing import Final
 
 import torch
 
-from loratool.base.base import Weights
+from loratool.base.base import BaseCheckpoint
 from loratool.deltas.schema import WEIGHT
-from loratool.errors import LoratoolError, UnmatchedModules, some
+from loratool.errors import LoratoolError, UnmatchedModules, first_few
 from loratool.files.layout import Layout
 from loratool.files.tensors import DTYPES, FLOATS
 from loratool.keys.detect import detect
-from loratool.keys.places import HEAD, Place, inputs_of, module_of
+from loratool.keys.places import HEAD, WeightRows, inputs_of, module_of
 from loratool.names import EMA, WHOLE, Module
 
 BUFFERS: Final = re.compile(
@@ -33,8 +33,8 @@ class Pair:
 
     module: Module
     parameter: str
-    base: tuple[Place, ...]
-    tuned: tuple[Place, ...]
+    base: tuple[WeightRows, ...]
+    tuned: tuple[WeightRows, ...]
     shape: tuple[int, ...]
     tuned_shape: tuple[int, ...]
 
@@ -53,15 +53,15 @@ class Pairing:
 
     pairs: tuple[Pair, ...]
     excluded: tuple[str, ...]
-    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
-def paired(base: Weights, tuned: Weights, takes: Takes) -> Pairing:
+def pair_parameters(base: BaseCheckpoint, tuned: BaseCheckpoint, takes: Takes) -> Pairing:
     """Pairs the parameters of `base` and `tuned` that `takes` lets through.
 
     Raises `UnmatchedModules` where one lacks a parameter of a component that both have.
     """
-    draft = _Draft(base, tuned)
+    draft = _PairingDraft(base, tuned)
     for name in base.layout.tensors:
         draft.add(name)
     draft.add_lost()
@@ -76,10 +76,10 @@ def paired(base: Weights, tuned: Weights, takes: Takes) -> Pairing:
     return Pairing(tuple(pairs), excluded, notes)
 
 
-class _Draft:
+class _PairingDraft:
     """Pairs as they are found, and the tensors that still lack a partner."""
 
-    def __init__(self, base: Weights, tuned: Weights) -> None:
+    def __init__(self, base: BaseCheckpoint, tuned: BaseCheckpoint) -> None:
         self.base, self.tuned = base, tuned
         self.pairs: list[Pair] = []
         self.lost: dict[str, tuple[Module, str]] = {}
@@ -150,9 +150,9 @@ class _Draft:
         whole = [name for name in common if self.base.layout.info(name).dtype not in FLOATS]
         unlike = [name for name in whole if not _is_same(self.base, self.tuned, name)]
         if unlike:
-            yield f"{some(unlike, 3)} hold no floating-point numbers and differ; no adapter holds that"
+            yield f"{first_few(unlike, 3)} hold no floating-point numbers and differ; no adapter holds that"
 
-    def _pair(self, module: Module, parameter: str, base: tuple[Place, ...], tuned: tuple[Place, ...]) -> None:
+    def _pair(self, module: Module, parameter: str, base: tuple[WeightRows, ...], tuned: tuple[WeightRows, ...]) -> None:
         self.met.update(place.tensor for place in tuned)
         shapes = self.base.shape(base), self.tuned.shape(tuned)
         self.pairs.append(Pair(module, parameter, base, tuned, *shapes))
@@ -162,14 +162,14 @@ def _head(names: Iterable[str]) -> str | None:
     return next((name for name in names if name.endswith(f"{HEAD}.weight")), None)
 
 
-def _is_same(base: Weights, tuned: Weights, name: str) -> bool:
+def _is_same(base: BaseCheckpoint, tuned: BaseCheckpoint, name: str) -> bool:
     one, other = base.layout.info(name), tuned.layout.info(name)
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     return one.dtype not in DTYPES or torch.equal(base.checkpoint[name], tuned.checkpoint[name])
 
 
-def _is_weight(weights: Weights, name: str) -> bool:
+def _is_weight(weights: BaseCheckpoint, name: str) -> bool:
     return weights.layout.info(name).dtype in FLOATS and module_of(name)[0].component != EMA
 
 
@@ -177,6 +177,6 @@ def _unlike(mine: Layout, other: Layout, missing: list[str]) -> str:
     models = [detect(inputs_of(layout)).title for layout in (mine, other)]
     of = f" ({models[0]} and {models[1]})" if models[0] != models[1] else ""
     return (
-        f"{other.root}: lacks {some(missing)} of {mine.root}{of}; both must be the same model, "
+        f"{other.root}: lacks {first_few(missing)} of {mine.root}{of}; both must be the same model, "
         "or leave out what only one of them has, with `Selection(exclude=)`"
     )

@@ -10,7 +10,7 @@ import click
 
 from loratool.cli.inputs import input_path
 from loratool.cli.options import base_option, json_option, output_option, overwrite_option, quiet_option
-from loratool.cli.render import print_facts, told
+from loratool.cli.render import print_facts, show_report
 from loratool.formats.consumers import CONSUMERS
 from loratool.text import safe, size
 
@@ -53,7 +53,7 @@ def check_command(
     if fix != (out is not None):
         raise click.UsageError("--fix and -o OUT go together")
     report = fixed(adapter, target, out, base=base, overwrite=overwrite) if out else check(adapter, target, base=base)
-    if told(report, as_json=as_json, quiet=quiet):
+    if show_report(report, as_json=as_json, quiet=quiet):
         print_facts(f"{report.path} in {report.target}", _facts(report))
     context.exit(0 if report.good or out else 1)
 

@@ -18,16 +18,16 @@ from loratool.cli.options import (
     json_option,
     output_option,
     overwrite_option,
+    parse_weighted_adapter,
     pickle_option,
     quiet_option,
     to_option,
     verbose_option,
-    weighted,
 )
-from loratool.cli.rank_options import rank_rules, rule_of
-from loratool.cli.render import print_facts, told
+from loratool.cli.rank_options import rank_rules, rule_from_options
+from loratool.cli.render import print_facts, show_report
 from loratool.cli.resize import print_converted
-from loratool.deltas.schema import MERGE_METHODS, SUM
+from loratool.deltas.schema import MERGE_METHOD_NAMES, SUM
 from loratool.text import histogram, size
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 @click.argument("adapters", nargs=-1, type=input_name, required=True, metavar="ADAPTER[:STRENGTH[:PARTS]]...")
 @output_option()
 @partial(rank_rules, without=("auto",))
-@click.option("--method", type=click.Choice((SUM, *MERGE_METHODS)), default=SUM, show_default=True, help="How to merge.")
+@click.option(
+    "--method", type=click.Choice((SUM, *MERGE_METHOD_NAMES)), default=SUM, show_default=True, help="How to merge."
+)
 @click.option("--density", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True, help="Share kept.")
 @click.option("--seed", default=0, show_default=True, help="Of what dare and dare-ties drop.")
 @to_option("Format to write. Default: as the first ADAPTER.")
@@ -71,9 +73,9 @@ def combine_command(adapters: tuple[str, ...], out: Path, as_json: bool, quiet: 
     """
     from loratool.verbs.combine.combine import combine
 
-    rule = rule_of(given, needed=False)
-    report = combine([weighted(text) for text in adapters], out, rule, **given)
-    if told(report, as_json=as_json, quiet=quiet):
+    rule = rule_from_options(given, needed=False)
+    report = combine([parse_weighted_adapter(text) for text in adapters], out, rule, **given)
+    if show_report(report, as_json=as_json, quiet=quiet):
         print_facts(f"combined {len(adapters)} adapters into {report.out}", _facts(report))
         if verbose and report.lowered:
             print_converted(report.lowered)

@@ -9,31 +9,31 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.inputs import expanded, input_name
+from loratool.cli.inputs import expand_inputs, input_name
 from loratool.cli.options import (
     arch_option,
     base_option,
     factors_device_option,
     json_option,
+    parse_base_and_adapters,
     pickle_option,
     quiet_option,
-    sum_of,
     verbose_option,
 )
-from loratool.cli.render import print_facts, print_table, told
+from loratool.cli.render import print_facts, print_table, show_report
 
 if TYPE_CHECKING:
-    from loratool.verbs.compare.adapters import Compared
+    from loratool.verbs.compare.adapters import ModuleComparison
     from loratool.verbs.compare.checkpoints import CheckpointComparison
     from loratool.verbs.compare.compare import AdapterComparison, Comparison, MatrixComparison
     from loratool.verbs.compare.merges import MergeComparison
 
-SHOWN = 20
+_SHOWN = 20
 """Modules, or tensors, that a table shows unless --verbose asks for all."""
 
 
 @click.command("compare", short_help="Say whether adapters, or checkpoints, are the same.")
-@click.argument("paths", nargs=-1, required=True, metavar="A B...", type=input_name, callback=expanded)
+@click.argument("paths", nargs=-1, required=True, metavar="A B...", type=input_name, callback=expand_inputs)
 @click.option("--to", "source", metavar="BASE+ADAPTER[:W]...", help="Check the merge A against what it is made of.")
 @click.option("--tol", "tolerance", type=click.FloatRange(min=0), default=1e-6, show_default=True, help="Largest relative "
               "difference of a module that counts as the same.")  # fmt: skip
@@ -76,13 +76,13 @@ def compare_command(
     if source:
         if len(paths) != 1:
             raise click.UsageError("--to compares one checkpoint with what it is made of")
-        model, adapters = sum_of(source)
+        model, adapters = parse_base_and_adapters(source)
         report = compare_to(paths[0], model, adapters, allow_pickle=allow_pickle, device=device)
     else:
         if len(paths) < 2:
             raise click.UsageError("name two or more adapters, or two checkpoints; or one checkpoint and --to")
         report = compare(paths, tolerance=tolerance, base=base, arch=arch, allow_pickle=allow_pickle, device=device)
-    if told(report, as_json=as_json, quiet=quiet):
+    if show_report(report, as_json=as_json, quiet=quiet):
         _print(report, verbose=verbose)
     ctx.exit(0 if report.same else 1)
 
@@ -141,7 +141,7 @@ def _verdict(report: AdapterComparison, identical: int) -> str:
 def _print_modules(report: AdapterComparison, *, verbose: bool) -> None:
     """The modules that differ, the worst first; all of them, in order, where asked for."""
     differing = sorted((m for m in report.modules if m.relative > report.tolerance), key=lambda m: -m.relative)
-    shown = report.modules if verbose else differing[:SHOWN]
+    shown = report.modules if verbose else differing[:_SHOWN]
     if not shown:
         return
     rows = [
@@ -150,8 +150,8 @@ def _print_modules(report: AdapterComparison, *, verbose: bool) -> None:
     ]
     columns = ["module", "‖A‖", "‖B‖", "‖A − B‖", "relative", "cosine", "∠ out", "∠ in"]
     print_table(columns, rows, numbers=columns[1:])
-    if not verbose and len(differing) > SHOWN:
-        print_facts(f"{len(differing) - SHOWN} more differ; -v shows all", ())
+    if not verbose and len(differing) > _SHOWN:
+        print_facts(f"{len(differing) - _SHOWN} more differ; -v shows all", ())
 
 
 def _print_matrix(report: MatrixComparison) -> None:
@@ -194,13 +194,13 @@ def _print_checkpoints(report: CheckpointComparison, *, verbose: bool) -> None:
             f"{tensor.largest:.3g}",
             "" if tensor.ulps is None else f"{tensor.ulps:,}",
         ]
-        for tensor in (ordered if verbose else ordered[:SHOWN])
+        for tensor in (ordered if verbose else ordered[:_SHOWN])
     ]
     if rows:
         columns = ["tensor", "dtype", "numbers", "relative", "largest", "ulps"]
         print_table(columns, rows, numbers=columns[2:])
-    if not verbose and len(ordered) > SHOWN:
-        print_facts(f"{len(ordered) - SHOWN} more differ; -v shows all", ())
+    if not verbose and len(ordered) > _SHOWN:
+        print_facts(f"{len(ordered) - _SHOWN} more differ; -v shows all", ())
 
 
 def _of_merge(report: MergeComparison) -> Iterator[tuple[str, str]]:
@@ -220,7 +220,7 @@ def _print_merge(report: MergeComparison, *, verbose: bool) -> None:
     print_facts(f"compared {report.merged} with {report.base} + {sources}", _of_merge(report))
     rows = [
         [off.name, f"{off.count:,}", f"{off.steps:.3g}", str(list(off.index)), f"{off.expected:.6g}", f"{off.found:.6g}"]
-        for off in (report.off if verbose else report.off[:SHOWN])
+        for off in (report.off if verbose else report.off[:_SHOWN])
     ]
     if rows:
         columns = ["tensor", "off", "steps", "worst at", "expected", "found"]
@@ -231,7 +231,7 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _directions(module: Compared) -> tuple[str, ...]:
+def _directions(module: ModuleComparison) -> tuple[str, ...]:
     """The cosine, and the largest principal angles."""
     widest = (f"{angles[-1]:.0f}°" if angles else "" for angles in (module.outputs, module.inputs))
     return (_cosine(module.cosine), *widest)

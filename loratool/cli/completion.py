@@ -12,7 +12,7 @@ from click.shell_completion import get_completion_class
 from loratool.errors import LoratoolError
 from loratool.text import message
 
-PLACES: Final = {
+_PLACES: Final = {
     "bash": ("XDG_DATA_HOME", ".local/share", "bash-completion/completions/loratool"),
     "zsh": ("ZDOTDIR", "", ".zfunc/_loratool"),
     "fish": ("XDG_CONFIG_HOME", ".config", "fish/completions/loratool.fish"),
@@ -34,7 +34,7 @@ def script(group: click.Command, shell: str) -> str:
 
 def place_of(shell: str) -> Path:
     """The file that a shell reads it from."""
-    variable, otherwise, rest = PLACES[shell]
+    variable, otherwise, rest = _PLACES[shell]
     root = os.environ.get(variable)
     return Path(root or Path.home() / otherwise, rest)
 
@@ -42,7 +42,7 @@ def place_of(shell: str) -> Path:
 def _shell(given: str) -> str:
     """The shell asked for, or the user's own."""
     name = Path(os.environ.get("SHELL", "")).name if given == "auto" else given
-    if name not in PLACES:
+    if name not in _PLACES:
         called = name or "without a name"
         raise LoratoolError(f"--install-completion: no script for the shell {called}; name bash, zsh or fish")
     return name
@@ -70,7 +70,7 @@ def show(context: click.Context, parameter: click.Parameter, given: Any) -> None
         context.exit()
 
 
-SHELLS: Final = click.Choice(["auto", *PLACES])
+SHELLS: Final = click.Choice(["auto", *_PLACES])
 install_option = click.option(
     "--install-completion", type=SHELLS, is_flag=False, flag_value="auto", expose_value=False, is_eager=True,
     callback=install, metavar="[SHELL]", help="Have bash, zsh or fish complete commands and options.",

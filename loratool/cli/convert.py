@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.cli.options import a_format, arch_option, pickle_option, to_option
-from loratool.cli.rank_options import rule_of
-from loratool.cli.render import print_facts, told, warn
+from loratool.cli.rank_options import rule_from_options
+from loratool.cli.render import print_facts, show_report, warn
 from loratool.cli.resize import print_converted, rank_options, run_low_rank
 from loratool.errors import LoratoolError
 from loratool.files.adapter_files import is_adapter_folder
@@ -52,7 +52,7 @@ def convert_command(adapter: Path, to: str | None, to_lora: bool, out: Path, **o
     """
     if not to and not to_lora:
         raise click.UsageError("give --to FORMAT, --to-lora, or both")
-    rule = rule_of(options, needed=False)
+    rule = rule_from_options(options, needed=False)
     if not to:
         for name in ("arch", "source", "allow_pickle"):
             if options.pop(name):
@@ -111,7 +111,7 @@ def _convert(
     from loratool.verbs.convert import convert
 
     report = convert(adapter, out, to, assume=Assumptions(alpha, slots or ()), **options)
-    if told(report, as_json=as_json, quiet=quiet):
+    if show_report(report, as_json=as_json, quiet=quiet):
         print_facts(f"converted {adapter} to {report.out}", _facts(report))
         if verbose and report.lowered:
             print_converted(report.lowered)

@@ -23,14 +23,14 @@ from loratool.cli.options import (
     quiet_option,
     to_option,
 )
-from loratool.cli.render import print_facts, print_table, progress_bar, told
+from loratool.cli.render import print_facts, print_table, progress_bar, show_report
 from loratool.text import size
 
 if TYPE_CHECKING:
     from loratool.verbs.delta.delta import DeltaReport
-    from loratool.verbs.delta.measure import Measured
+    from loratool.verbs.delta.measure import ModuleMeasure
 
-SHOWN = 20
+_SHOWN = 20
 LEADING = 8
 """Singular values of a module that are shown."""
 
@@ -43,7 +43,7 @@ LEADING = 8
 @to_option("Names to write. Default: ADAPTER's, else kohya's.")
 @arch_option("Architecture, where the names fit several.")
 @dtype_option("Of what is written. Default: float32.")
-@click.option("--top", default=SHOWN, show_default=True, type=click.IntRange(0), help="Modules to show; 0 shows all.")
+@click.option("--top", default=_SHOWN, show_default=True, type=click.IntRange(0), help="Modules to show; 0 shows all.")
 @click.option("--by", type=click.Choice(["norm", "relative"]), default="norm", show_default=True, help="Order of modules.")
 @click.option("--spectrum", is_flag=True, help="All singular values, of large matrices too.")
 @include_option
@@ -81,7 +81,7 @@ def delta_command(
 
     with progress_bar("measuring", quiet=quiet) as progress:
         report = delta(path, tuned, out, selection=Selection(include, exclude), progress=progress, **options)
-    if told(report, as_json=as_json, quiet=quiet):
+    if show_report(report, as_json=as_json, quiet=quiet):
         print_facts(f"ΔW of {report.what}", _facts(report))
         _print_modules(report, top, by)
 
@@ -113,7 +113,7 @@ def _print_modules(report: DeltaReport, top: int, by: str) -> None:
         print_table(["parameter", "singular values"], [[module.name, _spectrum(module)] for module in shown])
 
 
-def _row(module: Measured, *, known: bool) -> list[str]:
+def _row(module: ModuleMeasure, *, known: bool) -> list[str]:
     return [
         module.name,
         f"{module.norm:.4g}",
@@ -125,7 +125,7 @@ def _row(module: Measured, *, known: bool) -> list[str]:
     ]
 
 
-def _spectrum(module: Measured) -> str:
+def _spectrum(module: ModuleMeasure) -> str:
     leading = " ".join(f"{value:.3g}" for value in module.spectrum[:LEADING])
     more = len(module.spectrum) - LEADING
     return f"{leading} … {module.spectrum[-1]:.2g} ({more} more)" if more > 0 else leading

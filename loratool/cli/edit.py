@@ -11,17 +11,17 @@ import click
 from loratool.cli.inputs import input_path
 from loratool.cli.options import (
     arch_option,
-    component_strengths,
     dry_run_option,
-    factors,
     json_option,
     output_option,
     overwrite_option,
+    parse_component_strengths,
+    parse_factors,
     quiet_option,
     vector,
     verbose_option,
 )
-from loratool.cli.render import print_facts, print_table, told
+from loratool.cli.render import print_facts, print_table, show_report
 from loratool.text import size
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ def edit_command(
     asked = given["drop"] or given["keep"] or scale or blocks or components
     if not given["dry_run"] and not (out and asked):
         raise click.UsageError("give -o OUT and what to change, or --dry-run to see what there is")
-    strength = Strength(1.0, blocks or (), component_strengths(components))
-    report = edit(adapter, out, scale=factors("--scale", scale), strength=strength, **given)
-    if told(report, as_json=as_json, quiet=quiet):
+    strength = Strength(1.0, blocks or (), parse_component_strengths(components))
+    report = edit(adapter, out, scale=parse_factors("--scale", scale), strength=strength, **given)
+    if show_report(report, as_json=as_json, quiet=quiet):
         print_facts(
             f"{'would edit' if report.dry_run else 'edited'} {adapter}" + (f" to {out}" if out else ""), _facts(report)
         )

@@ -26,8 +26,8 @@ from loratool.cli.options import (
     to_option,
     verbose_option,
 )
-from loratool.cli.rank_options import rank_rules, rule_of
-from loratool.cli.render import print_facts, print_table, progress_bar, told
+from loratool.cli.rank_options import rank_rules, rule_from_options
+from loratool.cli.render import print_facts, print_table, progress_bar, show_report
 from loratool.text import histogram, size
 
 if TYPE_CHECKING:
@@ -69,11 +69,11 @@ def extract_command(base: Path, tuned: Path, out: Path, as_json: bool, quiet: bo
     from loratool.adapter.selection import Selection
     from loratool.verbs.extract.extract import extract
 
-    rule, selection = rule_of(given), Selection(given.pop("include"), given.pop("exclude"))
+    rule, selection = rule_from_options(given), Selection(given.pop("include"), given.pop("exclude"))
     assert rule
     with progress_bar("extracting", quiet=quiet) as progress:
         report = extract(base, tuned, out, rule, selection=selection, progress=progress, **given)
-    if told(report, as_json=as_json, quiet=quiet):
+    if show_report(report, as_json=as_json, quiet=quiet):
         _print(report, base, tuned, verbose=verbose)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.inputs import expanded, input_name
+from loratool.cli.inputs import expand_inputs, input_name
 from loratool.cli.options import json_option
 from loratool.cli.render import print_facts, print_json, warn
 from loratool.text import safe, size
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("hash", short_help="Print the hashes that sites and tools know a file by.")
-@click.argument("files", nargs=-1, required=True, type=input_name, callback=expanded)
+@click.argument("files", nargs=-1, required=True, type=input_name, callback=expand_inputs)
 @click.option("--check", is_flag=True, help="Compare with what the file says of itself; exit code 1 where that is wrong.")
 @json_option
 @click.pass_context
@@ -33,9 +33,9 @@ def hash_command(context: click.Context, files: tuple[Path, ...], check: bool, a
       loratool hash style.safetensors
       loratool hash --check style.safetensors
     """
-    from loratool.verbs.hash import file_hashes
+    from loratool.verbs.hash import hash_file
 
-    found = [file_hashes(path) for path in files]
+    found = [hash_file(path) for path in files]
     if as_json:
         print_json(found)
     for hashes in found:

@@ -28,7 +28,7 @@ class InputName(click.ParamType[str]):
         return [CompletionItem(incomplete, type="file")]
 
 
-class Input(click.ParamType[Path]):
+class InputPath(click.ParamType[Path]):
     """A file or folder to read: a path, hf:ORG/NAME[@REVISION][/FILE], or - for standard input."""
 
     name = "path"
@@ -36,30 +36,30 @@ class Input(click.ParamType[Path]):
 
     def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """The path where it lies."""
-        return found(str(value), ctx)
+        return resolve_input(str(value), ctx)
 
 
 input_name = InputName()
-input_path = Input()
+input_path = InputPath()
 
 
-def found(text: str, ctx: click.Context | None = None) -> Path:
+def resolve_input(text: str, ctx: click.Context | None = None) -> Path:
     """The path of what `text` names. What is on the hub is downloaded, what comes by standard input is kept in a temporary
     file until the command ends. Raises `LoratoolError`."""
     if text == STDIN:
-        return _spooled(ctx or click.get_current_context())
+        return _spool(ctx or click.get_current_context())
     if hub.is_named(text):
-        return hub.fetched(text)
+        return hub.fetch(text)
     path = Path(text).expanduser()
-    if not there(text) and hub.might_be_named(text):
+    if not exists(text) and hub.might_be_named(text):
         try:
-            return hub.fetched(text)
+            return hub.fetch(text)
         except LoratoolError as error:
             raise LoratoolError(f"{text}: no such file or folder here; and {error}") from error
     return path
 
 
-def there(text: str) -> bool:
+def exists(text: str) -> bool:
     """Whether there is a file or folder of that name; what can be no name is none."""
     try:
         return Path(text).expanduser().exists()
@@ -67,12 +67,12 @@ def there(text: str) -> bool:
         return False
 
 
-def expanded(ctx: click.Context, param: click.Parameter, values: Iterable[str]) -> tuple[Path, ...]:
+def expand_inputs(ctx: click.Context, param: click.Parameter, values: Iterable[str]) -> tuple[Path, ...]:
     """Every path that the arguments name, a pattern's in order; raises `LoratoolError` for one that matches nothing."""
     paths: list[Path] = []
     for text in values:
-        if there(text) or not glob.has_magic(text):
-            paths.append(found(text, ctx))
+        if exists(text) or not glob.has_magic(text):
+            paths.append(resolve_input(text, ctx))
             continue
         matches = sorted(glob.glob(str(Path(text).expanduser()), recursive=True))
         if not matches:
@@ -81,7 +81,7 @@ def expanded(ctx: click.Context, param: click.Parameter, values: Iterable[str]) 
     return tuple(paths)
 
 
-def _spooled(ctx: click.Context) -> Path:
+def _spool(ctx: click.Context) -> Path:
     folder = tempfile.mkdtemp(prefix="loratool-")
     ctx.find_root().call_on_close(lambda: shutil.rmtree(folder, ignore_errors=True))
     path = Path(folder, "stdin")

@@ -9,30 +9,30 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from loratool.cli.inputs import expanded, input_name
+from loratool.cli.inputs import expand_inputs, input_name
 from loratool.cli.options import base_option, json_option
 from loratool.cli.render import print_facts, print_json, print_table
 from loratool.errors import LoratoolError
 from loratool.text import count, histogram, safe, size
 
 if TYPE_CHECKING:
-    from loratool.keys.listing import Listing
+    from loratool.keys.listing import AdapterListing
     from loratool.verbs.inspect.inspect import AdapterReport, CheckpointReport
 
-TRAINING: Final = (
+_TRAINING: Final = (
     "modelspec.title", "modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "ss_network_module",
     "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_learning_rate", "ss_optimizer", "ss_num_train_images",
     "ss_num_epochs", "ss_steps", "ss_output_name", "software",
 )  # fmt: skip
 """The metadata that people ask after first."""
-SHADES: Final = "░▒▓█"
-LETTERS: Final = string.ascii_lowercase + string.ascii_uppercase + string.digits
-TOLD: Final = frozenset({"version", "command", "adapters", "before", "modules", "columns", "left_out"})
+_SHADES: Final = "░▒▓█"
+_LETTERS: Final = string.ascii_lowercase + string.ascii_uppercase + string.digits
+_TOLD: Final = frozenset({"version", "command", "adapters", "before", "modules", "columns", "left_out"})
 """What a step of a history is told by in words of its own, or is too long for a line."""
 
 
 @click.command("inspect", short_help="Say what a file is, and why.")
-@click.argument("files", nargs=-1, required=True, type=input_name, callback=expanded)
+@click.argument("files", nargs=-1, required=True, type=input_name, callback=expand_inputs)
 @click.option("--modules", "list_modules", is_flag=True, help="List every module.")
 @click.option("--values", is_flag=True, help="Read the tensors too: norms, spectra, NaN, zeros.")
 @click.option("--plot", is_flag=True, help="Draw ‖ΔW‖ by block and sort of module.")
@@ -52,7 +52,7 @@ def inspect_command(
       loratool inspect --modules --values adapter_folder/
       loratool inspect loras/
     """
-    from loratool.keys.listing import Listing, open_input
+    from loratool.keys.listing import AdapterListing, open_input
     from loratool.verbs.inspect.inspect import AdapterReport, adapters_in, inspect_input
 
     for path in files:
@@ -68,7 +68,7 @@ def inspect_command(
         print_facts(str(path), _adapter(report) if isinstance(report, AdapterReport) else _checkpoint(report))
         if isinstance(report, AdapterReport) and (list_modules or values):
             _print_modules(report)
-        if isinstance(found, Listing) and plot:
+        if isinstance(found, AdapterListing) and plot:
             _print_map(found)
 
 
@@ -97,20 +97,20 @@ def _print_folder(folder: Path, paths: Iterable[Path], *, as_json: bool) -> None
     print_facts(str(folder), [("sum", total), *(("unread", line) for line in failed)])
 
 
-def _print_map(listing: Listing) -> None:
+def _print_map(listing: AdapterListing) -> None:
     """Blocks from top to bottom, sorts of modules from left to right under letters, the darker the larger their ‖ΔW‖."""
     from loratool.adapter.load import load_listing
-    from loratool.verbs.inspect.block_map import map_of
+    from loratool.verbs.inspect.block_map import block_map
 
-    found = map_of(load_listing(listing))
+    found = block_map(load_listing(listing))
     width = max(map(len, found.rows), default=0)
-    letters = [LETTERS[place % len(LETTERS)] for place in range(len(found.columns))]
+    letters = [_LETTERS[place % len(_LETTERS)] for place in range(len(found.columns))]
     click.echo(f"\n  {'':{width}}  {' '.join(letters)}")
     for name, row in zip(found.rows, found.cells, strict=True):
         click.echo(f"  {safe(name):{width}}  {' '.join(_shade(cell, found.largest) for cell in row)}".rstrip())
     legend = [(letter, column) for letter, column in zip(letters, found.columns, strict=True)]
     click.echo()
-    print_facts(f"  ‖ΔW‖ from {SHADES[0]} (a quarter of {found.largest:.3g} or less) to {SHADES[-1]}; · no module", legend)
+    print_facts(f"  ‖ΔW‖ from {_SHADES[0]} (a quarter of {found.largest:.3g} or less) to {_SHADES[-1]}; · no module", legend)
     if found.unmeasured:
         print_facts("", [("left out", f"{found.unmeasured} changes whose norm only the base could tell")])
 
@@ -118,7 +118,7 @@ def _print_map(listing: Listing) -> None:
 def _shade(cell: float | None, largest: float) -> str:
     if cell is None:
         return "·"
-    return SHADES[min(int(cell / largest * len(SHADES)), len(SHADES) - 1)] if largest else SHADES[0]
+    return _SHADES[min(int(cell / largest * len(_SHADES)), len(_SHADES) - 1)] if largest else _SHADES[0]
 
 
 def _adapter(report: AdapterReport) -> Iterator[tuple[str, str]]:
@@ -149,7 +149,7 @@ def _checkpoint(report: CheckpointReport) -> Iterator[tuple[str, str]]:
 
 
 def _metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    known = [key for key in TRAINING if key in metadata]
+    known = [key for key in _TRAINING if key in metadata]
     for key in known:
         yield safe(key), safe(metadata[key])
     more = len(metadata.keys() - {*known, "loratool"})
@@ -161,7 +161,7 @@ def _history(steps: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """What was done to the file, the last command first."""
     for number, step in enumerate(steps):
         inputs = [f"{each.get('name')}{_strength(each)}{_hash(each)}" for each in step.get("adapters", ())]
-        about = {key: value for key, value in step.items() if key not in TOLD and value is not None}
+        about = {key: value for key, value in step.items() if key not in _TOLD and value is not None}
         said = [f"{key} {value}" for key, value in about.items() if isinstance(value, str | int | float)]
         made = f"{step['command']} {' + '.join(inputs)}".strip()
         yield "history" if number == 0 else "", safe("; ".join([made, *said, f"loratool {step.get('version')}"]))

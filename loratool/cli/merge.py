@@ -11,7 +11,6 @@ import click
 from loratool.cli.inputs import input_name, input_path
 from loratool.cli.options import (
     alpha_option,
-    component_strengths,
     device_option,
     dry_run_option,
     dtype_option,
@@ -20,15 +19,16 @@ from loratool.cli.options import (
     include_option,
     json_option,
     output_option,
+    output_or_in_place,
     overwrite_option,
+    parse_component_strengths,
+    parse_weighted_adapter,
     pickle_option,
     quiet_option,
     slots_option,
     verbose_option,
-    weighted,
-    where_to,
 )
-from loratool.cli.render import print_facts, print_table, progress_bar, told
+from loratool.cli.render import print_facts, print_table, progress_bar, show_report
 from loratool.text import size
 
 if TYPE_CHECKING:
@@ -105,20 +105,20 @@ def merge_command(
     from loratool.adapter.selection import Selection
     from loratool.verbs.merge.merge import merge
 
-    factors = component_strengths(components)
-    inputs = [weighted(text).times(factors) for text in adapters]
+    factors = parse_component_strengths(components)
+    inputs = [parse_weighted_adapter(text).times(factors) for text in adapters]
     with progress_bar("merging", quiet=quiet) as progress:
         report = merge(
             base,
             inputs,
-            where_to(out, in_place=in_place),
+            output_or_in_place(out, in_place=in_place),
             selection=Selection(include, exclude),
             stochastic=rounding == "stochastic",
             assume=Assumptions(alpha, slots or ()),
             progress=progress,
             **options,
         )
-    if told(report, as_json=as_json, quiet=quiet):
+    if show_report(report, as_json=as_json, quiet=quiet):
         count = "1 adapter" if len(report.adapters) == 1 else f"{len(report.adapters)} adapters"
         print_merge(f"{'would merge' if report.dry_run else 'merged'} {count} into {report.out}", report, verbose=verbose)
 

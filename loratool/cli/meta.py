@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratool.cli.inputs import input_path
-from loratool.cli.options import json_option, overwrite_option, quiet_option, where_to
-from loratool.cli.render import print_facts, print_json, told
+from loratool.cli.options import json_option, output_or_in_place, overwrite_option, quiet_option
+from loratool.cli.render import print_facts, print_json, show_report
 from loratool.errors import LoratoolError
 from loratool.text import safe
 
@@ -56,9 +56,9 @@ def show_command(file: Path, keys: tuple[str, ...], as_json: bool) -> None:
       loratool meta show style.safetensors
       loratool meta show style.safetensors ss_network_dim
     """
-    from loratool.verbs.meta.meta import metadata_of
+    from loratool.verbs.meta.meta import read_metadata
 
-    metadata = metadata_of(file)
+    metadata = read_metadata(file)
     missing = [key for key in keys if key not in metadata]
     if missing:
         raise LoratoolError(f"{file}: has no metadata called {', '.join(missing)}")
@@ -88,7 +88,7 @@ def set_command(file: Path, pairs: tuple[str, ...], output: Path | None, in_plac
         if not key or not equals:
             raise LoratoolError(f"{pair}: expected KEY=VALUE")
         values[key] = value
-    out = where_to(output, in_place=in_place)
+    out = output_or_in_place(output, in_place=in_place)
     _tell(set_metadata(file, values, out, overwrite=how["overwrite"]), how)
 
 
@@ -105,7 +105,7 @@ def delete_command(file: Path, globs: tuple[str, ...], output: Path | None, in_p
     """
     from loratool.verbs.meta.meta import delete_metadata
 
-    out = where_to(output, in_place=in_place)
+    out = output_or_in_place(output, in_place=in_place)
     _tell(delete_metadata(file, globs, out, overwrite=how["overwrite"]), how)
 
 
@@ -123,7 +123,7 @@ def copy_command(source: Path, file: Path, globs: tuple[str, ...], output: Path 
     """
     from loratool.verbs.meta.meta import copy_metadata
 
-    out = where_to(output, in_place=in_place)
+    out = output_or_in_place(output, in_place=in_place)
     _tell(copy_metadata(source, file, globs, out, overwrite=how["overwrite"]), how)
 
 
@@ -140,12 +140,12 @@ def strip_command(file: Path, private: bool, output: Path | None, in_place: bool
     """
     from loratool.verbs.meta.meta import strip_metadata
 
-    out = where_to(output, in_place=in_place)
+    out = output_or_in_place(output, in_place=in_place)
     _tell(strip_metadata(file, out, private=private, overwrite=how["overwrite"]), how)
 
 
 def _tell(report: MetaReport, how: dict[str, Any]) -> None:
-    if not told(report, as_json=how["as_json"], quiet=how["quiet"]):
+    if not show_report(report, as_json=how["as_json"], quiet=how["quiet"]):
         return
     facts = {"added": report.added, "changed": report.changed, "removed": report.removed}
     lines = [(name, ", ".join(map(safe, keys))) for name, keys in facts.items() if keys]

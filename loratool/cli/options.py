@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import click
 
 from loratool.archs import ARCHS
-from loratool.cli.inputs import found, input_path, there
+from loratool.cli.inputs import exists, input_path, resolve_input
 from loratool.errors import LoratoolError
 from loratool.files import hub
-from loratool.files.header import DTYPE_NAMES
+from loratool.files.header import STORED_DTYPES
 from loratool.formats.consumers import CONSUMERS
 from loratool.formats.table import FORMATS
 from loratool.names import COMPONENTS
@@ -42,7 +42,7 @@ class Dtype(click.Choice[str]):
     short: ClassVar[Mapping[str, str]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
     def __init__(self) -> None:
-        super().__init__(list(DTYPE_NAMES))
+        super().__init__(list(STORED_DTYPES))
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The dtype's full name."""
@@ -224,7 +224,7 @@ slots_option = click.option(
 )
 
 
-def where_to(out: Path | None, *, in_place: bool) -> Path | None:
+def output_or_in_place(out: Path | None, *, in_place: bool) -> Path | None:
     """The output's path, None for the input's own; raises `click.UsageError` unless one of both is asked for."""
     if (out is None) != in_place:
         raise click.UsageError("give either -o OUT, or --in-place")
@@ -234,7 +234,7 @@ def where_to(out: Path | None, *, in_place: bool) -> Path | None:
 def _split(text: str) -> tuple[str, float]:
     """`PATH[:STRENGTH]`: the last colon counts only where a number follows it and no file has the whole as its name."""
     path, colon, number = text.rpartition(":")
-    if not colon or there(text):
+    if not colon or exists(text):
         return text, 1.0
     try:
         return path, float(number)
@@ -242,14 +242,14 @@ def _split(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def weighted(text: str) -> WeightedAdapter:
+def parse_weighted_adapter(text: str) -> WeightedAdapter:
     """`PATH[:STRENGTH[:PARTS]]`, with parts that are numbers, one for each block, or NAME=NUMBER; separated by commas."""
     from loratool.adapter.strengths import Strength, WeightedAdapter
 
     head, _, tail = text.rpartition(":")
-    if not head or there(text) or not {",", "="} & set(tail):
+    if not head or exists(text) or not {",", "="} & set(tail):
         path, value = _split(text)
-        return WeightedAdapter(found(path), value)
+        return WeightedAdapter(resolve_input(path), value)
     path, value = _split(head)
     pairs = [part.partition("=") for part in tail.split(",")]
     try:
@@ -261,10 +261,10 @@ def weighted(text: str) -> WeightedAdapter:
         raise LoratoolError(
             f"{text}: expected numbers separated by commas, or NAME=NUMBER, behind the last colon"
         ) from error
-    return WeightedAdapter(found(path), strength)
+    return WeightedAdapter(resolve_input(path), strength)
 
 
-def sum_of(text: str) -> tuple[Path, list[WeightedAdapter]]:
+def parse_base_and_adapters(text: str) -> tuple[Path, list[WeightedAdapter]]:
     """`BASE+ADAPTER[:STRENGTH]…`: a plus sign separates only where there is a file, or a folder, of that name before it."""
     words, parts = text.split("+"), list[str]()
     while words:
@@ -275,16 +275,16 @@ def sum_of(text: str) -> tuple[Path, list[WeightedAdapter]]:
     base, *adapters = parts
     if not adapters:
         raise LoratoolError(f"--to {text}: expected BASE+ADAPTER:STRENGTH, of files or folders that exist")
-    return found(_split(base)[0]), [weighted(each) for each in adapters]
+    return resolve_input(_split(base)[0]), [parse_weighted_adapter(each) for each in adapters]
 
 
 def _is_there(text: str) -> bool:
     """Whether a name, with or without its strength, is that of a file, a folder, or something on the hub."""
     path = _split(text)[0]
-    return hub.is_named(path) or there(path)
+    return hub.is_named(path) or exists(path)
 
 
-def factors(option: str, pairs: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+def parse_factors(option: str, pairs: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
     """`GLOB=NUMBER` each; the last equals sign counts. Raises `LoratoolError` where no number follows it."""
     read = []
     for pair in pairs:
@@ -296,7 +296,7 @@ def factors(option: str, pairs: tuple[str, ...]) -> tuple[tuple[str, float], ...
     return tuple(read)
 
 
-def component_strengths(pairs: tuple[str, ...]) -> dict[str, float]:
+def parse_component_strengths(pairs: tuple[str, ...]) -> dict[str, float]:
     """`te1=0.5` and the like to a map; raises `LoratoolError` for an unknown component or no number."""
     strengths = {}
     for pair in pairs:

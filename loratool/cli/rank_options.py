@@ -12,7 +12,7 @@ from loratool.cli.options import KEEPING, keep, nbytes, share, steps
 if TYPE_CHECKING:
     from loratool.numbers.ranks import Budget, Rule
 
-RULES: Final = ("rank", "max_error", "total_error", "energy", "keep", "size", "auto")
+_RULES: Final = ("rank", "max_error", "total_error", "energy", "keep", "size", "auto")
 """Options of which exactly one is given."""
 BOUNDS: Final = ("min_rank", "max_rank", "conv_rank")
 SERVED: Final = ("round_ranks", "pad")
@@ -49,11 +49,11 @@ def rank_rules(command: Callable[..., None], *, without: Sequence[str] = ()) -> 
     return command
 
 
-def rule_of(given: dict[str, Any], *, needed: bool = True) -> Rule | Budget | None:
+def rule_from_options(given: dict[str, Any], *, needed: bool = True) -> Rule | Budget | None:
     """Takes the options above out of those `given`, and makes one rule of them; None where none is given nor `needed`."""
     from loratool.numbers.ranks import Budget, Rule
 
-    values = {name: given.pop(name) for name in RULES if name in given}
+    values = {name: given.pop(name) for name in _RULES if name in given}
     least, most, conv = bounds = [given.pop(name) for name in BOUNDS]
     allowed, pad = given.pop("round_ranks", None) or (), given.pop("pad", False)
     asked = [name for name, value in values.items() if value not in (None, False)]

@@ -30,7 +30,7 @@ def warn(text: str) -> None:
     click.echo(f"warning: {message(text)}", err=True)
 
 
-def told(report: Report, *, as_json: bool, quiet: bool) -> bool:
+def show_report(report: Report, *, as_json: bool, quiet: bool) -> bool:
     """Prints a report's warnings and, where it is asked for, the report as JSON; whether its text is to be printed still."""
     for warning in report.warnings:
         warn(warning)
@@ -96,7 +96,7 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         # What reports have in common comes behind what each one says.
         fields = sorted(dataclasses.fields(value), key=lambda field: field.kw_only is True)
-        return {field.name: _said(field.name, _plain(getattr(value, field.name))) for field in fields}
+        return {field.name: _in_words(field.name, _plain(getattr(value, field.name))) for field in fields}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -104,7 +104,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _said(name: str, value: Any) -> Any:
+def _in_words(name: str, value: Any) -> Any:
     """The value of a field, in the command line's words where it is for people."""
     if name not in SENTENCES:
         return value

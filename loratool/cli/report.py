@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from loratool.cli.inputs import expanded, input_name
+from loratool.cli.inputs import expand_inputs, input_name
 from loratool.cli.options import base_option, json_option, output_option, overwrite_option, quiet_option
-from loratool.cli.render import print_facts, told
+from loratool.cli.render import print_facts, show_report
 from loratool.text import size
 
 
 @click.command("report", short_help="Make a page about adapters, to look at in a browser.")
-@click.argument("adapters", nargs=-1, required=True, type=input_name, callback=expanded)
+@click.argument("adapters", nargs=-1, required=True, type=input_name, callback=expand_inputs)
 @output_option("The HTML file to write.")
 @base_option()
 @overwrite_option
@@ -35,5 +35,5 @@ def report_command(
     from loratool.verbs.report.report import report
 
     found = report(adapters, out, base=base, overwrite=overwrite)
-    if told(found, as_json=as_json, quiet=quiet):
+    if show_report(found, as_json=as_json, quiet=quiet):
         print_facts(f"wrote {found.out}", [("size", size(found.nbytes)), ("charts", str(found.charts))])

@@ -25,14 +25,14 @@ from loratool.cli.options import (
     slots_option,
     verbose_option,
 )
-from loratool.cli.rank_options import rank_rules, rule_of
-from loratool.cli.render import print_facts, print_table, told
+from loratool.cli.rank_options import rank_rules, rule_from_options
+from loratool.cli.render import print_facts, print_table, show_report
 from loratool.text import histogram, size
 
 if TYPE_CHECKING:
-    from loratool.adapter.approximate import Converted
+    from loratool.adapter.approximate import ApproximatedModule
     from loratool.numbers.ranks import Budget, Rule
-    from loratool.verbs.resize import LowRankReport
+    from loratool.verbs.resize import ResizeReport
 
 
 def rank_options(
@@ -109,7 +109,7 @@ def resize_command(
     from loratool.numbers.ranks import Budget
     from loratool.verbs.resize import resize
 
-    rule = rule_of(options)
+    rule = rule_from_options(options)
     if weigh and not (options["base"] and isinstance(rule, Budget)):
         raise click.UsageError("--weigh base goes with --base, and with --size or --total-error, which share one budget")
     run_low_rank("resized", adapter, partial(resize, weigh=weigh is not None), rule, **options)
@@ -134,7 +134,7 @@ def _print_frontier(
     if given:
         raise click.UsageError(f"--frontier shows every rank and writes nothing; {', '.join(given)} does not go with it")
     report = frontier(adapter, dtype=dtype, base=base, assume=Assumptions(alpha, slots or ()), device=device)
-    if told(report, as_json=as_json, quiet=quiet):
+    if show_report(report, as_json=as_json, quiet=quiet):
         print_facts(f"{adapter}", [("modules", f"{report.modules}, ‖ΔW‖ = {report.norm:.4g}")])
         rows = [[str(c.rank), size(c.nbytes), *(f"{e:.2%}" for e in (c.error, c.worst, c.shared))] for c in report.choices]
         columns = ["rank of all", "size", "error", "worst module", "as much by --size"]
@@ -144,7 +144,7 @@ def _print_frontier(
 def run_low_rank(
     done: str,
     adapter: Path,
-    run: Callable[..., LowRankReport],
+    run: Callable[..., ResizeReport],
     rule: Rule | Budget | None,
     *,
     out: Path,
@@ -171,19 +171,19 @@ def run_low_rank(
         device=device,
         overwrite=overwrite,
     )
-    if told(report, as_json=as_json, quiet=quiet):
+    if show_report(report, as_json=as_json, quiet=quiet):
         print_facts(f"{done} {adapter} to {report.out}", _facts(report))
         if verbose:
             print_converted(report.modules)
 
 
-def print_converted(modules: Sequence[Converted]) -> None:
+def print_converted(modules: Sequence[ApproximatedModule]) -> None:
     """A table of modules that became LoRA, or LoRA of another rank."""
     rows = [[m.name, m.kind, str(m.rank), f"{m.norm:.4g}", f"{m.error:.2%}"] for m in modules]
     print_table(["module", "from", "rank", "norm", "error"], rows, numbers=("rank", "norm", "error"))
 
 
-def _facts(report: LowRankReport) -> Iterator[tuple[str, str]]:
+def _facts(report: ResizeReport) -> Iterator[tuple[str, str]]:
     kinds = histogram(Counter(module.kind for module in report.modules))
     dropped = [module for module in report.modules if not module.rank]
     changed = f"{len(report.modules)} rewritten ({kinds}), " if report.modules else ""

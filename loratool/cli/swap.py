@@ -15,16 +15,16 @@ from loratool.cli.options import (
     in_place_option,
     json_option,
     output_option,
+    output_or_in_place,
     overwrite_option,
+    parse_weighted_adapter,
     pickle_option,
     quiet_option,
     verbose_option,
-    weighted,
-    where_to,
 )
-from loratool.cli.render import progress_bar, told
+from loratool.cli.render import progress_bar, show_report
 
-NAMED = "ADAPTER[:STRENGTH]"
+_NAMED = "ADAPTER[:STRENGTH]"
 
 
 @click.command("swap", short_help="Take one adapter out of a merged checkpoint and put another in.")
@@ -35,11 +35,11 @@ NAMED = "ADAPTER[:STRENGTH]"
     type=input_name,
     multiple=True,
     required=True,
-    metavar=NAMED,
+    metavar=_NAMED,
     help="To take out, as it was merged. Repeatable.",
 )
 @click.option(
-    "--in", "incoming", type=input_name, multiple=True, required=True, metavar=NAMED, help="To put in. Repeatable."
+    "--in", "incoming", type=input_name, multiple=True, required=True, metavar=_NAMED, help="To put in. Repeatable."
 )
 @output_option("File or folder to write.", required=False)
 @in_place_option
@@ -73,10 +73,10 @@ def swap_command(
     """
     from loratool.verbs.swap import swap
 
-    old, new = ([weighted(text) for text in texts] for texts in (outgoing, incoming))
-    target = where_to(out, in_place=in_place)
+    old, new = ([parse_weighted_adapter(text) for text in texts] for texts in (outgoing, incoming))
+    target = output_or_in_place(out, in_place=in_place)
     with progress_bar("swapping", quiet=quiet) as progress:
         report = swap(merged, old, new, target, progress=progress, **options)
-    if told(report, as_json=as_json, quiet=quiet):
+    if show_report(report, as_json=as_json, quiet=quiet):
         done = "would swap" if report.dry_run else "swapped"
         print_merge(f"{done} {len(old)} for {len(new)} in {report.out}", report, verbose=verbose)

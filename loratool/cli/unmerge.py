@@ -14,11 +14,11 @@ from loratool.cli.options import (
     json_option,
     output_option,
     overwrite_option,
+    parse_weighted_adapter,
     pickle_option,
     quiet_option,
-    weighted,
 )
-from loratool.cli.render import print_facts, progress_bar, told
+from loratool.cli.render import print_facts, progress_bar, show_report
 from loratool.text import size
 
 if TYPE_CHECKING:
@@ -62,10 +62,10 @@ def unmerge_command(
 
     if bool(adapters) == bool(undo):
         raise click.UsageError("give either --undo FILE, or the adapters to subtract")
-    outgoing = [weighted(text) for text in adapters]
+    outgoing = [parse_weighted_adapter(text) for text in adapters]
     with progress_bar("unmerging", quiet=quiet) as progress:
         report = unmerge(merged, out, outgoing, undo=undo, progress=progress, **options)
-    if told(report, as_json=as_json, quiet=quiet):
+    if show_report(report, as_json=as_json, quiet=quiet):
         count = "1 adapter" if len(report.adapters) == 1 else f"{len(report.adapters)} adapters"
         print_facts(f"took {count} out of {merged} to {report.out}", _facts(report))
 

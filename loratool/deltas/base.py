@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loratool.deltas.schema import Given
 from loratool.errors import Unsupported
-from loratool.numbers.devices import sent
+from loratool.numbers.devices import send
 
 Leaves = Mapping[str, Tensor]
 
@@ -111,20 +111,20 @@ class Delta(ABC):
         """The same in another dtype, with its scale inside and rounded once; None of a kind that is kept as it is."""
         return None
 
-    def made(self) -> Delta:
+    def materialise(self) -> Delta:
         """Itself, computed where it only says so far how it is to be."""
         return self
 
     @property
-    def flattened(self) -> bool:
+    def kernel_flattened(self) -> bool:
         """Whether its files flatten kernels, so that only the weight knows them: `shape` is then (out, in · kernel)."""
         return False
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """`weight` changed at `strength`, in float32."""
-        return widened(weight) + strength * self.dense().reshape(weight.shape)
+        return to_compute_dtype(weight) + strength * self.dense().reshape(weight.shape)
 
-    def forms(self) -> Iterator[Delta]:
+    def equivalent_forms(self) -> Iterator[Delta]:
         """Itself, and deltas equal to it that are made of other leaves: not every format has a place for each."""
         yield self
 
@@ -134,11 +134,11 @@ class Delta(ABC):
             return self
         raise Unsupported(f"a {self.kind} cannot hold its own scale")
 
-    def trimmed(self) -> Delta | None:
+    def without_zero_ranks(self) -> Delta | None:
         """The same ΔW without ranks that add nothing; None where it adds nothing at all."""
         return self
 
-    def joined(self, parts: Sequence[Self]) -> Delta:
+    def stack_with(self, parts: Sequence[Self]) -> Delta:
         """The delta whose rows are those of `parts`, which this is one of; raises `Unsupported` where there is none."""
         raise Unsupported(f"a {self.kind} on the parts of a stacked weight has no common form")
 
@@ -168,15 +168,15 @@ def stack(parts: Sequence[Delta]) -> Delta:
     """
     if len({type(part) for part in parts}) > 1:
         raise Unsupported(f"deltas of kind {', '.join(sorted({part.kind for part in parts}))} have no common form")
-    return parts[0].joined(parts)
+    return parts[0].stack_with(parts)
 
 
-def widened(weight: Tensor) -> Tensor:
+def to_compute_dtype(weight: Tensor) -> Tensor:
     """A weight as it is computed with: float32, or float64 where it is stored so."""
     return weight if weight.dtype == torch.float64 else weight.float()
 
 
-def cut(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> Sequence[Tensor]:
+def split_rows(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> Sequence[Tensor]:
     """`tensor` in pieces of `sizes` along `dim`."""
     return torch.split_with_sizes(tensor, list(sizes), dim)
 
@@ -193,12 +193,12 @@ def with_columns(tensor: Tensor, count: int) -> Tensor:
     return with_rows(tensor, count, 1)
 
 
-def or_one(scale: float | None) -> float:
+def scale_or_one(scale: float | None) -> float:
     """A scale as a number: 1 where the file gives none."""
     return 1.0 if scale is None else scale
 
 
-def times(tensor: Tensor, scale: float | None) -> Tensor:
+def scale_exactly(tensor: Tensor, scale: float | None) -> Tensor:
     """`tensor` multiplied by `scale`, in its own dtype where that is exact, else in float32."""
     if scale in (None, 1.0):
         return tensor
@@ -210,30 +210,30 @@ def times(tensor: Tensor, scale: float | None) -> Tensor:
     return narrow if torch.equal(narrow.float(), product) else product
 
 
-def moved(delta: Delta, device: torch.device) -> Delta:
+def to_device(delta: Delta, device: torch.device) -> Delta:
     """The same delta with its tensors on `device`: itself where they are."""
     found = {
-        field.name: _moved(value, device)
+        field.name: _to_device(value, device)
         for field in fields(delta)  # type: ignore[arg-type]
         if isinstance(value := getattr(delta, field.name), Tensor | Delta | tuple)
     }
     return replace(delta, **found) if found else delta  # type: ignore[type-var]
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Delta):
-        return moved(value, device)
+        return to_device(value, device)
     if isinstance(value, tuple):
-        return tuple(_moved(item, device) for item in value)
-    return sent(value, device) if isinstance(value, Tensor) else value
+        return tuple(_to_device(item, device) for item in value)
+    return send(value, device) if isinstance(value, Tensor) else value
 
 
-def identical(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors hold the same numbers in the same dtype and shape."""
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 
-def promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
+def to_common_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors in the one dtype that holds all their numbers."""
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     return [tensor.to(dtype) for tensor in tensors]

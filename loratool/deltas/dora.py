@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, StoredDelta, cut, stack, widened
+from loratool.deltas.base import Delta, Leaves, StoredDelta, split_rows, stack, to_compute_dtype
 from loratool.deltas.schema import ANY, DORA, Given
 from loratool.errors import InvalidAdapter, NeedsBase, Unsupported
 
@@ -40,17 +40,17 @@ class DoRA(StoredDelta):
 
         (leaf,) = [leaf for leaf in leaves if leaf in DORA.split()]
         inner = {name: tensor for name, tensor in leaves.items() if name != leaf}
-        return cls.around(build(inner, given), leaf, leaves[leaf])
+        return cls.wrap(build(inner, given), leaf, leaves[leaf])
 
     @classmethod
-    def around(cls, inner: Delta, leaf: str, magnitude: Tensor) -> Self:
+    def wrap(cls, inner: Delta, leaf: str, magnitude: Tensor) -> Self:
         """Settles which dimension the magnitude is of by its shape: PEFT's are of rows, but of an embedding's columns;
         LyCORIS stores (out, 1, …) or, in old files and by OneTrainer's default, (1, in, …)."""
         on_input = magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] != 1
         if leaf == "magnitude":
             on_input = inner.of_embedding
         expected = inner.shape[1 if on_input else 0]
-        if magnitude.numel() != expected and expected != ANY and not (on_input and inner.flattened):
+        if magnitude.numel() != expected and expected != ANY and not (on_input and inner.kernel_flattened):
             of = "inputs" if on_input else "outputs"
             raise InvalidAdapter(f"has a magnitude of {list(magnitude.shape)} for {expected} {of}")
         return cls(inner, magnitude, leaf, on_input=on_input)
@@ -67,14 +67,14 @@ class DoRA(StoredDelta):
         return self.inner.scale
 
     @property
-    def flattened(self) -> bool:
-        return self.inner.flattened
+    def kernel_flattened(self) -> bool:
+        return self.inner.kernel_flattened
 
     def dense(self) -> Tensor:
         raise NeedsBase("what a DoRA adds depends on the weight it normalises")
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        base = widened(weight)
+        base = to_compute_dtype(weight)
         target = self.inner.apply(base)
         kept = 1 if self.on_input else 0
         others = [axis for axis in range(target.ndim) if axis != kept]
@@ -82,9 +82,9 @@ class DoRA(StoredDelta):
         full: Tensor = target * (self.magnitude.to(base.dtype).flatten().reshape(norm.shape) / norm)
         return full if strength == 1.0 else base + strength * (full - base)
 
-    def forms(self) -> Iterator[Delta]:
+    def equivalent_forms(self) -> Iterator[Delta]:
         """With its magnitude as PEFT has it, (out,), or as LyCORIS has it, (out, 1, …); columns' is LyCORIS's alone."""
-        for inner in self.inner.forms():
+        for inner in self.inner.equivalent_forms():
             yield replace(self, inner=inner)
             if not self.on_input:
                 ones = (1,) * (len(self.inner.shape) - 2)
@@ -103,9 +103,9 @@ class DoRA(StoredDelta):
         if self.on_input:
             raise Unsupported("a DoRA with a magnitude for each input cannot be cut along the output without its base")
         inner, flat = self.inner.split(sizes), self.magnitude.flatten()
-        return [replace(self, inner=part, magnitude=rows) for part, rows in zip(inner, cut(flat, sizes), strict=True)]
+        return [replace(self, inner=part, magnitude=rows) for part, rows in zip(inner, split_rows(flat, sizes), strict=True)]
 
-    def joined(self, parts: Sequence[Self]) -> DoRA:
+    def stack_with(self, parts: Sequence[Self]) -> DoRA:
         """Rows and their magnitudes; columns are normalised over the rows of each part, which the whole cannot say."""
         if any(part.on_input for part in parts):
             raise Unsupported("DoRA with a magnitude for each input, on parts of a stacked weight, has no common form")

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, StoredDelta, or_one, promoted, times
+from loratool.deltas.base import Delta, Leaves, StoredDelta, scale_exactly, scale_or_one, to_common_dtype
 from loratool.deltas.lora import LoRA
 from loratool.deltas.schema import Given
 from loratool.errors import InvalidAdapter, Unsupported
@@ -73,10 +73,10 @@ class ExpertLoRA(StoredDelta):
         return torch.stack([expert.dense() for expert in self.per_expert()])
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * or_one(self.scale))
+        return replace(self, scale=by * scale_or_one(self.scale))
 
     def folded(self) -> ExpertLoRA:
-        return replace(self, up=times(self.up, self.scale), scale=None)
+        return replace(self, up=scale_exactly(self.up, self.scale), scale=None)
 
     @classmethod
     def together(cls, terms: Sequence[ExpertLoRA]) -> ExpertLoRA:
@@ -85,7 +85,7 @@ class ExpertLoRA(StoredDelta):
         experts = folded[0].experts
         downs = [term.down.reshape(experts, term.rank, -1) for term in folded]
         ups = [term.up.reshape(-1, term.rank, experts) for term in folded]
-        down, up = torch.cat(promoted(downs), dim=1), torch.cat(promoted(ups), dim=1)
+        down, up = torch.cat(to_common_dtype(downs), dim=1), torch.cat(to_common_dtype(ups), dim=1)
         return cls(down.flatten(0, 1), up.flatten(1), down.shape[1], None)
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, StoredDelta, cut, or_one, times, widened
+from loratool.deltas.base import Delta, Leaves, StoredDelta, scale_exactly, scale_or_one, split_rows, to_compute_dtype
 from loratool.deltas.schema import ANY, Given
 from loratool.errors import InvalidAdapter, NeedsBase, Unsupported
 
@@ -47,38 +47,38 @@ class Full(StoredDelta):
         return self.leaf == "bias_up"
 
     def dense(self) -> Tensor:
-        return self.difference.float() * or_one(self.scale)
+        return self.difference.float() * scale_or_one(self.scale)
 
     def rounded(self, dtype: torch.dtype) -> Full:
         return Full(self.dense().to(dtype), self.leaf)
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * or_one(self.scale))
+        return replace(self, scale=by * scale_or_one(self.scale))
 
-    def forms(self) -> Iterator[Delta]:
+    def equivalent_forms(self) -> Iterator[Delta]:
         """A LoRA's bias is a difference of the bias to those who do not know PEFT."""
         yield self
         if self.leaf == "bias_up":
             yield replace(self.folded(), leaf="diff_b")
 
     def folded(self) -> Full:
-        return replace(self, difference=times(self.difference, self.scale), scale=None)
+        return replace(self, difference=scale_exactly(self.difference, self.scale), scale=None)
 
-    def trimmed(self) -> Full | None:
+    def without_zero_ranks(self) -> Full | None:
         return self if bool(self.difference.any()) else None
 
     def nothing(self, rows: int) -> Full:
         """A part of `rows` rows that adds nothing, to be stacked with this one."""
         return replace(self, difference=self.difference.new_zeros(rows, *self.difference.shape[1:]))
 
-    def joined(self, parts: Sequence[Self]) -> Full:
+    def stack_with(self, parts: Sequence[Self]) -> Full:
         folded: Sequence[Full] = (
             parts if all(part.scale == self.scale for part in parts) else [part.folded() for part in parts]
         )
         return replace(folded[0], difference=torch.cat([part.difference for part in folded]))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
-        return [replace(self, difference=rows) for rows in cut(self.difference, sizes)]
+        return [replace(self, difference=rows) for rows in split_rows(self.difference, sizes)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,26 +116,26 @@ class Replace(StoredDelta):
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         if strength == 1.0:
-            return widened(self.value)
+            return to_compute_dtype(self.value)
         if weight.shape != self.value.shape:
             raise Unsupported(f"replaces a weight of {list(weight.shape)} by one of {list(self.shape)}: only at strength 1")
-        base = widened(weight)
+        base = to_compute_dtype(weight)
         return base.lerp(self.value.to(base.dtype), strength)
 
     def scaled(self, by: float) -> Self:
         raise NeedsBase("a replaced weight cannot be scaled without its base; give a strength to merge instead")
 
-    def forms(self) -> Iterator[Delta]:
+    def equivalent_forms(self) -> Iterator[Delta]:
         """PEFT's modules_to_save, ComfyUI's set_weight, and BFL's own name for the weight of a norm."""
         yield self
         if self.leaf != "bias":
             yield from (replace(self, leaf=leaf) for leaf in ("weight", "set_weight", "scale") if leaf != self.leaf)
 
-    def joined(self, parts: Sequence[Self]) -> Replace:
+    def stack_with(self, parts: Sequence[Self]) -> Replace:
         return replace(parts[0], value=torch.cat([part.value for part in parts]))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
-        return [replace(self, value=rows) for rows in cut(self.value, sizes)]
+        return [replace(self, value=rows) for rows in split_rows(self.value, sizes)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ class TokenRows(StoredDelta):
         raise NeedsBase("rows that are replaced are no difference until the base is known")
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        changed = widened(weight).clone()
+        changed = to_compute_dtype(weight).clone()
         if max(self.tokens, default=0) >= len(changed):
             raise InvalidAdapter(f"trains token {max(self.tokens)}, the embedding has {len(changed)}")
         indices = list(self.tokens)
@@ -207,10 +207,10 @@ class Enlarge(StoredDelta):
         from loratool.deltas.registry import build
 
         inner = {leaf: tensor for leaf, tensor in leaves.items() if leaf != "reshape_weight"}
-        return cls.around(build(inner, given), leaves["reshape_weight"])
+        return cls.wrap(build(inner, given), leaves["reshape_weight"])
 
     @classmethod
-    def around(cls, inner: Delta, target: Tensor) -> Self:
+    def wrap(cls, inner: Delta, target: Tensor) -> Self:
         """`inner` and the shape that it changes a weight of; raises `InvalidAdapter` where they disagree."""
         shape = tuple(int(size) for size in target.flatten())
         if shape != inner.shape:
@@ -232,7 +232,7 @@ class Enlarge(StoredDelta):
         raise NeedsBase("an enlarged weight is no difference to one of another shape")
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        base = widened(weight)
+        base = to_compute_dtype(weight)
         padded = base.new_zeros(self.target)
         padded[tuple(slice(size) for size in base.shape)] = base
         return self.inner.apply(padded, strength)

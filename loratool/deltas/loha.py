@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, StoredDelta, block_diagonal, cut, or_one, times
+from loratool.deltas.base import Delta, Leaves, StoredDelta, block_diagonal, scale_exactly, scale_or_one, split_rows
 from loratool.deltas.schema import Given
 from loratool.errors import Unsupported
 
@@ -54,29 +54,29 @@ class LoHa(StoredDelta):
         return (self.w1_a.shape[1], self.w1_b.shape[1], *self.t1.shape[2:])
 
     @property
-    def flattened(self) -> bool:
+    def kernel_flattened(self) -> bool:
         return True
 
     def dense(self) -> Tensor:
         first, second = _product(self.w1_a, self.w1_b, self.t1), _product(self.w2_a, self.w2_b, self.t2)
-        return first.mul_(second).mul_(or_one(self.scale))
+        return first.mul_(second).mul_(scale_or_one(self.scale))
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """Rows of one side's factors times rows of the other's (Khatri-Rao): rank r₁ · r₂."""
         if self.t1 is not None:
             return None
-        scale = or_one(self.scale)
+        scale = scale_or_one(self.scale)
         up = (self.w1_a.float()[:, :, None] * self.w2_a.float()[:, None, :]).flatten(1)
         down = (self.w1_b.float()[:, None, :] * self.w2_b.float()[None, :, :]).flatten(0, 1)
         return up * scale, down
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * or_one(self.scale))
+        return replace(self, scale=by * scale_or_one(self.scale))
 
     def folded(self) -> LoHa:
-        return replace(self, w1_a=times(self.w1_a, self.scale), scale=None)
+        return replace(self, w1_a=scale_exactly(self.w1_a, self.scale), scale=None)
 
-    def joined(self, parts: Sequence[Self]) -> LoHa:
+    def stack_with(self, parts: Sequence[Self]) -> LoHa:
         """Both left factors become block-diagonal: ranks add."""
         if any(part.t1 is not None for part in parts):
             raise Unsupported("LoHa with Tucker cores has no common form")
@@ -92,7 +92,7 @@ class LoHa(StoredDelta):
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         axis = 0 if self.t1 is None else 1
-        pairs = zip(cut(self.w1_a, sizes, axis), cut(self.w2_a, sizes, axis), strict=True)
+        pairs = zip(split_rows(self.w1_a, sizes, axis), split_rows(self.w2_a, sizes, axis), strict=True)
         return [replace(self, w1_a=one, w2_a=two) for one, two in pairs]
 
 

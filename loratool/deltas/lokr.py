@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, StoredDelta, cut, or_one, times
+from loratool.deltas.base import Delta, Leaves, StoredDelta, scale_exactly, scale_or_one, split_rows
 from loratool.deltas.full import Full
 from loratool.deltas.schema import Given
 from loratool.errors import Unsupported
@@ -48,7 +48,7 @@ class LoKr(StoredDelta):
         return (one.shape[0] * two[0], one.shape[1] * two[1], *two[2:])
 
     @property
-    def flattened(self) -> bool:
+    def kernel_flattened(self) -> bool:
         return True
 
     def dense(self) -> Tensor:
@@ -68,12 +68,12 @@ class LoKr(StoredDelta):
         return self._times(torch.kron(a, c)), torch.kron(b, d)
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * or_one(self.scale))
+        return replace(self, scale=by * scale_or_one(self.scale))
 
     def folded(self) -> LoKr:
-        return self._with_left(times(self._left, self.scale), None)
+        return self._with_left(scale_exactly(self._left, self.scale), None)
 
-    def joined(self, parts: Sequence[Self]) -> LoKr:
+    def stack_with(self, parts: Sequence[Self]) -> LoKr:
         """Parts that share all but the left factor of w1, as the pieces of one that was split do; a sum of unlike Kronecker
         products is none."""
         left = "lokr_w1" if self.w1 is not None else "lokr_w1_a"
@@ -99,28 +99,28 @@ class LoKr(StoredDelta):
         """Exact in factored form where every piece is a whole number of w2's rows; whole differences otherwise."""
         rows = self._second_shape()[0]
         if any(size % rows for size in sizes):
-            return [Full(piece) for piece in cut(self.dense(), sizes)]
+            return [Full(piece) for piece in split_rows(self.dense(), sizes)]
         pieces = [size // rows for size in sizes]
-        return [self._with_left(piece, self.scale) for piece in cut(self._left, pieces)]
+        return [self._with_left(piece, self.scale) for piece in split_rows(self._left, pieces)]
 
     def _times(self, product: Tensor) -> Tensor:
         return product if self.scale is None else product * self.scale
 
     def _first(self) -> Tensor:
         pair = self._pair(self.w1, self.w1_a, self.w1_b)
-        return pair[0] @ pair[1] if pair else _given(self.w1)
+        return pair[0] @ pair[1] if pair else _leaves_given(self.w1)
 
     def _second(self) -> Tensor:
         if self.t2 is not None:
-            left, right = _given(self.w2_a), _given(self.w2_b)
+            left, right = _leaves_given(self.w2_a), _leaves_given(self.w2_b)
             return torch.einsum("ij...,jr,ip->pr...", self.t2.float(), right, left)
         pair = self._pair(self.w2, self.w2_a, self.w2_b)
-        return pair[0] @ pair[1] if pair else _given(self.w2)
+        return pair[0] @ pair[1] if pair else _leaves_given(self.w2)
 
     def _second_shape(self) -> tuple[int, ...]:
         if self.w2 is not None:
             return tuple(self.w2.shape)
-        left, right = _given(self.w2_a), _given(self.w2_b)
+        left, right = _leaves_given(self.w2_a), _leaves_given(self.w2_b)
         if self.t2 is not None:
             return (left.shape[1], right.shape[1], *self.t2.shape[2:])
         return left.shape[0], right.shape[1]
@@ -132,6 +132,6 @@ class LoKr(StoredDelta):
         return left.float(), right.float().flatten(1)
 
 
-def _given(tensor: Tensor | None) -> Tensor:
+def _leaves_given(tensor: Tensor | None) -> Tensor:
     assert tensor is not None, "the schema lets no LoKr through that lacks a side"
     return tensor.float()

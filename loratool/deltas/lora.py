@@ -17,10 +17,10 @@ from loratool.deltas.base import (
     Leaves,
     StoredDelta,
     block_diagonal,
-    cut,
-    or_one,
-    times,
-    widened,
+    scale_exactly,
+    scale_or_one,
+    split_rows,
+    to_compute_dtype,
     with_columns,
     with_rows,
 )
@@ -60,7 +60,7 @@ class LoRA(StoredDelta):
         return (self.up.shape[0], self.down.shape[1], *kernel)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        up = self.up.flatten(1).float() * or_one(self.scale)
+        up = self.up.flatten(1).float() * scale_or_one(self.scale)
         if self.mid is None:
             return up, self.down.flatten(1).float()
         # mid[m, n]: m pairs with up, n with down (LyCORIS functional/locon.py).
@@ -72,19 +72,19 @@ class LoRA(StoredDelta):
         return (up @ down).reshape(self.shape)
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * or_one(self.scale))
+        return replace(self, scale=by * scale_or_one(self.scale))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
-        return [replace(self, up=rows) for rows in cut(self.up, sizes)]
+        return [replace(self, up=rows) for rows in split_rows(self.up, sizes)]
 
-    def forms(self) -> Iterator[Delta]:
+    def equivalent_forms(self) -> Iterator[Delta]:
         """PEFT has factors of its own for embeddings."""
         yield self
         if self.mid is None and self.up.ndim == self.down.ndim == 2:
             yield Embedding(self.up.T, self.down.T, self.scale)
 
     def folded(self) -> LoRA:
-        return replace(self, up=times(self.up, self.scale), scale=None)
+        return replace(self, up=scale_exactly(self.up, self.scale), scale=None)
 
     def padded(self, rank: int) -> LoRA:
         """The same with zeros up to `rank`; with Tucker's core it stays what it is."""
@@ -96,7 +96,7 @@ class LoRA(StoredDelta):
         up, down = self.factors()
         return LoRA(down.reshape(-1, *self.shape[1:]).to(dtype), up.reshape(self.up.shape).to(dtype), None, 1.0)
 
-    def trimmed(self) -> LoRA | None:
+    def without_zero_ranks(self) -> LoRA | None:
         """Without the ranks whose column of `up` is zero: those of other parts, where a stack was cut."""
         used = self.up.flatten(1).any(dim=0)
         if bool(used.all()) or self.mid is not None:
@@ -107,7 +107,7 @@ class LoRA(StoredDelta):
         """A part of `rows` rows that adds nothing, to be stacked with this one: of rank 0."""
         return replace(self, down=self.down[:0], up=self.up.new_zeros(rows, 0, *self.up.shape[2:]), mid=None)
 
-    def joined(self, parts: Sequence[Self]) -> LoRA:
+    def stack_with(self, parts: Sequence[Self]) -> LoRA:
         """Parts that share `down` and the scale keep their rank. Others become block-diagonal: ranks add, and the scales of
         parts that differ in it go into `up`, in float32 where that takes it. Scales are kept apart from ranks, so that a
         rank that grows leaves them as they are.
@@ -120,7 +120,7 @@ class LoRA(StoredDelta):
         if alike and all(part.down.shape == first.down.shape and torch.equal(part.down, first.down) for part in trained):
             ups = [part.up if part.rank else part.up.new_zeros(len(part.up), *first.up.shape[1:]) for part in parts]
             return replace(first, up=torch.cat(ups))
-        ups = [part.up.flatten(1) if alike else times(part.up, part.scale).flatten(1) for part in parts]
+        ups = [part.up.flatten(1) if alike else scale_exactly(part.up, part.scale).flatten(1) for part in parts]
         up = block_diagonal(ups)
         up = up.reshape(*up.shape, *first.up.shape[2:])
         return LoRA(torch.cat([part.down for part in trained]), up, None, first.scale if alike else None)
@@ -157,7 +157,7 @@ class Embedding(StoredDelta):
     def shape(self) -> tuple[int, ...]:
         return self.down.shape[1], self.up.shape[0]
 
-    def forms(self) -> Iterator[Delta]:
+    def equivalent_forms(self) -> Iterator[Delta]:
         yield self
         yield LoRA(self.up.T, self.down.T, None, self.scale)
 
@@ -165,20 +165,20 @@ class Embedding(StoredDelta):
         return replace(self, down=with_rows(self.down, rank), up=with_columns(self.up, rank)) if rank != self.rank else self
 
     def folded(self) -> Embedding:
-        return replace(self, up=times(self.up, self.scale), scale=None)
+        return replace(self, up=scale_exactly(self.up, self.scale), scale=None)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.down.float().T * or_one(self.scale), self.up.float().T
+        return self.down.float().T * scale_or_one(self.scale), self.up.float().T
 
     def dense(self) -> Tensor:
         up, down = self.factors()
         return up @ down
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * or_one(self.scale))
+        return replace(self, scale=by * scale_or_one(self.scale))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
-        return [replace(self, down=rows) for rows in cut(self.down, sizes, 1)]
+        return [replace(self, down=rows) for rows in split_rows(self.down, sizes, 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,25 +203,25 @@ class AdaLoRA(StoredDelta):
     def shape(self) -> tuple[int, ...]:
         return self.up.shape[0], self.down.shape[1]
 
-    def forms(self) -> Iterator[Delta]:
+    def equivalent_forms(self) -> Iterator[Delta]:
         yield self
         yield LoRA(self.down.float() * self.values.float(), self.up, None, self.scale)
 
     def folded(self) -> AdaLoRA:
-        return replace(self, up=times(self.up, self.scale), scale=None)
+        return replace(self, up=scale_exactly(self.up, self.scale), scale=None)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.up.float() * or_one(self.scale), self.down.float() * self.values.float()
+        return self.up.float() * scale_or_one(self.scale), self.down.float() * self.values.float()
 
     def dense(self) -> Tensor:
         up, down = self.factors()
         return up @ down
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * or_one(self.scale))
+        return replace(self, scale=by * scale_or_one(self.scale))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
-        return [replace(self, up=rows) for rows in cut(self.up, sizes)]
+        return [replace(self, up=rows) for rows in split_rows(self.up, sizes)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,15 +257,17 @@ class VeRA(StoredDelta):
     def dense(self) -> Tensor:
         """ΔW as wide as the shared A, which is the widest module's width."""
         rows = self.shared_b[self.first : self.first + len(self.lambda_b)]
-        up = self.lambda_b.float()[:, None] * rows.float() * or_one(self.scale)
+        up = self.lambda_b.float()[:, None] * rows.float() * scale_or_one(self.scale)
         return up @ (self.lambda_d.float()[:, None] * self.shared_a.float())
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        return widened(weight) + strength * self.dense()[:, : weight.shape[1]]
+        return to_compute_dtype(weight) + strength * self.dense()[:, : weight.shape[1]]
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * or_one(self.scale))
+        return replace(self, scale=by * scale_or_one(self.scale))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         starts = [self.first + sum(sizes[:position]) for position in range(len(sizes))]
-        return [replace(self, lambda_b=b, first=start) for b, start in zip(cut(self.lambda_b, sizes), starts, strict=True)]
+        return [
+            replace(self, lambda_b=b, first=start) for b, start in zip(split_rows(self.lambda_b, sizes), starts, strict=True)
+        ]

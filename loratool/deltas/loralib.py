@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, StoredDelta, cut, stack, widened
+from loratool.deltas.base import Delta, Leaves, StoredDelta, split_rows, stack, to_compute_dtype
 from loratool.deltas.lora import Embedding, LoRA
 from loratool.deltas.schema import ANY, Given
 from loratool.errors import InvalidAdapter, NeedsBase, ShapeMismatch, Unsupported
@@ -81,7 +81,7 @@ class LoRALib(StoredDelta):
         raise NeedsBase("only the weight tells which of loralib's layers this was")
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        base = widened(weight)
+        base = to_compute_dtype(weight)
         return base + strength * self._scale(base.shape) * self._arranged(base.shape).to(base.dtype)
 
     def scaled(self, by: float) -> Self:
@@ -90,7 +90,7 @@ class LoRALib(StoredDelta):
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         raise Unsupported("loralib's factors cannot be cut without the weight they are for")
 
-    def forms(self) -> Iterator[Delta]:
+    def equivalent_forms(self) -> Iterator[Delta]:
         """Itself; then what it is if its layer is linear, or an embedding. A convolution's kernel only the weight knows."""
         yield self
         rank = self.b.shape[1]
@@ -100,7 +100,7 @@ class LoRALib(StoredDelta):
             yield Embedding(self.a, self.b, scale)
             return
         rows = len(self.b) // self.groups
-        downs, ups = cut(self.a, [rank] * self.groups), cut(self.b, [rows] * self.groups)
+        downs, ups = split_rows(self.a, [rank] * self.groups), split_rows(self.b, [rows] * self.groups)
         trained = iter(LoRA(down, up, None, scale) for down, up in zip(downs, ups, strict=True))
         some = LoRA(self.a[:rank], self.b[:rows], None, scale)
         yield stack([next(trained) if enabled else some.nothing(rows) for enabled in self.slots])

@@ -26,13 +26,13 @@ from torch import Tensor
 from loratool.deltas.base import Delta
 from loratool.deltas.full import Full
 from loratool.deltas.lora import LoRA
-from loratool.deltas.schema import MERGE_METHODS
+from loratool.deltas.schema import MERGE_METHOD_NAMES
 
 Back = Callable[[Tensor], Delta]
 """From coordinates to a delta."""
 Sparsify = Callable[[Tensor, float, torch.Generator], Tensor]
 
-NOISE: Final = 1e-6
+_NOISE: Final = 1e-6
 """Singular values below so much of the largest are of directions that are none."""
 
 
@@ -65,7 +65,7 @@ def core_space(terms: Sequence[Delta]) -> tuple[list[Tensor], Back]:
     return coordinates, lambda merged: lora(merged @ right.T.float())
 
 
-def trimmed(matrix: Tensor, density: float, generator: torch.Generator) -> Tensor:
+def trim_smallest(matrix: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Without all but the share `density` of its numbers that are largest."""
     count = int(density * matrix.numel())
     kept = torch.zeros_like(matrix).flatten()
@@ -74,12 +74,12 @@ def trimmed(matrix: Tensor, density: float, generator: torch.Generator) -> Tenso
     return kept.reshape(matrix.shape)
 
 
-def dropped(matrix: Tensor, density: float, generator: torch.Generator) -> Tensor:
+def drop_at_random(matrix: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Each number with the chance `density`, and divided by it."""
     return torch.where(torch.rand(matrix.shape, generator=generator) < density, matrix / density, 0.0)
 
 
-def elected(weighted: Tensor) -> Tensor:
+def elect_signs(weighted: Tensor) -> Tensor:
     """Of each number, the mean over the terms (dimension 0) that have the sign of the sum of all; zeros have none."""
     sign = torch.where(weighted.sum(dim=0) >= 0, 1.0, -1.0)
     agree = weighted.sign() == sign
@@ -87,7 +87,7 @@ def elected(weighted: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class MergeMethod:
     """One method: the coordinates it works in, how it makes them sparse, and whether signs are elected; `dense` results are
     of full rank."""
 
@@ -97,30 +97,32 @@ class Method:
     dense: bool = False
 
 
-METHODS: Final[Mapping[str, Method]] = dict(
+MERGE_METHODS: Final[Mapping[str, MergeMethod]] = dict(
     zip(
-        MERGE_METHODS,
+        MERGE_METHOD_NAMES,
         (
-            Method(dense_space, trimmed, elect=True, dense=True),
-            Method(dense_space, dropped, elect=False, dense=True),
-            Method(dense_space, dropped, elect=True, dense=True),
-            Method(knots_space, trimmed, elect=True),
-            Method(core_space, trimmed, elect=True),
+            MergeMethod(dense_space, trim_smallest, elect=True, dense=True),
+            MergeMethod(dense_space, drop_at_random, elect=False, dense=True),
+            MergeMethod(dense_space, drop_at_random, elect=True, dense=True),
+            MergeMethod(knots_space, trim_smallest, elect=True),
+            MergeMethod(core_space, trim_smallest, elect=True),
         ),
         strict=True,
     )
 )
 
 
-def merged(terms: Sequence[Delta], weights: Sequence[float], *, method: str, density: float, seeds: Sequence[str]) -> Delta:
+def merge_deltas(
+    terms: Sequence[Delta], weights: Sequence[float], *, method: str, density: float, seeds: Sequence[str]
+) -> Delta:
     """What `method` makes of the terms, each of which has the chances that its seed, any text, gives it."""
-    row = METHODS[method]
+    row = MERGE_METHODS[method]
     # Vectors have no directions, and are merged as they are.
     coordinates, back = (row.space if len(terms[0].shape) > 1 else dense_space)(terms)
     chances = [_generator(seed) for seed in seeds]
     sparse = [row.sparsify(matrix, density, chance) for matrix, chance in zip(coordinates, chances, strict=True)]
     weighted = torch.stack([weight * matrix for weight, matrix in zip(weights, sparse, strict=True)])
-    return back(elected(weighted) if row.elect else weighted.sum(dim=0))
+    return back(elect_signs(weighted) if row.elect else weighted.sum(dim=0))
 
 
 def _generator(text: str) -> torch.Generator:
@@ -145,7 +147,7 @@ def _ranks(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
 def _leading(matrix: Tensor) -> Tensor:
     """The left singular vectors of a float64 matrix that belong to more than noise."""
     left, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)
-    found: Tensor = left[:, sigma > NOISE * sigma[:1]]
+    found: Tensor = left[:, sigma > _NOISE * sigma[:1]]
     return found
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, StoredDelta, cut, or_one, times, widened
+from loratool.deltas.base import Delta, Leaves, StoredDelta, scale_exactly, scale_or_one, split_rows, to_compute_dtype
 from loratool.deltas.schema import ANY, Given
 from loratool.errors import NeedsBase, Unsupported
 
@@ -58,7 +58,7 @@ class IA3(StoredDelta):
         raise NeedsBase("(IA)³ multiplies the weight")
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        base = widened(weight)
+        base = to_compute_dtype(weight)
         axis = 1 if self.on_input else 0
         view = [-1 if dimension == axis else 1 for dimension in range(base.ndim)]
         multiplier = self.vector.to(base.dtype).flatten() + (self.offset - 1.0)
@@ -70,7 +70,7 @@ class IA3(StoredDelta):
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         if self.on_input:
             return [self for _ in sizes]
-        return [replace(self, vector=rows) for rows in cut(self.vector.flatten(), sizes)]
+        return [replace(self, vector=rows) for rows in split_rows(self.vector.flatten(), sizes)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +106,17 @@ class GLoRA(StoredDelta):
         raise NeedsBase("GLoRA adds a multiple of the weight")
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        base = widened(weight)
+        base = to_compute_dtype(weight)
         a1, a2, b1, b2 = (factor.flatten(1).to(base.dtype) for factor in (self.a1, self.a2, self.b1, self.b2))
         times = ((base.movedim(1, -1) @ a1) @ a2).movedim(-1, 1)
         added = (b1 @ b2).reshape(base.shape)
-        return base + strength * or_one(self.scale) * (times + added)
+        return base + strength * scale_or_one(self.scale) * (times + added)
 
     def scaled(self, by: float) -> Self:
-        return replace(self, scale=by * or_one(self.scale))
+        return replace(self, scale=by * scale_or_one(self.scale))
 
     def folded(self) -> GLoRA:
-        return replace(self, a1=times(self.a1, self.scale), b1=times(self.b1, self.scale), scale=None)
+        return replace(self, a1=scale_exactly(self.a1, self.scale), b1=scale_exactly(self.b1, self.scale), scale=None)
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
-        return [replace(self, b1=rows) for rows in cut(self.b1, sizes)]
+        return [replace(self, b1=rows) for rows in split_rows(self.b1, sizes)]

@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, StoredDelta, cut, widened
+from loratool.deltas.base import Delta, Leaves, StoredDelta, split_rows, to_compute_dtype
 from loratool.deltas.schema import ANY, Given
 from loratool.errors import NeedsBase, ShapeMismatch, Unsupported
 
@@ -47,7 +47,7 @@ class OFT(StoredDelta):
         raise NeedsBase("an orthogonal delta rotates the weight")
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        base = widened(weight)
+        base = to_compute_dtype(weight)
         rotations = self._rotations(base.dtype)
         rotated = base.flatten(1)
         if self.blocks.ndim == 3:
@@ -67,8 +67,8 @@ class OFT(StoredDelta):
         width = self.blocks.shape[-1]
         if self.blocks.ndim != 3 or any(size % width for size in sizes) or self.constraint:
             raise Unsupported("its orthogonal blocks do not end where the parts of the weight do")
-        rescales = cut(self.rescale, sizes) if self.rescale is not None else [None] * len(sizes)
-        pieces = cut(self.blocks, [size // width for size in sizes])
+        rescales = split_rows(self.rescale, sizes) if self.rescale is not None else [None] * len(sizes)
+        pieces = split_rows(self.blocks, [size // width for size in sizes])
         return [OFT(blocks, rescale) for blocks, rescale in zip(pieces, rescales, strict=True)]
 
     def _rotations(self, dtype: torch.dtype) -> Tensor:
@@ -113,7 +113,7 @@ class InputOFT(StoredDelta):
         raise NeedsBase("an orthogonal delta rotates the weight")
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        base = widened(weight)
+        base = to_compute_dtype(weight)
         width = self._width()
         if base[0].numel() % width:
             raise ShapeMismatch(f"rotates inputs by {width}, its target has {base[0].numel()}")
@@ -180,7 +180,7 @@ class InputBOFT(StoredDelta):
         raise NeedsBase("an orthogonal delta rotates the weight")
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        base = widened(weight)
+        base = to_compute_dtype(weight)
         turned = base.flatten(1)
         skew = (self.blocks.to(base.dtype) - self.blocks.to(base.dtype).transpose(-1, -2)) / 2
         one = torch.eye(skew.shape[-1], dtype=base.dtype, device=skew.device)
@@ -198,7 +198,7 @@ class InputBOFT(StoredDelta):
         raise NeedsBase("an orthogonal delta cannot be scaled; give a strength to merge instead")
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
-        return [InputBOFT(self.blocks, rows) for rows in cut(self.scales.reshape(-1, 1), sizes)]
+        return [InputBOFT(self.blocks, rows) for rows in split_rows(self.scales.reshape(-1, 1), sizes)]
 
     def _order(self, stage: int) -> Tensor:
         """Within groups of 2^stage blocks: the even half-blocks, then the odd ones."""

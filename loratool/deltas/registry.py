@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Final, cast
 
 from loratool.deltas.base import Leaves, StoredDelta
-from loratool.deltas.schema import AROUND, DORA, KINDS, STACKED, Given, Part, explain
+from loratool.deltas.schema import AROUND, DORA, KINDS, STACKED, DeltaSpec, Given, explain
 
 CLASSES: Final[Mapping[str, str]] = {
     **{kind.name: kind.computed_by for kind in KINDS},
@@ -35,7 +35,7 @@ def build(leaves: Leaves, given: Given) -> StoredDelta:
     return build_part(part, leaves, given)
 
 
-def build_part(part: Part, leaves: Leaves, given: Given) -> StoredDelta:
+def build_part(part: DeltaSpec, leaves: Leaves, given: Given) -> StoredDelta:
     """The delta of one part of a module, from its leaves without an alpha; raises `InvalidAdapter` or `Unsupported`."""
     if given.stacked:
         return class_of(STACKED).from_leaves(leaves, given)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from loratool.deltas.base import Delta, or_one
+from loratool.deltas.base import Delta, scale_or_one
 from loratool.deltas.lora import LoRA
 from loratool.errors import ShapeMismatch
 from loratool.numbers.linalg import Relation, difference_norm, relation
 
 
-def related(one: Delta, other: Delta, *, angles: bool = True) -> Relation | None:
+def relate_deltas(one: Delta, other: Delta, *, angles: bool = True) -> Relation | None:
     """How two deltas are related, from their factors where that is less work than their products; None where a weight would
     have to be known."""
     if not (one.additive and other.additive):
@@ -37,9 +37,9 @@ def require_alike(deltas: Sequence[Delta]) -> None:
 
 def _factors(delta: Delta) -> tuple[Tensor, Tensor] | None:
     """Exact factors; of a LoRA with its scale in float64, so that no change of a number is lost in it."""
-    made = delta.made()
+    made = delta.materialise()
     if isinstance(made, LoRA) and made.mid is None:
-        return made.up.flatten(1).double() * or_one(made.scale), made.down.flatten(1)
+        return made.up.flatten(1).double() * scale_or_one(made.scale), made.down.flatten(1)
     return made.factors()
 
 
@@ -50,7 +50,7 @@ def _dense(one: Tensor, other: Tensor) -> Relation:
 
 def norm_of(delta: Delta) -> float:
     """‖ΔW‖ of an additive delta."""
-    found = related(delta, delta, angles=False)
+    found = relate_deltas(delta, delta, angles=False)
     assert found
     return found.one
 

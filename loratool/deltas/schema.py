@@ -75,7 +75,7 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class DeltaSpec:
     """One delta of one module as its leaves' shapes describe it; `leaves` are the names of those it is made of."""
 
     kind: Kind
@@ -289,13 +289,13 @@ PAIRS: Final[Mapping[str, str]] = {
 """Leaves that are worth nothing without each other."""
 
 
-def explain(shapes: Shapes) -> tuple[Part, ...]:
+def explain(shapes: Shapes) -> tuple[DeltaSpec, ...]:
     """The deltas that a module's leaves make up, accounting for every leaf; raises `InvalidAdapter`."""
     left = dict(shapes)
     parts = []
     while kind := _largest(left):
         leaves = tuple(leaf for leaf in left if leaf in kind.required | kind.optional)
-        parts.append(Part(kind, leaves, kind.shape(left), kind.rank(left)))
+        parts.append(DeltaSpec(kind, leaves, kind.shape(left), kind.rank(left)))
         for leaf in leaves:
             del left[leaf]
     if left:
@@ -317,5 +317,5 @@ def _leftover(left: Shapes) -> str:
 
 
 SUM: Final = "sum"
-MERGE_METHODS: Final = ("ties", "dare", "dare-ties", "knots", "core")
+MERGE_METHOD_NAMES: Final = ("ties", "dare", "dare-ties", "knots", "core")
 """How several changes of one weight become one: their sum, or by a method of `deltas.methods`."""

@@ -11,17 +11,17 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, identical, or_one, promoted, times
+from loratool.deltas.base import Delta, same_bits, scale_exactly, scale_or_one, to_common_dtype
 from loratool.deltas.experts import ExpertLoRA
 from loratool.deltas.full import Full
 from loratool.deltas.lora import Embedding, LoRA
 
-Weights = Sequence[float]
-Merge = Callable[[Sequence[Delta], Weights], Delta]
+Strengths = Sequence[float]
+Merge = Callable[[Sequence[Delta], Strengths], Delta]
 
 
 @dataclass(frozen=True, slots=True)
-class Combined(Delta):
+class LazySum(Delta):
     """`merge` of additive `terms` of one shape and their `weights`."""
 
     kind: ClassVar[str] = "combined"
@@ -30,7 +30,7 @@ class Combined(Delta):
     weights: tuple[float, ...]
     merge: Merge
 
-    def made(self) -> Delta:
+    def materialise(self) -> Delta:
         return self.merge(self.terms, self.weights)
 
     def leaves(self) -> dict[str, Tensor]:
@@ -45,23 +45,23 @@ class Combined(Delta):
         return max((term.shape for term in self.terms), key=len)
 
     @property
-    def flattened(self) -> bool:
-        return all(term.flattened for term in self.terms)
+    def kernel_flattened(self) -> bool:
+        return all(term.kernel_flattened for term in self.terms)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        return self.made().factors()
+        return self.materialise().factors()
 
     def dense(self) -> Tensor:
-        return self.made().dense()
+        return self.materialise().dense()
 
     def scaled(self, by: float) -> Self:
         return replace(self, weights=tuple(by * weight for weight in self.weights))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
-        return self.made().split(sizes)
+        return self.materialise().split(sizes)
 
 
-def summed(terms: Sequence[Delta], weights: Weights, *, fold: bool = False) -> Delta:
+def add_deltas(terms: Sequence[Delta], weights: Strengths, *, fold: bool = False) -> Delta:
     """Σ wᵢ ΔWᵢ, exactly: one term is scaled; LoRA become one whose ranks are theirs together, those with the same `down`
     share it; kinds that have exact factors become a LoRA of these where that is smaller than the difference itself.
 
@@ -76,18 +76,18 @@ def summed(terms: Sequence[Delta], weights: Weights, *, fold: bool = False) -> D
         return scaled[0]
     plain = [term if isinstance(term, LoRA) and term.mid is None else None for term in scaled]
     if all(plain):
-        return concatenated([term for term in plain if term])
+        return concatenate_factors([term for term in plain if term])
     experts = [term for term in scaled if isinstance(term, ExpertLoRA)]
     if len(experts) == len(scaled):
         return ExpertLoRA.together(experts)
     if all(isinstance(term, Embedding) for term in scaled):
         turned = [LoRA(term.up.T, term.down.T, None, term.scale) for term in scaled if isinstance(term, Embedding)]
-        whole = concatenated(turned)
+        whole = concatenate_factors(turned)
         return Embedding(whole.up.T, whole.down.T, whole.scale)
     return _of_kinds(scaled)
 
 
-def concatenated(terms: Sequence[LoRA]) -> LoRA:
+def concatenate_factors(terms: Sequence[LoRA]) -> LoRA:
     """The sum of LoRA without Tucker cores, as one; the shape is that of the first."""
     scale = terms[0].scale
     if len({term.scale for term in terms}) > 1:
@@ -95,14 +95,14 @@ def concatenated(terms: Sequence[LoRA]) -> LoRA:
     inner, ones = terms[0].down.shape[1:], terms[0].up.shape[2:]
     groups: list[list[LoRA]] = []
     for term in terms:
-        shared = next((group for group in groups if identical(group[0].down, term.down)), None)
+        shared = next((group for group in groups if same_bits(group[0].down, term.down)), None)
         if shared:
             shared.append(term)
         else:
             groups.append([term])
-    ups = [_added([term.up.reshape(*term.up.shape[:2], *ones) for term in group]) for group in groups]
-    down = torch.cat(promoted([group[0].down.reshape(-1, *inner) for group in groups]))
-    return LoRA(down, torch.cat(promoted(ups), dim=1), None, scale)
+    ups = [_add([term.up.reshape(*term.up.shape[:2], *ones) for term in group]) for group in groups]
+    down = torch.cat(to_common_dtype([group[0].down.reshape(-1, *inner) for group in groups]))
+    return LoRA(down, torch.cat(to_common_dtype(ups), dim=1), None, scale)
 
 
 def _of_kinds(terms: Sequence[Delta]) -> Delta:
@@ -117,12 +117,16 @@ def _of_kinds(terms: Sequence[Delta]) -> Delta:
         return LoRA(down.reshape(-1, *shape[1:]), up.reshape(*up.shape, *ones))
     leaf = next((term.leaf for term in terms if isinstance(term, Full)), "diff")
     if all(isinstance(term, Full) for term in terms):
-        parts = [times(term.difference, or_one(term.scale)).reshape(shape) for term in terms if isinstance(term, Full)]
-        return Full(_added(parts), leaf)
-    return Full(_added([term.dense().reshape(shape) for term in terms]), leaf)
+        parts = [
+            scale_exactly(term.difference, scale_or_one(term.scale)).reshape(shape)
+            for term in terms
+            if isinstance(term, Full)
+        ]
+        return Full(_add(parts), leaf)
+    return Full(_add([term.dense().reshape(shape) for term in terms]), leaf)
 
 
-def _added(tensors: Sequence[Tensor]) -> Tensor:
+def _add(tensors: Sequence[Tensor]) -> Tensor:
     """Their sum, in float64 and then float32; one alone is as it was."""
     if len(tensors) == 1:
         return tensors[0]

@@ -11,15 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from loratool.files.adapter_files import CONFIG_NAME, WEIGHTS
-from loratool.files.hashes import LENGTHS, hashes
+from loratool.files.hashes import HASH_LENGTHS, hashes
 from loratool.files.header import TensorInfo, encode_header, stored_order
-from loratool.files.output import Input, Output
+from loratool.files.output import Input, NewOutput
 from loratool.files.tensors import DTYPE_NAMES, tensor_bytes
 from loratool.files.writer import Writer
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class AdapterContents:
     """What an adapter's file is to hold, and the config of a PEFT folder; None for a single file."""
 
     tensors: Mapping[str, Tensor]
@@ -27,20 +27,25 @@ class Contents:
     config: Mapping[str, Any] | None = field(default=None)
 
 
-def write(
-    contents: Contents, inputs: Sequence[Input], out: Path, *, overwrite: bool, check: Callable[[Path], None] | None = None
+def write_contents(
+    contents: AdapterContents,
+    inputs: Sequence[Input],
+    out: Path,
+    *,
+    overwrite: bool,
+    check: Callable[[Path], None] | None = None,
 ) -> int:
     """Writes an adapter to `out`, a file or a PEFT folder, and returns its bytes.
 
     `check` is given what was written before it takes its place, and raises where that is not right.
     """
-    infos, position = _laid_out(contents.tensors)
+    infos, position = _lay_out(contents.tensors)
     parts = [tensor_bytes(contents.tensors[name].contiguous()) for name in infos]
     metadata = dict(contents.metadata)
     metadata |= hashes(infos, parts, metadata)
     raw = encode_header(infos, metadata)
     nbytes, folder = len(raw) + position, contents.config is not None
-    with Output(out, folder=folder, overwrite=overwrite, nbytes=nbytes, inputs=inputs) as output:
+    with NewOutput(out, folder=folder, overwrite=overwrite, nbytes=nbytes, inputs=inputs) as output:
         path = output.path(WEIGHTS[0] if folder else "")
         with Writer(path, nbytes) as writer:
             writer.write(raw, 0)
@@ -54,15 +59,15 @@ def write(
     return nbytes
 
 
-def size_of(contents: Contents) -> int:
-    """The bytes that `write` would write of tensors of these shapes, the config's included."""
-    infos, position = _laid_out(contents.tensors)
+def contents_size(contents: AdapterContents) -> int:
+    """The bytes that `write_contents` would write of tensors of these shapes, the config's included."""
+    infos, position = _lay_out(contents.tensors)
     config = "" if contents.config is None else _text(contents.config)
-    metadata = dict(contents.metadata) | {key: "0" * length for key, length in LENGTHS.items()}
+    metadata = dict(contents.metadata) | {key: "0" * length for key, length in HASH_LENGTHS.items()}
     return len(encode_header(infos, metadata)) + position + len(config.encode())
 
 
-def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, TensorInfo], int]:
+def _lay_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, TensorInfo], int]:
     """Where each tensor lies, and the end of the last, in safetensors' own order: hashes depend on it."""
     infos, position = {}, 0
     for name in sorted(tensors, key=lambda name: stored_order(DTYPE_NAMES[tensors[name].dtype], name)):

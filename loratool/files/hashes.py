@@ -26,8 +26,8 @@ LEGACY_START: Final = 0x100000
 LEGACY_BYTES: Final = 0x10000
 LETTERS: Final = 12
 """Of AutoV3, which are enough to find a file by."""
-BLOCK: Final = 8 << 20
-LENGTHS: Final[Mapping[str, int]] = {"sshs_model_hash": 64, "sshs_legacy_hash": 8}
+_BLOCK: Final = 8 << 20
+HASH_LENGTHS: Final[Mapping[str, int]] = {"sshs_model_hash": 64, "sshs_legacy_hash": 8}
 """kohya's keys, and how long their values are."""
 
 
@@ -104,7 +104,7 @@ def digest_file(descriptor: int, header: Header | None) -> dict[str, str]:
 
 
 def _blocks(descriptor: int, start: int) -> Iterator[bytes]:
-    while block := os.pread(descriptor, BLOCK, start):
+    while block := os.pread(descriptor, _BLOCK, start):
         yield block
         start += len(block)
 
@@ -123,8 +123,8 @@ def kohya_hashes(descriptor: int, header: Header, autov3: str) -> dict[str, str]
     if list(ordered) != list(header.tensors):
         digest = hashlib.sha256()
         for info in ordered.values():
-            for start in range(info.start, info.stop, BLOCK):
-                digest.update(os.pread(descriptor, min(BLOCK, info.stop - start), start))
+            for start in range(info.start, info.stop, _BLOCK):
+                digest.update(os.pread(descriptor, min(_BLOCK, info.stop - start), start))
         autov3 = digest.hexdigest()
     return {"sshs_model_hash": autov3, "sshs_legacy_hash": _legacy_of(descriptor, ordered, header.metadata)}
 

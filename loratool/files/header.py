@@ -29,16 +29,16 @@ BITS: Final[Mapping[str, int]] = {
     "F6_E3M2": 6, "F6_E2M3": 6, "F4": 4, "BOOL": 8,
 }  # fmt: skip
 """Bits in one element of each dtype that the format names, in the order in which safetensors writes them."""
-PLACES: Final = {dtype: place for place, dtype in enumerate(BITS)}
+_PLACES: Final = {dtype: place for place, dtype in enumerate(BITS)}
 
-DTYPE_NAMES: Final[Mapping[str, str]] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+STORED_DTYPES: Final[Mapping[str, str]] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The dtypes that outputs may be asked for, and how safetensors calls them."""
 
 
 def stored_dtype(name: str | None) -> str | None:
     """What safetensors calls the dtype "float32", "float16" or "bfloat16"; None where none is asked for. Raises
     `UnknownName`."""
-    return None if name is None else look_up(DTYPE_NAMES, name, "dtype")
+    return None if name is None else look_up(STORED_DTYPES, name, "dtype")
 
 
 STRUCTS: Final[Mapping[str, str]] = {
@@ -174,7 +174,7 @@ def parse_header(raw: bytes, size: int) -> tuple[dict[str, TensorInfo], dict[str
 
 def stored_order(dtype: str, name: str) -> tuple[int, str]:
     """A key that sorts tensors as safetensors writes them: by dtype, then by name (`serialize` in its tensor.rs)."""
-    return PLACES[dtype], name
+    return _PLACES[dtype], name
 
 
 def encode_header(

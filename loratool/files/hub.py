@@ -15,14 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from loratool.errors import InvalidFile, LoratoolError, some
+from loratool.errors import InvalidFile, LoratoolError, first_few
 from loratool.files.adapter_files import CONFIG_NAME, WEIGHTS
 from loratool.files.layout import INDEX_SUFFIX, PIPELINE, SINGLE_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PREFIX: Final = "hf:"
+_PREFIX: Final = "hf:"
 NAME: Final = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/(.+))?")
 ADAPTER: Final = (CONFIG_NAME, WEIGHTS[0])
 MODEL: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md")
@@ -30,12 +30,12 @@ MODEL: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md"
 VARIANTS: Final = ("*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors", "*/*.fp16-*.safetensors")
 """Copies of weights that a pipeline's folders hold beside them."""
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def is_named(text: str) -> bool:
     """Whether `text` is a name on the hub, by its prefix."""
-    return text.startswith(PREFIX)
+    return text.startswith(_PREFIX)
 
 
 def might_be_named(text: str) -> bool:
@@ -44,9 +44,9 @@ def might_be_named(text: str) -> bool:
     return found is not None and not Path(found[1]).exists() and not text.endswith((".safetensors", ".bin", ".json"))
 
 
-def fetched(text: str) -> Path:
+def fetch(text: str) -> Path:
     """The path of what `text` names on the hub, in the hub's cache; raises `LoratoolError` where it cannot be had."""
-    found = NAME.fullmatch(text.removeprefix(PREFIX))
+    found = NAME.fullmatch(text.removeprefix(_PREFIX))
     if not found:
         raise LoratoolError(f"{text}: expected hf:ORG/NAME, hf:ORG/NAME@REVISION, or either with /FILE behind it")
     if find_spec("huggingface_hub") is None:
@@ -126,7 +126,7 @@ class _Repository:
 
         return self._asked(download)
 
-    def _asked(self, ask: Callable[[], T]) -> T:
+    def _asked(self, ask: Callable[[], _T]) -> _T:
         """What the hub answers; its errors as ours."""
         try:
             return ask()
@@ -161,5 +161,5 @@ def _words(error: Exception, revision: str | None) -> str | None:
 def _no_choice(text: str, files: Iterable[str], top: Sequence[str]) -> str:
     every = [name for name in files if name.endswith(".safetensors")]
     if every:
-        return f"holds several safetensors files ({some(every)}); name one, such as {text}/{(top or every)[0]}"
+        return f"holds several safetensors files ({first_few(every)}); name one, such as {text}/{(top or every)[0]}"
     return "holds no safetensors file"

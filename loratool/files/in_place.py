@@ -1,7 +1,7 @@
 """Files of a checkpoint that are changed in place: their clones are, and take their places together or not at all.
 
-A clone shares its blocks with the original where the file system can (btrfs, XFS), so that only what is written to it
-takes room and time; elsewhere it is a copy. What is complete is renamed to `READY` inside the checkpoint's folder, and from
+A clone shares its blocks with the original where the file system can (btrfs, XFS), so that only what is written to it takes
+room and time; elsewhere it is a copy. What is complete is renamed to `READY_FOLDER` inside the checkpoint's folder, and from
 then on belongs there: whoever finds it, after a crash, moves it in. No torch.
 """
 
@@ -19,13 +19,13 @@ from loratool.errors import OutputError
 from loratool.files.output import Destination, Input, sync
 from loratool.files.writer import copy_file
 
-READY: Final = ".loratool-ready"
+READY_FOLDER: Final = ".loratool-ready"
 """The folder, inside a checkpoint's, of files that are to replace those of the same name."""
 FICLONE: Final = 0x40049409
 """Linux's ioctl that makes one file share all blocks of another (include/uapi/linux/fs.h)."""
 
 
-class Clones(Destination):
+class InPlaceOutput(Destination):
     """Files of the checkpoint at `root`, a file or a folder, that are changed: their clones are written to, and replace them
     together. Raises `OutputError` where the checkpoint cannot or must not be changed.
     """
@@ -46,9 +46,9 @@ class Clones(Destination):
     def _take_place(self) -> None:
         """In one step where it is one file, and in steps that are taken up again where it is several."""
         if self.folder:
-            os.rename(self.temporary, self.place / READY)
+            os.rename(self.temporary, self.place / READY_FOLDER)
             sync(self.place)
-            finish(self.place)
+            complete_interrupted_change(self.place)
         else:
             os.replace(self.temporary, self.place)
             sync(self.place.parent)
@@ -56,7 +56,7 @@ class Clones(Destination):
     def _clone(self, file: str) -> None:
         source, target = self.place / file if file else self.place, self.path(file)
         status = source.stat()
-        if not _shared(source, target):
+        if not _share_extents(source, target):
             free = shutil.disk_usage(target.parent).free
             if free < status.st_size:
                 raise OutputError(f"{self.place}: needs {status.st_size} bytes for a copy, the disk has {free} free")
@@ -64,12 +64,12 @@ class Clones(Destination):
         os.chmod(target, stat.S_IMODE(status.st_mode))
 
 
-def finish(root: Path) -> None:
+def complete_interrupted_change(root: Path) -> None:
     """Moves into the checkpoint's folder what a change of it in place left complete; does nothing where there is none.
 
     Raises `OutputError` where that cannot be done. Several processes may do it at once.
     """
-    ready = root / READY
+    ready = root / READY_FOLDER
     if not _is_folder(ready):
         return
     try:
@@ -119,7 +119,7 @@ def _check_plain(path: Path) -> None:
         raise OutputError(f"{path}: is read-only; write a copy with `out=`")
 
 
-def _shared(source: Path, target: Path) -> bool:
+def _share_extents(source: Path, target: Path) -> bool:
     """Makes `target` share all blocks of `source`; False, and no file, where the file system cannot."""
     try:
         import fcntl

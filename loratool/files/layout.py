@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.errors import InvalidConfig, InvalidFile, Unsupported, some
+from loratool.errors import InvalidConfig, InvalidFile, Unsupported, first_few
 from loratool.files.adapter_files import PICKLE_SUFFIXES
 from loratool.files.header import Header, JsonFile, TensorInfo, read_header, read_index, read_json
-from loratool.files.in_place import finish
+from loratool.files.in_place import complete_interrupted_change
 
 SINGLE_NAMES: Final = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 INDEX_SUFFIX: Final = ".safetensors.index.json"
@@ -20,7 +20,7 @@ PIPELINE: Final = "model_index.json"
 WEIGHT_SUFFIXES: Final = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5", ".tflite"}
 )
-QUANTISED: Final = (
+_QUANTISED: Final = (
     ".qweight", ".qzeros", ".scales", ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".SCB",
     ".scale_weight", ".weight_scale", ".weight_scale_inv", ".g_idx", ".wscales",
 )  # fmt: skip
@@ -82,7 +82,7 @@ class Layout:
 def open_layout(path: Path) -> Layout:
     """Reads the headers of the checkpoint at `path`; raises `InvalidFile`, `InvalidConfig` or `Unsupported`."""
     if path.is_dir():
-        finish(path)
+        complete_interrupted_change(path)
         return _folder(path)
     if path.name.endswith(INDEX_SUFFIX):
         return _folder(path.parent)
@@ -100,9 +100,9 @@ def require_weights(layout: Layout, instead: str) -> None:
     """Raises `Unsupported` for a quantised checkpoint, saying what to do `instead`, and `InvalidFile` for an empty one."""
     if not layout.tensors:
         raise InvalidFile(f"{layout.root}: has no tensors")
-    marks = [name for name in layout.tensors if name.endswith(QUANTISED)]
+    marks = [name for name in layout.tensors if name.endswith(_QUANTISED)]
     if marks or layout.config.get("quantization_config"):
-        met = f"{some(marks, 3)}" if marks else "quantization_config in config.json"
+        met = f"{first_few(marks, 3)}" if marks else "quantization_config in config.json"
         raise Unsupported(f"{layout.root}: is quantised ({met}); {instead}")
 
 
@@ -112,13 +112,13 @@ def _folder(root: Path) -> Layout:
     merged = Layout(root, {}, {}, {}, ())
     for folder in sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
         if any(entry.suffix == ".safetensors" for entry in folder.iterdir()):
-            merged = _joined(merged, _model(folder), f"{folder.name}/")
+            merged = _join(merged, _model(folder), f"{folder.name}/")
     if not merged.files:
         raise InvalidFile(f"{root}: a diffusers folder without any safetensors file")
     return merged
 
 
-def _joined(whole: Layout, part: Layout, prefix: str) -> Layout:
+def _join(whole: Layout, part: Layout, prefix: str) -> Layout:
     return replace(
         whole,
         files={**whole.files, **{prefix + name: header for name, header in part.files.items()}},
@@ -138,7 +138,7 @@ def _model(root: Path) -> Layout:
     weights = [name for name in names if name.endswith(".safetensors")]
     single = next((name for name in SINGLE_NAMES if name in weights), None)
     if single is None and len(indexes) == 1:
-        return _sharded(root, indexes[0], names)
+        return _open_sharded(root, indexes[0], names)
     chosen = single or (weights[0] if len(weights) == 1 else None)
     if chosen is None:
         raise InvalidFile(f"{root}: {_no_choice(names, weights, indexes)}")
@@ -149,21 +149,21 @@ def _model(root: Path) -> Layout:
 
 def _no_choice(names: list[str], weights: list[str], indexes: list[str]) -> str:
     if len(indexes) > 1:
-        return f"holds several shard indexes ({some(indexes)}); name one of them"
+        return f"holds several shard indexes ({first_few(indexes)}); name one of them"
     if weights:
-        return f"holds several safetensors files and no index ({some(weights)}); name one of them"
+        return f"holds several safetensors files and no index ({first_few(weights)}); name one of them"
     if names:
-        return f"holds no safetensors file, only {some(names)}; save the model as safetensors first"
+        return f"holds no safetensors file, only {first_few(names)}; save the model as safetensors first"
     return "holds no safetensors file"
 
 
-def _sharded(root: Path, index_name: str, names: list[str]) -> Layout:
+def _open_sharded(root: Path, index_name: str, names: list[str]) -> Layout:
     document = read_index(root / index_name)
     index: Mapping[str, str] = document.document["weight_map"]
     shards = sorted(set(index.values()))
     missing = [shard for shard in shards if not (root / shard).exists()]
     if missing:
-        raise InvalidFile(f"{root / index_name}: names {some(missing)}, which the folder does not hold")
+        raise InvalidFile(f"{root / index_name}: names {first_few(missing)}, which the folder does not hold")
     headers = {shard: read_header(root / shard) for shard in shards}
     tensors: dict[str, tuple[str, TensorInfo]] = {}
     for shard, header in headers.items():
@@ -173,5 +173,5 @@ def _sharded(root: Path, index_name: str, names: list[str]) -> Layout:
             tensors[name] = (shard, info)
     ghosts = [name for name in index if name not in tensors]
     if ghosts:
-        raise InvalidConfig(f"{root / index_name}: lists {some(ghosts)}, which no shard holds")
+        raise InvalidConfig(f"{root / index_name}: lists {first_few(ghosts)}, which no shard holds")
     return Layout(root, headers, {index_name: document}, tensors, tuple(name for name in names if name not in headers))

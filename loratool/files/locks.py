@@ -26,7 +26,7 @@ class Lock:
         """Raises `OutputError` where another run has it."""
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-            if not _locked(descriptor):
+            if not _try_lock(descriptor):
                 os.close(descriptor)
                 raise OutputError(f"{self.target}: another run is writing it; wait for that, or choose another name")
             if _same(descriptor, self.path):
@@ -51,13 +51,13 @@ def sweep_locks(folder: Path) -> None:
         with contextlib.suppress(OSError):
             descriptor = os.open(entry, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
             try:
-                if _locked(descriptor) and _same(descriptor, entry):
+                if _try_lock(descriptor) and _same(descriptor, entry):
                     entry.unlink()
             finally:
                 os.close(descriptor)
 
 
-def _locked(descriptor: int) -> bool:
+def _try_lock(descriptor: int) -> bool:
     try:
         import fcntl
     except ImportError:

@@ -105,7 +105,7 @@ class Destination(ABC):
         """Puts what is below `temporary` in its place, and has that on the disk."""
 
 
-class Output(Destination):
+class NewOutput(Destination):
     """A new file or folder, or one that replaces an older one.
 
     Raises `OutputError` at once where `target` cannot or must not be written.

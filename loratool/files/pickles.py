@@ -26,7 +26,7 @@ SPARE_BYTES: Final = 6 << 30
 
 
 @contextmanager
-def unpickled(path: Path) -> Iterator[Header]:
+def open_pickle(path: Path) -> Iterator[Header]:
     """The header of a temporary safetensors file with the tensors of the pickle at `path`; raises `InvalidFile`."""
     os.close(open_regular(path))
     _check_zip(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from loratool.errors import InvalidConfig, some
+from loratool.errors import InvalidConfig, first_few
 
 
 def strict_json(raw: bytes) -> Any:
@@ -31,7 +31,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = [key for key, _ in pairs if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
-        raise InvalidConfig(f"has duplicate keys: {some(map(repr, twice))}")
+        raise InvalidConfig(f"has duplicate keys: {first_few(map(repr, twice))}")
     return found
 
 

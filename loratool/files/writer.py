@@ -88,7 +88,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorBytes:
     """A tensor to be written, as its header and its bytes have it."""
 
     name: str
@@ -97,16 +97,16 @@ class Entry:
     raw: bytes | memoryview
 
 
-class Appending:
+class SafetensorsAppender:
     """A file that `writer` writes, with `room` bytes for its header."""
 
     def __init__(self, writer: Writer, room: int) -> None:
         self._writer, self._room, self._end = writer, room, room
         self._infos: dict[str, TensorInfo] = {}
         self._lock, self._next = threading.Lock(), 0
-        self._waiting: dict[int, Sequence[Entry]] = {}
+        self._waiting: dict[int, Sequence[TensorBytes]] = {}
 
-    def append(self, entry: Entry) -> None:
+    def append(self, entry: TensorBytes) -> None:
         """Writes a tensor behind the others; raises `LoratoolError` where there is one of its name."""
         self._enter(entry.name, entry.dtype, entry.shape, len(entry.raw))
         self._writer.write(entry.raw, self._end - len(entry.raw))
@@ -116,7 +116,7 @@ class Appending:
         self._enter(name, "U8", (nbytes,), nbytes)
         self._writer.copy(descriptor, 0, nbytes, self._end - nbytes)
 
-    def in_turn(self, number: int, entries: Sequence[Entry]) -> None:
+    def in_turn(self, number: int, entries: Sequence[TensorBytes]) -> None:
         """Appends what has this number as soon as all before it are there, from whatever thread and in whatever order they
         come: equal runs write equal bytes."""
         with self._lock:

@@ -11,16 +11,16 @@ from typing import Final
 
 from loratool.errors import look_up
 
-LORA: Final = frozenset({"lora", "embedding"})
-LYCORIS: Final = LORA | {"loha", "lokr", "glora", "full", "bias", "norm", "dora", "oft", "ia3"}
+_LORA: Final = frozenset({"lora", "embedding"})
+_LYCORIS: Final = _LORA | {"loha", "lokr", "glora", "full", "bias", "norm", "dora", "oft", "ia3"}
 
 SD3: Final = "sd3-medium sd3.5-medium sd3.5-large"
 
-GLOBAL: Final = "one alpha for all, divided by one rank"
+GLOBAL_SCALE: Final = "one alpha for all, divided by one rank"
 """vLLM's scale: lora_alpha / r of the config, whatever a module's own rank is."""
-SHARED: Final = "one alpha for all, divided by each rank"
+SHARED_SCALE: Final = "one alpha for all, divided by each rank"
 """llama.cpp's scale: lora_alpha of the config over the rank of each module's factors."""
-OWN: Final = "each module's own"
+OWN_SCALE: Final = "each module's own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +48,19 @@ CONSUMERS: Final[Mapping[str, Consumer]] = {
     row.name: row
     for row in (
         Consumer(
-            "vllm", "vLLM", ("peft",), "peft", LORA | {"experts"}, True, GLOBAL,
+            "vllm", "vLLM", ("peft",), "peft", _LORA | {"experts"}, True, GLOBAL_SCALE,
             "vllm/lora/peft_helper.py, vllm/lora/lora_model.py, vllm/config/lora.py",
             ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512), usual_rank=16,
         ),
         Consumer(
-            "peft", "PEFT", ("peft",), "peft", LORA | {"dora", "experts", "lora bias", "replace", "tokens"}, None, OWN,
+            "peft", "PEFT", ("peft",), "peft", _LORA | {"dora", "experts", "lora bias", "replace", "tokens"}, None,
+            OWN_SCALE,
             "peft/utils/save_and_load.py, peft/tuners/lora/config.py",
         ),
         Consumer(
             "diffusers", "diffusers",
             ("diffusers", "diffusers-old", "kohya", "kohya-diffusers", "comfyui", "ai-toolkit", "bfl", "xlabs", "musubi"),
-            "diffusers", LORA | {"dora", "lora bias"}, False, OWN,
+            "diffusers", _LORA | {"dora", "lora bias"}, False, OWN_SCALE,
             "diffusers/loaders/lora_conversion_utils.py, diffusers/utils/peft_utils.py (0.42)",
             unread={"kohya": SD3, "kohya-diffusers": SD3},
         ),
@@ -67,16 +68,16 @@ CONSUMERS: Final[Mapping[str, Consumer]] = {
             "comfyui", "ComfyUI",
             ("comfyui", "kohya", "kohya-diffusers", "onetrainer", "omi", "ai-toolkit", "diffusers", "diffusers-old", "xlabs",
              "bfl", "diffsynth", "lycoris", "musubi"),
-            "comfyui", LYCORIS | {"enlarge", "replace"}, False, OWN,
+            "comfyui", _LYCORIS | {"enlarge", "replace"}, False, OWN_SCALE,
             "comfy/lora.py, comfy/lora_convert.py, comfy/weight_adapter/", ignores_metadata=True,
         ),
         Consumer(
-            "a1111", "A1111's web UI", ("kohya", "kohya-diffusers"), "kohya", LYCORIS, False, OWN,
+            "a1111", "A1111's web UI", ("kohya", "kohya-diffusers"), "kohya", _LYCORIS, False, OWN_SCALE,
             "extensions-builtin/Lora/networks.py and network_*.py of stable-diffusion-webui",
             archs=("sd1", "sd2", "sdxl", "sdxl-refiner", "ssd-1b", "vega", "sd3-medium"),
         ),
         Consumer(
-            "llama.cpp", "llama.cpp", ("peft",), "peft", LORA, True, SHARED,
+            "llama.cpp", "llama.cpp", ("peft",), "peft", _LORA, True, SHARED_SCALE,
             "convert_lora_to_gguf.py, src/llama-adapter.h of llama.cpp",
         ),
     )

@@ -12,7 +12,7 @@ ARGS = "ss_network_args"
 
 def new_network(ranks: Sequence[int]) -> dict[str, str]:
     """What kohya's tools look for in a new file of LoRA whose alphas are their ranks."""
-    rank = one_or_dynamic(ranks)
+    rank = common_or_dynamic(ranks)
     return {MODULE: "networks.lora", DIM: rank, ALPHA: rank}
 
 
@@ -21,7 +21,7 @@ def of_new_factors(metadata: Mapping[str, str], ranks: Sequence[int]) -> dict[st
     if MODULE not in metadata:
         return dict(metadata)
     alpha = "Dynamic" if ranks else metadata.get(ALPHA, "")
-    return {**metadata, MODULE: "networks.lora", DIM: one_or_dynamic(ranks), ALPHA: alpha, ARGS: "{}"}
+    return {**metadata, MODULE: "networks.lora", DIM: common_or_dynamic(ranks), ALPHA: alpha, ARGS: "{}"}
 
 
 def of_other_ranks(
@@ -31,16 +31,16 @@ def of_other_ranks(
     `folded` into the factors."""
     if DIM not in metadata:
         return {}
-    said = {DIM: one_or_dynamic(after)} if after != before else {}
-    return {**said, ALPHA: one_or_dynamic(alphas or after)} if said or folded else {}
+    said = {DIM: common_or_dynamic(after)} if after != before else {}
+    return {**said, ALPHA: common_or_dynamic(alphas or after)} if said or folded else {}
 
 
 def of_other_alphas(metadata: Mapping[str, str], alphas: Iterable[float]) -> dict[str, str]:
     """What is no longer true where modules have other alphas."""
-    return {ALPHA: one_or_dynamic(alphas)} if ALPHA in metadata else {}
+    return {ALPHA: common_or_dynamic(alphas)} if ALPHA in metadata else {}
 
 
-def one_or_dynamic(values: Iterable[float]) -> str:
+def common_or_dynamic(values: Iterable[float]) -> str:
     """kohya's word for ranks or alphas: the one that all modules have, or Dynamic."""
     distinct = set(values)
     return f"{min(distinct):g}" if len(distinct) == 1 else "Dynamic"

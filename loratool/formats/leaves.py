@@ -9,20 +9,20 @@ from typing import Final
 
 from loratool.names import CONTAINER
 
-KOHYA: Final = "kohya"
+_KOHYA: Final = "kohya"
 PEFT: Final = "PEFT"
 DIFFUSERS_OLD: Final = "old diffusers"
-LYCORIS: Final = "LyCORIS"
+_LYCORIS: Final = "LyCORIS"
 LORALIB: Final = "loralib"
-COMFYUI: Final = "ComfyUI"
-XLABS: Final = "XLabs"
+_COMFYUI: Final = "ComfyUI"
+_XLABS_TABLE: Final = "XLabs"
 DIFFSYNTH: Final = "DiffSynth"
-OWN: Final = "its own"
+_OWN: Final = "its own"
 
-LEAVES: Final[Mapping[str, tuple[str, str]]] = {
+_LEAVES: Final[Mapping[str, tuple[str, str]]] = {
     # kohya sd-scripts and all who follow it
-    "lora_down.weight": ("down", KOHYA), "lora_up.weight": ("up", KOHYA), "lora_mid.weight": ("mid", KOHYA),
-    "alpha": ("alpha", KOHYA), "dora_scale": ("dora_scale", KOHYA),
+    "lora_down.weight": ("down", _KOHYA), "lora_up.weight": ("up", _KOHYA), "lora_mid.weight": ("mid", _KOHYA),
+    "alpha": ("alpha", _KOHYA), "dora_scale": ("dora_scale", _KOHYA),
     # PEFT save_and_load.py; embeddings and magnitudes are parameters, without .weight
     "lora_A.weight": ("down", PEFT), "lora_B.weight": ("up", PEFT), "lora_B.bias": ("bias_up", PEFT),
     "lora_embedding_A": ("embedding_down", PEFT), "lora_embedding_B": ("embedding_up", PEFT),
@@ -38,12 +38,13 @@ LEAVES: Final[Mapping[str, tuple[str, str]]] = {
     "lora.down.weight": ("down", DIFFUSERS_OLD), "lora.up.weight": ("up", DIFFUSERS_OLD),
     "lora_linear_layer.down.weight": ("down", DIFFUSERS_OLD), "lora_linear_layer.up.weight": ("up", DIFFUSERS_OLD),
     # LyCORIS functional/*
-    "diff": ("diff", LYCORIS), "diff_b": ("diff_b", LYCORIS), "w_norm": ("w_norm", LYCORIS), "b_norm": ("b_norm", LYCORIS),
-    "a1.weight": ("a1", LYCORIS), "a2.weight": ("a2", LYCORIS), "b1.weight": ("b1", LYCORIS), "b2.weight": ("b2", LYCORIS),
-    "bm.weight": ("bm", LYCORIS), "oft_blocks": ("oft_blocks", LYCORIS), "rescale": ("rescale", LYCORIS),
-    "on_input": ("on_input", LYCORIS), "set_weight": ("set_weight", COMFYUI),
-    "reshape_weight": ("reshape_weight", COMFYUI),
-    **{leaf: (leaf, LYCORIS) for leaf in (
+    "diff": ("diff", _LYCORIS), "diff_b": ("diff_b", _LYCORIS), "w_norm": ("w_norm", _LYCORIS),
+    "b_norm": ("b_norm", _LYCORIS), "a1.weight": ("a1", _LYCORIS), "a2.weight": ("a2", _LYCORIS),
+    "b1.weight": ("b1", _LYCORIS), "b2.weight": ("b2", _LYCORIS),
+    "bm.weight": ("bm", _LYCORIS), "oft_blocks": ("oft_blocks", _LYCORIS), "rescale": ("rescale", _LYCORIS),
+    "on_input": ("on_input", _LYCORIS), "set_weight": ("set_weight", _COMFYUI),
+    "reshape_weight": ("reshape_weight", _COMFYUI),
+    **{leaf: (leaf, _LYCORIS) for leaf in (
         "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
         "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
     )},
@@ -51,7 +52,7 @@ LEAVES: Final[Mapping[str, tuple[str, str]]] = {
 """Suffix behind the module's last dot: (leaf, who writes it). Sources are named per group."""
 
 _COMMON: Final[Mapping[str, str]] = {
-    leaf: suffix for suffix, (leaf, family) in LEAVES.items() if family in (LYCORIS, COMFYUI)
+    leaf: suffix for suffix, (leaf, family) in _LEAVES.items() if family in (_LYCORIS, _COMFYUI)
 } | {"dora_scale": "dora_scale", "ia3_weight": "weight"}
 """LyCORIS's leaves and ComfyUI's additions, which all who read kohya's read too."""
 
@@ -85,12 +86,12 @@ ABSOLUTE: Final[Mapping[str, str]] = {
 }  # fmt: skip
 """PEFT's `modules_to_save`, `bias="all"` and stored base layers: values that replace those of the base."""
 
-SHARED: Final[Mapping[str, str]] = {"base_model.vera_A": "vera_a", "base_model.vera_B": "vera_b"}
+SHARED_KEYS: Final[Mapping[str, str]] = {"base_model.vera_A": "vera_a", "base_model.vera_B": "vera_b"}
 """Tensors that every module of a kind shares: PEFT's VeRA projections."""
 
 
 SPELLED: Final = frozenset(
-    {leaf for leaf, _ in LEAVES.values()} | {*ABSOLUTE.values(), *SHARED.values()} | {"scale", "ia3_weight"}
+    {leaf for leaf, _ in _LEAVES.values()} | {*ABSOLUTE.values(), *SHARED_KEYS.values()} | {"scale", "ia3_weight"}
 )
 """Leaves that some family spells; `scale` and `ia3_weight` by a name that alone says nothing."""
 
@@ -111,7 +112,7 @@ _HALF_EXPORTED = re.compile(r"(.*)_lora\.(down|up)\.weight")
 
 
 @dataclass(frozen=True, slots=True)
-class Spelled:
+class ParsedKey:
     """A key taken apart: the module's `stem` (with all prefixes), its leaf, and the family that spells it so."""
 
     stem: str
@@ -119,7 +120,7 @@ class Spelled:
     family: str
 
 
-def spelled(key: str, own: Collection[str] = ()) -> Spelled | None:
+def parse_key(key: str, own: Collection[str] = ()) -> ParsedKey | None:
     """Takes a key apart, or None where no suffix is known; absolute values are known behind PEFT's container only.
 
     `own` are leaves that no family spells: their suffix is their name.
@@ -128,41 +129,41 @@ def spelled(key: str, own: Collection[str] = ()) -> Spelled | None:
         return found
     named = _NAMED.fullmatch(key)
     bare = named[1] + named[2] if named else key
-    return _by_suffix(bare, own, named=named is not None) or _absolute(bare) or _half_exported(bare)
+    return _by_suffix(bare, own, named=named is not None) or _absolute(bare) or _parse_half_exported(bare)
 
 
-def _by_pattern(key: str) -> Spelled | None:
+def _by_pattern(key: str) -> ParsedKey | None:
     """Of those who have more in a key than a module and a leaf."""
     if found := _PROCESSOR.fullmatch(key):
         module = found[2].replace("to_out", "to_out.0")
-        return Spelled(f"{found[1]}.{module}", found[3], DIFFUSERS_OLD)
+        return ParsedKey(f"{found[1]}.{module}", found[3], DIFFUSERS_OLD)
     if found := _XLABS.fullmatch(key):
-        return Spelled(found[1], found[2], XLABS)
+        return ParsedKey(found[1], found[2], _XLABS_TABLE)
     if found := _MODULATION.fullmatch(key):
-        return Spelled(f"{found[1]}{'.' if '.' in found[1] else '_'}modulation", "diff", LYCORIS)
+        return ParsedKey(f"{found[1]}{'.' if '.' in found[1] else '_'}modulation", "diff", _LYCORIS)
     found = _NORM.fullmatch(key)
-    return Spelled(found[1], "scale", PEFT) if found else None
+    return ParsedKey(found[1], "scale", PEFT) if found else None
 
 
-def _by_suffix(key: str, own: Collection[str], *, named: bool) -> Spelled | None:
+def _by_suffix(key: str, own: Collection[str], *, named: bool) -> ParsedKey | None:
     parts = key.split(".")
     for count in (3, 2, 1):
         stem, suffix = ".".join(parts[:-count]), ".".join(parts[-count:])
-        if stem and suffix in LEAVES:
-            leaf, family = LEAVES[suffix]
-            return Spelled(stem, leaf, DIFFSYNTH if named and family == PEFT else family)
-    return Spelled(".".join(parts[:-1]), parts[-1], OWN) if len(parts) > 1 and parts[-1] in own else None
+        if stem and suffix in _LEAVES:
+            leaf, family = _LEAVES[suffix]
+            return ParsedKey(stem, leaf, DIFFSYNTH if named and family == PEFT else family)
+    return ParsedKey(".".join(parts[:-1]), parts[-1], _OWN) if len(parts) > 1 and parts[-1] in own else None
 
 
-def _absolute(key: str) -> Spelled | None:
+def _absolute(key: str) -> ParsedKey | None:
     if not key.startswith(CONTAINER) and ".modules_to_save." not in key and ".base_layer." not in key:
         return None
     for suffix, leaf in ABSOLUTE.items():
         if key.endswith(f".{suffix}"):
-            return Spelled(key.removesuffix(f".{suffix}"), leaf, PEFT)
+            return ParsedKey(key.removesuffix(f".{suffix}"), leaf, PEFT)
     return None
 
 
-def _half_exported(key: str) -> Spelled | None:
+def _parse_half_exported(key: str) -> ParsedKey | None:
     found = _HALF_EXPORTED.fullmatch(key)
-    return Spelled(found[1], found[2], DIFFUSERS_OLD) if found else None
+    return ParsedKey(found[1], found[2], DIFFUSERS_OLD) if found else None

@@ -12,12 +12,12 @@ from typing import Final
 
 from loratool.errors import LoratoolError
 
-PREFIX: Final = "modelspec."
+_PREFIX: Final = "modelspec."
 MUST: Final = ("sai_model_spec", "architecture", "implementation", "title")
 """Without these a file does not follow the specification."""
 ANYTHING: Final = r"(?s:.+)"
 ISO_8601: Final = r"\d{4}-\d\d-\d\d(T\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?)?"
-VALUES: Final[Mapping[str, tuple[str, str]]] = {
+_VALUES: Final[Mapping[str, tuple[str, str]]] = {
     "sai_model_spec": (r"\d+\.\d+\.\d+", "a version such as 1.0.0"),
     "architecture": (r"[a-z0-9][a-z0-9._-]*(/[a-z0-9._-]+)?", "an identifier such as stable-diffusion-xl-v1-base/lora"),
     "implementation": (r"\S(.*\S)?", "a code base such as sgm, diffusers, or its address"),
@@ -53,25 +53,25 @@ VALUES: Final[Mapping[str, tuple[str, str]]] = {
 """Each key without its prefix: a pattern for the whole of its values, and that in words."""
 
 
-def check(metadata: Mapping[str, str]) -> None:
+def require_allowed(metadata: Mapping[str, str]) -> None:
     """Raises `LoratoolError` for a value that the specification does not allow."""
     for key, value in metadata.items():
-        name = key.removeprefix(PREFIX)
-        if key == name or name not in VALUES:
+        name = key.removeprefix(_PREFIX)
+        if key == name or name not in _VALUES:
             continue
-        pattern, words = VALUES[name]
+        pattern, words = _VALUES[name]
         if not re.fullmatch(pattern, value):
             raise LoratoolError(f"{key}={value[:100]}: expected {words}")
 
 
-def remarks(metadata: Mapping[str, str]) -> Iterator[str]:
+def warnings_of(metadata: Mapping[str, str]) -> Iterator[str]:
     """What a file's metadata lacks to follow the specification, and keys that it does not know; nothing without any."""
-    mine = {key.removeprefix(PREFIX) for key in metadata if key.startswith(PREFIX)}
+    mine = {key.removeprefix(_PREFIX) for key in metadata if key.startswith(_PREFIX)}
     if not mine:
         return
-    missing = [PREFIX + name for name in MUST if name not in mine]
+    missing = [_PREFIX + name for name in MUST if name not in mine]
     if missing:
         yield f"the specification of modelspec asks for {', '.join(missing)} too"
-    unknown = sorted(PREFIX + name for name in mine - VALUES.keys() if not name.startswith("hash_"))
+    unknown = sorted(_PREFIX + name for name in mine - _VALUES.keys() if not name.startswith("hash_"))
     if unknown:
         yield f"{', '.join(unknown)}: no key of the specification of modelspec"

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from loratool.errors import InvalidConfig
 
-METADATA_KEY: Final = "lora_adapter_metadata"
+PEFT_METADATA_KEY: Final = "lora_adapter_metadata"
 """Where diffusers keeps the same facts, prefixed by component (loaders/lora_base.py)."""
 
 BASE_CHANGING_INITS: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -28,7 +28,7 @@ PROMPTS: Final = frozenset(
     {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "XLORA"}
 )
 
-REFUSED: Final[Mapping[str, str]] = {
+_REFUSED: Final[Mapping[str, str]] = {
     "layer_replication": "the base must have its layers replicated first (layer_replication)",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only and cannot be merged into weights",
     "megatron_config": "Megatron's parallel layers store factors in pieces",
@@ -80,12 +80,12 @@ class PeftConfig:
 
     def alpha_of(self, path: str) -> float | None:
         """The alpha of the module at `path`, None where the config has none."""
-        alpha = _matched(self.alpha_pattern, path, self.alpha, self.where)
+        alpha = _first_match(self.alpha_pattern, path, self.alpha, self.where)
         return None if alpha is None else _number(alpha, f"{self.where}: alpha of {path}")
 
     def rank_of(self, path: str) -> int:
         """The rank that the config gives the module at `path`, 0 where it has none."""
-        return _rank(_matched(self.rank_pattern, path, self.rank, self.where), f"{self.where}: rank of {path}")
+        return _rank(_first_match(self.rank_pattern, path, self.rank, self.where), f"{self.where}: rank of {path}")
 
     def tokens_of(self, path: str) -> tuple[int, ...]:
         """The trainable_token_indices of the embedding at `path`."""
@@ -127,11 +127,11 @@ def wrapping(parameter: str) -> bool:
 
 def from_metadata(metadata: Mapping[str, str], where: str) -> dict[str, PeftConfig]:
     """The configs that diffusers put into a file's metadata, by component prefix ("unet", "text_encoder" …)."""
-    if METADATA_KEY not in metadata:
+    if PEFT_METADATA_KEY not in metadata:
         return {}
-    where = f"{where}: metadata {METADATA_KEY}"
+    where = f"{where}: metadata {PEFT_METADATA_KEY}"
     try:
-        document = json.loads(metadata[METADATA_KEY])
+        document = json.loads(metadata[PEFT_METADATA_KEY])
     except (ValueError, RecursionError) as error:
         raise InvalidConfig(f"{where}: is not JSON") from error
     if not isinstance(document, dict):
@@ -145,7 +145,7 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> dict[str, PeftConf
 
 def _refusal(document: Mapping[str, Any], kind: str) -> str:
     """Why an adapter with this config cannot be merged into weights, "" where it can."""
-    for name, reason in REFUSED.items():
+    for name, reason in _REFUSED.items():
         if document.get(name):
             return reason
     init = document.get("init_lora_weights")
@@ -159,10 +159,10 @@ def _refusal(document: Mapping[str, Any], kind: str) -> str:
     return "" if kind in TUNERS else f"peft_type {kind} is not a kind that this version computes"
 
 
-def _matched(patterns: Mapping[str, Any], path: str, default: Any, where: str) -> Any:
+def _first_match(patterns: Mapping[str, Any], path: str, default: Any, where: str) -> Any:
     """The value of the first pattern that matches `path`, by PEFT's rule: re.match(rf"(.*\\.)?({key})$", path)."""
     for pattern, value in patterns.items():
-        compiled = _compiled(pattern, where)
+        compiled = _compile(pattern, where)
         starts = [0, *(found.end() for found in re.finditer(r"\.", path))]
         if any(compiled.match(path, start) for start in starts):
             return value
@@ -170,7 +170,7 @@ def _matched(patterns: Mapping[str, Any], path: str, default: Any, where: str) -
 
 
 @lru_cache(maxsize=4096)
-def _compiled(pattern: str, where: str) -> re.Pattern[str]:
+def _compile(pattern: str, where: str) -> re.Pattern[str]:
     """A stranger's pattern, refused where backtracking could run away: no repeated groups, at most two repetitions."""
     bare = re.sub(r"\[[^\]]*\]", "c", re.sub(r"\\.", "c", pattern))
     if len(pattern) > 1000 or re.search(r"\)[*+{]|\(\?[^:]", bare) or len(re.findall(r"[*+{]", bare)) > 2:

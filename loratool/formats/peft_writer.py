@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, Final
 
-from loratool.formats.peft import METADATA_KEY
+from loratool.formats.peft import PEFT_METADATA_KEY
 
 CARRIED: Final = (
     "base_model_name_or_path", "revision", "task_type", "bias", "lora_bias", "modules_to_save", "fan_in_fan_out",
@@ -61,7 +61,7 @@ def lora_document(source: Mapping[str, Any], facts: LoraFacts) -> dict[str, Any]
 def metadata_entry(configs: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
     """The metadata in which diffusers keeps the same facts, by component ("" for a file that has none)."""
     document = {f"{prefix}{key}": value for prefix, config in configs.items() for key, value in config.items()}
-    return {METADATA_KEY: json.dumps(document, sort_keys=True)}
+    return {PEFT_METADATA_KEY: json.dumps(document, sort_keys=True)}
 
 
 def base_facts(config: Mapping[str, Any], path: str) -> dict[str, str]:
@@ -108,20 +108,20 @@ def lora_config(ranks: Mapping[str, int], scales: Mapping[str, float | None], us
     return {
         "r": usual_rank,
         "lora_alpha": usual_alpha,
-        "target_modules": sorted(map(_named, ranks)),
+        "target_modules": sorted(map(_name_pattern, ranks)),
         "rank_pattern": {pattern_of(path): rank for path, rank in sorted(ranks.items()) if rank != usual_rank},
         "alpha_pattern": {pattern_of(path): alpha for path, alpha in sorted(alphas.items()) if alpha != usual_alpha},
     }
 
 
-def _named(path: str) -> str:
+def _name_pattern(path: str) -> str:
     """A target module's name. Without CLIP's `text_model.`, which transformers 5.6 dropped: an ending matches both ways."""
     return path.removeprefix("text_model.")
 
 
 def pattern_of(path: str) -> str:
     """The pattern of one module, from its beginning on where that is sure."""
-    return f"^{path}" if _named(path) == path else _named(path)
+    return f"^{path}" if _name_pattern(path) == path else _name_pattern(path)
 
 
 def whole_number(alpha: float) -> float:

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from loratool.formats.peft import METADATA_KEY
+from loratool.formats.peft import PEFT_METADATA_KEY
 
-REFUSED: Final[Mapping[str, str]] = {
+_REFUSED: Final[Mapping[str, str]] = {
     r"(?:^|\.)transformer_blocks\.\d+\.(?:qkv_proj|qkv_proj_context|out_proj_context|mlp_fc[12]|mlp_context_fc[12])[._]": (
         "is in nunchaku's format, whose factors are packed for its 4-bit kernels and rounded on the way; "
         "convert the file it was made from"
@@ -41,7 +41,7 @@ TRAINERS: Final[tuple[tuple[str, str, str], ...]] = (
     ("ss_network_module", "", "kohya sd-scripts"),
     ("modelspec.implementation", "onetrainer", "OneTrainer"),
     ("modelspec.implementation", "simpletuner", "SimpleTuner"),
-    (METADATA_KEY, "", "diffusers"),
+    (PEFT_METADATA_KEY, "", "diffusers"),
 )
 """A metadata key, what its value has in it, and whose it is; the first that fits decides."""
 
@@ -49,7 +49,7 @@ TRAINERS: Final[tuple[tuple[str, str, str], ...]] = (
 def refusal(keys: Iterable[str]) -> str | None:
     """Why a file with these keys is known and not read, if so."""
     names = list(keys)
-    return next((why for pattern, why in REFUSED.items() if any(re.search(pattern, name) for name in names)), None)
+    return next((why for pattern, why in _REFUSED.items() if any(re.search(pattern, name) for name in names)), None)
 
 
 def trainer(metadata: Mapping[str, str]) -> str | None:

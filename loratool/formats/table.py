@@ -98,7 +98,7 @@ def _short(encoder: str, spelling: Format) -> str:
 SD: Final = ("sd1", "sd2", "sdxl", "sdxl-refiner", "ssd-1b", "vega")
 WAN: Final = ("wan-1.3b", "wan-5b", "wan-14b")
 
-MODULATION: Final = ((r"[._]modulation\.diff$", ".diff_m"),)
+_MODULATION: Final = ((r"[._]modulation\.diff$", ".diff_m"),)
 """The difference of a Wan block's raw parameter, as those who distil it write it (ComfyUI#8922)."""
 PROCESSORS: Final = (
     (r"\.(to_[qkv]|to_out)(?:\.0)?\.lora\.(down|up)\.", r".processor.\1_lora.\2."),
@@ -106,7 +106,7 @@ PROCESSORS: Final = (
 )
 """Attention's LoRA was in processors, text encoders' in layers of their own (diffusers utils/state_dict_utils.py)."""
 
-KOHYA: Final = Format(
+_KOHYA: Final = Format(
     "kohya",
     "kohya",
     "lora_{kohya}_",
@@ -114,13 +114,13 @@ KOHYA: Final = Format(
     leaves.KOHYA_LEAVES,
     TENSOR,
     namings=(KOHYA_NAMES, ORIGINAL),
-    rewrites=MODULATION,
+    rewrites=_MODULATION,
     flat=True,
 )
 DIFFUSERS_FORMAT: Final = Format("diffusers", "diffusers", "{place}.", "{place}.", leaves.DIFFUSERS_LEAVES, METADATA)
 COMFY: Final = Format(
     "comfyui", "ComfyUI", "diffusion_model.", "text_encoders.{encoder}.transformer.", leaves.COMFY_LEAVES,
-    TENSOR, namings=(COMFYUI, ORIGINAL), rewrites=MODULATION,
+    TENSOR, namings=(COMFYUI, ORIGINAL), rewrites=_MODULATION,
 )  # fmt: skip
 AI_TOOLKIT: Final = replace(COMFY, name="ai-toolkit", title="ai-toolkit", encoder=None, alpha=FOLDED, namings=(ORIGINAL,))
 PEFT_FOLDER: Final = Format(
@@ -129,14 +129,15 @@ PEFT_FOLDER: Final = Format(
 )  # fmt: skip
 
 FORMATS: Final[Sequence[Format]] = (
-    KOHYA,
-    replace(KOHYA, name="kohya-diffusers", title="kohya with diffusers' names", namings=()),
-    replace(KOHYA, name="onetrainer", title="OneTrainer", denoiser="lora_{trainer}_", encoder="lora_{trainer}_", namings=()),
+    _KOHYA,
+    replace(_KOHYA, name="kohya-diffusers", title="kohya with diffusers' names", namings=()),
+    replace(_KOHYA, name="onetrainer", title="OneTrainer", denoiser="lora_{trainer}_", encoder="lora_{trainer}_",
+            namings=()),
     Format(
         "omi", "OneTrainer OMI", "{place}.", "{encoder}.", leaves.KOHYA_LEAVES, TENSOR,
         namings=(OMI, ORIGINAL), only=(*SD[:3], "sd3-medium", "sd3.5-large", "flux1", "chroma", "pixart", "cascade"),
     ),
-    replace(KOHYA, name="lycoris", title="SimpleTuner / LyCORIS", denoiser="lycoris_", encoder=None, namings=()),
+    replace(_KOHYA, name="lycoris", title="SimpleTuner / LyCORIS", denoiser="lycoris_", encoder=None, namings=()),
     COMFY,
     AI_TOOLKIT,
     replace(AI_TOOLKIT, name="musubi", title="Musubi (--target other)"),

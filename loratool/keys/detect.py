@@ -10,19 +10,19 @@ from typing import Final
 
 from loratool.archs import ARCHS, Arch
 from loratool.archs.llm import is_decoder, is_meta
-from loratool.errors import some
+from loratool.errors import first_few
 from loratool.names import WHOLE, Module
 
-Input = tuple[Module, int | None]
+NamedWidth = tuple[Module, int | None]
 """A module and the width of its input, where the shapes tell it."""
 
-DECODER: Final = "a decoder-only language model"
+_DECODER: Final = "a decoder-only language model"
 VERSION_KEYS: Final = ("ss_base_model_version", "modelspec.architecture")
 """Where trainers say what a file is for; believed only where names and shapes leave several."""
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Detection:
     """The architecture's name, or None; `title` for people, `reason` in words, `candidates` where several fit."""
 
     arch: str | None
@@ -31,36 +31,36 @@ class Verdict:
     candidates: tuple[str, ...] = ()
 
 
-def detect(modules: Sequence[Input], metadata: Mapping[str, str] | None = None) -> Verdict:
+def detect(modules: Sequence[NamedWidth], metadata: Mapping[str, str] | None = None) -> Detection:
     """Explains `modules` by each architecture's table; shapes, then `metadata`, break ties; what nothing decides is open."""
     if not modules:
-        return Verdict(None, "unknown", "there are no modules to go by")
+        return Detection(None, "unknown", "there are no modules to go by")
     if verdict := _language_model([module for module, _ in modules]):
         return verdict
-    complete, fitting = explaining(modules)
-    chosen, why = narrowed(fitting, modules, metadata or {})
+    complete, fitting = matching_archs(modules)
+    chosen, why = break_ties(fitting, modules, metadata or {})
     if len(chosen) > 1:
         titles = tuple(arch.title for arch in chosen)
-        return Verdict(None, "undecided", f"{len(titles)} tables explain all {len(modules)} modules alike", titles)
+        return Detection(None, "undecided", f"{len(titles)} tables explain all {len(modules)} modules alike", titles)
     if chosen:
         rivals = [arch.title for arch in complete if arch not in fitting]
-        shapes = f"; the shapes rule out {some(rivals, 3)}" if rivals else ""
-        return Verdict(chosen[0].name, chosen[0].title, f"its table explains all {len(modules)} modules{shapes}{why}")
+        shapes = f"; the shapes rule out {first_few(rivals, 3)}" if rivals else ""
+        return Detection(chosen[0].name, chosen[0].title, f"its table explains all {len(modules)} modules{shapes}{why}")
     return _unknown(complete, [module for module, _ in modules])
 
 
-def explaining(modules: Sequence[Input]) -> tuple[list[Arch], list[Arch]]:
+def matching_archs(modules: Sequence[NamedWidth]) -> tuple[list[Arch], list[Arch]]:
     """The architectures whose tables have all the names of `modules`, and those of them that the shapes do not rule out."""
-    named = named_like([module for module, _ in modules])
-    return named, [arch for arch in named if not _contradicted(arch, modules)]
+    named = archs_by_name([module for module, _ in modules])
+    return named, [arch for arch in named if not _is_contradicted(arch, modules)]
 
 
-def named_like(modules: Sequence[Module]) -> list[Arch]:
+def archs_by_name(modules: Sequence[Module]) -> list[Arch]:
     """The architectures whose tables have all the names of `modules`, whatever the shapes are."""
-    return [arch for arch in ARCHS if all(arch.places(module) for module in modules)]
+    return [arch for arch in ARCHS if all(arch.readings_of(module) for module in modules)]
 
 
-def narrowed(fitting: list[Arch], modules: Sequence[Input], metadata: Mapping[str, str]) -> tuple[list[Arch], str]:
+def break_ties(fitting: list[Arch], modules: Sequence[NamedWidth], metadata: Mapping[str, str]) -> tuple[list[Arch], str]:
     """Those of several `fitting` architectures that the metadata names, else those that the file has every module of."""
     if len(fitting) < 2:
         return fitting, ""
@@ -70,7 +70,7 @@ def narrowed(fitting: list[Arch], modules: Sequence[Input], metadata: Mapping[st
         named = [arch for arch, length in zip(fitting, lengths, strict=True) if 0 < length == max(lengths)]
         if named and len(named) < len(fitting):
             return named, f"; {key} is {said!r}"
-    covered = [arch for arch in fitting if _covered(arch, [module for module, _ in modules])]
+    covered = [arch for arch in fitting if _is_covered(arch, [module for module, _ in modules])]
     if covered and len(covered) < len(fitting):
         return covered, "; it has every module of these kinds, and no other table's"
     return fitting, ""
@@ -87,48 +87,48 @@ def is_language_model(modules: Sequence[Module]) -> bool:
     return all(module.component == WHOLE for module in modules) and (all(map(is_decoder, paths)) or is_meta(paths))
 
 
-def _language_model(modules: Sequence[Module]) -> Verdict | None:
+def _language_model(modules: Sequence[Module]) -> Detection | None:
     if not is_language_model(modules):
         return None
     whose = "Meta's Llama names them" if is_meta(module.path for module in modules) else "Hugging Face names a decoder's"
-    return Verdict("llm", DECODER, f"all {len(modules)} modules are named as {whose}")
+    return Detection("llm", _DECODER, f"all {len(modules)} modules are named as {whose}")
 
 
-def _unknown(complete: Sequence[Arch], modules: Sequence[Module]) -> Verdict:
+def _unknown(complete: Sequence[Arch], modules: Sequence[Module]) -> Detection:
     if complete:
-        titles = some([arch.title for arch in complete], 3)
-        return Verdict(None, "unknown", f"the names are those of {titles}, the shapes are not")
-    left = {arch: [module for module in modules if not arch.places(module)] for arch in ARCHS}
+        titles = first_few([arch.title for arch in complete], 3)
+        return Detection(None, "unknown", f"the names are those of {titles}, the shapes are not")
+    left = {arch: [module for module in modules if not arch.readings_of(module)] for arch in ARCHS}
     closest = min(left, key=lambda arch: len(left[arch]))
     if len(left[closest]) > len(modules) / 2:
-        return Verdict(None, "unknown", "no architecture's table explains the module names")
-    names = some(map(str, left[closest]), 3)
-    return Verdict(None, "unknown", f"{closest.title} comes closest, and leaves {len(left[closest])} over: {names}")
+        return Detection(None, "unknown", "no architecture's table explains the module names")
+    names = first_few(map(str, left[closest]), 3)
+    return Detection(None, "unknown", f"{closest.title} comes closest, and leaves {len(left[closest])} over: {names}")
 
 
-def _contradicted(arch: Arch, modules: Iterable[Input]) -> bool:
+def _is_contradicted(arch: Arch, modules: Iterable[NamedWidth]) -> bool:
     """Whether a module's input width fits none of the components of `arch` that know its name."""
     for module, width in modules:
-        owners = [owner for owner, _ in arch.places(module)]
+        owners = [owner for owner, _ in arch.readings_of(module)]
         if width is not None and owners and all(owner.contradicts(module.path, width) for owner in owners):
             return True
     return False
 
 
-def _covered(arch: Arch, modules: Iterable[Module]) -> bool:
+def _is_covered(arch: Arch, modules: Iterable[Module]) -> bool:
     """Whether `modules` are all that `arch` has of their kinds, a kind being a name without its numbers."""
     have: dict[tuple[str, str], Counter[str]] = {}
     for module in modules:
-        component, spot = arch.places(module)[0]
+        component, spot = arch.readings_of(module)[0]
         have.setdefault((component.name, spot.naming), Counter())[_kind(spot.path)] += 1
     for (component_name, naming), kinds in have.items():
-        whole = Counter(map(_kind, _named(arch, component_name, naming)))
+        whole = Counter(map(_kind, _is_named(arch, component_name, naming)))
         if any(count != whole[kind] for kind, count in kinds.items()):
             return False
     return True
 
 
-def _named(arch: Arch, name: str, naming: str) -> Iterable[str]:
+def _is_named(arch: Arch, name: str, naming: str) -> Iterable[str]:
     component = arch.component(name)
     assert component is not None
     links = component.links.get(naming)

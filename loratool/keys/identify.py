@@ -8,9 +8,9 @@ from dataclasses import replace
 from loratool.archs import Arch
 from loratool.errors import Unsupported
 from loratool.formats.table import FORMATS, Format, format_named
-from loratool.keys.detect import explaining, is_language_model, narrowed
+from loratool.keys.detect import break_ties, is_language_model, matching_archs
 from loratool.keys.listing import AdapterKeys
-from loratool.keys.routes import is_spelled, language_model, without_table
+from loratool.keys.routes import is_spelled_as, language_model, without_table
 from loratool.names import CONTAINER, Module
 
 
@@ -24,10 +24,10 @@ def archs_of_adapters(adapters: Sequence[AdapterKeys]) -> list[Arch]:
     if is_language_model(list(inputs)):
         return [language_model(inputs)]
     metadata = {key: value for adapter in reversed(adapters) for key, value in adapter.metadata.items()}
-    named, fitting = explaining(list(inputs.items()))
+    named, fitting = matching_archs(list(inputs.items()))
     if fitting:
-        return narrowed(fitting, list(inputs.items()), metadata)[0]
-    chosen = narrowed(named, list(inputs.items()), metadata)[0]
+        return break_ties(fitting, list(inputs.items()), metadata)[0]
+    chosen = break_ties(named, list(inputs.items()), metadata)[0]
     return [replace(arch, title=f"{arch.title} by its names, not by its shapes") for arch in chosen]
 
 
@@ -40,7 +40,7 @@ def matching_formats(adapter: AdapterKeys) -> list[Format]:
         row
         for row in FORMATS
         if all(row.spells(module.stem, keys) for module, keys in adapter.keys.items())
-        and any(is_spelled(modules, arch, row) for arch in archs)
+        and any(is_spelled_as(modules, arch, row) for arch in archs)
     ]
 
 

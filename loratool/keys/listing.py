@@ -9,12 +9,12 @@ from math import isfinite
 from pathlib import Path
 from typing import Final
 
-from loratool.deltas.schema import CONSTRAINT, IGNORED, KINDS, OVER_RANK, WEIGHT, Given, Part, explain
-from loratool.errors import InvalidAdapter, InvalidConfig, LoratoolError, Unsupported, some
+from loratool.deltas.schema import CONSTRAINT, IGNORED, KINDS, OVER_RANK, WEIGHT, DeltaSpec, Given, explain
+from loratool.errors import InvalidAdapter, InvalidConfig, LoratoolError, Unsupported, first_few
 from loratool.files.adapter_files import AdapterFile, is_adapter_folder, open_adapter
 from loratool.files.header import Header, TensorInfo, read_scalars
 from loratool.files.layout import Layout, layout_of_file, open_layout
-from loratool.formats.leaves import SHARED, SPELLED, spelled
+from loratool.formats.leaves import SHARED_KEYS, SPELLED, parse_key
 from loratool.formats.peft import PeftConfig, from_metadata
 from loratool.formats.recognise import folds_whole_weights, refusal
 from loratool.names import ADAPTER_PREFIXES, CONTAINER, Module, adapter_component
@@ -25,19 +25,19 @@ WIDE: Final = ("down", "hada_w1_b", "diff", "b2")
 """Leaves whose second dimension is the input's."""
 MARKS: Final = {"LOHA": "hada_", "LOKR": "lokr_", "IA3": "ia3_", "VERA": "vera_"}
 """How the leaves of PEFT's tuners begin, where they are no one else's."""
-PASSENGERS: Final = ("bundle_emb.", "_aux.")
+EXTRAS: Final = ("bundle_emb.", "_aux.")
 """Tensors that travel with an adapter and change no weight: bundled textual inversions, and notes of slider tools."""
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class ModuleLeaves:
     """One module of an adapter: its leaves with their tensors, and who spells them so."""
 
     module: Module
     leaves: Mapping[str, TensorInfo]
     families: frozenset[str]
 
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[DeltaSpec, ...]:
         """The deltas these leaves make up; raises `InvalidAdapter`."""
         return explain({leaf: info.shape for leaf, info in self.leaves.items()})
 
@@ -47,7 +47,7 @@ class Group:
         shown = next((self.leaves[leaf] for leaf in WIDE if leaf in self.leaves), None)
         return shown.shape[1] if shown and len(shown.shape) > 1 and "hada_t1" not in self.leaves else None
 
-    def name_of(self, part: Part) -> str:
+    def name_of(self, part: DeltaSpec) -> str:
         """What a delta of this module is called in reports."""
         return str(self.module) if part.kind.parameter == WEIGHT else f"{self.module} (bias)"
 
@@ -68,12 +68,12 @@ class AdapterKeys:
 
 
 @dataclass(frozen=True, slots=True)
-class Listing:
+class AdapterListing:
     """An adapter as its header and config describe it."""
 
     file: AdapterFile
-    groups: tuple[Group, ...]
-    passengers: tuple[str, ...]
+    groups: tuple[ModuleLeaves, ...]
+    extras: tuple[str, ...]
     unexplained: tuple[str, ...]
     problems: tuple[str, ...]
     configs: Mapping[str, PeftConfig]
@@ -108,7 +108,7 @@ class Listing:
         infos = [group.leaves["alpha"] for group in self.groups if "alpha" in group.leaves]
         return dict(read_scalars(self.header, infos))
 
-    def given(self, group: Group, part: Part, alphas: Mapping[str, float | None], assume: Given) -> Given:
+    def given(self, group: ModuleLeaves, part: DeltaSpec, alphas: Mapping[str, float | None], assume: Given) -> Given:
         """What the file and its config say of one delta beside its leaves; what neither says is as `assume` has it.
 
         Raises `InvalidAdapter` where an alpha is no number, or the config's rank is not that of the tensors.
@@ -133,7 +133,7 @@ class Listing:
             multiplies_inputs=config.is_feedforward(path),
         )
 
-    def _alpha(self, group: Group, part: Part, alphas: Mapping[str, float | None]) -> float | None:
+    def _alpha(self, group: ModuleLeaves, part: DeltaSpec, alphas: Mapping[str, float | None]) -> float | None:
         """The alpha that the file holds beside the leaves, where it means something."""
         info = group.leaves.get("alpha")
         if info is None or part.kind.alpha == IGNORED:
@@ -154,7 +154,7 @@ class Listing:
         return Counter(_prefix(group.module.stem) for group in self.groups)
 
 
-def _scale(part: Part, path: str, rank: int | None, alpha: float | None, config: PeftConfig) -> float | None:
+def _scale(part: DeltaSpec, path: str, rank: int | None, alpha: float | None, config: PeftConfig) -> float | None:
     """What a product of `rank` is multiplied by: by the file's own alpha, else by the config."""
     if part.kind.alpha != OVER_RANK:
         return None
@@ -168,7 +168,7 @@ def _scale(part: Part, path: str, rank: int | None, alpha: float | None, config:
     return config.scale(path, rank or expected)
 
 
-def open_input(path: Path) -> Listing | Layout:
+def open_input(path: Path) -> AdapterListing | Layout:
     """What `path` is, from one look at it: an adapter, or a checkpoint; raises `LoratoolError`."""
     if (path.is_dir() and not is_adapter_folder(path)) or path.name.endswith(".index.json"):
         return open_layout(path)
@@ -178,21 +178,21 @@ def open_input(path: Path) -> Listing | Layout:
     return open_layout(path) if path.is_dir() else layout_of_file(found.header)
 
 
-def read_listing(path: Path) -> Listing:
+def read_listing(path: Path) -> AdapterListing:
     """Lists the adapter at `path`, a safetensors file or a PEFT folder; raises `LoratoolError`."""
-    return listing(open_adapter(path))
+    return list_adapter(open_adapter(path))
 
 
-def listing(file: AdapterFile) -> Listing:
+def list_adapter(file: AdapterFile) -> AdapterListing:
     """Sorts the keys of a file's header into modules; what cannot be sorted is listed, not raised."""
     header = file.header
     leaves: dict[str, dict[str, TensorInfo]] = {}
     families: dict[str, set[str]] = {}
-    passengers, unexplained, problems = [], [], []
+    extras, unexplained, problems = [], [], []
     for name, info in header.tensors.items():
-        found = spelled(name, OWN_LEAVES)
-        if name.startswith(PASSENGERS):
-            passengers.append(name)
+        found = parse_key(name, OWN_LEAVES)
+        if name.startswith(EXTRAS):
+            extras.append(name)
         elif found is None:
             unexplained.append(name)
         elif found.leaf in leaves.setdefault(found.stem, {}):
@@ -200,17 +200,18 @@ def listing(file: AdapterFile) -> Listing:
         else:
             leaves[found.stem][found.leaf] = info
             families.setdefault(found.stem, set()).add(found.family)
-    unexplained = [name for name in unexplained if name not in SHARED and not _ia3_weight(name, header, leaves)]
+    unexplained = [name for name in unexplained if name not in SHARED_KEYS and not _ia3_weight(name, header, leaves)]
     _complete(leaves, header)
     groups = tuple(
-        Group(Module(*adapter_component(stem), stem), leaves[stem], frozenset(families[stem])) for stem in sorted(families)
+        ModuleLeaves(Module(*adapter_component(stem), stem), leaves[stem], frozenset(families[stem]))
+        for stem in sorted(families)
     )
-    return Listing(file, groups, tuple(passengers), tuple(unexplained), tuple(problems), _configs(file, groups))
+    return AdapterListing(file, groups, tuple(extras), tuple(unexplained), tuple(problems), _configs(file, groups))
 
 
 def _complete(leaves: dict[str, dict[str, TensorInfo]], header: Header) -> None:
     """Gives modules what their own keys do not say: projections that all share, and that a lone factor is a difference."""
-    shared = {leaf: header.tensors[name] for name, leaf in SHARED.items() if name in header.tensors}
+    shared = {leaf: header.tensors[name] for name, leaf in SHARED_KEYS.items() if name in header.tensors}
     differences = folds_whole_weights(header.metadata)
     for of_module in leaves.values():
         if "vera_lambda_b" in of_module:
@@ -228,7 +229,7 @@ def _ia3_weight(name: str, header: Header, leaves: dict[str, dict[str, TensorInf
     return True
 
 
-def require_adapter(found: Listing) -> None:
+def require_adapter(found: AdapterListing) -> None:
     """Raises `InvalidAdapter` unless every tensor is explained and there is a delta at all, `Unsupported` by the config."""
     name = found.path
     for config in found.configs.values():
@@ -249,7 +250,7 @@ def require_adapter(found: Listing) -> None:
         )
 
 
-def _configs(file: AdapterFile, groups: tuple[Group, ...]) -> Mapping[str, PeftConfig]:
+def _configs(file: AdapterFile, groups: tuple[ModuleLeaves, ...]) -> Mapping[str, PeftConfig]:
     if file.config_file is None:
         return from_metadata(file.header.metadata, str(file.header.path))
     config = file.config_file.path
@@ -259,7 +260,7 @@ def _configs(file: AdapterFile, groups: tuple[Group, ...]) -> Mapping[str, PeftC
         raise LoratoolError(f"{config}: use_dora is true, but no tensor holds a magnitude")
     marks = {kind for group in groups for leaf in group.leaves for kind, mark in MARKS.items() if leaf.startswith(mark)}
     if marks and parsed.kind not in marks and parsed.kind in {*MARKS, "LORA"}:
-        raise InvalidConfig(f"{config}: peft_type is {parsed.kind}, but the tensors are those of {some(sorted(marks))}")
+        raise InvalidConfig(f"{config}: peft_type is {parsed.kind}, but the tensors are those of {first_few(sorted(marks))}")
     if groups and not marks and parsed.kind in MARKS and any("down" in group.leaves for group in groups):
         raise InvalidConfig(f"{config}: peft_type is {parsed.kind}, but the tensors are those of LORA")
     return {"": parsed}

@@ -13,14 +13,14 @@ from functools import cached_property
 from typing import Final
 
 from loratool.archs import ARCHS, Component
-from loratool.archs.links import Link, mentioned
-from loratool.archs.llm import CONV1D, fused, is_decoder, meta, mixture
+from loratool.archs.links import Link, parts_mentioned
+from loratool.archs.llm import CONV1D, fuse_rows, is_decoder, meta, mixture_of_experts
 from loratool.deltas.schema import BIAS, WEIGHT
 from loratool.errors import LoratoolError
 from loratool.files.header import read_json
 from loratool.files.layout import Layout
-from loratool.keys.detect import Input
-from loratool.names import COMPONENTS, ENCODERS, WHOLE, Module, base_component, flat, readings
+from loratool.keys.detect import NamedWidth
+from loratool.names import COMPONENTS, ENCODERS, WHOLE, Module, base_component, candidate_names, flat
 
 Key = tuple[str, str]
 """(component, flattened module path)"""
@@ -32,11 +32,11 @@ ENDINGS: Final = ((".weight", WEIGHT), (".bias", BIAS), (".scale", WEIGHT), ("_w
 """Behind a dot for modules, behind an underscore for raw parameters like OpenCLIP's in_proj_weight."""
 HEAD: Final = "lm_head"
 """The output layer that may be tied to the input embedding, and what the embedding's weight is called."""
-EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight")
+EMBEDDING_STEMS: Final = ("embed_tokens.weight", "wte.weight")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class WeightRows:
     """Rows `start` to `stop` by `step`, along the output, of a base tensor; `transposed` where it is stored as (in, out)."""
 
     tensor: str
@@ -50,21 +50,21 @@ class Place:
         return len(range(self.start, self.stop, self.step))
 
 
-class Targets:
+class WeightIndex:
     """The places of all modules of one base, found by `find`; `own` has each tensor's as it is stored."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._paths: dict[str, dict[str, str]] = {}
-        self._places: dict[str, dict[Key, tuple[Place, ...]]] = {WEIGHT: {}, BIAS: {}}
+        self._places: dict[str, dict[Key, tuple[WeightRows, ...]]] = {WEIGHT: {}, BIAS: {}}
         self._doubles: dict[Key, tuple[str, str]] = {}
-        self.own: dict[str, Place] = {}
+        self.own: dict[str, WeightRows] = {}
         for name in layout.tensors:
             self._add(name)
         for component, paths in self._paths.items():
             self._add_links(component, frozenset(paths.values()))
 
-    def find(self, module: Module, parameter: str = WEIGHT) -> tuple[Place, ...]:
+    def find(self, module: Module, parameter: str = WEIGHT) -> tuple[WeightRows, ...]:
         """The places that `module`'s weight or bias takes, in the order of its rows; empty where the base has none.
 
         Raises `LoratoolError` where two tensors of the base go by the module's name.
@@ -102,7 +102,7 @@ class Targets:
     def _readings(self, module: Module) -> Iterator[Key]:
         """The component and path as read first; then, for a component that the base does not tell apart, the rest."""
         path = flat(module.path)
-        yield from ((component, flat(path)) for component, path in readings(module))
+        yield from ((component, flat(path)) for component, path in candidate_names(module))
         if module.component == WHOLE:
             yield from ((component, path) for component in COMPONENTS if component in self._paths)
             return
@@ -119,7 +119,7 @@ class Targets:
         has_head = str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
         if not has_head or any(name.endswith(f"{HEAD}.weight") for name in self._layout.tensors):
             return None
-        return next((name for name in self._layout.tensors if name.endswith(EMBEDDINGS)), None)
+        return next((name for name in self._layout.tensors if name.endswith(EMBEDDING_STEMS)), None)
 
     def _add(self, name: str) -> None:
         module, parameter = module_of(name)
@@ -132,7 +132,7 @@ class Targets:
         shape = self._layout.info(name).shape
         transposed = parameter == WEIGHT and self._is_conv1d(path, shape)
         rows = shape[1 if transposed else 0] if shape else 1
-        self.own[name] = Place(name, 0, rows, transposed)
+        self.own[name] = WeightRows(name, 0, rows, transposed)
         self._places[parameter][key] = (self.own[name],)
 
     def _is_conv1d(self, path: str, shape: tuple[int, ...]) -> bool:
@@ -147,7 +147,7 @@ class Targets:
     def _add_links(self, component: str, paths: frozenset[str]) -> None:
         table, naming = _best_table(component, paths)
         namings = table.links if table else {}
-        both = (*mixture(paths), *fused(paths, self._heads()))
+        both = (*mixture_of_experts(paths), *fuse_rows(paths, self._heads()))
         parted = (*namings.get(naming, ()), *both, *meta(paths))
         joined = (*(link for links in namings.values() for link in links), *both)
         for places in self._places.values():
@@ -156,28 +156,28 @@ class Targets:
             for link in joined:
                 self._alias_whole(component, link, places)
 
-    def _alias_parts(self, component: str, link: Link, places: dict[Key, tuple[Place, ...]]) -> None:
+    def _alias_parts(self, component: str, link: Link, places: dict[Key, tuple[WeightRows, ...]]) -> None:
         """The base is spelled as the original: the parts' names are row ranges of the whole."""
         stored = places.get((component, flat(link.whole)))
         if stored is None:
             return
         if link.rotary:
             if width := self._head_width():
-                places[component, flat(link.parts[0])] = tuple(_heads_apart(stored[0], width))
+                places[component, flat(link.parts[0])] = tuple(_split_heads(stored[0], width))
             return
         whole = self._transposed(stored[0]) if link.transposed else stored[0]
-        for part, place in zip(link.parts, _cut(whole, link), strict=True):
-            places[component, flat(part)] = _halves_exchanged((place,)) if link.swapped else (place,)
+        for part, place in zip(link.parts, _cut_rows(whole, link), strict=True):
+            places[component, flat(part)] = _swap_halves((place,)) if link.swapped else (place,)
 
-    def _alias_whole(self, component: str, link: Link, places: dict[Key, tuple[Place, ...]]) -> None:
+    def _alias_whole(self, component: str, link: Link, places: dict[Key, tuple[WeightRows, ...]]) -> None:
         """The base is spelled as diffusers: the whole's name is all the parts' weights, one after the other."""
         parts = [places.get((component, flat(part))) for part in link.parts]
         joined = tuple(place for part in parts if part for place in part)
         if all(parts) and not link.transposed:
-            places.setdefault((component, flat(link.whole)), _halves_exchanged(joined) if link.swapped else joined)
+            places.setdefault((component, flat(link.whole)), _swap_halves(joined) if link.swapped else joined)
 
-    def _transposed(self, place: Place) -> Place:
-        return Place(place.tensor, 0, self._layout.info(place.tensor).shape[-1], transposed=True)
+    def _transposed(self, place: WeightRows) -> WeightRows:
+        return WeightRows(place.tensor, 0, self._layout.info(place.tensor).shape[-1], transposed=True)
 
     def _head_width(self) -> int:
         """Rows in an attention head of a Llama under Meta's names: by its rope.freqs, else its params.json; 0 if unknown."""
@@ -235,11 +235,11 @@ def _best_table(component: str, paths: frozenset[str]) -> tuple[Component | None
     candidates = [candidate for arch in ARCHS for candidate in arch.components if _may_be(component, candidate)]
     # A sample rules most tables out.
     sample = sorted(paths)[:: max(1, len(paths) // SAMPLED)]
-    scores = [sum(candidate.find(path) is not None for path in sample) for candidate in candidates]
+    scores = [sum(candidate.read_name(path) is not None for path in sample) for candidate in candidates]
     best: tuple[int, Component | None, str] = (0, None, "")
     for candidate, score in zip(candidates, scores, strict=True):
         if score == max(scores):
-            best = max(best, *_explained(candidate, paths), key=lambda found: found[0])
+            best = max(best, *_explain(candidate, paths), key=lambda found: found[0])
     return best[1:]
 
 
@@ -248,15 +248,15 @@ def _may_be(component: str, candidate: Component) -> bool:
     return component in (WHOLE, candidate.name) or {component, candidate.name} <= set(ENCODERS)
 
 
-def _explained(candidate: Component, paths: frozenset[str]) -> Iterator[tuple[int, Component, str]]:
+def _explain(candidate: Component, paths: frozenset[str]) -> Iterator[tuple[int, Component, str]]:
     """How many paths each naming of `candidate` explains."""
     for naming, links in candidate.links.items():
-        ours, theirs = (len(side & paths) for side in mentioned(links))
+        ours, theirs = (len(side & paths) for side in parts_mentioned(links))
         yield theirs, candidate, naming
         yield ours, candidate, ""
 
 
-def _cut(place: Place, link: Link) -> Iterator[Place]:
+def _cut_rows(place: WeightRows, link: Link) -> Iterator[WeightRows]:
     """The row ranges of a stacked weight that its parts take, in the ratio of the link's sizes."""
     unit = place.rows // sum(link.sizes)
     start = place.start
@@ -265,7 +265,7 @@ def _cut(place: Place, link: Link) -> Iterator[Place]:
         start += size * unit
 
 
-def _halves_exchanged(places: tuple[Place, ...]) -> tuple[Place, ...]:
+def _swap_halves(places: tuple[WeightRows, ...]) -> tuple[WeightRows, ...]:
     """The two halves of a weight in the opposite order; what was exchanged before is back in its own."""
     if len(places) == 2:
         return places[1], places[0]
@@ -273,16 +273,16 @@ def _halves_exchanged(places: tuple[Place, ...]) -> tuple[Place, ...]:
     return replace(places[0], start=middle), replace(places[0], stop=middle)
 
 
-def _heads_apart(place: Place, width: int) -> Iterator[Place]:
+def _split_heads(place: WeightRows, width: int) -> Iterator[WeightRows]:
     """Where Meta's Llama has the first half of each head's rows, and the second: at even places, and at odd ones."""
     for start in range(place.start, place.stop, width):
         for half in (0, 1):
             yield replace(place, start=start + half, stop=start + width, step=2)
 
 
-def inputs_of(layout: Layout) -> list[Input]:
+def inputs_of(layout: Layout) -> list[NamedWidth]:
     """The modules of a base that have a weight, and the widths of their inputs."""
-    found: list[Input] = []
+    found: list[NamedWidth] = []
     for name, (_, info) in layout.tensors.items():
         component, prefix, rest = base_component(name)
         if rest.endswith(".weight") and len(info.shape) > 1 and not prefix.startswith(("vae", "first_stage", "model_ema")):

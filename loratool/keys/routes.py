@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from loratool.archs import ARCHS
 from loratool.archs.flux import FLUX1
 from loratool.archs.links import Link
-from loratool.archs.table import Arch, Component, Spot, plain
+from loratool.archs.table import Arch, Component, NameReading, plain
 from loratool.errors import LoratoolError, Unsupported
 from loratool.formats.table import LLM, Format
 from loratool.names import DIFFUSERS, TRANSFORMERS_5, UNWRAPPED, Module
@@ -20,7 +20,7 @@ class Route:
     naming the module there is of it, and the link that has it (None for the part itself)."""
 
     prefix: str
-    read: Spot
+    read: NameReading
     naming: str
     targets: tuple[tuple[str, Link | None], ...]
 
@@ -39,30 +39,30 @@ class Route:
         return bool(self.read.link and self.read.link.swapped) != bool(link and link.swapped)
 
 
-def routes(modules: Iterable[Module], arch: Arch, target: Format) -> dict[Module, Route]:
+def route_modules(modules: Iterable[Module], arch: Arch, target: Format) -> dict[Module, Route]:
     """Where each of `modules` goes in `target`, by the table of `arch`; raises `LoratoolError` where there is no place."""
     if not target.holds(arch.name):
         raise Unsupported(f"{target.title} is no format for {arch.title}; `loratool formats` shows which are")
     found = {}
     components: set[str] = set()
     for module in modules:
-        component, spot = _the_one(module, known(module, arch), target)
-        components.add(component.place)
+        component, spot = _the_one(module, readings_in(module, arch), target)
+        components.add(component.diffusers_folder)
         if target.single and len(components) > 1:
             several = " and ".join(sorted(components))
             raise Unsupported(f"{target.title} holds one model, this adapter is for {several}; `to='diffusers'` holds all")
         try:
-            found[module] = route(component, spot, _prefix(component, target), component.naming(target.namings))
+            found[module] = route_of(component, spot, _prefix(component, target), component.naming(target.namings))
         except KeyError as part:
             raise Unsupported(f"{module}: {target.title} has no name for {part.args[0]} of {arch.title}") from None
     return found
 
 
-def is_spelled(modules: Iterable[Module], arch: Arch, spelling: Format) -> bool:
+def is_spelled_as(modules: Iterable[Module], arch: Arch, spelling: Format) -> bool:
     """Whether every module of `arch` is called what `spelling` calls it, or what its readers take for the same."""
     try:
         # One by one: most spellings fail at the first.
-        return all(_is_right(module, routes([module], arch, spelling)[module], spelling) for module in modules)
+        return all(_is_right(module, route_modules([module], arch, spelling)[module], spelling) for module in modules)
     except LoratoolError:
         return False
 
@@ -76,22 +76,22 @@ def _is_right(module: Module, way: Route, spelling: Format) -> bool:
     return way.renames and module.stem in {spelling.stem(prefix, path) for prefix in prefixes}
 
 
-def ways_to(modules: Iterable[Module], arch: Arch, target: Format) -> dict[Module, Route]:
-    """`routes`, but where every module is called right already, each keeps its own name."""
-    ways = routes(modules, arch, target)
-    if not all(_is_right(module, way, target) for module, way in ways.items()):
-        return ways
-    return {module: _kept(module, way.read, target) for module, way in ways.items()}
+def routes_keeping_names(modules: Iterable[Module], arch: Arch, target: Format) -> dict[Module, Route]:
+    """`route_modules`, but where every module is called right already, each keeps its own name."""
+    routes = route_modules(modules, arch, target)
+    if not all(_is_right(module, way, target) for module, way in routes.items()):
+        return routes
+    return {module: _keep_name(module, way.read, target) for module, way in routes.items()}
 
 
-def _kept(module: Module, read: Spot, target: Format) -> Route:
+def _keep_name(module: Module, read: NameReading, target: Format) -> Route:
     prefix = module.stem.removesuffix(target.stem("", read.path))
     return Route(prefix, read, read.naming, ((read.path, read.link),))
 
 
-def known(module: Module, arch: Arch) -> list[tuple[Component, Spot]]:
+def readings_in(module: Module, arch: Arch) -> list[tuple[Component, NameReading]]:
     """The components of `arch` that have `module`; raises `LoratoolError` where none has it."""
-    places = arch.places(module)
+    places = arch.readings_of(module)
     if not places:
         raise LoratoolError(
             f"{module}: {arch.title} has no such module; `arch=` names another model, `base=` a file that has its names"
@@ -99,7 +99,7 @@ def known(module: Module, arch: Arch) -> list[tuple[Component, Spot]]:
     return places
 
 
-def route(component: Component, spot: Spot, prefix: str, naming: str) -> Route:
+def route_of(component: Component, spot: NameReading, prefix: str, naming: str) -> Route:
     """Where a module of `component` goes in `naming`; raises `KeyError` with the part that has no name there."""
     if naming == spot.naming:
         return Route(prefix, spot, naming, ((spot.path, spot.link),))
@@ -109,11 +109,13 @@ def route(component: Component, spot: Spot, prefix: str, naming: str) -> Route:
     return Route(prefix, spot, naming, tuple((link.whole, link) for link in links))
 
 
-def _the_one(module: Module, places: Sequence[tuple[Component, Spot]], target: Format) -> tuple[Component, Spot]:
+def _the_one(
+    module: Module, places: Sequence[tuple[Component, NameReading]], target: Format
+) -> tuple[Component, NameReading]:
     """The component that a module is of; a name without a prefix may be of several that are spelled apart."""
     prefixes = {_prefix(component, target): (component, spot) for component, spot in places}
     if len(prefixes) > 1:
-        owners = " or ".join(component.place for component, _ in places)
+        owners = " or ".join(component.diffusers_folder for component, _ in places)
         raise LoratoolError(f"{module}: may be of {owners}, which {target.title} tells apart; its name does not")
     return next(iter(prefixes.values()))
 
@@ -121,14 +123,14 @@ def _the_one(module: Module, places: Sequence[tuple[Component, Spot]], target: F
 def _prefix(component: Component, target: Format) -> str:
     return target.prefix(
         component.name,
-        place=component.place,
+        place=component.diffusers_folder,
         kohya=component.kohya,
         encoder=component.encoder,
         inside=component.inside,
     )
 
 
-def as_named(modules: Iterable[Module], name: str, title: str) -> Arch:
+def arch_without_table(modules: Iterable[Module], name: str, title: str) -> Arch:
     """An architecture without a table: every module is called in every naming what its own file calls it."""
     paths: dict[str, list[str]] = {}
     for module in modules:
@@ -138,12 +140,12 @@ def as_named(modules: Iterable[Module], name: str, title: str) -> Arch:
 
 def without_table(modules: Iterable[Module]) -> Arch:
     """The architecture of modules that no table explains, by their own names."""
-    return as_named(modules, "unknown", "a model without a table")
+    return arch_without_table(modules, "unknown", "a model without a table")
 
 
 def language_model(modules: Iterable[Module]) -> Arch:
     """The architecture of a language model, whose names are its own."""
-    return as_named(modules, LLM, "a language model")
+    return arch_without_table(modules, LLM, "a language model")
 
 
 def example(target: Format) -> str:
@@ -153,5 +155,5 @@ def example(target: Format) -> str:
         return target.key(target.stem(target.whole or "", "model.layers.0.self_attn.q_proj"), "down")
     component = held[0].components[0]
     part = next(part for link in component.links[component.stored] for part in link.parts if part.endswith(("to_q", "wq")))
-    way = route(component, Spot(DIFFUSERS, part), _prefix(component, target), component.naming(target.namings))
+    way = route_of(component, NameReading(DIFFUSERS, part), _prefix(component, target), component.naming(target.namings))
     return target.key(target.stem(way.prefix, way.targets[0][0]), "down")

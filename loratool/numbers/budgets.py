@@ -8,21 +8,21 @@ from dataclasses import replace
 from typing import Final, TypeVar
 
 from loratool.errors import LoratoolError
-from loratool.numbers.ranks import Bought, Budget, Offer, Rule, buy
+from loratool.numbers.ranks import Budget, RankAllocation, RankCandidate, Rule, allocate_ranks
 
 FIRST: Final = 32
 """Ranks of each module that are looked at before the price of a rank is known."""
 TRIES: Final = 20
 
-Look = Callable[[Mapping[int, Rule]], Mapping[int, Offer]]
+Look = Callable[[Mapping[int, Rule]], Mapping[int, RankCandidate]]
 """Finds the leading singular values of modules, by their numbers, as far as a rule says."""
 SizeOf = Callable[[Mapping[int, int]], int]
 """The bytes of an output whose modules have these ranks."""
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def within_error(error: float, whole: float, spent: Callable[[float], T], left: Callable[[T], float]) -> T:
+def within_error(error: float, whole: float, spent: Callable[[float], _T], left: Callable[[_T], float]) -> _T:
     """What `spent` makes of the squares that may be left out, such that what it leaves when stored, by `left`, is at most
     the share `error` of `whole`, a norm's square.
 
@@ -41,7 +41,7 @@ def within_error(error: float, whole: float, spent: Callable[[float], T], left: 
     )
 
 
-class Market:
+class RankAllocator:
     """The modules whose ranks are bought, by number, with as much of their spectra as was needed so far."""
 
     def __init__(self, numbers: list[int], look: Look, budget: Budget) -> None:
@@ -87,27 +87,29 @@ class Market:
         """The fewest bytes whose ranks leave out at most `allowed` of the squares."""
         return self._ranks(self._settled(squares=self.total - allowed))
 
-    def _settled(self, *, nbytes: float = math.inf, squares: float = math.inf, fixed: float = 0.0) -> Bought:
+    def _settled(self, *, nbytes: float = math.inf, squares: float = math.inf, fixed: float = 0.0) -> RankAllocation:
         """What the budget buys when no module holds anything unknown that is worth more than the last thing bought."""
         numbers = list(self.offers)
         while True:
-            bought = buy(list(self.offers.values()), nbytes=nbytes, squares=squares, least=self.budget.least, fixed=fixed)
+            bought = allocate_ranks(
+                list(self.offers.values()), nbytes=nbytes, squares=squares, least=self.budget.least, fixed=fixed
+            )
             if not bought.unsettled:
                 return bought
             self.cap *= 2
             open_ones = [numbers[index] for index in bought.unsettled]
-            wanted = {number: self._upto(bought.price * self.offers[number].cost) for number in open_ones}
+            wanted = {number: self._upto(bought.gain_per_byte * self.offers[number].cost) for number in open_ones}
             self.offers |= {number: self._bounded(offer) for number, offer in self.look(wanted).items()}
 
     def _upto(self, square: float) -> Rule:
         """A rule for singular values whose square is worth its price, a number of them at a time."""
         return Rule("threshold", math.sqrt(square), least=self.budget.least, most=self.cap)
 
-    def _bounded(self, offer: Offer) -> Offer:
+    def _bounded(self, offer: RankCandidate) -> RankCandidate:
         most = self.budget.most
         if most is None or len(offer.sigma) < most:
             return offer
         return replace(offer, sigma=offer.sigma[:most], complete=True)
 
-    def _ranks(self, bought: Bought) -> dict[int, int]:
+    def _ranks(self, bought: RankAllocation) -> dict[int, int]:
         return {number: rank for number, rank in zip(self.offers, bought.ranks, strict=True) if rank}

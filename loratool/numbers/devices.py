@@ -46,7 +46,7 @@ def devices_named(name: str) -> tuple[torch.device, ...]:
     return chosen
 
 
-class Lanes(threading.local):
+class DevicePool(threading.local):
     """Each thread's way to a device: which one, by turns, the stream it works on, and what to do when memory runs out.
 
     `staged` says whether numbers have to travel; a test may say so of the CPU, to run the very code that a GPU would.
@@ -64,11 +64,11 @@ class Lanes(threading.local):
         """Whether host memory is to be page-locked, so that it travels while something else is computed."""
         return self.device.type == "cuda"
 
-    def each(
+    def run_batch(
         self, what: str, items: Sequence[Item], compute: Callable[[Sequence[Item], torch.device], list[Result]]
     ) -> list[Result]:
-        """`compute` of all items on this thread's device; of half of them at a time where its memory does not hold them all,
-        and on the CPU where not even one finds room, which `notes` tells of."""
+        """Runs `compute` on this thread's device, halving the batch when memory runs out, and on the CPU as the last resort
+        (recorded in `warnings`)."""
         try:
             with self._stream():
                 return compute(items, self.device)
@@ -80,16 +80,16 @@ class Lanes(threading.local):
             torch.cuda.empty_cache()
         if len(items) > 1:
             half = len(items) // 2
-            return self.each(what, items[:half], compute) + self.each(what, items[half:], compute)
+            return self.run_batch(what, items[:half], compute) + self.run_batch(what, items[half:], compute)
         self.moved.append(what)
         return compute(items, CPU)
 
-    def one(self, what: str, compute: Callable[[torch.device], Result]) -> Result:
-        """`compute` on this thread's device, or on the CPU where that has no room for it."""
-        (found,) = self.each(what, [None], lambda _, device: [compute(device)])
+    def run_one(self, what: str, compute: Callable[[torch.device], Result]) -> Result:
+        """Runs `compute` on this thread's device, or on the CPU where memory runs out."""
+        (found,) = self.run_batch(what, [None], lambda _, device: [compute(device)])
         return found
 
-    def notes(self) -> Iterator[str]:
+    def warnings(self) -> Iterator[str]:
         """What a report should say of memory that ran out."""
         if self.moved:
             count, first = len(self.moved), self.moved[0]
@@ -104,13 +104,13 @@ class Lanes(threading.local):
         return torch.cuda.stream(self.stream) if self.stream else nullcontext()
 
 
-def lanes(name: str = "cpu", *, doubles: bool = False, staged: bool = False) -> Lanes:
-    """The lanes to the devices called `name`, for work that needs `doubles` only to those that have them; raises
+def open_devices(name: str = "cpu", *, doubles: bool = False, staged: bool = False) -> DevicePool:
+    """The pool of the devices called `name`; for work that needs `doubles`, of those alone that compute in float64. Raises
     `LoratoolError` where there are none."""
     devices = devices_named(name)
     if doubles and devices[0].type == "mps":
         devices = (CPU,)
-    return Lanes(devices, count(), [], staged=staged or devices[0] != CPU)
+    return DevicePool(devices, count(), [], staged=staged or devices[0] != CPU)
 
 
 @contextmanager
@@ -124,11 +124,11 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def send(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`: itself where it is there already."""
     return tensor.to(device, non_blocking=tensor.is_pinned()) if tensor.device != device else tensor
 
 
-def wide(tensor: Tensor) -> Tensor:
+def to_float64(tensor: Tensor) -> Tensor:
     """`tensor` in float64, on its device where that has any: Apple's GPUs do not, and the CPU takes it over."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

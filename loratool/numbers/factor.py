@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from loratool.errors import LoratoolError, NonFinite
-from loratool.numbers.devices import wide
-from loratool.numbers.krylov import Leading, Spectrum, leading, leading_each, squares
-from loratool.numbers.linalg import Core, all_finite, dtype_name, effective_rank
-from loratool.numbers.ranks import NUMERICAL, Offer, Rule
+from loratool.numbers.devices import to_float64
+from loratool.numbers.krylov import Spectrum, TruncatedSVD, squared_norm, truncated_svd, truncated_svd_batch
+from loratool.numbers.linalg import ProductSVD, all_finite, dtype_name, effective_rank
+from loratool.numbers.ranks import NUMERICAL, RankCandidate, Rule
 
-CHUNK: Final = 1 << 19
+_CHUNK: Final = 1 << 19
 """Elements of a residual that are there at a time."""
 SAFE_EXPONENT: Final = 40
 """Powers of two up to which a float32 matrix keeps its squares from over- and underflowing."""
@@ -36,7 +36,7 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class Factored:
+class StoredFactors:
     """`up` (m, r) and `down` (r, n) as stored, ‖D‖, `error` ‖D − up · down‖ and, of the same before it was rounded, `least`;
     the effective rank of what was kept."""
 
@@ -51,7 +51,7 @@ class Factored:
     def rank(self) -> int:
         return self.up.shape[1]
 
-    def padded(self, rank: int) -> Factored:
+    def padded(self, rank: int) -> StoredFactors:
         """The same with zeros up to `rank`."""
         more = rank - self.rank
         if not more:
@@ -60,35 +60,35 @@ class Factored:
         return replace(self, up=up, down=torch.cat([self.down, self.down.new_zeros(more, self.down.shape[1])]))
 
 
-def factored(dense: Tensor, rule: Rule, storage: Storage, *, noise: float = 0.0) -> Factored:
+def factorise(dense: Tensor, rule: Rule, storage: Storage, *, noise: float = 0.0) -> StoredFactors:
     """The best factors of `dense` (m, n) at the rank that `rule` gives, computed on its device.
 
     Raises `NonFinite` where they overflow the dtype, and `LoratoolError` where rounding to it alone is more than the rule's
     largest error.
     """
-    (found,) = factored_each([dense], [rule], [storage], [noise])
+    (found,) = factorise_batch([dense], [rule], [storage], [noise])
     if isinstance(found, LoratoolError):
         raise found
     return found
 
 
-def factored_each(
+def factorise_batch(
     denses: Sequence[Tensor], rules: Sequence[Rule], storages: Sequence[Storage], noises: Sequence[float]
-) -> list[Factored | LoratoolError]:
-    """`factored` of several matrices of one shape, each by its own rule, all expecting the same rank: found together,
+) -> list[StoredFactors | LoratoolError]:
+    """`factorise` of several matrices of one shape, each by its own rule, all expecting the same rank: found together,
     stored one by one. What it would raise of one stands in its place."""
     works = [
         _Factoring(dense, rule, storage, noise)
         for dense, rule, storage, noise in zip(denses, rules, storages, noises, strict=True)
     ]
-    found = leading_each(
+    found = truncated_svd_batch(
         [work.matrix for work in works],
         rules,
         rank=rules[0].expected,
         noises=[work.noise for work in works],
         whole=rules[0].whole,
     )
-    done: list[Factored | LoratoolError] = []
+    done: list[StoredFactors | LoratoolError] = []
     for work, first in zip(works, found, strict=True):
         try:
             done.append(work.met(first))
@@ -101,52 +101,52 @@ class _Factoring:
     """One matrix on its way to factors, in a range where its squares are numbers."""
 
     def __init__(self, dense: Tensor, rule: Rule, storage: Storage, noise: float) -> None:
-        matrix, exponent = in_range(dense)
+        matrix, exponent = rescaled_to_safe_range(dense)
         self.matrix = matrix.double() if rule.precise else matrix
         self.rule, self.storage = rule, storage
         # Half of the exponent to either side: it is even, so that both are exact.
         self.half = math.ldexp(1.0, exponent // 2)
         self.back = self.half**2
         self.noise = noise / self.back
-        self.norm = math.sqrt(squares(self.matrix))
+        self.norm = math.sqrt(squared_norm(self.matrix))
 
-    def met(self, first: Leading) -> Factored:
+    def met(self, first: TruncatedSVD) -> StoredFactors:
         """The factors that the rule asks for, `first` being what it found without rounding."""
 
-        def attempt(rule: Rule) -> Factored:
+        def attempt(rule: Rule) -> StoredFactors:
             if rule is self.rule:
                 return self._stored(first)
-            return self._stored(leading(self.matrix, rule, rank=rule.expected, noise=self.noise, whole=rule.whole))
+            return self._stored(truncated_svd(self.matrix, rule, rank=rule.expected, noise=self.noise, whole=rule.whole))
 
-        return _until_met(self.rule, self.storage, min(self.matrix.shape), attempt)
+        return _raise_until_met(self.rule, self.storage, min(self.matrix.shape), attempt)
 
-    def _stored(self, found: Leading) -> Factored:
+    def _stored(self, found: TruncatedSVD) -> StoredFactors:
         half, back = self.half, self.back
-        up, down = stored(found.up * half, found.down * half, self.storage)
-        error = distance(self.matrix, wide(up) / half, wide(down) / half)
+        up, down = store_factors(found.up * half, found.down * half, self.storage)
+        error = residual_norm(self.matrix, to_float64(up) / half, to_float64(down) / half)
         kept = effective_rank(found.spectrum.sigma[: up.shape[1]])
-        return Factored(up.cpu(), down.cpu(), self.norm * back, error * back, found.left * back, kept)
+        return StoredFactors(up.cpu(), down.cpu(), self.norm * back, error * back, found.left * back, kept)
 
 
-def refactored(up: Tensor, down: Tensor, rule: Rule, storage: Storage) -> Factored:
-    """The best factors of `up` · `down` at the rank that the rule gives, not multiplied out; raises as `factored`."""
+def recompress(up: Tensor, down: Tensor, rule: Rule, storage: Storage) -> StoredFactors:
+    """The best factors of `up` · `down` at the rank that the rule gives, not multiplied out; raises as `factorise`."""
 
     def rank_of(rule: Rule, sigma: Tensor) -> int:
         return min(rule(Spectrum(sigma, float(sigma.square().sum()), True)) or 0, len(sigma))
 
-    core = Core.enough(up, down, partial(rank_of, rule))
+    core = ProductSVD.enough(up, down, partial(rank_of, rule))
     sigma, norm = core.sigma, math.sqrt(float(core.squares.sum()))
 
-    def attempt(rule: Rule) -> Factored:
+    def attempt(rule: Rule) -> StoredFactors:
         rank = rank_of(rule, sigma)
-        ups, downs = stored(*core.factors(rank), storage)
+        ups, downs = store_factors(*core.factors(rank), storage)
         error = core.distance(ups, downs)
-        return Factored(ups.cpu(), downs.cpu(), norm, error, float(sigma[rank:].norm()), effective_rank(sigma[:rank]))
+        return StoredFactors(ups.cpu(), downs.cpu(), norm, error, float(sigma[rank:].norm()), effective_rank(sigma[:rank]))
 
-    return _until_met(rule, storage, len(sigma), attempt)
+    return _raise_until_met(rule, storage, len(sigma), attempt)
 
 
-def _until_met(rule: Rule, storage: Storage, full: int, attempt: Callable[[Rule], Factored]) -> Factored:
+def _raise_until_met(rule: Rule, storage: Storage, full: int, attempt: Callable[[Rule], StoredFactors]) -> StoredFactors:
     """What `attempt` makes of the rule, with as much more rank as its largest error asks for once factors are rounded."""
     asked = rule.value
     while True:
@@ -162,35 +162,35 @@ def _until_met(rule: Rule, storage: Storage, full: int, attempt: Callable[[Rule]
         rule = replace(rule, value=math.sqrt(asked**2 - rounding**2), least=found.rank + 1)
 
 
-def offered(dense: Tensor, rule: Rule, itemsize: int) -> Offer:
+def candidate_of(dense: Tensor, rule: Rule, itemsize: int) -> RankCandidate:
     """The leading singular values of `dense`, as many as `rule` wants, at what factors of `itemsize` bytes each cost."""
-    (offer,) = offered_each([dense], [rule], [itemsize])
+    (offer,) = candidates_of([dense], [rule], [itemsize])
     return offer
 
 
-def offered_each(denses: Sequence[Tensor], rules: Sequence[Rule], itemsizes: Sequence[int]) -> list[Offer]:
-    """`offered` of several matrices of one shape, each with its own rule, of which all expect the same rank."""
-    ranged = [in_range(dense) for dense in denses]
+def candidates_of(denses: Sequence[Tensor], rules: Sequence[Rule], itemsizes: Sequence[int]) -> list[RankCandidate]:
+    """`candidate_of` of several matrices of one shape, each with its own rule, of which all expect the same rank."""
+    ranged = [rescaled_to_safe_range(dense) for dense in denses]
     backs = [math.ldexp(1.0, exponent) for _, exponent in ranged]
     limits = [
         replace(rule, value=rule.value / back) if rule.method == "threshold" else rule
         for rule, back in zip(rules, backs, strict=True)
     ]
-    found = leading_each([matrix for matrix, _ in ranged], limits, rank=rules[0].expected, noises=[0.0] * len(ranged))
-    return [_offer(*each) for each in zip(found, rules, backs, denses, itemsizes, strict=True)]
+    found = truncated_svd_batch([matrix for matrix, _ in ranged], limits, rank=rules[0].expected, noises=[0.0] * len(ranged))
+    return [_candidate(*each) for each in zip(found, rules, backs, denses, itemsizes, strict=True)]
 
 
-def _offer(found: Leading, rule: Rule, back: float, matrix: Tensor, itemsize: int) -> Offer:
+def _candidate(found: TruncatedSVD, rule: Rule, back: float, matrix: Tensor, itemsize: int) -> RankCandidate:
     known = found.spectrum.sigma[: found.up.shape[1]].cpu()
     # What arithmetic leaves is worth nothing.
     sigma = known[known > NUMERICAL * known[:1]]
     # Who asked for all of them has what there is, though a matrix of these sides could hold more.
     settled = rule.method == "all" or len(sigma) < len(known) or len(known) >= min(matrix.shape)
     settled = settled or len(known) < (rule.most or 0)
-    return Offer(sigma * back, settled, sum(matrix.shape) * itemsize, found.spectrum.total * back**2)
+    return RankCandidate(sigma * back, settled, sum(matrix.shape) * itemsize, found.spectrum.total * back**2)
 
 
-def stored(up: Tensor, down: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
+def store_factors(up: Tensor, down: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
     """Balanced factors in float64 as `storage` has them; raises `NonFinite` where they overflow."""
     if storage.split != "even" or storage.clamp is not None:
         root = torch.linalg.vector_norm(up, dim=0)
@@ -210,16 +210,16 @@ def _index(up: Tensor, down: Tensor, quantile: float) -> int:
     return min(round(quantile * (up.numel() + down.numel() - 1)), up.numel() + down.numel() - 1)
 
 
-def distance(dense: Tensor, up: Tensor, down: Tensor) -> float:
+def residual_norm(dense: Tensor, up: Tensor, down: Tensor) -> float:
     """‖D − up · down‖, some rows at a time: differences in D's dtype, their squares summed in float64."""
     total, ups, downs = 0.0, up.to(dense.dtype), down.to(dense.dtype)
-    step = max(1, CHUNK // max(dense.shape[1], 1))
+    step = max(1, _CHUNK // max(dense.shape[1], 1))
     for rows, part in zip(torch.split(dense, step), torch.split(ups, step), strict=True):
-        total += squares(torch.addmm(rows, part, downs, alpha=-1))
+        total += squared_norm(torch.addmm(rows, part, downs, alpha=-1))
     return math.sqrt(total)
 
 
-def in_range(dense: Tensor) -> tuple[Tensor, int]:
+def rescaled_to_safe_range(dense: Tensor) -> tuple[Tensor, int]:
     """`dense` divided by a power of two, an even one, where its squares would leave the range of its dtype."""
     low, high = torch.aminmax(dense)
     exponent = math.frexp(max(-float(low), float(high)))[1]

@@ -15,21 +15,21 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loratool.numbers.devices import wide
+from loratool.numbers.devices import to_float64
 
 OVERSAMPLING: Final = 8
 LEAST_WIDTH: Final = 16
 FIRST_WIDTH: Final = 32
 """Columns of the first block where nobody says how many will be needed."""
-TOLERANCE: Final = 2e-4
+_TOLERANCE: Final = 2e-4
 """How far above the least error the range may end, relative to it, by what its blocks brought one after the other."""
 SETTLED: Final = 1e-4
 """The share of a largest singular value that one more block may still add to it."""
-INDEPENDENT: Final = 1e-6
+_INDEPENDENT: Final = 1e-6
 """Least ratio of the pivots of columns whose inner products tell them apart."""
 EXACT_BELOW: Final = 96
 """Smaller side of a matrix up to which all of its spectrum is found at once."""
-CHUNK: Final = 1 << 22
+_CHUNK: Final = 1 << 22
 """Elements that are widened to float64 at a time."""
 
 
@@ -44,17 +44,17 @@ class Spectrum:
     noise: float = 0.0
 
 
-Wanted = Callable[[Spectrum], int | None]
+RankRule = Callable[[Spectrum], int | None]
 """How many triples of a matrix are wanted; None where more of its spectrum must be known."""
 
 
 @dataclass(frozen=True, slots=True)
-class Leading:
+class TruncatedSVD:
     """`up` (m, r) and `down` (r, n), float64: the best approximation of D at that rank, to the solver's tolerance, with the
     root of each singular value on either side.
 
     `spectrum` has at least r values; `left` is ‖D − up · down‖, as far as products in D's dtype tell it: in float32 to some
-    10⁻⁴ of ‖D‖. `ops.factoring.distance` measures it.
+    10⁻⁴ of ‖D‖. `factor.residual_norm` measures it.
     """
 
     up: Tensor
@@ -63,51 +63,51 @@ class Leading:
     left: float
 
 
-def squares(matrix: Tensor) -> float:
+def squared_norm(matrix: Tensor) -> float:
     """‖D‖²: each row's norm in its own dtype, which is fast along the memory, their sum in float64."""
     along = 1 if matrix.stride(1) == 1 else 0
-    return float(wide(torch.linalg.vector_norm(matrix, dim=along)).square().sum())
+    return float(to_float64(torch.linalg.vector_norm(matrix, dim=along)).square().sum())
 
 
-def leading(
-    matrix: Tensor, wanted: Wanted, *, rank: int | None = None, noise: float = 0.0, whole: bool = False, seed: int = 0
-) -> Leading:
+def truncated_svd(
+    matrix: Tensor, wanted: RankRule, *, rank: int | None = None, noise: float = 0.0, whole: bool = False, seed: int = 0
+) -> TruncatedSVD:
     """The leading triples of `matrix` (m, n), as many as `wanted` says, within 1.001 of the least error at that rank.
 
     `rank` is how many are expected, None where nobody knows; with `whole` the rule is given the complete spectrum. Finite
     numbers whose squares neither over- nor underflow. The same for the same `seed`.
     """
-    (found,) = leading_each([matrix], [wanted], rank=rank, noises=[noise], whole=whole, seed=seed)
+    (found,) = truncated_svd_batch([matrix], [wanted], rank=rank, noises=[noise], whole=whole, seed=seed)
     return found
 
 
-def leading_each(
+def truncated_svd_batch(
     matrices: Sequence[Tensor],
-    wanted: Sequence[Wanted],
+    wanted: Sequence[RankRule],
     *,
     rank: int | None = None,
     noises: Sequence[float],
     whole: bool = False,
     seed: int = 0,
-) -> list[Leading]:
-    """`leading` of several matrices of one shape, dtype and device, each with its own rule and noise: the same as one by
-    one, in products of all of them at once, which is what a GPU is fast at."""
+) -> list[TruncatedSVD]:
+    """`truncated_svd` of several matrices of one shape, dtype and device, each with its own rule and noise: the same as one
+    by one, in products of all of them at once, which is what a GPU is fast at."""
     if matrices[0].shape[0] > matrices[0].shape[1]:
         turned = [matrix.T for matrix in matrices]
-        found = leading_each(turned, wanted, rank=rank, noises=noises, whole=whole, seed=seed)
-        return [Leading(each.down.T, each.up.T, each.spectrum, each.left) for each in found]
+        found = truncated_svd_batch(turned, wanted, rank=rank, noises=noises, whole=whole, seed=seed)
+        return [TruncatedSVD(each.down.T, each.up.T, each.spectrum, each.left) for each in found]
     width = FIRST_WIDTH if rank is None else max(LEAST_WIDTH, -(-(rank + OVERSAMPLING) // 8) * 8)
-    asked = [_Asked(rule, squares(matrix), noise) for rule, matrix, noise in zip(wanted, matrices, noises, strict=True)]
+    asked = [_Asked(rule, squared_norm(matrix), noise) for rule, matrix, noise in zip(wanted, matrices, noises, strict=True)]
     size = len(matrices[0])
     grown = not (whole or size <= EXACT_BELOW or 4 * width > size)
-    found_by: dict[int, Leading] = _grown(matrices, asked, width, seed) if grown else {}
+    found_by: dict[int, TruncatedSVD] = _grow(matrices, asked, width, seed) if grown else {}
     return [
         found_by[number] if number in found_by else _exact(matrix, mine)
         for number, (matrix, mine) in enumerate(zip(matrices, asked, strict=True))
     ]
 
 
-def largest(matrix: Tensor, *, seed: int = 0) -> float:
+def spectral_norm(matrix: Tensor, *, seed: int = 0) -> float:
     """σ₁ alone: the range grows until a block adds no more than `SETTLED` of it, which of a flat spectrum is a little less
     than all of it. Half of a matrix is never reached but by small ones, whose spectrum is found whole."""
     if len(matrix) > matrix.shape[1]:
@@ -127,7 +127,7 @@ class _Asked:
     """What is wanted of one matrix, ‖D‖², and how far it is: the rank, what that captures, and what the last two blocks
     brought."""
 
-    wanted: Wanted
+    wanted: RankRule
     total: float
     noise: float
     rank: int | None = None
@@ -135,29 +135,29 @@ class _Asked:
     gain: float = 0.0
 
 
-def _exact(matrix: Tensor, asked: _Asked) -> Leading:
+def _exact(matrix: Tensor, asked: _Asked) -> TruncatedSVD:
     """By the eigenvectors of D · Dᵀ in float64, which is exact enough for any float32 matrix and cheaper than its SVD."""
     values, vectors = torch.linalg.eigh(_gram(matrix))
     squared, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     spectrum = Spectrum(squared.sqrt(), asked.total, True, asked.noise)
     rank = min(asked.wanted(spectrum) or 0, len(squared))
     basis = vectors[:, :rank]
-    return _balanced(basis, matrix.T @ basis.to(matrix), spectrum, squared[rank:].sum())
+    return _balance(basis, matrix.T @ basis.to(matrix), spectrum, squared[rank:].sum())
 
 
 def _gram(matrix: Tensor) -> Tensor:
     """D · Dᵀ in float64, some columns at a time."""
-    gram = wide(matrix[:1, :1]).new_zeros(len(matrix), len(matrix))
-    for columns in torch.split(matrix, max(1, CHUNK // len(matrix)), dim=1):
-        part = wide(columns)
+    gram = to_float64(matrix[:1, :1]).new_zeros(len(matrix), len(matrix))
+    for columns in torch.split(matrix, max(1, _CHUNK // len(matrix)), dim=1):
+        part = to_float64(columns)
         gram.addmm_(part, part.T)
     return gram
 
 
-def _grown(matrices: Sequence[Tensor], asked: Sequence[_Asked], width: int, seed: int) -> dict[int, Leading]:
+def _grow(matrices: Sequence[Tensor], asked: Sequence[_Asked], width: int, seed: int) -> dict[int, TruncatedSVD]:
     """By ranges that grow until their rule is content and the last block brought next to nothing; without those that would
     become half of the matrix, and all of it is the shorter way."""
-    found: dict[int, Leading] = {}
+    found: dict[int, TruncatedSVD] = {}
     stacked = matrices[0][None] if len(matrices) == 1 else torch.stack(list(matrices))
     # Ranges whose rules ask for blocks of the same width grow together.
     growing = [(_Range(stacked, seed), list(range(len(matrices))), width)]
@@ -169,7 +169,7 @@ def _grown(matrices: Sequence[Tensor], asked: Sequence[_Asked], width: int, seed
         squared, turns = span.ritz()
         unsettled: dict[int, list[int]] = {}
         for place, number in enumerate(numbers):
-            settled = _settled(asked[number], squared[place], span.floor)
+            settled = _is_settled(asked[number], squared[place], span.floor)
             if settled is None:
                 unsettled.setdefault(2 * width if asked[number].rank is None else width, []).append(place)
                 continue
@@ -177,12 +177,12 @@ def _grown(matrices: Sequence[Tensor], asked: Sequence[_Asked], width: int, seed
             turn = turns[place][:, :rank]
             basis, image = span.basis[place] @ turn, span.image[place] @ turn.to(span.image)
             left = asked[number].total - squared[place][:rank].sum()
-            found[number] = _balanced(basis, image, spectrum, left)
+            found[number] = _balance(basis, image, spectrum, left)
         growing += [(span.only(places), [numbers[place] for place in places], size) for size, places in unsettled.items()]
     return found
 
 
-def _settled(asked: _Asked, squared: Tensor, floor: float) -> tuple[int, Spectrum] | None:
+def _is_settled(asked: _Asked, squared: Tensor, floor: float) -> tuple[int, Spectrum] | None:
     """The rank and the spectrum of a range whose singular values have these squares, if it need not grow; None where it
     must, with what the last block brought."""
     total = asked.total
@@ -198,7 +198,7 @@ def _settled(asked: _Asked, squared: Tensor, floor: float) -> tuple[int, Spectru
     now = float(squared[:rank].sum())
     last, asked.gain = (asked.gain, now - asked.captured) if rank == before else (0.0, 0.0)
     asked.captured = now
-    enough = max(2 * TOLERANCE * (total - now), floor * total)
+    enough = max(2 * _TOLERANCE * (total - now), floor * total)
     if exhausted or (rank == before and _to_come(asked.gain, last) <= enough):
         return rank, spectrum
     return None
@@ -210,11 +210,11 @@ def _to_come(gain: float, last: float) -> float:
     return gain * gain / (last - gain) if last > gain else gain
 
 
-def _balanced(basis: Tensor, image: Tensor, spectrum: Spectrum, left: Tensor) -> Leading:
+def _balance(basis: Tensor, image: Tensor, spectrum: Spectrum, left: Tensor) -> TruncatedSVD:
     """The projection basis · imageᵀ with the root of each singular value on either side; zeros stay zero."""
     root = spectrum.sigma[: basis.shape[1]].sqrt()
     over = torch.where(root > 0, 1 / root, 0.0)
-    return Leading(basis * root, (wide(image) * over).T, spectrum, float(left.clamp_min(0).sqrt()))
+    return TruncatedSVD(basis * root, (to_float64(image) * over).T, spectrum, float(left.clamp_min(0).sqrt()))
 
 
 class _Range:
@@ -225,7 +225,7 @@ class _Range:
         self.matrix = matrix
         self.generator = torch.Generator().manual_seed(seed)
         count, rows, columns = matrix.shape
-        self.basis = wide(matrix[:, :1, :1]).new_zeros(count, rows, 0)
+        self.basis = to_float64(matrix[:, :1, :1]).new_zeros(count, rows, 0)
         self.image = matrix.new_zeros(count, columns, 0)
         self.gram = self.basis.new_zeros(count, 0, 0)
         self.last = self.image
@@ -251,12 +251,12 @@ class _Range:
         """Adds D · Dᵀ of the last block, and chance where `width` asks for more columns than that has."""
         count, _, columns = self.matrix.shape
         fresh = torch.randn(columns, width - self.last.shape[2], generator=self.generator).to(self.matrix)
-        trial = torch.cat([orthonormal(wide(self.last)).to(self.matrix), fresh.expand(count, -1, -1)], dim=2)
-        block = wide(self.matrix @ trial)
+        trial = torch.cat([orthonormal(to_float64(self.last)).to(self.matrix), fresh.expand(count, -1, -1)], dim=2)
+        block = to_float64(self.matrix @ trial)
         for _ in range(2):
             block = orthonormal(block - self.basis @ (self.basis.mT @ block))
         self.last = self.matrix.mT @ block.to(self.matrix)
-        mine, others = wide(self.last), wide(self.image)
+        mine, others = to_float64(self.last), to_float64(self.image)
         across = others.mT @ mine
         self.gram = torch.cat([torch.cat([self.gram, across], 2), torch.cat([across.mT, mine.mT @ mine], 2)], 1)
         self.basis, self.image = torch.cat([self.basis, block], 2), torch.cat([self.image, self.last], 2)
@@ -278,7 +278,7 @@ def orthonormal(blocks: Tensor) -> Tensor:
         return blocks
     root, info = torch.linalg.cholesky_ex(blocks.mT @ blocks)
     pivots = root.diagonal(dim1=1, dim2=2)
-    if bool((info == 0).all()) and bool((pivots.amin(1) > INDEPENDENT * pivots.amax(1)).all()):
+    if bool((info == 0).all()) and bool((pivots.amin(1) > _INDEPENDENT * pivots.amax(1)).all()):
         solved: Tensor = torch.linalg.solve_triangular(root.mT, blocks, upper=True, left=False)
         return solved
     householder: Tensor = torch.linalg.qr(blocks).Q

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-NARROW: Final = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+_NARROW: Final = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 """Dtypes that torch cannot compare numbers of."""
 
 
@@ -24,7 +24,7 @@ def bounds(tensor: Tensor) -> tuple[float, float]:
     """The least and the greatest number of a tensor, NaN where it holds one; (0, 0) where it holds nothing."""
     if not tensor.numel():
         return 0.0, 0.0
-    low, high = torch.aminmax(tensor.float() if tensor.dtype in NARROW else tensor)
+    low, high = torch.aminmax(tensor.float() if tensor.dtype in _NARROW else tensor)
     return float(low), float(high)
 
 
@@ -49,7 +49,7 @@ def singular_values(up: Tensor, down: Tensor) -> Tensor:
     return sigma
 
 
-TOLD: Final = 1e-4
+_TOLD: Final = 1e-4
 """A share of ‖up‖² ‖down‖² above which float32 products tell a square to a part in a thousand."""
 CANCELLED: Final = 1e-12
 """A share of a norm's square below which float64 Gram matrices tell a difference no more, and QR is asked."""
@@ -101,9 +101,9 @@ def relation(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], *, angles
     return Relation(norms[0], norms[1], inner, difference, outputs, inputs)
 
 
-INDEPENDENT: Final = 1e-4
+_INDEPENDENT: Final = 1e-4
 """Least ratio of the pivots of columns that count as independent enough to be made orthonormal by their inner products."""
-NOISE: Final = 1e-7
+_NOISE: Final = 1e-7
 """Singular values below so much of the largest are of directions that a product in float32 does not have."""
 
 
@@ -120,7 +120,7 @@ class _Products:
         for gram in self.own:
             root, info = torch.linalg.cholesky_ex(gram)
             pivots = root.diagonal()
-            if int(info) or float(pivots.min()) < INDEPENDENT * float(pivots.max()):
+            if int(info) or float(pivots.min()) < _INDEPENDENT * float(pivots.max()):
                 return None
             roots.append(root)
         left = torch.linalg.solve_triangular(roots[0], self.across, upper=False)
@@ -134,7 +134,7 @@ def _bases(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     up_basis, up_core = torch.linalg.qr(up)
     down_basis, down_core = torch.linalg.qr(down.T)
     left, sigma, right = torch.linalg.svd(up_core @ down_core.T, full_matrices=False)
-    kept = sigma > NOISE * sigma[:1]
+    kept = sigma > _NOISE * sigma[:1]
     return up_basis @ left[:, kept], down_basis @ right[kept].T
 
 
@@ -151,7 +151,7 @@ LARGE: Final = 1e15
 """Numbers whose squares float32 adds up without leaving its range."""
 
 
-class Core:
+class ProductSVD:
     """The spectrum of `up @ down`, (m, r) and (r, n), `sigma` in float64, largest first, and its best factors at any rank.
 
     QR of downᵀ, in float32, and the eigenvectors of R (upᵀ up) Rᵀ, (r, r): those are the right singular vectors V, behind
@@ -174,13 +174,13 @@ class Core:
         self._right, self._turned = vectors.double().flip(1), triangle.double().T
 
     @classmethod
-    def enough(cls, up: Tensor, down: Tensor, rank_of: Callable[[Tensor], int]) -> Core:
+    def enough(cls, up: Tensor, down: Tensor, rank_of: Callable[[Tensor], int]) -> ProductSVD:
         """From float32 products where they tell what the rank leaves out, that `rank_of` gives a spectrum."""
         if max(map(abs, (*bounds(up), *bounds(down)))) > LARGE:
             return cls(up, down)
         core = cls(up, down, torch.float32)
         left = float(core.squares[rank_of(core.sigma) :].sum())
-        return core if left > TOLD * core.most else cls(up, down)
+        return core if left > _TOLD * core.most else cls(up, down)
 
     @property
     def most(self) -> float:
@@ -205,4 +205,4 @@ class Core:
         own = ((ups.T @ ups).double() * (downs @ downs.T).double()).sum()
         whole = float(self.squares.sum())
         squared = whole - 2 * float(across) + float(own)
-        return math.sqrt(squared) if squared > TOLD * self.most else difference_norm((self.up, self.down), (up, down))
+        return math.sqrt(squared) if squared > _TOLD * self.most else difference_norm((self.up, self.down), (up, down))

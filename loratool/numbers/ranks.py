@@ -26,7 +26,7 @@ PRECISE: Final = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class RankMethod:
     """One way to choose a rank: `rank` of a value and a spectrum, None where more of it must be known.
 
     `lower` and `upper` bound the value; a `whole` one needs the complete spectrum; `least` is the rank it never goes below.
@@ -39,7 +39,7 @@ class Method:
     least: int = 1
 
 
-def _fixed(value: float, spectrum: Spectrum) -> int | None:
+def _given_rank(value: float, spectrum: Spectrum) -> int | None:
     return int(value) if len(spectrum.sigma) >= value or spectrum.complete else None
 
 
@@ -68,16 +68,18 @@ def _largest(spectrum: Spectrum) -> float:
     return float(spectrum.sigma[0]) if len(spectrum.sigma) else 0.0
 
 
-METHODS: Final[Mapping[str, Method]] = {
-    "rank": Method(_fixed, 1, math.inf),
-    "max_error": Method(lambda value, spectrum: _within(value**2, spectrum), 0, 1),
-    "energy": Method(lambda value, spectrum: _within(1 - value, spectrum), 0, 1),
-    "sv_fro": Method(lambda value, spectrum: _within(1 - value**2, spectrum), 0, 1),
-    "sv_ratio": Method(lambda value, spectrum: _above(_largest(spectrum) / value, spectrum), 1, math.inf),
-    "sv_cumulative": Method(_cumulative, 0, 1, whole=True),
-    "threshold": Method(_above, 0, math.inf),
-    "auto": Method(lambda _, spectrum: _above(max(spectrum.noise, NUMERICAL * _largest(spectrum)), spectrum), 0, 0, least=0),
-    "all": Method(lambda _, spectrum: _above(NUMERICAL * _largest(spectrum), spectrum), 0, 0),
+RANK_METHODS: Final[Mapping[str, RankMethod]] = {
+    "rank": RankMethod(_given_rank, 1, math.inf),
+    "max_error": RankMethod(lambda value, spectrum: _within(value**2, spectrum), 0, 1),
+    "energy": RankMethod(lambda value, spectrum: _within(1 - value, spectrum), 0, 1),
+    "sv_fro": RankMethod(lambda value, spectrum: _within(1 - value**2, spectrum), 0, 1),
+    "sv_ratio": RankMethod(lambda value, spectrum: _above(_largest(spectrum) / value, spectrum), 1, math.inf),
+    "sv_cumulative": RankMethod(_cumulative, 0, 1, whole=True),
+    "threshold": RankMethod(_above, 0, math.inf),
+    "auto": RankMethod(
+        lambda _, spectrum: _above(max(spectrum.noise, NUMERICAL * _largest(spectrum)), spectrum), 0, 0, least=0
+    ),
+    "all": RankMethod(lambda _, spectrum: _above(NUMERICAL * _largest(spectrum), spectrum), 0, 0),
 }
 """`rank` is given; `max_error` is of ‖ΔW‖, `energy` of ‖ΔW‖²; `sv_ratio`, `sv_fro` and `sv_cumulative` are kohya's;
 `threshold` is LyCORIS's, as are `sv_ratio` (its 1 / ratio) and `sv_cumulative` (its quantile); `auto` ends where rounding to
@@ -86,7 +88,8 @@ the stored dtype reaches; `all` is all that is more than float32's noise."""
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One of `METHODS` and its value, the rank of convolutions with a kernel where it is another, and bounds of the rank.
+    """One of `RANK_METHODS` and its value, the rank of convolutions with a kernel where it is another, and bounds of the
+    rank.
 
     A rank is raised to the next of `steps`, if there are any; with `pad`, factors get zeros for what a matrix has no
     singular values for. Raises `LoratoolError` where the value is out of the method's range.
@@ -101,7 +104,7 @@ class Rule:
     pad: bool = False
 
     def __post_init__(self) -> None:
-        method = look_up(METHODS, self.method, "rule")
+        method = look_up(RANK_METHODS, self.method, "rule")
         if not method.lower <= self.value <= method.upper or not math.isfinite(self.value):
             raise LoratoolError(f"{self.method} is {self.value:g}, expected {_range(method)}")
         if self.least is not None and self.most is not None and self.least > self.most:
@@ -136,7 +139,7 @@ class Rule:
 
     @property
     def whole(self) -> bool:
-        return METHODS[self.method].whole
+        return RANK_METHODS[self.method].whole
 
     @property
     def precise(self) -> bool:
@@ -146,7 +149,7 @@ class Rule:
 
     def __call__(self, spectrum: Spectrum) -> int | None:
         """The rank to keep, at most as many as there are; None where more of the spectrum must be known."""
-        method, found = METHODS[self.method], len(spectrum.sigma)
+        method, found = RANK_METHODS[self.method], len(spectrum.sigma)
         least = method.least if self.least is None else self.least
         rank = method.rank(self.value, spectrum)
         if rank is None:
@@ -156,14 +159,14 @@ class Rule:
         return self._raised(rank if self.most is None else min(rank, self.most))
 
 
-def _range(method: Method) -> str:
+def _range(method: RankMethod) -> str:
     if math.isinf(method.upper):
         return f"at least {method.lower:g}"
     return f"between {method.lower:g} and {method.upper:g}"
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class RankCandidate:
     """A module whose rank is to be bought: its leading singular values, whether no other is worth anything, and the bytes
     that each rank costs; ‖ΔW‖²."""
 
@@ -174,17 +177,22 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
-class Bought:
+class RankAllocation:
     """The ranks bought; the `price`, in squares per byte, below which nothing was; the offers that may hold more."""
 
     ranks: tuple[int, ...]
-    price: float
+    gain_per_byte: float
     unsettled: tuple[int, ...]
 
 
-def buy(
-    offers: Sequence[Offer], *, nbytes: float = math.inf, squares: float = math.inf, least: int = 0, fixed: float = 0.0
-) -> Bought:
+def allocate_ranks(
+    offers: Sequence[RankCandidate],
+    *,
+    nbytes: float = math.inf,
+    squares: float = math.inf,
+    least: int = 0,
+    fixed: float = 0.0,
+) -> RankAllocation:
     """Spends bytes where each saves most of ‖ΔW − LoRA‖², over all modules: at most `nbytes`, or until `squares` are saved.
     The first `least` ranks of each are bought before all others; its first takes `fixed` bytes more, for its names.
 
@@ -192,7 +200,7 @@ def buy(
     nothing, so that the price can only rise when more is known.
     """
     if not offers:
-        return Bought((), 0.0, ())
+        return RankAllocation((), 0.0, ())
     gains = torch.cat([offer.sigma.square() for offer in offers])
     costs = torch.cat([torch.full((len(offer.sigma),), offer.cost, dtype=torch.float64) for offer in offers])
     owners = torch.cat([torch.full((len(offer.sigma),), index) for index, offer in enumerate(offers)])
@@ -209,7 +217,7 @@ def buy(
         for index, offer in enumerate(offers)
         if not offer.complete and (not len(offer.sigma) or float(offer.sigma[-1]) ** 2 > price * offer.cost)
     ]
-    return Bought(tuple(ranks.tolist()), price, tuple(unsettled))
+    return RankAllocation(tuple(ranks.tolist()), price, tuple(unsettled))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,36 +15,36 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loratool.errors import InvalidFile
-from loratool.numbers.rounding import in_order, ordered
+from loratool.numbers.rounding import from_ordered_int, to_ordered_int
 
 ESCAPE: Final = 3
 """The two bits of a count that does not fit in two: it follows the packed ones, whole."""
 LENGTH_BYTES: Final = 8
-CHUNK: Final = 1 << 20
+_CHUNK: Final = 1 << 20
 """Numbers that are packed at a time."""
 
 Integers = NDArray[np.integer]
 
 
-def packed(values: Tensor, guess: Tensor) -> bytes:
+def pack_residual(values: Tensor, guess: Tensor) -> bytes:
     """What leads from `guess` to `values`, of the same shape and dtype, to the bit."""
-    pairs = zip(torch.split(values.flatten(), CHUNK), torch.split(guess.flatten(), CHUNK), strict=True)
-    return b"".join(_packed(ordered(value).numpy(), ordered(guessed).numpy()) for value, guessed in pairs)
+    pairs = zip(torch.split(values.flatten(), _CHUNK), torch.split(guess.flatten(), _CHUNK), strict=True)
+    return b"".join(_pack(to_ordered_int(value).numpy(), to_ordered_int(guessed).numpy()) for value, guessed in pairs)
 
 
-def unpacked(raw: bytes, guess: Tensor) -> Tensor:
-    """The values that `packed` was given with the same guess; raises `InvalidFile` for what it never makes."""
+def unpack_residual(raw: bytes, guess: Tensor) -> Tensor:
+    """The values that `pack_residual` was given with the same guess; raises `InvalidFile` for what it never makes."""
     values, start = torch.empty_like(guess).flatten(), 0
-    for part, guessed in zip(torch.split(values, CHUNK), torch.split(guess.flatten(), CHUNK), strict=True):
-        integers = ordered(guessed)
-        apart, start = _unpacked(raw, start, integers.numpy())
-        part.copy_(in_order(integers + torch.from_numpy(apart), guess.dtype))
+    for part, guessed in zip(torch.split(values, _CHUNK), torch.split(guess.flatten(), _CHUNK), strict=True):
+        integers = to_ordered_int(guessed)
+        apart, start = _unpack(raw, start, integers.numpy())
+        part.copy_(from_ordered_int(integers + torch.from_numpy(apart), guess.dtype))
     if start != len(raw):
         raise InvalidFile(f"is damaged: {len(raw) - start} bytes too many")
     return values.reshape(guess.shape)
 
 
-def _packed(values: Integers, guess: Integers) -> bytes:
+def _pack(values: Integers, guess: Integers) -> bytes:
     """The lengths of two streams, and the streams: four counts a byte, and those that do not fit there."""
     apart = values - guess
     # 0, −1, 1, −2 … become 0, 1, 2, 3 …
@@ -57,21 +57,21 @@ def _packed(values: Integers, guess: Integers) -> bytes:
     return b"".join([len(stream).to_bytes(LENGTH_BYTES, "little") for stream in streams] + streams)
 
 
-def _unpacked(raw: bytes, start: int, guess: Integers) -> tuple[Integers, int]:
+def _unpack(raw: bytes, start: int, guess: Integers) -> tuple[Integers, int]:
     """How far the values are from `guess`, from the streams that begin at `start`, and where these end."""
     itemsize, count = guess.itemsize, len(guess)
     body = start + 2 * LENGTH_BYTES
     first, second = (int.from_bytes(raw[at : at + LENGTH_BYTES], "little") for at in (start, start + LENGTH_BYTES))
-    together = np.frombuffer(_inflated(raw[body : body + first], -(-count // 4)), np.uint8)
+    together = np.frombuffer(_inflate(raw[body : body + first], -(-count // 4)), np.uint8)
     codes = np.stack([together >> shift & ESCAPE for shift in (0, 2, 4, 6)], axis=1).flatten()[:count]
     escaped = codes == ESCAPE
     counts = codes.astype(f"u{itemsize}")
-    beyond = _inflated(raw[body + first : body + first + second], int(escaped.sum()) * itemsize)
+    beyond = _inflate(raw[body + first : body + first + second], int(escaped.sum()) * itemsize)
     counts[escaped] = np.frombuffer(beyond, f"<u{itemsize}")
     return (counts >> 1).view(f"i{itemsize}") ^ -(counts.view(f"i{itemsize}") & 1), body + first + second
 
 
-def _inflated(raw: bytes, count: int) -> bytes:
+def _inflate(raw: bytes, count: int) -> bytes:
     """What was compressed, which must be `count` bytes: no more than that is ever unpacked."""
     decompressor = bz2.BZ2Decompressor()
     try:

@@ -17,12 +17,12 @@ PER_COUNTER: Final = 16
 """16-bit draws in one Philox block of 256 bits."""
 
 
-def largest(dtype: torch.dtype) -> float:
+def max_finite(dtype: torch.dtype) -> float:
     """The largest finite value of a dtype."""
     return torch.finfo(dtype).max
 
 
-def steps(values: Tensor) -> Tensor:
+def ulp(values: Tensor) -> Tensor:
     """The distance of each number from its neighbours in its own dtype, in float32, or float64 where it is stored so.
 
     Rounding to that dtype was off by up to half of it, and by 1/√12 of it on average.
@@ -50,31 +50,31 @@ INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64
 """Integers of the width of a number, by its bytes."""
 
 
-def ordered(values: Tensor) -> Tensor:
+def to_ordered_int(values: Tensor) -> Tensor:
     """Numbers as integers of their width in the same order, neighbours one apart; −0 comes just before 0."""
-    return _turned(values.contiguous().view(INTEGERS[values.element_size()]))
+    return _turn_sign(values.contiguous().view(INTEGERS[values.element_size()]))
 
 
-def in_order(integers: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers that `ordered` makes these integers of."""
-    return _turned(integers).view(dtype)
+def from_ordered_int(integers: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers that `to_ordered_int` makes these integers of."""
+    return _turn_sign(integers).view(dtype)
 
 
-def neighbours(values: Tensor) -> tuple[Tensor, Tensor]:
+def adjacent_values(values: Tensor) -> tuple[Tensor, Tensor]:
     """The next number of the same dtype below each, and the next above."""
-    found = ordered(values)
+    found = to_ordered_int(values)
     # The two zeros are one number.
     below = found - 1 - (found == 0).to(found.dtype)
     above = found + 1 + (found == -1).to(found.dtype)
-    return in_order(below, values.dtype), in_order(above, values.dtype)
+    return from_ordered_int(below, values.dtype), from_ordered_int(above, values.dtype)
 
 
-def _turned(bits: Tensor) -> Tensor:
+def _turn_sign(bits: Tensor) -> Tensor:
     """Sign and magnitude to two's complement, and back."""
     return bits ^ ((bits >> (8 * bits.element_size() - 1)) & torch.iinfo(bits.dtype).max)
 
 
-def stochastic(values: Tensor, dtype: torch.dtype, name: str, seed: int, index: int) -> Tensor:
+def round_stochastically(values: Tensor, dtype: torch.dtype, name: str, seed: int, index: int) -> Tensor:
     """float32 `values` rounded to one of the two neighbours in `dtype`, with a chance in proportion to nearness.
 
     The draws are those of the tensor called `name` from element `index` on. Exact values and wide dtypes stay.

@@ -17,12 +17,12 @@ import torch
 
 from loratool.numbers.devices import exact_products
 
-MOST: Final = 8
+MOST_THREADS: Final = 8
 THREAD_BYTES: Final = 512 << 20
 """Memory that there should be for each thread, with what it holds of a model and its adapters."""
 CGROUP_LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done so far and all there are to do."""
@@ -39,7 +39,7 @@ def peak_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def tally(total: int, progress: Progress | None) -> Callable[[int], None]:
+def progress_counter(total: int, progress: Progress | None) -> Callable[[int], None]:
     """Tells `progress` of work as it is done, from one thread: call what this returns with each piece's bytes."""
     done = 0
 
@@ -52,7 +52,7 @@ def tally(total: int, progress: Progress | None) -> Callable[[int], None]:
     return add
 
 
-def cores() -> int:
+def usable_cores() -> int:
     """How many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -68,13 +68,13 @@ def memory_limit() -> int:
 
 def threads_for(limit: int) -> int:
     """How many threads work at once where memory is limited to so many bytes, 0 being no limit."""
-    room = limit // THREAD_BYTES if limit else MOST
-    return max(1, min(MOST, cores(), room))
+    room = limit // THREAD_BYTES if limit else MOST_THREADS
+    return max(1, min(MOST_THREADS, usable_cores(), room))
 
 
 def run_all(
-    pieces: Iterable[Callable[[], T]],
-    done: Callable[[int, T], None],
+    pieces: Iterable[Callable[[], _T]],
+    done: Callable[[int, _T], None],
     stopped: threading.Event,
     *,
     threads: int | None = None,
@@ -85,7 +85,7 @@ def run_all(
     `stopped` is set when an error or an interruption ends it, for pieces that look.
     """
     count = threads or threads_for(memory_limit())
-    before, running, numbered = torch.get_num_threads(), dict[Future[T], int](), enumerate(pieces)
+    before, running, numbered = torch.get_num_threads(), dict[Future[_T], int](), enumerate(pieces)
     with exact_products(), ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, 1)) as pool:
         try:
             while True:
@@ -103,8 +103,8 @@ def run_all(
             torch.set_num_threads(before)
 
 
-def results(pieces: Iterable[Callable[[], T]]) -> list[T]:
+def map_on_threads(pieces: Iterable[Callable[[], _T]]) -> list[_T]:
     """What the pieces return, in their order, from `run_all`."""
-    done: dict[int, T] = {}
+    done: dict[int, _T] = {}
     run_all(pieces, done.__setitem__, threading.Event())
     return [done[number] for number in range(len(done))]

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratool.adapter.adapter import Adapter, files_of
-from loratool.adapter.approximate import Converted, error_of, lower
+from loratool.adapter.approximate import ApproximatedModule, approximate_adapter, error_of
 from loratool.adapter.load import Assumptions, open_source
-from loratool.adapter.write import require_room, write_as
-from loratool.base.base import Weights, open_base
-from loratool.errors import of_file
+from loratool.adapter.write import require_folder_name, write_adapter
+from loratool.base.base import BaseCheckpoint, open_base
+from loratool.errors import error_in_file
 from loratool.files.adapter_files import AdapterFile
-from loratool.files.adapter_writer import Contents, write
-from loratool.files.history import entry, named
+from loratool.files.adapter_writer import AdapterContents, write_contents
+from loratool.files.history import history_entry, input_record
 from loratool.files.tensors import TensorFile
 from loratool.formats.table import Format, format_named
-from loratool.keys.resolve import Wanted, choose
+from loratool.keys.resolve import Hints, resolve_routes
 from loratool.numbers.ranks import Rule
 from loratool.verbs.reports import Report
 
@@ -38,7 +38,7 @@ class ConvertReport(Report):
     alpha: str
     difference: float
     nbytes: int
-    lowered: tuple[Converted, ...] = ()
+    lowered: tuple[ApproximatedModule, ...] = ()
     error: float = 0.0
 
 
@@ -48,7 +48,7 @@ def convert(
     to: str,
     *,
     arch: str | None = None,
-    base: str | Path | Weights | None = None,
+    base: str | Path | BaseCheckpoint | None = None,
     rule: Rule | None = None,
     dtype: str | None = None,
     source: str | None = None,
@@ -63,25 +63,25 @@ def convert(
     `base` is a checkpoint that has the modules' names. With a `rule`, what is no LoRA becomes one first. Raises
     `LoratoolError`, and writes nothing, where a delta has no exact form or no place there.
     """
-    with of_file(adapter.path if isinstance(adapter, Adapter) else adapter):
+    with error_in_file(adapter.path if isinstance(adapter, Adapter) else adapter):
         adapter, target = open_source(adapter, allow_pickle=allow_pickle, assume=assume), format_named(to)
         out = Path(out).expanduser()
-        require_room(target, out)
-        converted: list[Converted] = []
+        require_folder_name(target, out)
+        converted: list[ApproximatedModule] = []
         weights = open_base(base)
         if rule is not None:
-            adapter, converted = lower(adapter, rule, dtype, base=weights, device=device)
+            adapter, converted = approximate_adapter(adapter, rule, dtype, base=weights, device=device)
         elif target.folder and (folder := _peft_folder(adapter)):
-            return _copied(adapter, folder, target, out, overwrite=overwrite)
-        adapter = replace(adapter, metadata={**adapter.metadata, **_said(adapter, target, converted)})
-        found, ways = choose([adapter.keys], target, Wanted(arch, source, weights.layout if weights else None))
-        written = write_as(adapter, target, ways, out, inputs=files_of([adapter]), overwrite=overwrite)
+            return _copy_folder(adapter, folder, target, out, overwrite=overwrite)
+        adapter = replace(adapter, metadata={**adapter.metadata, **_history(adapter, target, converted)})
+        found, routes = resolve_routes([adapter.keys], target, Hints(arch, source, weights.layout if weights else None))
+        written = write_adapter(adapter, target, routes, out, inputs=files_of([adapter]), overwrite=overwrite)
         report = _report(adapter, target, out, written.nbytes)
         return replace(
             report,
             arch=found.title,
             after=len({(item.prefix, item.path) for item in written.moved}),
-            cut=sum(len(way.read.parts) > 1 and not way.renames for way in ways.values()),
+            cut=sum(len(way.read.parts) > 1 and not way.renames for way in routes.values()),
             stacked=sum(len(item.sources) > 1 for item in written.moved),
             difference=written.difference,
             lowered=tuple(converted),
@@ -93,13 +93,13 @@ def _report(adapter: Adapter, target: Format, out: Path, nbytes: int) -> Convert
     """Of a conversion that changed nothing."""
     count = len({change.module for change in adapter.changes})
     return ConvertReport(
-        str(out), target.title, "any model", count, count, 0, 0, target.alpha, 0.0, nbytes, warnings=adapter.notes
+        str(out), target.title, "any model", count, count, 0, 0, target.alpha, 0.0, nbytes, warnings=adapter.warnings
     )
 
 
-def _said(adapter: Adapter, target: Format, converted: Sequence[Converted]) -> dict[str, str]:
+def _history(adapter: Adapter, target: Format, converted: Sequence[ApproximatedModule]) -> dict[str, str]:
     error = {"error": f"{error_of(converted):.4e}"} if converted else {}
-    return entry("convert", [named(adapter.path, adapter.file)], adapter.metadata, to=target.name, **error)
+    return history_entry("convert", [input_record(adapter.path, adapter.file)], adapter.metadata, to=target.name, **error)
 
 
 def _peft_folder(adapter: Adapter) -> AdapterFile | None:
@@ -108,9 +108,9 @@ def _peft_folder(adapter: Adapter) -> AdapterFile | None:
     return file if file and file.path.is_dir() and file.config_file and not file.is_pickle else None
 
 
-def _copied(adapter: Adapter, source: AdapterFile, target: Format, out: Path, *, overwrite: bool) -> ConvertReport:
+def _copy_folder(adapter: Adapter, source: AdapterFile, target: Format, out: Path, *, overwrite: bool) -> ConvertReport:
     """A PEFT folder as a PEFT folder: all its tensors and its config, whatever its kind."""
     with TensorFile(source.header) as file:
         tensors = {name: file.read(info) for name, info in source.header.tensors.items()}
-    contents = Contents(tensors, {**adapter.metadata, **_said(adapter, target, [])}, adapter.config)
-    return _report(adapter, target, out, write(contents, [source], out, overwrite=overwrite))
+    contents = AdapterContents(tensors, {**adapter.metadata, **_history(adapter, target, [])}, adapter.config)
+    return _report(adapter, target, out, write_contents(contents, [source], out, overwrite=overwrite))

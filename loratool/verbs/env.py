@@ -12,7 +12,7 @@ from typing import Final
 import torch
 
 from loratool._version import __version__
-from loratool.numbers.threads import cores, memory_limit
+from loratool.numbers.threads import memory_limit, usable_cores
 
 LIBRARIES: Final = ("torch", "safetensors", "numpy", "click", "rich", "peft", "diffusers", "transformers")
 """Those it is built on, and those whose files it writes."""
@@ -51,7 +51,7 @@ def environment() -> Environment:
         versions={"loratool": __version__, "Python": platform.python_version(), **_versions()},
         system=platform.platform(),
         processor=_processor(),
-        cores=cores(),
+        cores=usable_cores(),
         memory=total,
         memory_limit=limit if limit < (total or limit + 1) else 0,
         memory_free=meminfo.get("MemAvailable", 0),

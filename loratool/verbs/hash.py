@@ -50,7 +50,7 @@ class Hashes:
         return all(self.claims.values())
 
 
-def file_hashes(path: str | Path) -> Hashes:
+def hash_file(path: str | Path) -> Hashes:
     """Hashes the file at `path`, or the weights of the PEFT folder; raises `LoratoolError`."""
     file = locate(Path(path).expanduser())[0]
     return hashes_of(path, file, header_or_none(file))

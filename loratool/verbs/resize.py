@@ -11,17 +11,24 @@ from typing import Final
 from torch import Tensor
 
 from loratool.adapter.adapter import Adapter, Change, files_of
-from loratool.adapter.approximate import Converted, Lowered, Lowering, error_of, fits_lora_file, no_lora
+from loratool.adapter.approximate import (
+    ApproximatedDeltas,
+    ApproximatedModule,
+    Approximation,
+    error_of,
+    fits_lora_file,
+    keeps_its_rank,
+)
 from loratool.adapter.load import Assumptions, open_source
-from loratool.adapter.same_format import as_they_were, biases, like_source, named_tensors
-from loratool.base.base import Weights, open_base
+from loratool.adapter.same_format import contents_like_source, lora_tensors, read_unchanged, rescaled_biases
+from loratool.base.base import BaseCheckpoint, open_base
 from loratool.deltas.schema import WEIGHT
-from loratool.errors import of_file
-from loratool.files.adapter_writer import Contents, size_of, write
-from loratool.files.history import entry, named
-from loratool.numbers.budgets import Market
-from loratool.numbers.devices import lanes
-from loratool.numbers.ranks import NUMERICAL, Budget, Offer, Rule
+from loratool.errors import error_in_file
+from loratool.files.adapter_writer import AdapterContents, contents_size, write_contents
+from loratool.files.history import history_entry, input_record
+from loratool.numbers.budgets import RankAllocator
+from loratool.numbers.devices import open_devices
+from loratool.numbers.ranks import NUMERICAL, Budget, RankCandidate, Rule
 from loratool.verbs.reports import Report, worst_of
 
 LADDER: Final = (1, *(step for power in range(1, 15) for step in (2**power, 3 * 2 ** (power - 1))))
@@ -29,19 +36,19 @@ LADDER: Final = (1, *(step for power in range(1, 15) for step in (2**power, 3 * 
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankReport(Report):
+class ResizeReport(Report):
     """What a conversion did: every module that changed its kind, how many did not, and the error over all of them; `weighed`
     is the error with each module's square divided by that of the weight it changes, where that was asked for."""
 
     out: str
-    modules: tuple[Converted, ...]
+    modules: tuple[ApproximatedModule, ...]
     kept: int
     error: float
     nbytes: int
     weighed: float | None = None
 
     @property
-    def worst(self) -> Converted | None:
+    def worst(self) -> ApproximatedModule | None:
         """The module with the largest error."""
         return worst_of(self.modules)
 
@@ -52,20 +59,24 @@ def to_lora(
     rule: Rule | None = None,
     *,
     dtype: str | None = None,
-    base: str | Path | Weights | None = None,
+    base: str | Path | BaseCheckpoint | None = None,
     assume: Assumptions | None = None,
     device: str = "cpu",
     overwrite: bool = False,
-) -> LowRankReport:
+) -> ResizeReport:
     """Writes an adapter to `out` with every delta on a matrix or a kernel as a LoRA.
 
     What is a LoRA already keeps its bytes. Kinds that depend on the weight (DoRA, OFT, (IA)³ …) need `base`. Errors are
     those of the factors as stored. Raises `LoratoolError`.
     """
-    work = Lowering(
-        open_source(adapter, assume=assume), dtype, fits_lora_file, open_base(base), on=lanes(device, doubles=True)
+    work = Approximation(
+        open_source(adapter, assume=assume),
+        dtype,
+        fits_lora_file,
+        open_base(base),
+        devices=open_devices(device, doubles=True),
     )
-    return _written("convert", work, rule or Rule(), Path(out), overwrite=overwrite)
+    return _approximate_and_write("convert", work, rule or Rule(), Path(out), overwrite=overwrite)
 
 
 def resize(
@@ -74,21 +85,23 @@ def resize(
     rule: Rule | Budget,
     *,
     dtype: str | None = None,
-    base: str | Path | Weights | None = None,
+    base: str | Path | BaseCheckpoint | None = None,
     weigh: bool = False,
     assume: Assumptions | None = None,
     device: str = "cpu",
     overwrite: bool = False,
-) -> LowRankReport:
+) -> ResizeReport:
     """Writes an adapter to `out` with every LoRA, and every other kind as a LoRA, of the rank that `rule` gives.
 
     The best approximation at that rank (Eckart and Young 1936), from QR of the factors and the spectrum of their small core.
     A budget is shared over all modules; one that no rank of is worth its bytes is dropped, and has rank 0 in the report.
     With `weigh`, a budget's errors count relative to the weights in `base` that they are errors of.
     """
-    on = lanes(device, doubles=True)
-    work = Lowering(open_source(adapter, assume=assume), dtype, no_lora, open_base(base), on=on, weigh=weigh)
-    report = _written("resize", work, rule, Path(out), overwrite=overwrite)
+    devices = open_devices(device, doubles=True)
+    work = Approximation(
+        open_source(adapter, assume=assume), dtype, keeps_its_rank, open_base(base), devices=devices, weigh=weigh
+    )
+    report = _approximate_and_write("resize", work, rule, Path(out), overwrite=overwrite)
     if not weigh:
         return report
     worths = work.worth.values()
@@ -98,45 +111,47 @@ def resize(
     )
 
 
-def _written(command: str, work: Lowering, rule: Rule | Budget, out: Path, *, overwrite: bool) -> LowRankReport:
+def _approximate_and_write(
+    command: str, work: Approximation, rule: Rule | Budget, out: Path, *, overwrite: bool
+) -> ResizeReport:
     adapter = work.adapter
-    kept, said = as_they_were(adapter, work.kept), _said(command, adapter)
-    with of_file(adapter.path):
+    kept, said = read_unchanged(adapter, work.kept), _history(command, adapter)
+    with error_in_file(adapter.path):
         if isinstance(rule, Rule):
-            done = work.lowered(rule)
+            done = work.approximate(rule)
         else:
-            done = work.within(rule, lambda imagined: size_of(_contents(said, work, imagined, kept)))
-    nbytes = write(_contents(said, work, done, kept), files_of([adapter]), out.expanduser(), overwrite=overwrite)
+            done = work.within(rule, lambda imagined: contents_size(_contents(said, work, imagined, kept)))
+    nbytes = write_contents(_contents(said, work, done, kept), files_of([adapter]), out.expanduser(), overwrite=overwrite)
     figures = tuple(figures for figures, _ in done.values())
-    notes = (*adapter.notes, *work.lanes.notes())
-    return LowRankReport(str(out), figures, len(work.kept), error_of(figures), nbytes, warnings=notes)
+    notes = (*adapter.warnings, *work.devices.warnings())
+    return ResizeReport(str(out), figures, len(work.kept), error_of(figures), nbytes, warnings=notes)
 
 
-Said = Callable[[float], dict[str, str]]
+History = Callable[[float], dict[str, str]]
 """The metadata that tells of a command, of the error that it made."""
 
 
-def _said(command: str, adapter: Adapter) -> Said:
+def _history(command: str, adapter: Adapter) -> History:
     """In as many letters whatever the error is; the input is hashed once, however often that is asked."""
-    made_of = [named(adapter.path, adapter.file)]
-    return lambda error: entry(command, made_of, adapter.metadata, error=f"{error:.4e}")
+    made_of = [input_record(adapter.path, adapter.file)]
+    return lambda error: history_entry(command, made_of, adapter.metadata, error=f"{error:.4e}")
 
 
-def _contents(said: Said, work: Lowering, done: Lowered, kept: Mapping[str, Tensor]) -> Contents:
+def _contents(said: History, work: Approximation, done: ApproximatedDeltas, kept: Mapping[str, Tensor]) -> AdapterContents:
     """What is written, and what it says of itself."""
     tensors = dict(kept)
-    tensors |= biases(work.kept, {figures.name for figures, _ in done.values()})
+    tensors |= rescaled_biases(work.kept, {figures.name for figures, _ in done.values()})
     for number, (figures, delta) in done.items():
         if figures.rank:
-            tensors |= named_tensors(Change(work.adapter.changes[number].module, WEIGHT, delta))
+            tensors |= lora_tensors(Change(work.adapter.changes[number].module, WEIGHT, delta))
     ranks = [figures.rank for figures, _ in done.values() if figures.rank]
-    contents = like_source(work.adapter, tensors, work.kept, ranks)
+    contents = contents_like_source(work.adapter, tensors, work.kept, ranks)
     error = error_of([figures for figures, _ in done.values()])
     return replace(contents, metadata={**contents.metadata, **said(error)})
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class FrontierPoint:
     """What one rank for all modules comes to: the bytes of the output, the error over all, and that of the worst module;
     and the error over all at `shared`, where as many bytes are spent where each saves most."""
 
@@ -153,48 +168,48 @@ class FrontierReport(Report):
 
     modules: int
     norm: float
-    choices: tuple[Choice, ...]
+    choices: tuple[FrontierPoint, ...]
 
 
 def frontier(
     adapter: Adapter | str | Path,
     *,
     dtype: str | None = None,
-    base: str | Path | Weights | None = None,
+    base: str | Path | BaseCheckpoint | None = None,
     assume: Assumptions | None = None,
     device: str = "cpu",
 ) -> FrontierReport:
     """Size against error against rank of an adapter, for ranks from 1 to the largest that any module has. All of
     it is in the spectra; nothing is written. Raises `LoratoolError`."""
     adapter = open_source(adapter, assume=assume)
-    work = Lowering(adapter, dtype, no_lora, open_base(base), on=lanes(device, doubles=True))
-    kept, said = as_they_were(adapter, work.kept), _said("resize", adapter)
+    work = Approximation(adapter, dtype, keeps_its_rank, open_base(base), devices=open_devices(device, doubles=True))
+    kept, said = read_unchanged(adapter, work.kept), _history("resize", adapter)
     spectra = work.offers(dict.fromkeys(work.numbers, Rule()))
-    market = Market(work.numbers, lambda rules: {number: spectra[number] for number in rules}, Budget(nbytes=1))
+    market = RankAllocator(work.numbers, lambda rules: {number: spectra[number] for number in rules}, Budget(nbytes=1))
     total = math.sqrt(market.total)
 
     def size(ranks: Mapping[int, int]) -> int:
-        return size_of(_contents(said, work, work.imagined(ranks), kept))
+        return contents_size(_contents(said, work, work.placeholders(ranks), kept))
 
-    def choice(rank: int) -> Choice:
+    def choice(rank: int) -> FrontierPoint:
         ranks = {number: min(rank, _effective(offer)) for number, offer in spectra.items()}
-        left = {number: _left(spectra[number], rank) for number, rank in ranks.items()}
+        left = {number: _missing_at(spectra[number], rank) for number, rank in ranks.items()}
         nbytes = size(ranks)
         spent = market.within_bytes(nbytes, size)
-        shared = math.hypot(*(_left(offer, spent.get(number, 0)) for number, offer in spectra.items()))
+        shared = math.hypot(*(_missing_at(offer, spent.get(number, 0)) for number, offer in spectra.items()))
         worst = max(left[number] / math.sqrt(offer.total) for number, offer in spectra.items() if offer.total)
-        return Choice(rank, nbytes, math.hypot(*left.values()) / total, worst, shared / total)
+        return FrontierPoint(rank, nbytes, math.hypot(*left.values()) / total, worst, shared / total)
 
     largest = max(map(_effective, spectra.values()), default=0)
     ranks = [rank for rank in LADDER if rank < largest] + [largest] if total else []
-    return FrontierReport(len(spectra), total, tuple(map(choice, ranks)), warnings=adapter.notes)
+    return FrontierReport(len(spectra), total, tuple(map(choice, ranks)), warnings=adapter.warnings)
 
 
-def _effective(offer: Offer) -> int:
+def _effective(offer: RankCandidate) -> int:
     """How many singular values are more than what arithmetic leaves."""
     return int((offer.sigma > NUMERICAL * offer.sigma[:1]).sum())
 
 
-def _left(offer: Offer, rank: int) -> float:
+def _missing_at(offer: RankCandidate, rank: int) -> float:
     """What a module lacks at `rank`."""
     return float(offer.sigma[rank:].norm())

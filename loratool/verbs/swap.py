@@ -15,7 +15,7 @@ from loratool.files.layout import open_layout, require_weights
 from loratool.numbers.threads import Progress
 from loratool.verbs.merge.merge import LOST, MergeReport, merge_inputs
 from loratool.verbs.merge.write import open_inputs
-from loratool.verbs.unmerge.unmerge import require_sums, said_otherwise
+from loratool.verbs.unmerge.unmerge import history_disagreements, require_additive
 
 
 def swap(
@@ -41,9 +41,9 @@ def swap(
     negated = [weighted_adapter(source).negated() for source in outgoing]
     old = open_inputs(negated, assume=assume, allow_pickle=allow_pickle)
     for each in old:
-        require_sums(each.adapter)
+        require_additive(each.adapter)
     new = open_inputs(incoming, assume=assume, allow_pickle=allow_pickle)
-    notes = said_otherwise(layout, [(str(each.adapter.path), -each.strength.value) for each in old])
+    notes = history_disagreements(layout, [(str(each.adapter.path), -each.strength.value) for each in old])
     report = merge_inputs(
         "swap", layout, [*old, *new], out, device=device, overwrite=overwrite, dry_run=dry_run, progress=progress
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool import WeightedAdapter, merge
-from loratool.files.in_place import finish
+from loratool.files.in_place import complete_interrupted_change
 from tests.conftest import FIXTURES
 from tests.hostile.test_battery import contents
 
@@ -99,7 +99,7 @@ def steps_of(total: int) -> list[int]:
 def check(folder: Path, base: str, before: State, wanted: State) -> None:
     """Raises where a merge left anything that is neither old nor new."""
     if (folder / base).is_dir():
-        finish(folder / base)
+        complete_interrupted_change(folder / base)
     found = contents(folder)
     told = {name: raw for name, raw in found.items() if not temporary(name) and ".old-" not in name}
     aside = {name for name in found if ".old-" in name}

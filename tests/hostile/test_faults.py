@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loratool.files.in_place import finish
+from loratool.files.in_place import complete_interrupted_change
 from tests.conftest import FIXTURES, Run
 from tests.hostile.test_battery import contents
 
@@ -113,7 +113,7 @@ def test_a_step_that_fails_is_an_error_and_the_old_output_stays(
         assert "Traceback" not in done.stderr
         # Clones that were complete go on into their places when the folder is opened.
         for name in ("llama", "merged"):
-            finish(place / name)
+            complete_interrupted_change(place / name)
         assert contents(place) in (before, wanted), (step, done.stderr)
 
 

@@ -22,7 +22,7 @@ import torch
 from loratool import LoratoolError, WeightedAdapter, merge
 from loratool.errors import OutputError
 from loratool.files.locks import Lock, sweep_locks
-from loratool.files.output import Output
+from loratool.files.output import NewOutput
 from loratool.files.tensors import TensorFile
 from loratool.files.writer import Writer
 from loratool.numbers.threads import threads_for
@@ -34,16 +34,16 @@ pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 def test_two_runs_never_write_one_output(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with Output(target, folder=True, overwrite=True, nbytes=0, inputs=[]):
+    with NewOutput(target, folder=True, overwrite=True, nbytes=0, inputs=[]):
         with (
             pytest.raises(OutputError, match="out: another run is writing it"),
-            Output(target, folder=True, overwrite=True, nbytes=0, inputs=[]),
+            NewOutput(target, folder=True, overwrite=True, nbytes=0, inputs=[]),
         ):
             pass
-        with Output(tmp_path / "other", folder=True, overwrite=True, nbytes=0, inputs=[]):
+        with NewOutput(tmp_path / "other", folder=True, overwrite=True, nbytes=0, inputs=[]):
             pass
     assert not list(tmp_path.iterdir())
-    with Output(target, folder=False, overwrite=True, nbytes=0, inputs=[]):
+    with NewOutput(target, folder=False, overwrite=True, nbytes=0, inputs=[]):
         pass
 
 
@@ -163,7 +163,7 @@ def _harmed(folder: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[Path]
     with monkeypatch.context() as patched:
         patched.setattr(TensorFile, "read_into", harming(read))
         patched.setattr(Writer, "copy", harming(copy))
-        patched.setattr("loratool.numbers.threads.MOST", 1)
+        patched.setattr("loratool.numbers.threads.MOST_THREADS", 1)
         out = folder / "out.safetensors"
         out.unlink(missing_ok=True)
         try:
@@ -198,7 +198,7 @@ def test_little_memory_is_an_error_that_says_so_or_enough(tmp_path: Path, megaby
 
 
 def test_fewer_threads_work_where_there_is_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratool.numbers.threads.cores", lambda: 16)
+    monkeypatch.setattr("loratool.numbers.threads.usable_cores", lambda: 16)
     assert [threads_for(limit) for limit in (0, 1, 2 << 30, 64 << 30)] == [8, 1, 4, 8]
 
 

@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool.errors import LoratoolError
-from loratool.numbers.budgets import Market
-from loratool.numbers.ranks import Budget, Offer, Rule, buy
+from loratool.numbers.budgets import RankAllocator
+from loratool.numbers.ranks import Budget, RankCandidate, Rule, allocate_ranks
 
 spectra = st.lists(st.floats(0.01, 10), min_size=1, max_size=4).map(lambda values: sorted(values, reverse=True))
 modules = st.lists(st.tuples(spectra, st.integers(1, 9)), min_size=1, max_size=4)
 
 
-def offer(sigma: list[float], cost: int, complete: bool = True) -> Offer:
+def offer(sigma: list[float], cost: int, complete: bool = True) -> RankCandidate:
     values = torch.tensor(sigma, dtype=torch.float64)
-    return Offer(values, complete, cost, float(values.square().sum()))
+    return RankCandidate(values, complete, cost, float(values.square().sum()))
 
 
 def saved(chosen: list[tuple[list[float], int]], ranks: tuple[int, ...]) -> float:
@@ -31,7 +31,7 @@ def saved(chosen: list[tuple[list[float], int]], ranks: tuple[int, ...]) -> floa
 @given(modules, st.integers(0, 60))
 def test_bytes_are_spent_as_well_as_they_can_be(chosen: list[tuple[list[float], int]], nbytes: int) -> None:
     """No choice of as many bytes saves more than greed does with them and the bytes of one more step."""
-    bought = buy([offer(*module) for module in chosen], nbytes=nbytes)
+    bought = allocate_ranks([offer(*module) for module in chosen], nbytes=nbytes)
 
     cost = sum(rank * cost for rank, (_, cost) in zip(bought.ranks, chosen, strict=True))
     assert cost <= nbytes
@@ -46,7 +46,7 @@ def test_bytes_are_spent_as_well_as_they_can_be(chosen: list[tuple[list[float], 
 @given(modules, st.floats(0, 1))
 def test_enough_is_saved_and_no_step_more(chosen: list[tuple[list[float], int]], share: float) -> None:
     whole = saved(chosen, tuple(len(sigma) for sigma, _ in chosen))
-    bought = buy([offer(*module) for module in chosen], squares=share * whole * 0.999)
+    bought = allocate_ranks([offer(*module) for module in chosen], squares=share * whole * 0.999)
 
     assert saved(chosen, bought.ranks) >= share * whole * 0.999 - 1e-9
     steps = [
@@ -66,25 +66,25 @@ def test_spectra_are_looked_at_only_as_far_as_the_price_asks() -> None:
     }
     looked: dict[int, int] = {}
 
-    def look(rules: dict[int, Rule]) -> dict[int, Offer]:
+    def look(rules: dict[int, Rule]) -> dict[int, RankCandidate]:
         found = {}
         for number, rule in rules.items():
             sigma = whole[number]
             rank = min(int((sigma > rule.value).sum()), rule.most or 400)
             looked[number] = rank
-            found[number] = Offer(sigma[:rank], rank < (rule.most or 400), 10, float(sigma.square().sum()))
+            found[number] = RankCandidate(sigma[:rank], rank < (rule.most or 400), 10, float(sigma.square().sum()))
         return found
 
-    market = Market(list(whole), look, Budget(nbytes=1))  # type: ignore[arg-type]
+    market = RankAllocator(list(whole), look, Budget(nbytes=1))  # type: ignore[arg-type]
     ranks = market.within_bytes(4000, lambda ranks: 10 * sum(ranks.values()))
 
-    complete = [Offer(sigma, True, 10, 0.0) for sigma in whole.values()]
-    assert list((dict.fromkeys(whole, 0) | ranks).values()) == list(buy(complete, nbytes=4000).ranks)
+    complete = [RankCandidate(sigma, True, 10, 0.0) for sigma in whole.values()]
+    assert list((dict.fromkeys(whole, 0) | ranks).values()) == list(allocate_ranks(complete, nbytes=4000).ranks)
     assert looked[7] < looked[0] < 400
 
 
 def test_a_size_below_that_of_an_empty_file_is_refused() -> None:
-    market = Market([0], lambda rules: {0: offer([1.0], 4)}, Budget(nbytes=1))
+    market = RankAllocator([0], lambda rules: {0: offer([1.0], 4)}, Budget(nbytes=1))
     with pytest.raises(LoratoolError, match="takes 100 bytes already"):
         market.within_bytes(99, lambda ranks: 100 + 4 * sum(ranks.values()))
 

@@ -134,7 +134,7 @@ def test_strength_is_linear(make: Make, seed: int, rank: int) -> None:
 def test_its_shape_is_that_of_the_weight_it_fits(make: Make, seed: int, rank: int) -> None:
     delta, weight = drawn(make, seed, rank)
     assert delta.apply(weight).shape == weight.shape
-    if delta.flattened:
+    if delta.kernel_flattened:
         assert delta.shape[0] == weight.shape[0]
     else:
         assert all(size in (ANY, dimension) for size, dimension in zip(delta.shape, weight.shape, strict=False))
@@ -256,7 +256,7 @@ def test_every_form_changes_a_weight_alike(make: Make, seed: int, rank: int) -> 
     delta, weight = drawn(make, seed, rank)
     changed = delta.apply(weight)
     # loralib's are guesses at what its layer was, of which those that fit the weight must be alike.
-    fitting = [form for form in delta.forms() if delta.kind != "loralib" or form.shape == weight.shape]
+    fitting = [form for form in delta.equivalent_forms() if delta.kind != "loralib" or form.shape == weight.shape]
 
     assert fitting or weight.ndim > 2
     for form in fitting:
@@ -293,12 +293,12 @@ def test_what_is_trimmed_is_the_same_without_ranks_that_add_nothing(seed: int, r
     used = randn(generator, 6, rank)
     padded = LoRA(randn(generator, rank + 2, 4), torch.cat([used, torch.zeros(6, 2)], dim=1), scale=0.5)
 
-    trimmed = padded.trimmed()
+    trimmed = padded.without_zero_ranks()
 
     assert trimmed is not None
     assert trimmed.rank == rank
     close(trimmed.dense(), padded.dense())
-    assert replace(padded, up=torch.zeros_like(padded.up)).trimmed() is None
+    assert replace(padded, up=torch.zeros_like(padded.up)).without_zero_ranks() is None
 
 
 @draws
@@ -309,7 +309,7 @@ def test_parts_that_were_stacked_are_cut_into_the_same_bytes(seed: int, rank: in
     one = LoRA(randn(generator, rank, 6), randn(generator, 4, rank), scale=0.5)
     other = LoRA(randn(generator, rank + 1, 6), randn(generator, 4, rank + 1), scale=0.5)
 
-    first, second, third = (part.trimmed() for part in stack([one, one.nothing(8), other]).split((4, 8, 4)))
+    first, second, third = (part.without_zero_ranks() for part in stack([one, one.nothing(8), other]).split((4, 8, 4)))
 
     assert second is None
     for part, origin in ((first, one), (third, other)):

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool.numbers import krylov
-from loratool.numbers.factor import Storage, factored
-from loratool.numbers.krylov import Spectrum, largest, leading, leading_each, orthonormal
+from loratool.numbers.factor import Storage, factorise
+from loratool.numbers.krylov import Spectrum, orthonormal, spectral_norm, truncated_svd, truncated_svd_batch
 from loratool.numbers.ranks import Rule
 from tests.conftest import examples
 
@@ -55,7 +55,7 @@ def test_the_error_is_that_of_the_best_approximation(
     sigma = torch.linalg.svdvals(dense.double())
     best = float(sigma[rank:].square().sum().sqrt())
 
-    found = factored(dense, Rule("rank", rank), Storage(torch.float32))
+    found = factorise(dense, Rule("rank", rank), Storage(torch.float32))
 
     assert found.rank == min(rank, height, width)
     true = float((dense.double() - found.up.double() @ found.down.double()).norm())
@@ -72,7 +72,7 @@ def test_growing_ranges_are_as_good_as_the_svd(kind: str, shape: tuple[int, int]
     dense = matrix(SPECTRA[kind](torch.arange(1, 401, dtype=torch.float64)), *shape, seed=1)
     best = float(torch.linalg.svdvals(dense.double())[rank:].square().sum().sqrt())
 
-    found = leading(dense, Rule("rank", rank), rank=rank)
+    found = truncated_svd(dense, Rule("rank", rank), rank=rank)
 
     true = float((dense.double() - found.up @ found.down).norm())
     assert true <= 1.0005 * best + 1e-6 * float(dense.norm())
@@ -87,7 +87,7 @@ def test_an_error_is_met_with_the_least_rank(kind: str, error: float) -> None:
     left = (sigma.square().sum() - sigma.square().cumsum(0)).clamp_min(0).sqrt() / sigma.norm()
     least = int((left > error).sum()) + 1
 
-    found = factored(dense, Rule("max_error", error), Storage(torch.float32))
+    found = factorise(dense, Rule("max_error", error), Storage(torch.float32))
 
     assert found.error / found.norm <= error
     assert least <= found.rank <= least + 1  # one more where the last is within rounding of enough
@@ -96,7 +96,7 @@ def test_an_error_is_met_with_the_least_rank(kind: str, error: float) -> None:
 def test_rounding_is_part_of_the_error_that_is_met() -> None:
     dense = matrix(SPECTRA["geometric"](torch.arange(1, 201, dtype=torch.float64)), 200, 300, seed=3)
 
-    found = factored(dense, Rule("max_error", 0.01), Storage(torch.bfloat16))
+    found = factorise(dense, Rule("max_error", 0.01), Storage(torch.bfloat16))
 
     assert found.error / found.norm <= 0.01
     assert found.up.dtype == torch.bfloat16
@@ -106,9 +106,9 @@ def test_no_rule_without_need_sees_the_whole_spectrum(monkeypatch: pytest.Monkey
     dense = matrix(SPECTRA["low rank and noise"](torch.arange(1, 401, dtype=torch.float64)), 400, 600, seed=4)
     monkeypatch.setattr(krylov, "_exact", lambda *_: pytest.fail("the whole spectrum was taken"))
 
-    assert leading(dense, Rule("max_error", 0.2)).up.shape[1] == 5
-    assert leading(dense, Rule("sv_ratio", 10)).up.shape[1] == 5
-    assert leading(dense, Rule("auto"), noise=0.02).up.shape[1] == 5
+    assert truncated_svd(dense, Rule("max_error", 0.2)).up.shape[1] == 5
+    assert truncated_svd(dense, Rule("sv_ratio", 10)).up.shape[1] == 5
+    assert truncated_svd(dense, Rule("auto"), noise=0.02).up.shape[1] == 5
 
 
 def spectrum(*sigma: float, complete: bool = True, noise: float = 0.0) -> Spectrum:
@@ -174,10 +174,10 @@ def test_several_at_once_are_what_each_is_alone(seed: int, count: int, rank: int
     ]
     rules = [Rule("rank", 3) if rank else Rule("energy", 0.5 + 0.08 * i) for i in range(count)]
 
-    together = leading_each(matrices, rules, rank=rank, noises=[0.0] * count, seed=seed)
+    together = truncated_svd_batch(matrices, rules, rank=rank, noises=[0.0] * count, seed=seed)
 
     for matrix, rule, found in zip(matrices, rules, together, strict=True):
-        alone = leading(matrix, rule, rank=rank, seed=seed)
+        alone = truncated_svd(matrix, rule, rank=rank, seed=seed)
         assert found.up.shape == alone.up.shape
         torch.testing.assert_close(found.up @ found.down, alone.up @ alone.down, rtol=1e-3, atol=1e-3)
         assert found.left == pytest.approx(alone.left, rel=1e-4, abs=1e-4 * float(matrix.norm()))
@@ -206,4 +206,4 @@ def test_the_largest_singular_value_is_found(seed: int, decay: float, rows: int,
     generator = torch.Generator().manual_seed(seed)
     left, right = (torch.linalg.qr(torch.randn(n, 60, generator=generator)).Q for n in (rows, columns))
     matrix = left * torch.arange(1, 61) ** -decay @ right.T
-    assert largest(matrix) == pytest.approx(1.0, rel=2e-3)
+    assert spectral_norm(matrix) == pytest.approx(1.0, rel=2e-3)

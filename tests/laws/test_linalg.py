@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratool.numbers.linalg import Core, all_finite, bounds, difference_norm
+from loratool.numbers.linalg import ProductSVD, all_finite, bounds, difference_norm
 from tests.conftest import examples
 
 sizes = st.integers(1, 24)
@@ -32,7 +32,7 @@ def test_factors_are_the_best_at_every_rank(
     dense = up.double() @ down.double()
     sigma = torch.linalg.svdvals(dense)
 
-    core = Core.enough(up, down, lambda _: kept)
+    core = ProductSVD.enough(up, down, lambda _: kept)
     ups, downs = core.factors(min(kept, len(core.sigma)))
 
     left = (dense - ups.double() @ downs.double()).norm()
@@ -48,14 +48,14 @@ def test_the_spectrum_is_that_of_the_product(height: int, width: int, rank: int,
     up, down = product(height, width, rank, 2.0, False, seed)
     sigma = torch.linalg.svdvals(up.double() @ down.double())
 
-    found = Core(up, down).sigma
+    found = ProductSVD(up, down).sigma
 
     count = min(len(sigma), len(found))
     torch.testing.assert_close(found[:count], sigma[:count], rtol=0, atol=3e-7 * float(up.norm() * down.norm()))
 
 
 def test_a_product_of_zeros_has_zeros_for_factors() -> None:
-    core = Core(torch.zeros(5, 3), torch.randn(3, 4))
+    core = ProductSVD(torch.zeros(5, 3), torch.randn(3, 4))
     up, down = core.factors(3)
     assert not up.any()
     assert core.distance(up, down) == 0
@@ -83,7 +83,7 @@ def test_bounds_tell_what_is_not_finite() -> None:
 @pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e9, 1e18])
 def test_factors_of_any_size_that_float32_holds(scale: float) -> None:
     up, down = product(20, 16, 6, 1.0, False, 0)
-    core = Core.enough(up * scale, down, lambda _: 3)
+    core = ProductSVD.enough(up * scale, down, lambda _: 3)
     sigma = torch.linalg.svdvals(up.double() @ down.double()) * scale
     torch.testing.assert_close(core.sigma[:6], sigma[:6], rtol=1e-4, atol=0)
     ups, downs = core.factors(3)

@@ -11,11 +11,11 @@ from typing import Any, Final
 from loratool.adapter.adapter import Adapter, Change, require_unchanged
 from loratool.adapter.load import open_source
 from loratool.adapter.spell import has_lora
-from loratool.deltas.base import Delta, or_one
+from loratool.deltas.base import Delta, scale_or_one
 from loratool.deltas.relations import norm_of
-from loratool.errors import LoratoolError, some
+from loratool.errors import LoratoolError, first_few
 from loratool.files.layout import Layout, open_layout
-from loratool.formats.consumers import GLOBAL, SHARED, Consumer, consumer_kind, consumer_named
+from loratool.formats.consumers import GLOBAL_SCALE, SHARED_SCALE, Consumer, consumer_kind, consumer_named
 from loratool.formats.peft import PeftConfig
 from loratool.formats.table import format_named
 from loratool.keys.detect import is_language_model
@@ -75,7 +75,7 @@ class CheckReport(Report):
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class CheckContext:
     """An adapter before a program."""
 
     adapter: Adapter
@@ -94,7 +94,7 @@ class Case:
         """Each LoRA, its rank, and what its factors' product is multiplied by."""
         for change in self.adapter.changes:
             if is_pair(change.delta):
-                yield change, change.delta.rank or 0, or_one(change.delta.scale)
+                yield change, change.delta.rank or 0, scale_or_one(change.delta.scale)
 
 
 def check(adapter: Adapter | str | Path, target: str, *, base: str | Path | None = None) -> CheckReport:
@@ -102,15 +102,15 @@ def check(adapter: Adapter | str | Path, target: str, *, base: str | Path | None
     that has all of the adapter's modules. Raises `LoratoolError` where the adapter cannot be read."""
     path = adapter.path if isinstance(adapter, Adapter) else adapter
     adapter = open_source(adapter)
-    report = examined(adapter, path, target, open_layout(Path(base).expanduser()) if base else None)
+    report = check_adapter(adapter, path, target, open_layout(Path(base).expanduser()) if base else None)
     require_unchanged([adapter])
     return report
 
 
-def examined(adapter: Adapter, path: str | Path, target: str, base: Layout | None) -> CheckReport:
+def check_adapter(adapter: Adapter, path: str | Path, target: str, base: Layout | None) -> CheckReport:
     """`check` of an adapter that is loaded already."""
-    case = Case(adapter, consumer_named(target), base)
-    findings = tuple(_unlike_model(case)) or tuple(finding for rule in RULES for finding in rule(case))
+    case = CheckContext(adapter, consumer_named(target), base)
+    findings = tuple(_unlike_model(case)) or tuple(finding for rule in _RULES for finding in rule(case))
     levels = {finding.level for finding in findings}
     return CheckReport(
         path=str(path),
@@ -119,7 +119,7 @@ def examined(adapter: Adapter, path: str | Path, target: str, base: Layout | Non
         verdict=next((words for level, words in VERDICTS.items() if level in levels), SAME),
         good=levels <= {NOTE},
         findings=findings,
-        warnings=case.adapter.notes,
+        warnings=case.adapter.warnings,
     )
 
 
@@ -138,7 +138,7 @@ def kind_of(change: Change) -> str:
     return consumer_kind(change.delta.kind, change.parameter, len(change.delta.shape))
 
 
-def _unlike_model(case: Case) -> Iterator[Finding]:
+def _unlike_model(case: CheckContext) -> Iterator[Finding]:
     wants = case.consumer.language
     if wants is not None and wants != case.language:
         what, other = ("an image model", "language models") if wants else ("a language model", "image and video models")
@@ -147,7 +147,7 @@ def _unlike_model(case: Case) -> Iterator[Finding]:
         )
 
 
-def _other_format(case: Case) -> Iterator[Finding]:
+def _other_format(case: CheckContext) -> Iterator[Finding]:
     try:
         own = format_of(case.adapter.keys).name
     except LoratoolError:
@@ -163,14 +163,14 @@ def _other_format(case: Case) -> Iterator[Finding]:
             yield Finding(REFUSED, what, f"`convert(to={case.consumer.writes!r})`")
 
 
-def _other_arch(case: Case) -> Iterator[Finding]:
+def _other_arch(case: CheckContext) -> Iterator[Finding]:
     found = archs_of_adapters([case.adapter.keys])
     if case.consumer.archs and found and not any(arch.name in case.consumer.archs for arch in found):
         what = f"is for {found[0].title}, which {case.consumer.title} does not know"
         yield Finding(REFUSED, what, "use another program", False)
 
 
-def _other_kinds(case: Case) -> Iterator[Finding]:
+def _other_kinds(case: CheckContext) -> Iterator[Finding]:
     by_kind: dict[str, list[Change]] = {}
     for change in case.adapter.changes:
         if kind_of(change) not in case.consumer.kinds:
@@ -192,18 +192,18 @@ def _other_kinds(case: Case) -> Iterator[Finding]:
         yield Finding(REFUSED, f"has {title}, which {case.consumer.title} does not have", way, True, names, lost)
 
 
-def _other_scales(case: Case) -> Iterator[Finding]:
+def _other_scales(case: CheckContext) -> Iterator[Finding]:
     """Where the program multiplies a module by something else than this adapter means."""
-    if case.consumer.scale not in (GLOBAL, SHARED) or not case.config:
+    if case.consumer.scale not in (GLOBAL_SCALE, SHARED_SCALE) or not case.config:
         return
     config = PeftConfig.parse(case.config, str(case.adapter.path))
     alpha, rank = config.alpha or 0.0, config.rank or 1
-    rooted = case.consumer.scale == GLOBAL and config.rslora
+    rooted = case.consumer.scale == GLOBAL_SCALE and config.rslora
     wrong: list[str] = []
     worst = 1.0
     for change, own, scale in case.loras():
-        per = math.sqrt(rank) if rooted else rank if case.consumer.scale == GLOBAL else own
-        theirs = alpha / per if alpha or case.consumer.scale == GLOBAL else 1.0
+        per = math.sqrt(rank) if rooted else rank if case.consumer.scale == GLOBAL_SCALE else own
+        theirs = alpha / per if alpha or case.consumer.scale == GLOBAL_SCALE else 1.0
         if not math.isclose(theirs, scale, rel_tol=1e-6):
             wrong.append(str(change))
             worst = max(worst, theirs / scale if scale else math.inf, scale / theirs if theirs else math.inf, key=abs)
@@ -213,7 +213,7 @@ def _other_scales(case: Case) -> Iterator[Finding]:
         yield Finding(DIFFERENT, what, "fold alpha into the factors, and give all one rank", True, tuple(wrong))
 
 
-def _unread_metadata(case: Case) -> Iterator[Finding]:
+def _unread_metadata(case: CheckContext) -> Iterator[Finding]:
     if case.consumer.ignores_metadata and "lora_adapter_metadata" in case.adapter.metadata:
         wrong = [str(change) for change, _, scale in case.loras() if scale != 1.0]
         if wrong:
@@ -221,7 +221,7 @@ def _unread_metadata(case: Case) -> Iterator[Finding]:
             yield Finding(DIFFERENT, what, f"`convert(to={case.consumer.writes!r})`", True, tuple(wrong))
 
 
-def _ranks(case: Case) -> Iterator[Finding]:
+def _ranks(case: CheckContext) -> Iterator[Finding]:
     ranks = {rank for _, rank, _ in case.loras()}
     if not case.consumer.ranks or not ranks:
         return
@@ -243,7 +243,7 @@ def _ranks(case: Case) -> Iterator[Finding]:
         yield Finding(NOTE, what, f"start {case.consumer.title} with --max-lora-rank {step}", False)
 
 
-def _unlike_base(case: Case) -> Iterator[Finding]:
+def _unlike_base(case: CheckContext) -> Iterator[Finding]:
     if case.base is None:
         return
     try:
@@ -252,11 +252,11 @@ def _unlike_base(case: Case) -> Iterator[Finding]:
         yield Finding(REFUSED, str(error), "use the base that it was made for", False)
         return
     if plan.unmatched:
-        what = f"{len(plan.unmatched)} modules have no place in {case.base.root}: {some(plan.unmatched, 3)}"
+        what = f"{len(plan.unmatched)} modules have no place in {case.base.root}: {first_few(plan.unmatched, 3)}"
         yield Finding(DIFFERENT, what, "use the base that it was made for", False, plan.unmatched)
 
 
-RULES: Final[tuple[Callable[[Case], Iterator[Finding]], ...]] = (
+_RULES: Final[tuple[Callable[[CheckContext], Iterator[Finding]], ...]] = (
     _other_arch, _other_format, _other_kinds, _other_scales, _unread_metadata, _ranks, _unlike_base,
 )  # fmt: skip
 """What is asked of every row of `CONSUMERS` that loads such models at all."""

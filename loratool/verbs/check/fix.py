@@ -8,20 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from loratool.adapter.adapter import Adapter, Change, files_of
-from loratool.adapter.approximate import Converted, error_of, lower
+from loratool.adapter.approximate import ApproximatedModule, approximate_adapter, error_of
 from loratool.adapter.load import open_source
 from loratool.adapter.spell import has_lora
-from loratool.adapter.write import write_as
-from loratool.base.base import Weights, open_base
-from loratool.deltas.base import Delta, or_one
-from loratool.errors import LoratoolError, of_file
-from loratool.files.history import entry, named
-from loratool.formats.consumers import OWN, SHARED, Consumer, consumer_named
+from loratool.adapter.write import write_adapter
+from loratool.base.base import BaseCheckpoint, open_base
+from loratool.deltas.base import Delta, scale_or_one
+from loratool.errors import LoratoolError, error_in_file
+from loratool.files.history import history_entry, input_record
+from loratool.formats.consumers import OWN_SCALE, SHARED_SCALE, Consumer, consumer_named
 from loratool.formats.peft_writer import without_saved
 from loratool.formats.table import format_named
-from loratool.keys.resolve import Wanted, choose
+from loratool.keys.resolve import Hints, resolve_routes
 from loratool.numbers.ranks import Rule
-from loratool.verbs.check.check import REFUSED, CheckReport, examined, is_pair, kind_of, norm_or_zero
+from loratool.verbs.check.check import REFUSED, CheckReport, check_adapter, is_pair, kind_of, norm_or_zero
 
 
 def fix(
@@ -29,7 +29,7 @@ def fix(
     target: str,
     out: str | Path,
     *,
-    base: str | Path | Weights | None = None,
+    base: str | Path | BaseCheckpoint | None = None,
     overwrite: bool = False,
 ) -> CheckReport:
     """Writes to `out` what `target` loads and takes as it is meant, and says what that took: other kinds become LoRA, what
@@ -41,36 +41,38 @@ def fix(
     adapter = open_source(adapter)
     weights = open_base(base)
     layout = weights.layout if weights else None
-    report = examined(adapter, path, target, layout)
+    report = check_adapter(adapter, path, target, layout)
     final = [finding.what for finding in report.findings if finding.level == REFUSED and not finding.fixable]
     if final:
         raise LoratoolError(f"{path}: {final[0]}")
     consumer, done, lost = consumer_named(target), list[str](), 0.0
-    adapter, gone = _without(adapter, consumer)
+    adapter, gone = _leave_out(adapter, consumer)
     if gone:
         lost = math.hypot(*map(norm_or_zero, gone))
         done.append(f"left out {len(gone)} changes of {_kinds(gone)}, with ‖ΔW‖ = {lost:.4g}")
     odd = [change for change in adapter.changes if kind_of(change) not in consumer.kinds]
-    converted: list[Converted] = []
+    converted: list[ApproximatedModule] = []
     if odd:
-        adapter, converted = lower(adapter, Rule(), base=weights)
+        adapter, converted = approximate_adapter(adapter, Rule(), base=weights)
         done.append(f"made LoRA of {_kinds(odd)}")
-    adapter, words = _scaled(adapter, consumer)
+    adapter, words = _unify_scales(adapter, consumer)
     done += words
     error = error_of(converted)
-    with of_file(path):
+    with error_in_file(path):
         form = format_named(consumer.writes)
-        _, ways = choose([adapter.keys], form, Wanted(None, None, layout))
-        said = entry("check --fix", [named(adapter.path, adapter.file)], adapter.metadata, target=target, error=error)
+        _, routes = resolve_routes([adapter.keys], form, Hints(None, None, layout))
+        said = history_entry(
+            "check --fix", [input_record(adapter.path, adapter.file)], adapter.metadata, target=target, error=error
+        )
         adapter = replace(adapter, metadata={**adapter.metadata, **said})
         out = Path(out).expanduser()
-        written = write_as(adapter, form, ways, out, inputs=files_of([adapter]), overwrite=overwrite)
+        written = write_adapter(adapter, form, routes, out, inputs=files_of([adapter]), overwrite=overwrite)
     return replace(
         report, out=str(out), done=(f"spelled it as {form.title}", *done), error=error, lost=lost, nbytes=written.nbytes
     )
 
 
-def _without(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[Change]]:
+def _leave_out(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[Change]]:
     """The adapter without what no LoRA can stand for and the program has no place for."""
     gone = [
         change
@@ -83,16 +85,16 @@ def _without(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[Change
     return (replace(adapter, changes=kept, config=without_saved(adapter.config)) if gone else adapter), gone
 
 
-def _scaled(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[str]]:
+def _unify_scales(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[str]]:
     """The adapter with ranks and scales as the program reads them: one scale, and one rank where it divides by that."""
     factored = [change.delta for change in adapter.changes if is_pair(change.delta)]
-    ranks, scales = {delta.rank or 0 for delta in factored}, {or_one(delta.scale) for delta in factored}
+    ranks, scales = {delta.rank or 0 for delta in factored}, {scale_or_one(delta.scale) for delta in factored}
     most, done = max(ranks, default=0), list[str]()
     rank = next((step for step in consumer.ranks if step >= most > consumer.usual_rank), most)
-    if consumer.scale != OWN and len(scales) > 1:
+    if consumer.scale != OWN_SCALE and len(scales) > 1:
         done.append("folded alpha into the factors")
         adapter = _each(adapter, lambda delta: delta.folded().scaled(1.0))
-    if ranks != {rank} and (consumer.scale == SHARED or rank > most):
+    if ranks != {rank} and (consumer.scale == SHARED_SCALE or rank > most):
         done.append(f"filled ranks up to {rank}")
         adapter = _each(adapter, lambda delta: delta.padded(rank))
     return adapter, done

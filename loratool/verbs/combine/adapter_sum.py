@@ -10,28 +10,35 @@ from math import prod
 import torch
 
 from loratool.adapter.adapter import Adapter, Change, with_one_expert_rank
-from loratool.adapter.approximate import Converted, Lowered, Lowering, as_lora, lowered_adapter, no_lora
-from loratool.adapter.rename import renamed
+from loratool.adapter.approximate import (
+    ApproximatedDeltas,
+    ApproximatedModule,
+    Approximation,
+    approximated_adapter,
+    as_lora,
+    keeps_its_rank,
+)
+from loratool.adapter.rename import rename_changes
 from loratool.adapter.strengths import Strength
-from loratool.adapter.write import size_as
+from loratool.adapter.write import size_in_format
 from loratool.archs import Arch
-from loratool.archs.table import Spot
-from loratool.base.base import Weights
+from loratool.archs.table import NameReading
+from loratool.base.base import BaseCheckpoint
 from loratool.base.effects import effect_of
 from loratool.deltas.base import Delta
 from loratool.deltas.full import Replace
 from loratool.deltas.relations import norm_and_distance
-from loratool.deltas.sums import Combined, Merge, summed
-from loratool.errors import LoratoolError, NonFinite, ShapeMismatch, about, some
+from loratool.deltas.sums import LazySum, Merge, add_deltas
+from loratool.errors import LoratoolError, NonFinite, ShapeMismatch, error_context, first_few
 from loratool.files.tensors import DTYPES
 from loratool.formats.table import CONFIG, Format
 from loratool.keys.routes import Route
 from loratool.names import DIFFUSERS, Module
-from loratool.numbers.devices import Lanes
-from loratool.numbers.factor import Storage, factored
+from loratool.numbers.devices import DevicePool
+from loratool.numbers.factor import Storage, factorise
 from loratool.numbers.linalg import all_finite, bounds, dtype_name
 from loratool.numbers.ranks import Budget, Rule
-from loratool.numbers.threads import results
+from loratool.numbers.threads import map_on_threads
 
 Described = Callable[[Adapter], Adapter]
 """Gives an adapter the output's metadata."""
@@ -41,10 +48,10 @@ MergeAt = Callable[[Module, Sequence[int]], Merge]
 
 def as_sum(module: Module, owners: Sequence[int]) -> Merge:
     """The exact sum, whatever changes what."""
-    return summed
+    return add_deltas
 
 
-Place = tuple[str, str, str]
+OutputPlace = tuple[str, str, str]
 """A component's prefix, a path and a parameter, as the output calls them."""
 
 
@@ -58,21 +65,21 @@ class _Term:
     weight: float
 
 
-class Combining:
+class AdapterSum:
     """Everything that adapters change, by the place that it has in the output."""
 
     def __init__(
         self,
         target: Format,
         arch: Arch,
-        ways: Mapping[Module, Route],
+        routes: Mapping[Module, Route],
         merge: MergeAt,
-        weights: Weights | None,
-        on: Lanes,
+        weights: BaseCheckpoint | None,
+        devices: DevicePool,
     ) -> None:
-        self.target, self.arch, self.ways, self.weights = target, arch, ways, weights
-        self.merge, self.lanes = merge, on
-        self.terms: dict[Place, list[_Term]] = {}
+        self.target, self.arch, self.routes, self.weights = target, arch, routes, weights
+        self.merge, self.devices = merge, devices
+        self.terms: dict[OutputPlace, list[_Term]] = {}
         self.common = 0
         # PEFT's bias shares the scale of its module's factors, and experts that of all, which must be 1 after a sum.
         self.biased = False
@@ -81,28 +88,28 @@ class Combining:
     def add(self, number: int, adapter: Adapter, strength: Strength) -> None:
         """The changes of one adapter, under the output's names."""
         modules = adapter.modules
-        with about(adapter.path):
+        with error_context(adapter.path):
             weights = strength.of(modules, self.arch)
             if unnamed := strength.unnamed(modules, self.arch):
-                shown = some(map(str, unnamed), 2)
+                shown = first_few(map(str, unnamed), 2)
                 self.warnings.append(
                     f"{adapter.path}: {len(unnamed)} modules are in blocks that the vector has no number for: {shown}"
                 )
             # PEFT alone can hold stacked experts, under the names that they have.
             together = self.target.alpha == CONFIG
-            changes = [replace(change, apart=()) if together else change for change in adapter.changes]
-            for item in renamed(changes, self.ways):
+            changes = [replace(change, per_expert=()) if together else change for change in adapter.changes]
+            for item in rename_changes(changes, self.routes):
                 module = item.sources[0].module
                 if item.sources[0].optional and not (self.weights and self.weights.targets.find(module, item.parameter)):
                     continue
                 self.biased |= item.delta.shares_scale
                 place = item.prefix, item.path, item.parameter
                 self.terms.setdefault(place, []).append(_Term(number, module, item.delta, weights[module]))
-        self.warnings += adapter.notes
+        self.warnings += adapter.warnings
 
-    def made(
+    def materialise(
         self, adapters: Sequence[Adapter], rule: Rule | Budget | None, dtype: str | None, described: Described
-    ) -> tuple[Adapter, tuple[Converted, ...]]:
+    ) -> tuple[Adapter, tuple[ApproximatedModule, ...]]:
         """All of it as one adapter, exactly or as a rule says, and what became of each module that is approximated."""
         self.common = sum(len({term.owner for term in terms}) > 1 for terms in self.terms.values())
         asked = self._adapter(adapters)
@@ -114,21 +121,21 @@ class Combining:
         changes: list[Change] = []
         for (prefix, path, parameter), terms in self.terms.items():
             module = Module(terms[0].module.component, path, self.target.stem(prefix, path))
-            with about(module):
+            with error_context(module):
                 changes += [Change(module, parameter, delta) for delta in self._combined(module, parameter, terms)]
         first = adapters[0]
-        passengers: dict[str, torch.Tensor] = {}
+        extras: dict[str, torch.Tensor] = {}
         for adapter in adapters:
-            for name, tensor in adapter.passengers.items():
-                if name in passengers and not torch.equal(passengers[name], tensor):
+            for name, tensor in adapter.extras.items():
+                if name in extras and not torch.equal(extras[name], tensor):
                     raise LoratoolError(
                         f"{adapter.path}: {name} travels with another adapter too, and is not the same there"
                     )
-                passengers[name] = tensor
+                extras[name] = tensor
         if not changes:
             raise LoratoolError("nothing is left: every strength is zero")
         tied = any(adapter.tied for adapter in adapters)
-        return Adapter(first.path, tuple(changes), {}, tied, passengers, config=first.config)
+        return Adapter(first.path, tuple(changes), {}, tied, extras, config=first.config)
 
     def _combined(self, module: Module, parameter: str, terms: Sequence[_Term]) -> list[Delta]:
         """What one place's terms come to: themselves, where one adapter alone changes it and is to be kept as it is."""
@@ -156,46 +163,48 @@ class Combining:
                 f"is changed as {' and as '.join(map(str, sorted(shapes)))}: the adapters are for other models"
             )
         merge = self.merge(module, [term.owner for term in terms])
-        if merge is summed and self.biased:
-            merge = partial(summed, fold=True)
-        whole = Combined(tuple(deltas), tuple(term.weight for term in terms), merge)
+        if merge is add_deltas and self.biased:
+            merge = partial(add_deltas, fold=True)
+        whole = LazySum(tuple(deltas), tuple(term.weight for term in terms), merge)
         if replaced is None or self.weights is None:
             return [whole]
         value = self.weights.of(terms[0].module, parameter).float() + whole.dense().reshape(replaced.shape)
         return [Replace(value, *replaced.leaves())]
 
-    def _exact(self, combined: Adapter, dtype: str | None, described: Described) -> tuple[Adapter, tuple[Converted, ...]]:
+    def _exact(
+        self, combined: Adapter, dtype: str | None, described: Described
+    ) -> tuple[Adapter, tuple[ApproximatedModule, ...]]:
         """Every combination computed, and rounded to another dtype only where one is asked for."""
         narrow = DTYPES[dtype] if dtype else None
-        done = results(partial(_stored, change, narrow, self.target) for change in combined.changes)
+        done = map_on_threads(partial(_as_stored, change, narrow, self.target) for change in combined.changes)
         changes = [replace(change, delta=delta) for change, (delta, _) in zip(combined.changes, done, strict=True)]
         rounded = tuple(figures for _, figures in done if figures)
         return described(replace(combined, changes=tuple(with_one_expert_rank(changes)))), rounded
 
     def _approximated(
         self, combined: Adapter, rule: Rule | Budget, dtype: str | None, described: Described
-    ) -> tuple[Adapter, tuple[Converted, ...]]:
+    ) -> tuple[Adapter, tuple[ApproximatedModule, ...]]:
         """Every combination at the rank that the rule gives."""
-        work = Lowering(combined, dtype, no_lora, self.weights, on=self.lanes)
+        work = Approximation(combined, dtype, keeps_its_rank, self.weights, devices=self.devices)
 
-        def size(imagined: Lowered) -> int:
-            adapter = described(lowered_adapter(work, imagined))
-            return size_as(adapter, self.target, self.ways_of(adapter))
+        def size(imagined: ApproximatedDeltas) -> int:
+            adapter = described(approximated_adapter(work, imagined))
+            return size_in_format(adapter, self.target, self.routes_of(adapter))
 
-        done = work.lowered(rule) if isinstance(rule, Rule) else work.within(rule, size)
-        adapter = lowered_adapter(work, done)
+        done = work.approximate(rule) if isinstance(rule, Rule) else work.within(rule, size)
+        adapter = approximated_adapter(work, done)
         # What was kept may be a combination too.
-        changes = [replace(change, delta=change.delta.made()) for change in adapter.changes]
+        changes = [replace(change, delta=change.delta.materialise()) for change in adapter.changes]
         return described(replace(adapter, changes=tuple(changes))), tuple(figures for figures, _ in done.values())
 
-    def ways_of(self, combined: Adapter) -> dict[Module, Route]:
+    def routes_of(self, combined: Adapter) -> dict[Module, Route]:
         """Modules that are called in the output what they are called already."""
-        ways = {}
+        routes = {}
         for change in combined.changes:
             module = change.module
             prefix = module.stem.removesuffix(self.target.stem("", module.path))
-            ways[module] = Route(prefix, Spot(DIFFUSERS, module.path), DIFFUSERS, ((module.path, None),))
-        return ways
+            routes[module] = Route(prefix, NameReading(DIFFUSERS, module.path), DIFFUSERS, ((module.path, None),))
+        return routes
 
 
 def _flat(delta: Delta) -> tuple[int, ...]:
@@ -204,20 +213,20 @@ def _flat(delta: Delta) -> tuple[int, ...]:
     return (rows, prod(others)) if others else (rows,)
 
 
-def _stored(change: Change, dtype: torch.dtype | None, target: Format) -> tuple[Delta, Converted | None]:
+def _as_stored(change: Change, dtype: torch.dtype | None, target: Format) -> tuple[Delta, ApproximatedModule | None]:
     """A change's delta, computed, and in another dtype with what that costs; a difference that the format has no place for
     becomes the LoRA of all its singular values that are more than noise."""
-    delta = change.delta.made()
+    delta = change.delta.materialise()
     if delta.stored_whole and len(delta.shape) > 1 and not delta.leaves().keys() <= target.leaves.keys():
-        with about(change):
-            found = factored(delta.dense().flatten(1), Rule(), Storage(dtype or torch.float32))
+        with error_context(change):
+            found = factorise(delta.dense().flatten(1), Rule(), Storage(dtype or torch.float32))
         error = found.error / found.norm if found.norm else 0.0
-        return as_lora(found, delta.shape), Converted(str(change), delta.kind, found.rank, found.norm, error)
+        return as_lora(found, delta.shape), ApproximatedModule(str(change), delta.kind, found.rank, found.norm, error)
     narrow = delta.rounded(dtype) if dtype else None
     if dtype is None or narrow is None:
         return delta, None
-    with about(change):
+    with error_context(change):
         if not all(map(all_finite, narrow.leaves().values())):
             raise NonFinite(f"overflows {dtype_name(dtype)}; choose `dtype='float32'` or bfloat16")
         norm, error = norm_and_distance(delta, narrow)
-    return narrow, Converted(str(change), delta.kind, narrow.rank or 0, norm, error / norm if norm else 0.0)
+    return narrow, ApproximatedModule(str(change), delta.kind, narrow.rank or 0, norm, error / norm if norm else 0.0)

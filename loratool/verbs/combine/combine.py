@@ -11,25 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter.adapter import Adapter, files_of
-from loratool.adapter.approximate import Converted, error_of
+from loratool.adapter.approximate import ApproximatedModule, error_of
 from loratool.adapter.load import open_source
 from loratool.adapter.strengths import AdapterLike, weighted_adapter
-from loratool.adapter.write import common_metadata, require_room, write_as
-from loratool.base.base import Weights, open_base
-from loratool.deltas.methods import METHODS, merged
+from loratool.adapter.write import common_metadata, require_folder_name, write_adapter
+from loratool.base.base import BaseCheckpoint, open_base
+from loratool.deltas.methods import MERGE_METHODS, merge_deltas
 from loratool.deltas.schema import SUM
 from loratool.deltas.sums import Merge
 from loratool.errors import LoratoolError, look_up
 from loratool.files.header import stored_dtype
-from loratool.files.history import METADATA_KEY, entry, named
+from loratool.files.history import HISTORY_KEY, history_entry, input_record
 from loratool.files.output import check_target
 from loratool.formats.table import format_named
 from loratool.keys.identify import format_of
-from loratool.keys.resolve import choose_common
+from loratool.keys.resolve import resolve_common_routes
 from loratool.names import Module
-from loratool.numbers.devices import lanes
+from loratool.numbers.devices import open_devices
 from loratool.numbers.ranks import Budget, Rule
-from loratool.verbs.combine.adapter_sum import Combining, as_sum
+from loratool.verbs.combine.adapter_sum import AdapterSum, as_sum
 from loratool.verbs.reports import Report, worst_of
 
 
@@ -43,12 +43,12 @@ class CombineMethod:
 
     def __post_init__(self) -> None:
         if self.name != SUM:
-            look_up(METHODS, self.name, "method")
+            look_up(MERGE_METHODS, self.name, "method")
 
     @property
     def dense(self) -> bool:
         """Whether what it makes is of full rank."""
-        return self.name != SUM and METHODS[self.name].dense
+        return self.name != SUM and MERGE_METHODS[self.name].dense
 
     @property
     def history(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class CombineMethod:
     def merge_at(self, module: Module, owners: Sequence[int]) -> Merge:
         """How terms of the adapters `owners` are merged at a module."""
         seeds = [f"{self.seed}/{module}/{owner}" for owner in owners]
-        return partial(merged, method=self.name, density=self.density, seeds=seeds)
+        return partial(merge_deltas, method=self.name, density=self.density, seeds=seeds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +78,12 @@ class CombineReport(Report):
     common: int
     ranks: Mapping[int, int]
     dtypes: Mapping[str, int]
-    lowered: tuple[Converted, ...]
+    lowered: tuple[ApproximatedModule, ...]
     error: float
     nbytes: int
 
     @property
-    def worst(self) -> Converted | None:
+    def worst(self) -> ApproximatedModule | None:
         """The module with the largest error."""
         return worst_of(self.lowered)
 
@@ -98,7 +98,7 @@ def combine(
     seed: int = 0,
     to: str | None = None,
     arch: str | None = None,
-    base: str | Path | Weights | None = None,
+    base: str | Path | BaseCheckpoint | None = None,
     dtype: str | None = None,
     allow_pickle: bool = False,
     device: str = "cpu",
@@ -126,15 +126,17 @@ def combine(
     loaded = [(open_source(each.adapter, allow_pickle=allow_pickle), each.full_strength) for each in given]
     sources = [adapter for adapter, _ in loaded]
     target = format_named(to) if to else format_of(sources[0].keys)
-    require_room(target, out)
+    require_folder_name(target, out)
     check_target(out, folder=target.folder, overwrite=overwrite, inputs=[adapter.path for adapter in sources])
     weights = open_base(base)
-    found, ways = choose_common([adapter.keys for adapter in sources], target, arch, weights.layout if weights else None)
+    found, routes = resolve_common_routes(
+        [adapter.keys for adapter in sources], target, arch, weights.layout if weights else None
+    )
     at = as_sum if method == SUM else how.merge_at
-    combining = Combining(target, found, ways, at, weights, lanes(device, doubles=True))
+    combining = AdapterSum(target, found, routes, at, weights, open_devices(device, doubles=True))
     for number, (adapter, strength) in enumerate(loaded):
         combining.add(number, adapter, strength)
-    made_of = [named(adapter.path, adapter.file, strength=strength.value) for adapter, strength in loaded]
+    made_of = [input_record(adapter.path, adapter.file, strength=strength.value) for adapter, strength in loaded]
     # Nothing is to hold their changes twice.
     sources = [replace(adapter, changes=()) for adapter in sources]
     strengths = [(str(adapter.path), strength.value) for adapter, strength in loaded]
@@ -143,21 +145,23 @@ def combine(
     def described(adapter: Adapter, error: float = 0.0) -> Adapter:
         said = how.history | ({} if rule is None else {"error": f"{error:.4e}"})
         before = sources[0].metadata if len(sources) == 1 else {}
-        return replace(adapter, metadata=_metadata(sources, adapter) | entry("combine", made_of, before, **said))
+        return replace(adapter, metadata=_metadata(sources, adapter) | history_entry("combine", made_of, before, **said))
 
-    combined, lowered = combining.made(sources, rule, stored, described)
+    combined, lowered = combining.materialise(sources, rule, stored, described)
     combined = described(combined, error_of(lowered))
     inputs = files_of(sources)
-    written = write_as(combined, combining.target, combining.ways_of(combined), out, inputs=inputs, overwrite=overwrite)
+    written = write_adapter(
+        combined, combining.target, combining.routes_of(combined), out, inputs=inputs, overwrite=overwrite
+    )
     return _report(combining, combined, strengths, method, lowered, out, written.nbytes)
 
 
 def _report(
-    combining: Combining,
+    combining: AdapterSum,
     combined: Adapter,
     strengths: Sequence[tuple[str, float]],
     method: str,
-    lowered: Sequence[Converted],
+    lowered: Sequence[ApproximatedModule],
     out: Path,
     nbytes: int,
 ) -> CombineReport:
@@ -176,13 +180,13 @@ def _report(
         lowered=tuple(lowered),
         error=error_of(lowered),
         nbytes=nbytes,
-        warnings=(*combining.warnings, *combining.lanes.notes(), *apart),
+        warnings=(*combining.warnings, *combining.devices.warnings(), *apart),
     )
 
 
 def _metadata(sources: Sequence[Adapter], whole: Adapter) -> dict[str, str]:
     """What the sources say alike, made true of the whole, without their histories."""
-    return {key: value for key, value in common_metadata(sources, whole).items() if key != METADATA_KEY}
+    return {key: value for key, value in common_metadata(sources, whole).items() if key != HISTORY_KEY}
 
 
 def _ranks(adapter: Adapter) -> list[int]:

@@ -11,15 +11,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loratool.base.base import Weights
-from loratool.keys.places import Place, module_of
+from loratool.base.base import BaseCheckpoint
+from loratool.keys.places import WeightRows, module_of
 from loratool.numbers import rounding
-from loratool.numbers.devices import Lanes, sent
+from loratool.numbers.devices import DevicePool, send
 from loratool.numbers.linalg import row_blocks
-from loratool.numbers.threads import results
+from loratool.numbers.threads import map_on_threads
 from loratool.verbs.reports import Report
 
-BLOCK: Final = 1 << 20
+_BLOCK: Final = 1 << 20
 """Numbers that are read of either at a time."""
 
 
@@ -65,7 +65,9 @@ class CheckpointComparison(Report):
     what: str = "checkpoints"
 
 
-def compare_checkpoints(one: Weights, other: Weights, tolerance: float, on: Lanes) -> CheckpointComparison:
+def compare_checkpoints(
+    one: BaseCheckpoint, other: BaseCheckpoint, tolerance: float, devices: DevicePool
+) -> CheckpointComparison:
     """Compares all tensors, under the very same names or those of two namings; `same` where nothing is missing and no
     tensor differs by more than `tolerance` of its norm."""
     pairs, missing = [], []
@@ -78,7 +80,9 @@ def compare_checkpoints(one: Weights, other: Weights, tolerance: float, on: Lane
             met.update(place.tensor for place in places)
         else:
             missing.append(name)
-    found = results(partial(on.one, name, partial(_compared, one, other, name, places)) for name, places in pairs)
+    found = map_on_threads(
+        partial(devices.run_one, name, partial(_compare_tensor, one, other, name, places)) for name, places in pairs
+    )
     different = tuple(tensor for tensor in found if tensor.changed or tensor.shapes[0] != tensor.shapes[1])
     only_other = tuple(name for name in other.layout.tensors if name not in met)
     within = all(tensor.relative <= tolerance for tensor in different)
@@ -107,7 +111,9 @@ class _Sums:
     steps: list[int] = field(default_factory=list)
 
 
-def _compared(one: Weights, other: Weights, name: str, places: tuple[Place, ...], device: torch.device) -> TensorDifference:
+def _compare_tensor(
+    one: BaseCheckpoint, other: BaseCheckpoint, name: str, places: tuple[WeightRows, ...], device: torch.device
+) -> TensorDifference:
     mine = (one.targets.own[name],)
     info, theirs = one.layout.info(name), other.layout.info(places[0].tensor)
     shapes = one.shape(mine), other.shape(places)
@@ -116,7 +122,7 @@ def _compared(one: Weights, other: Weights, name: str, places: tuple[Place, ...]
         return result
     sums = _Sums()
     for before, after in _blocks(one, mine, other, places):
-        _add(sums, sent(before, device), sent(after, device))
+        _add(sums, send(before, device), send(after, device))
     result.changed, result.largest = sums.changed, sums.largest
     result.norm, result.difference = math.sqrt(sums.own), math.sqrt(sums.difference)
     result.ulps = max(sums.steps) if sums.steps else None
@@ -126,13 +132,13 @@ def _compared(one: Weights, other: Weights, name: str, places: tuple[Place, ...]
 
 
 def _blocks(
-    one: Weights, mine: tuple[Place, ...], other: Weights, theirs: tuple[Place, ...]
+    one: BaseCheckpoint, mine: tuple[WeightRows, ...], other: BaseCheckpoint, theirs: tuple[WeightRows, ...]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     shape = one.shape(mine)
     if not shape or not (one.by_rows(mine) and other.by_rows(theirs)):
         yield one.at(mine), other.at(theirs)
         return
-    for start, stop in row_blocks(shape[0], math.prod(shape[1:]), BLOCK):
+    for start, stop in row_blocks(shape[0], math.prod(shape[1:]), _BLOCK):
         yield one.rows(mine, start, stop), other.rows(theirs, start, stop)
 
 
@@ -151,14 +157,14 @@ def _add(sums: _Sums, before: Tensor, after: Tensor) -> None:
     sums.changed += int((_bits(before) != _bits(after)).sum()) if alike else int((gap != 0).sum())
     sums.largest = max(sums.largest, float(gap.abs().max()))
     if alike and before.is_floating_point():
-        sums.steps.append(int((_ordered(before) - _ordered(after)).abs().max()))
+        sums.steps.append(int((_ordered_bits(before) - _ordered_bits(after)).abs().max()))
 
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(rounding.INTEGERS[tensor.element_size()])
 
 
-def _ordered(tensor: Tensor) -> Tensor:
+def _ordered_bits(tensor: Tensor) -> Tensor:
     """Floating-point numbers as integers in the same order, neighbours one apart."""
     bits = _bits(tensor).long()
     magnitude = bits & ((1 << (8 * tensor.element_size() - 1)) - 1)

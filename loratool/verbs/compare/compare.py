@@ -11,18 +11,24 @@ from typing import Final
 from loratool.adapter.adapter import Adapter, require_unchanged
 from loratool.adapter.load import open_any
 from loratool.adapter.strengths import AdapterLike
-from loratool.base.base import Weights, open_base
+from loratool.base.base import BaseCheckpoint, open_base
 from loratool.errors import LoratoolError
 from loratool.files.layout import Layout, open_layout, require_weights
-from loratool.numbers.devices import Lanes, lanes
-from loratool.verbs.compare.adapters import Aligned, Compared, aligned, compared, inner_products
+from loratool.numbers.devices import DevicePool, open_devices
+from loratool.verbs.compare.adapters import (
+    AlignedAdapters,
+    ModuleComparison,
+    align_adapters,
+    compare_modules,
+    inner_products,
+)
 from loratool.verbs.compare.checkpoints import CheckpointComparison, compare_checkpoints
 from loratool.verbs.compare.merges import MergeComparison, compare_merge
 from loratool.verbs.merge.plan import make_plan
 from loratool.verbs.merge.write import open_inputs
 from loratool.verbs.reports import Report
 
-TOLERANCE: Final = 1e-6
+_TOLERANCE: Final = 1e-6
 """The relative difference that rounding a scale, or its product with a factor, to float32 may make."""
 
 
@@ -38,7 +44,7 @@ class AdapterComparison(Report):
     other: str
     format: str
     arch: str
-    modules: tuple[Compared, ...]
+    modules: tuple[ModuleComparison, ...]
     norms: tuple[float | None, float | None]
     difference: float
     relative: float
@@ -49,7 +55,7 @@ class AdapterComparison(Report):
     what: str = "adapters"
 
     @property
-    def worst(self) -> Compared | None:
+    def worst(self) -> ModuleComparison | None:
         """The module with the largest relative difference."""
         return max(self.modules, key=lambda module: module.relative, default=None)
 
@@ -73,8 +79,8 @@ Comparison = AdapterComparison | MatrixComparison | CheckpointComparison
 def compare(
     paths: Sequence[str | Path | Adapter],
     *,
-    tolerance: float = TOLERANCE,
-    base: str | Path | Weights | None = None,
+    tolerance: float = _TOLERANCE,
+    base: str | Path | BaseCheckpoint | None = None,
     arch: str | None = None,
     allow_pickle: bool = False,
     device: str = "cpu",
@@ -86,7 +92,7 @@ def compare(
 
     Raises `LoratoolError` where they are not of one sort, or for different models.
     """
-    on = lanes(device, doubles=True)
+    devices = open_devices(device, doubles=True)
     if len(paths) < 2:
         raise LoratoolError("name two or more adapters, or two checkpoints")
 
@@ -106,10 +112,10 @@ def compare(
     if layouts:
         if len(layouts) > 2:
             raise LoratoolError("checkpoints are compared two at a time")
-        one, other = map(Weights, layouts)
-        return compare_checkpoints(one, other, tolerance, on)
-    aligned_adapters = aligned(adapters, arch, open_base(base))
-    report = (_matrix if len(adapters) > 2 else _pair)(adapters, aligned_adapters, tolerance, on)
+        one, other = map(BaseCheckpoint, layouts)
+        return compare_checkpoints(one, other, tolerance, devices)
+    aligned_adapters = align_adapters(adapters, arch, open_base(base))
+    report = (_matrix if len(adapters) > 2 else _pair)(adapters, aligned_adapters, tolerance, devices)
     require_unchanged(adapters)
     return report
 
@@ -129,14 +135,14 @@ def compare_to(
     inputs = open_inputs(adapters, allow_pickle=allow_pickle)
     plan = make_plan(layout, inputs)
     names = tuple((str(each.adapter.path), each.strength.value) for each in inputs)
-    report = compare_merge(Weights(Path(merged).expanduser()), plan, names, lanes(device, doubles=True))
+    report = compare_merge(BaseCheckpoint(Path(merged).expanduser()), plan, names, open_devices(device, doubles=True))
     require_unchanged([each.adapter for each in inputs])
     return report
 
 
-def _pair(adapters: Sequence[Adapter], found: Aligned, tolerance: float, on: Lanes) -> AdapterComparison:
+def _pair(adapters: Sequence[Adapter], found: AlignedAdapters, tolerance: float, devices: DevicePool) -> AdapterComparison:
     names = [str(adapter.path) for adapter in adapters]
-    modules = compared(found, on)
+    modules = compare_modules(found, devices)
     norms = _norm(modules, "one"), _norm(modules, "other")
     difference = math.hypot(*(module.difference for module in modules))
     largest = max((norm for norm in norms if norm), default=0.0)
@@ -155,11 +161,11 @@ def _pair(adapters: Sequence[Adapter], found: Aligned, tolerance: float, on: Lan
         overlap=(_overlap([m.outputs for m in modules]), _overlap([m.inputs for m in modules])),
         tolerance=tolerance,
         same=all(module.relative <= tolerance for module in modules),
-        warnings=_notes(adapters, on),
+        warnings=_notes(adapters, devices),
     )
 
 
-def _norm(modules: Sequence[Compared], which: str) -> float | None:
+def _norm(modules: Sequence[ModuleComparison], which: str) -> float | None:
     norms = [getattr(module, which) for module in modules]
     return None if None in norms else math.hypot(*norms)
 
@@ -169,17 +175,17 @@ def _overlap(angles: Sequence[Sequence[float]]) -> float | None:
     return math.fsum(cosines) / len(cosines) if cosines else None
 
 
-def _matrix(adapters: Sequence[Adapter], found: Aligned, tolerance: float, on: Lanes) -> MatrixComparison:
-    table = inner_products(found, on)
+def _matrix(adapters: Sequence[Adapter], found: AlignedAdapters, tolerance: float, devices: DevicePool) -> MatrixComparison:
+    table = inner_products(found, devices)
     norms = table.diagonal().clamp_min(0).sqrt()
     size = range(len(adapters))
 
     def apart(i: int, j: int) -> float:
         """From inner products where they tell it; what they cancel is found module by module."""
         squared, whole = float(table[i, i] + table[j, j] - 2 * table[i, j]), float(table[i, i] + table[j, j])
-        if i == j or squared > TOLERANCE * whole:
+        if i == j or squared > _TOLERANCE * whole:
             return math.sqrt(max(squared, 0.0))
-        return math.hypot(*(module.difference for module in compared(found, on, i, j)))
+        return math.hypot(*(module.difference for module in compare_modules(found, devices, i, j)))
 
     differences = tuple(tuple(apart(i, j) for j in size) for i in size)
     products = norms.outer(norms)
@@ -189,9 +195,9 @@ def _matrix(adapters: Sequence[Adapter], found: Aligned, tolerance: float, on: L
     largest = max((gap / norm for gap, norm in gaps if gap), default=0.0)
     paths = tuple(str(adapter.path) for adapter in adapters)
     same = largest <= tolerance
-    warnings = _notes(adapters, on)
+    warnings = _notes(adapters, devices)
     return MatrixComparison(paths, tuple(norms.tolist()), differences, cosines, tolerance, same, warnings=warnings)
 
 
-def _notes(adapters: Sequence[Adapter], on: Lanes) -> tuple[str, ...]:
-    return (*(note for adapter in adapters for note in adapter.notes), *on.notes())
+def _notes(adapters: Sequence[Adapter], devices: DevicePool) -> tuple[str, ...]:
+    return (*(note for adapter in adapters for note in adapter.warnings), *devices.warnings())

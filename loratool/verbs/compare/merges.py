@@ -11,28 +11,28 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loratool.base.base import Weights
+from loratool.base.base import BaseCheckpoint
 from loratool.errors import LoratoolError
 from loratool.files.layout import Layout
 from loratool.files.tensors import TensorFile
 from loratool.numbers import rounding
-from loratool.numbers.devices import Lanes, sent
+from loratool.numbers.devices import DevicePool, send
 from loratool.numbers.linalg import row_blocks
-from loratool.numbers.threads import results
-from loratool.verbs.merge.blocks import by_blocks, changed_whole
+from loratool.numbers.threads import map_on_threads
+from loratool.verbs.merge.blocks import apply_terms, by_blocks
 from loratool.verbs.merge.files import rounded_by_chance
 from loratool.verbs.merge.plan import Plan, TensorPlan
 from loratool.verbs.merge.segments import Segment, matrix, segments_of
 from loratool.verbs.reports import Report
 
-BLOCK: Final = 1 << 19
+_BLOCK: Final = 1 << 19
 """Numbers that are computed at a time."""
 ARITHMETIC: Final = 2.0**-21
 """What float32 may be off by, relative to the numbers that are added: some of its steps."""
 
 
 @dataclass(frozen=True, slots=True)
-class Off:
+class Mismatch:
     """A tensor with numbers that are not what they should be: how many, the worst one in steps of its dtype, and where."""
 
     name: str
@@ -56,20 +56,23 @@ class MergeComparison(Report):
     checked: int
     worst: float
     allowed: float
-    off: tuple[Off, ...]
+    off: tuple[Mismatch, ...]
     missing: tuple[str, ...]
     extra: tuple[str, ...]
     same: bool
     what: str = "merge"
 
 
-def compare_merge(merged: Weights, plan: Plan, adapters: tuple[tuple[str, float], ...], on: Lanes) -> MergeComparison:
+def compare_merge(
+    merged: BaseCheckpoint, plan: Plan, adapters: tuple[tuple[str, float], ...], devices: DevicePool
+) -> MergeComparison:
     """Compares every tensor of `merged` with the plan of the merge that should have made it."""
     layout = merged.layout
     names = [name for name in plan.tensors if name in layout.tensors]
     allowed = 1.0 if rounded_by_chance(layout) else 0.5
-    found = results(
-        partial(on.one, name, partial(_compared, plan.layout, plan.tensors[name], layout, allowed)) for name in names
+    found = map_on_threads(
+        partial(devices.run_one, name, partial(_compare_tensor, plan.layout, plan.tensors[name], layout, allowed))
+        for name in names
     )
     off = tuple(tensor for _, tensor in found if tensor)
     missing = tuple(name for name in plan.tensors if name not in layout.tensors)
@@ -91,9 +94,9 @@ def compare_merge(merged: Weights, plan: Plan, adapters: tuple[tuple[str, float]
     )
 
 
-def _compared(
+def _compare_tensor(
     base: Layout, tensor: TensorPlan, merged: Layout, allowed: float, device: torch.device
-) -> tuple[float, Off | None]:
+) -> tuple[float, Mismatch | None]:
     """The worst distance of one tensor, and what is off in it."""
     file, info = merged.tensors[tensor.name]
     if info.shape != tensor.shape:
@@ -101,8 +104,8 @@ def _compared(
     count, worst = 0, (0.0, 0, 0.0, 0.0)
     with TensorFile(base.files[tensor.file]) as source, TensorFile(merged.files[file]) as target:
         stored = target.read(info).reshape(matrix(info.shape)) if info.shape else target.read(info).reshape(1, 1)
-        for start, expected, slack in _expected(tensor, source, device):
-            rows = sent(stored[start : start + len(expected)], device)
+        for start, expected, slack in _expected_rows(tensor, source, device):
+            rows = send(stored[start : start + len(expected)], device)
             beyond = _steps_beyond(rows, expected, slack)
             count += int((beyond > allowed).sum())
             largest = int(beyond.argmax()) if beyond.numel() else 0
@@ -117,7 +120,7 @@ def _compared(
     if not count:
         return worst[0], None
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst[1]), info.shape)) if info.shape else ()
-    return worst[0], Off(tensor.name, count, *worst[:1], index, *worst[2:])
+    return worst[0], Mismatch(tensor.name, count, *worst[:1], index, *worst[2:])
 
 
 def _steps_beyond(found: Tensor, expected: Tensor, slack: Tensor) -> Tensor:
@@ -125,24 +128,24 @@ def _steps_beyond(found: Tensor, expected: Tensor, slack: Tensor) -> Tensor:
     if not found.is_floating_point():
         return torch.zeros_like(expected).masked_fill(found.double() != expected, math.inf)
     wide = found.double()
-    steps = rounding.steps(found).double()
+    steps = rounding.ulp(found).double()
     gap = ((wide - expected).abs() - slack).clamp_min(0) / steps
     same = (wide == expected) | (wide.isnan() & expected.isnan())
     return torch.where(torch.isfinite(wide), gap, math.inf).masked_fill(same, 0.0)
 
 
-def _expected(tensor: TensorPlan, source: TensorFile, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _expected_rows(tensor: TensorPlan, source: TensorFile, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Rows of what a tensor should hold, in float64, from the first on, and by how much float32 may have missed them."""
     rows, columns = matrix(tensor.shape)
     if tensor.terms and not by_blocks(tensor):
         stored = source.read(tensor.source)
-        whole = sent(changed_whole(tensor, stored.double())[0].reshape(rows, columns), device)
+        whole = send(apply_terms(tensor, stored.double())[0].reshape(rows, columns), device)
         yield 0, whole, ARITHMETIC * (whole.abs() + whole.abs().mean())
         return
     segments = [segment.on(device) for segment in segments_of(tensor, rows, columns)]
     base = source.read(tensor.source).reshape(rows, columns)
-    for start, stop in row_blocks(rows, columns, BLOCK):
-        part = sent(base[start:stop], device).double()
+    for start, stop in row_blocks(rows, columns, _BLOCK):
+        part = send(base[start:stop], device).double()
         slack = part.abs() if tensor.terms else torch.zeros_like(part)
         for segment in segments:
             _add(segment, start, part, slack)

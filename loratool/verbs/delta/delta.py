@@ -16,18 +16,18 @@ from torch import Tensor
 from loratool.adapter.adapter import Adapter
 from loratool.adapter.load import open_any
 from loratool.adapter.selection import Selection
-from loratool.base.base import Weights, open_base
-from loratool.errors import LoratoolError, of_file
+from loratool.base.base import BaseCheckpoint, open_base
+from loratool.errors import LoratoolError, error_in_file
 from loratool.files.header import stored_dtype
 from loratool.files.layout import Layout
-from loratool.files.output import Output
+from loratool.files.output import NewOutput
 from loratool.files.tensors import DTYPES
-from loratool.files.writer import Appending, Writer
-from loratool.numbers.devices import Lanes, lanes
-from loratool.numbers.threads import Progress, run_all, tally
-from loratool.verbs.delta.file import Naming, naming_of, provenance, room_for_header, stored
-from loratool.verbs.delta.measure import Measured, measured
-from loratool.verbs.delta.sources import OfAdapter, OfCheckpoints, Source
+from loratool.files.writer import SafetensorsAppender, Writer
+from loratool.numbers.devices import DevicePool, open_devices
+from loratool.numbers.threads import Progress, progress_counter, run_all
+from loratool.verbs.delta.file import Naming, naming_of, provenance, room_for_header, store_parts
+from loratool.verbs.delta.measure import ModuleMeasure, measure_module
+from loratool.verbs.delta.sources import AdapterDeltas, CheckpointDeltas, DeltaSource
 from loratool.verbs.reports import Stopwatch, TimedReport
 
 
@@ -41,7 +41,7 @@ class DeltaReport(TimedReport):
     """
 
     what: str
-    modules: tuple[Measured, ...]
+    modules: tuple[ModuleMeasure, ...]
     unchanged: int
     norm: float
     relative: float | None
@@ -57,7 +57,7 @@ def delta(
     tuned: str | Path | None = None,
     out: str | Path | None = None,
     *,
-    base: str | Path | Weights | None = None,
+    base: str | Path | BaseCheckpoint | None = None,
     to: str | None = None,
     arch: str | None = None,
     dtype: str | None = None,
@@ -75,14 +75,14 @@ def delta(
     `spectrum`, all singular values are told. Raises `LoratoolError`, and writes nothing, where a kind depends on its weight
     and there is no base, where the checkpoints are not of one model, or a number is not finite.
     """
-    stopwatch, on = Stopwatch(), lanes(device)
-    source = _source(path, tuned, base, selection, on, allow_pickle=allow_pickle)
+    stopwatch, devices = Stopwatch(), open_devices(device)
+    source = _source(path, tuned, base, selection, devices, allow_pickle=allow_pickle)
     with ExitStack() as stack:
-        run = DeltaRun(source, on, dtype or "float32", spectrum=spectrum)
+        run = DeltaRun(source, devices, dtype or "float32", spectrum=spectrum)
         if out is not None:
             run.open(Path(out).expanduser(), stack, to, arch, overwrite=overwrite)
         where = path.path if isinstance(path, Adapter) else path
-        with of_file(tuned or where):
+        with error_in_file(tuned or where):
             run.compute(progress)
         nbytes = run.finish()
     for each in source.inputs:
@@ -95,22 +95,22 @@ def iter_deltas(
     path: Adapter | str | Path,
     tuned: str | Path | None = None,
     *,
-    base: str | Path | Weights | None = None,
+    base: str | Path | BaseCheckpoint | None = None,
     selection: Selection | None = None,
     allow_pickle: bool = False,
     device: str = "auto",
 ) -> Iterator[tuple[str, Tensor]]:
     """The name and ΔW, in float32 and of the weight's shape, of each parameter that an adapter changes, or that differs
     between two checkpoints: computed one by one, on `device`. Raises `LoratoolError`."""
-    on = lanes(device)
-    source = _source(path, tuned, base, selection, on, allow_pickle=allow_pickle)
+    devices = open_devices(device)
+    source = _source(path, tuned, base, selection, devices, allow_pickle=allow_pickle)
     for number in range(source.count):
-        for dense in on.each(source.name(number), [number], partial(_dense, source)):
+        for dense in devices.run_batch(source.name(number), [number], partial(_dense, source)):
             if dense is not None:
                 yield source.name(number), dense
 
 
-def _dense(source: Source, numbers: Sequence[int], device: torch.device) -> list[Tensor | None]:
+def _dense(source: DeltaSource, numbers: Sequence[int], device: torch.device) -> list[Tensor | None]:
     effects = [source.effect(number, device) for number in numbers]
     return [effect.dense().cpu() if effect else None for effect in effects]
 
@@ -118,32 +118,32 @@ def _dense(source: Source, numbers: Sequence[int], device: torch.device) -> list
 def _source(
     path: Adapter | str | Path,
     tuned: str | Path | None,
-    base: str | Path | Weights | None,
+    base: str | Path | BaseCheckpoint | None,
     selection: Selection | None,
-    on: Lanes,
+    devices: DevicePool,
     *,
     allow_pickle: bool,
-) -> Source:
+) -> DeltaSource:
     takes = (selection or Selection()).takes
     found = path if isinstance(path, Adapter) else open_any(Path(path).expanduser(), allow_pickle=allow_pickle)
     if tuned is not None:
         if isinstance(found, Adapter):
             raise LoratoolError(f"{found.path}: is an adapter; its ΔW is taken by itself, or with `base=` of its model")
-        return OfCheckpoints(found, Path(tuned).expanduser(), takes, pinned=on.pinned)
+        return CheckpointDeltas(found, Path(tuned).expanduser(), takes, pinned=devices.pinned)
     if isinstance(found, Layout):
         raise LoratoolError(f"{path}: is no adapter; name the tuned checkpoint too, to have the difference of both")
-    source = OfAdapter(found, takes, open_base(base, pinned=on.pinned))
+    source = AdapterDeltas(found, takes, open_base(base, pinned=devices.pinned))
     if not source.count:
         raise LoratoolError(f"{found.path}: nothing is left: `Selection(include=)` and `exclude=` leave no module")
     return source
 
 
 class DeltaRun:
-    """All changes of a source, measured on a few lanes and, once `open` was called, written in a dtype."""
+    """All changes of a source, measured on a few devices and, once `open` was called, written in a dtype."""
 
-    def __init__(self, source: Source, on: Lanes, dtype: str, *, spectrum: bool) -> None:
-        self.source, self.lanes, self.dtype_name, self.spectrum = source, on, dtype, spectrum
-        self.found: dict[int, Measured] = {}
+    def __init__(self, source: DeltaSource, devices: DevicePool, dtype: str, *, spectrum: bool) -> None:
+        self.source, self.devices, self.dtype_name, self.spectrum = source, devices, dtype, spectrum
+        self.found: dict[int, ModuleMeasure] = {}
         self.before: dict[int, float] = {}
         self.lost: dict[int, float] = {}
         self.dtype = DTYPES[stored_dtype(dtype) or ""]
@@ -160,15 +160,15 @@ class DeltaRun:
         if not written:
             raise LoratoolError(f"{out}: {self.naming.title} has a place for nothing of it")
         self.output = stack.enter_context(
-            Output(out, folder=False, overwrite=overwrite, nbytes=nbytes, inputs=self.source.inputs)
+            NewOutput(out, folder=False, overwrite=overwrite, nbytes=nbytes, inputs=self.source.inputs)
         )
         writer = stack.enter_context(Writer(self.output.path(""), 0))
-        self.file = Appending(writer, room_for_header(self.source))
+        self.file = SafetensorsAppender(writer, room_for_header(self.source))
 
     def compute(self, progress: Progress | None) -> None:
         """Computes everything, a few changes at a time."""
         sizes = [sum(self.source.nbytes(number) for number in group) for group in self.groups]
-        add = tally(sum(sizes), progress)
+        add = progress_counter(sum(sizes), progress)
         pieces = (partial(self._group, index) for index in range(len(self.groups)))
         run_all(pieces, lambda index, _: add(sizes[index]), threading.Event())
 
@@ -193,23 +193,23 @@ class DeltaRun:
             unchanged=self.source.count - len(self.found),
             norm=math.sqrt(whole),
             relative=math.sqrt(whole / before) if before and len(self.before) == len(self.found) else None,
-            device=self.lanes.title,
+            device=self.devices.title,
             format=naming.title if naming else None,
             error=math.sqrt(math.fsum(self.lost.values()) / whole) if whole else 0.0,
             left_out=tuple(self.source.name(number) for number in left_out),
-            warnings=(*self.source.notes, *self.lanes.notes()),
+            warnings=(*self.source.warnings, *self.devices.warnings()),
         )
 
     def _of(self) -> str:
         source = self.source
-        if isinstance(source, OfCheckpoints):
+        if isinstance(source, CheckpointDeltas):
             return f"{source.tuned.layout.root.name[:100]} - {source.base.layout.root.name[:100]}"
-        assert isinstance(source, OfAdapter)
+        assert isinstance(source, AdapterDeltas)
         return source.adapter.path.name[:100]
 
     def _group(self, index: int) -> None:
         group = self.groups[index]
-        self.lanes.each(self.source.name(group[0]), [index], self._computed)
+        self.devices.run_batch(self.source.name(group[0]), [index], self._computed)
 
     def _computed(self, indexes: Sequence[int], device: torch.device) -> list[None]:
         for index in indexes:
@@ -219,13 +219,13 @@ class DeltaRun:
                 if effect is None:
                     continue
                 module, parameter = self.source.place(number)
-                self.found[number] = measured(self.source.name(number), effect, spectrum=self.spectrum)
+                self.found[number] = measure_module(self.source.name(number), effect, spectrum=self.spectrum)
                 if effect.weight_norm is not None:
                     self.before[number] = effect.weight_norm
                 if self.naming and module not in self.naming.reasons:
                     parts.append((module, parameter, effect.dense()))
             if self.naming:
-                held = stored(self.naming, parts, self.dtype)
+                held = store_parts(self.naming, parts, self.dtype)
                 self.lost[index] = held.lost
                 self.file.in_turn(index, held.entries)
         return [None for _ in indexes]

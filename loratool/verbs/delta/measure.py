@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from loratool.base.effects import Effect
-from loratool.numbers.factor import in_range
-from loratool.numbers.krylov import largest, leading, squares
-from loratool.numbers.linalg import Core, effective_rank
+from loratool.numbers.factor import rescaled_to_safe_range
+from loratool.numbers.krylov import spectral_norm, squared_norm, truncated_svd
+from loratool.numbers.linalg import ProductSVD, effective_rank
 
-SMALL: Final = 512
+_SMALL: Final = 512
 """Smaller side of a matrix up to which its whole spectrum is found, whether it is asked for or not."""
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class ModuleMeasure:
     """One parameter's change: ‖ΔW‖, its largest singular value σ₁, the stable rank ‖ΔW‖² / σ₁², and the effective rank, the
     exponential of the entropy of the singular values (None where only some of them were computed); its share of the square
     of all changes; ‖ΔW‖ / ‖W₀‖ where a base tells; and its singular values, largest first, where they were asked for."""
@@ -35,11 +35,11 @@ class Measured:
     spectrum: tuple[float, ...] = ()
 
 
-def measured(name: str, effect: Effect, *, spectrum: bool) -> Measured:
+def measure_module(name: str, effect: Effect, *, spectrum: bool) -> ModuleMeasure:
     """The figures of one change, but for its share, which only all of them tell."""
     sigma, norm, complete = _singular_values(effect, whole=spectrum)
     first = float(sigma[0]) if len(sigma) else 0.0
-    return Measured(
+    return ModuleMeasure(
         name=name,
         shape=effect.shape,
         norm=norm,
@@ -55,11 +55,11 @@ def measured(name: str, effect: Effect, *, spectrum: bool) -> Measured:
 def _singular_values(effect: Effect, *, whole: bool) -> tuple[Tensor, float, bool]:
     """The leading ones, or all; ‖ΔW‖; and whether they are all there are."""
     if effect.factors:
-        core = Core(*effect.factors)
+        core = ProductSVD(*effect.factors)
         return core.sigma, math.sqrt(float(core.squares.sum())), True
     dense = effect.dense()
     if dense.ndim < 2:
-        norm = math.sqrt(squares(dense.reshape(1, -1)))
+        norm = math.sqrt(squared_norm(dense.reshape(1, -1)))
         return torch.tensor([norm], dtype=torch.float64), norm, True
     if dense.ndim == 3:
         # Stacked experts: their matrices stand beside each other, and their singular values are those of all together.
@@ -73,10 +73,10 @@ def _of_matrix(matrix: Tensor, *, whole: bool) -> tuple[Tensor, float, bool]:
     low, high = torch.aminmax(matrix)
     if float(low) == float(high) == 0:
         return torch.zeros(1, dtype=torch.float64), 0.0, True
-    scaled, exponent = in_range(matrix)
+    scaled, exponent = rescaled_to_safe_range(matrix)
     back = math.ldexp(1.0, exponent)
-    if not (whole or min(matrix.shape) <= SMALL):
-        sigma = torch.tensor([largest(scaled)], dtype=torch.float64)
-        return sigma * back, math.sqrt(squares(scaled)) * back, False
-    found = leading(scaled, lambda spectrum: 0, whole=True).spectrum
+    if not (whole or min(matrix.shape) <= _SMALL):
+        sigma = torch.tensor([spectral_norm(scaled)], dtype=torch.float64)
+        return sigma * back, math.sqrt(squared_norm(scaled)) * back, False
+    found = truncated_svd(scaled, lambda spectrum: 0, whole=True).spectrum
     return found.sigma.cpu() * back, math.sqrt(found.total) * back, True

@@ -10,23 +10,23 @@ from pathlib import Path
 import torch
 
 from loratool.adapter.adapter import Adapter, Change, files_of
-from loratool.base.base import Weights
+from loratool.base.base import BaseCheckpoint
 from loratool.base.difference import difference
 from loratool.base.effects import Effect, effect_of, weight_norm
-from loratool.base.pairs import Pair, Takes, paired
-from loratool.errors import about
+from loratool.base.pairs import Pair, Takes, pair_parameters
+from loratool.errors import error_context
 from loratool.files.layout import Layout, require_weights
 from loratool.files.output import Input
 from loratool.names import Module
 
-QUANTISED = "a difference to it is that of the quantisation; compare the 16-bit originals"
+_QUANTISED = "a difference to it is that of the quantisation; compare the 16-bit originals"
 
 
-class Source(ABC):
+class DeltaSource(ABC):
     """Where changes come from: `count` of them, each with a name, computed when it is asked for."""
 
     count: int
-    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     inputs: Sequence[Input]
 
     @abstractmethod
@@ -46,14 +46,14 @@ class Source(ABC):
         """What changes, computed on `device`; None where nothing does. Raises `LoratoolError`."""
 
 
-class OfAdapter(Source):
+class AdapterDeltas(DeltaSource):
     """What an adapter adds; `weights` are those of its base, which some kinds need, and whose norms it is compared with."""
 
-    def __init__(self, adapter: Adapter, takes: Takes, weights: Weights | None) -> None:
+    def __init__(self, adapter: Adapter, takes: Takes, weights: BaseCheckpoint | None) -> None:
         self.adapter, self.weights = adapter, weights
         taken = [change for change in adapter.changes if takes(change.module, change.parameter)]
         self.changes = [change for change in taken if self._is_there(change)]
-        self.count, self.notes = len(self.changes), adapter.notes
+        self.count, self.warnings = len(self.changes), adapter.warnings
         self.inputs = [*files_of([adapter]), *([weights.layout] if weights else [])]
 
     def name(self, number: int) -> str:
@@ -67,7 +67,7 @@ class OfAdapter(Source):
 
     def effect(self, number: int, device: torch.device) -> Effect:
         change = self.changes[number]
-        with about(f"{self.adapter.path}: {change}"):
+        with error_context(f"{self.adapter.path}: {change}"):
             return self._effect(change, device)
 
     def _is_there(self, change: Change) -> bool:
@@ -80,16 +80,16 @@ class OfAdapter(Source):
         return effect_of(change.delta, change.module, change.parameter, base, device, measure_weight=True)
 
 
-class OfCheckpoints(Source):
+class CheckpointDeltas(DeltaSource):
     """W' − W₀, for every parameter that both have."""
 
     def __init__(self, base: Layout, tuned: Path, takes: Takes, *, pinned: bool) -> None:
-        self.base, self.tuned = Weights(base, pinned=pinned), Weights(tuned, pinned=pinned)
+        self.base, self.tuned = BaseCheckpoint(base, pinned=pinned), BaseCheckpoint(tuned, pinned=pinned)
         for weights in (self.base, self.tuned):
-            require_weights(weights.layout, QUANTISED)
-        pairing = paired(self.base, self.tuned, takes)
+            require_weights(weights.layout, _QUANTISED)
+        pairing = pair_parameters(self.base, self.tuned, takes)
         self.pairs: Sequence[Pair] = pairing.pairs
-        self.count, self.notes = len(self.pairs), pairing.notes
+        self.count, self.warnings = len(self.pairs), pairing.warnings
         self.inputs = [self.base.layout, self.tuned.layout]
 
     def name(self, number: int) -> str:

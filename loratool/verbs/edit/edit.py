@@ -11,11 +11,11 @@ from typing import Any
 
 from loratool.adapter.adapter import Adapter
 from loratool.adapter.load import open_source
-from loratool.adapter.strengths import Strength, architecture
+from loratool.adapter.strengths import Strength, architecture_of
 from loratool.archs import Arch
 from loratool.archs.blocks import block_of
 from loratool.deltas.relations import norm_of
-from loratool.errors import LoratoolError, of_file, some
+from loratool.errors import LoratoolError, error_in_file, first_few
 from loratool.names import Module
 from loratool.text import natural
 from loratool.verbs.edit.rescale import write_edited
@@ -46,7 +46,7 @@ class EditRun:
 
 
 @dataclass(frozen=True, slots=True)
-class Edited:
+class EditedModule:
     """One module: its block, ‖ΔW‖ before (None where only its weight could tell), and the factor it got: 0 if dropped."""
 
     name: str
@@ -56,7 +56,7 @@ class Edited:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class BlockShare:
     """One block: how many modules it has, its share of ‖ΔW‖² before and after, and the factors of its modules."""
 
     name: str
@@ -72,8 +72,8 @@ class EditReport(Report):
 
     out: str
     arch: str
-    modules: tuple[Edited, ...]
-    blocks: tuple[Block, ...]
+    modules: tuple[EditedModule, ...]
+    blocks: tuple[BlockShare, ...]
     unmeasured: int
     nbytes: int
     dry_run: bool
@@ -113,19 +113,19 @@ def edit(
     full = strength if isinstance(strength, Strength) else Strength(strength)
     run = EditRun(tuple(drop), tuple(keep), tuple(scale), full)
     modules = adapter.modules
-    found = architecture(adapter, modules, arch, len(full.vector))
+    found = architecture_of(adapter, modules, arch, len(full.vector))
     blocks = {module: block_of(found, module) for module in modules}
     factors = _factors(modules, blocks, found, run)
     report = _report(adapter, found, blocks, factors)
     unnamed = full.unnamed(modules, found)
     if unnamed:
-        shown = some(map(str, unnamed), 2)
+        shown = first_few(map(str, unnamed), 2)
         note = f"{len(unnamed)} modules are in blocks that the vector has no number for, and keep their strength: {shown}"
         report = replace(report, warnings=(*report.warnings, note))
     if dry_run or out is None:
         return replace(report, dry_run=True)
     target = Path(out).expanduser()
-    with of_file(adapter.path):
+    with error_in_file(adapter.path):
         nbytes = write_edited(adapter, factors, target, run.asked, overwrite=overwrite)
     return replace(report, out=str(target), nbytes=nbytes)
 
@@ -133,22 +133,24 @@ def edit(
 def _factors(modules: Sequence[Module], blocks: Mapping[Module, str], arch: Arch, run: EditRun) -> dict[Module, float]:
     """What each module is multiplied by; 0 drops it."""
     factors = run.strength.of(modules, arch)
-    kept = _matched(modules, blocks, run.keep, "keep")
-    dropped = _matched(modules, blocks, run.drop, "drop")
+    kept = _match_modules(modules, blocks, run.keep, "keep")
+    dropped = _match_modules(modules, blocks, run.drop, "drop")
     for module in modules:
         if module in dropped or (run.keep and module not in kept):
             factors[module] = 0.0
     for glob, factor in run.scale:
         if not math.isfinite(factor):
             raise LoratoolError(f"`scale=({glob!r}, {factor})`: expected a finite number")
-        for module in _matched(modules, blocks, (glob,), "scale"):
+        for module in _match_modules(modules, blocks, (glob,), "scale"):
             factors[module] *= factor
     if not any(factors.values()):
         raise LoratoolError("nothing is left: every module is dropped")
     return factors
 
 
-def _matched(modules: Iterable[Module], blocks: Mapping[Module, str], globs: Sequence[str], option: str) -> set[Module]:
+def _match_modules(
+    modules: Iterable[Module], blocks: Mapping[Module, str], globs: Sequence[str], option: str
+) -> set[Module]:
     """The modules that any of the globs matches; raises `LoratoolError` for one that matches none."""
     found: set[Module] = set()
     for glob in globs:
@@ -165,9 +167,9 @@ def _report(adapter: Adapter, arch: Arch, blocks: Mapping[Module, str], factors:
     norms: dict[Module, float | None] = {}
     for change in adapter.changes:
         before = norms.get(change.module, 0.0)
-        mine = norm_of(change.delta) if change.delta.additive and not change.apart else None
+        mine = norm_of(change.delta) if change.delta.additive and not change.per_expert else None
         norms[change.module] = None if before is None or mine is None else math.hypot(before, mine)
-    modules = [Edited(str(module), blocks[module], norms[module], factor) for module, factor in factors.items()]
+    modules = [EditedModule(str(module), blocks[module], norms[module], factor) for module, factor in factors.items()]
     return EditReport(
         out="",
         arch=arch.title,
@@ -176,15 +178,15 @@ def _report(adapter: Adapter, arch: Arch, blocks: Mapping[Module, str], factors:
         unmeasured=sum(norm is None for norm in norms.values()),
         nbytes=0,
         dry_run=False,
-        warnings=adapter.notes,
+        warnings=adapter.warnings,
     )
 
 
-def _shares(modules: Sequence[Edited]) -> Iterator[Block]:
+def _shares(modules: Sequence[EditedModule]) -> Iterator[BlockShare]:
     """Blocks in the order in which they first occur by name, numbers as numbers."""
     before = math.fsum((module.norm or 0.0) ** 2 for module in modules)
     after = math.fsum(((module.norm or 0.0) * module.factor) ** 2 for module in modules)
-    by_block: dict[str, list[Edited]] = {}
+    by_block: dict[str, list[EditedModule]] = {}
     for module in modules:
         by_block.setdefault(module.block, []).append(module)
     for name in sorted(by_block, key=natural):
@@ -192,4 +194,4 @@ def _shares(modules: Sequence[Edited]) -> Iterator[Block]:
         squares = math.fsum((module.norm or 0.0) ** 2 for module in mine)
         left = math.fsum(((module.norm or 0.0) * module.factor) ** 2 for module in mine)
         factors = tuple(sorted({module.factor for module in mine}))
-        yield Block(name, len(mine), squares / before if before else 0.0, left / after if after else 0.0, factors)
+        yield BlockShare(name, len(mine), squares / before if before else 0.0, left / after if after else 0.0, factors)

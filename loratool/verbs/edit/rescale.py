@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from loratool.adapter.adapter import Adapter, Change, files_of
-from loratool.adapter.load import Stored
-from loratool.adapter.same_format import as_they_were, rescaled_metadata, with_targets_of
-from loratool.adapter.verify import EXACT, difference, found_in
-from loratool.deltas.base import Delta, times
-from loratool.errors import InvalidAdapter, NeedsBase, Unsupported, about, some
-from loratool.files.adapter_writer import Contents, write
-from loratool.files.history import entry, named
-from loratool.formats.leaves import spelled
+from loratool.adapter.load import LazyAdapter
+from loratool.adapter.same_format import read_unchanged, rescale_metadata, with_targets_of
+from loratool.adapter.verify import EXACT, delta_at, difference
+from loratool.deltas.base import Delta, scale_exactly
+from loratool.errors import InvalidAdapter, NeedsBase, Unsupported, error_context, first_few
+from loratool.files.adapter_writer import AdapterContents, write_contents
+from loratool.files.history import history_entry, input_record
+from loratool.formats.leaves import parse_key
 from loratool.formats.peft_writer import with_scale
 from loratool.names import CONTAINER, Module
 
@@ -33,25 +33,25 @@ def write_edited(
     should be.
     """
     kept = [change for change in adapter.changes if factors[change.module]]
-    expected = [(change, _scaled(change, factors[change.module])) for change in kept]
-    tensors = as_they_were(adapter, kept)
+    expected = [(change, _scale_change(change, factors[change.module])) for change in kept]
+    tensors = read_unchanged(adapter, kept)
     config = dict(adapter.config) if adapter.config else None
     for change, factor in ((change, factors[change.module]) for change in kept):
         if factor != 1:
-            with about(change):
+            with error_context(change):
                 _apply(adapter, change, factor, tensors, config)
     if config is not None and len(kept) < len(adapter.changes):
         _require_whole_wrappers(adapter, kept)
         config = with_targets_of(config, kept)
-    metadata = rescaled_metadata(adapter, kept, factors)
-    metadata |= entry("edit", [named(adapter.path, adapter.file)], adapter.metadata, **history)
-    contents = Contents(tensors, metadata, config)
+    metadata = rescale_metadata(adapter, kept, factors)
+    metadata |= history_entry("edit", [input_record(adapter.path, adapter.file)], adapter.metadata, **history)
+    contents = AdapterContents(tensors, metadata, config)
 
     def check(written: Path) -> None:
-        with Stored(written) as again:
+        with LazyAdapter(written) as again:
             _compare(expected, again)
 
-    return write(contents, files_of([adapter]), out, overwrite=overwrite, check=check)
+    return write_contents(contents, files_of([adapter]), out, overwrite=overwrite, check=check)
 
 
 def _require_whole_wrappers(adapter: Adapter, kept: Sequence[Change]) -> None:
@@ -65,11 +65,11 @@ def _require_whole_wrappers(adapter: Adapter, kept: Sequence[Change]) -> None:
     torn = [module for module, fates in parts.items() if len(fates) > 1]
     if torn:
         raise Unsupported(
-            f"{some(torn)}: PEFT wraps stacked parameters of one module in each other; drop all of them or none"
+            f"{first_few(torn)}: PEFT wraps stacked parameters of one module in each other; drop all of them or none"
         )
 
 
-def _scaled(change: Change, factor: float) -> Delta:
+def _scale_change(change: Change, factor: float) -> Delta:
     """The delta at its factor; raises `NeedsBase` where that is no delta of its kind."""
     if factor == 1:
         return change.delta
@@ -86,18 +86,18 @@ def _apply(
     adapter: Adapter, change: Change, factor: float, tensors: dict[str, Tensor], config: dict[str, Any] | None
 ) -> None:
     """Puts a factor where the change's scale is kept: an alpha of its own, the config's, or else its factors."""
-    by_leaf = {found.leaf: key for key in change.keys if (found := spelled(key))}
+    by_leaf = {found.leaf: key for key in change.keys if (found := parse_key(key))}
     alpha = by_leaf.get("alpha")
     # Where both sides of a LoKr are whole, alpha is ignored.
     if alpha is not None and alpha in adapter.alphas and change.delta.scale is not None:
-        tensors[alpha] = times(adapter.alphas[alpha], factor)
+        tensors[alpha] = scale_exactly(adapter.alphas[alpha], factor)
     elif config and config.get("peft_type") == "LORA" and change.delta.scaled_by_config:
-        config |= _scaled_config(change, factor, config)
+        config |= _scale_config(change, factor, config)
     else:
-        tensors |= _folded(change, factor, by_leaf)
+        tensors |= _fold_scale(change, factor, by_leaf)
 
 
-def _scaled_config(change: Change, factor: float, config: Mapping[str, Any]) -> dict[str, Any]:
+def _scale_config(change: Change, factor: float, config: Mapping[str, Any]) -> dict[str, Any]:
     """PEFT's config with the alpha of one module times a factor; its bias has the alpha of its factors."""
     down = next((tensor for leaf, tensor in change.delta.leaves().items() if leaf.endswith("down")), None)
     if down is None or change.delta.scale is None:
@@ -106,7 +106,7 @@ def _scaled_config(change: Change, factor: float, config: Mapping[str, Any]) -> 
     return with_scale(config, path, len(down), change.delta.scale * factor)
 
 
-def _folded(change: Change, factor: float, by_leaf: Mapping[str, str]) -> dict[str, Tensor]:
+def _fold_scale(change: Change, factor: float, by_leaf: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors of a delta that a factor goes into."""
     delta: Any = change.delta
     before = delta.leaves()
@@ -117,11 +117,11 @@ def _folded(change: Change, factor: float, by_leaf: Mapping[str, str]) -> dict[s
     return {by_leaf[leaf]: tensor for leaf, tensor in changed.items()}
 
 
-def _compare(expected: Sequence[tuple[Change, Delta]], again: Stored) -> None:
+def _compare(expected: Sequence[tuple[Change, Delta]], again: LazyAdapter) -> None:
     """Raises `InvalidAdapter` where what was written is not what it should be."""
     for change, delta in expected:
-        with about(change):
-            back = found_in(again, change.stem, change)
+        with error_context(change):
+            back = delta_at(again, change.stem, change)
             error = difference(delta, back) if back else math.inf
             if not error <= EXACT:
                 raise InvalidAdapter(f"differs by {error:.2e} when it is read back: nothing is written")

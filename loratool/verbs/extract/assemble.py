@@ -9,7 +9,7 @@ from typing import Final
 import torch
 
 from loratool.adapter.adapter import Change, with_one_expert_rank
-from loratool.adapter.approximate import room_for
+from loratool.adapter.approximate import placeholder_lora
 from loratool.base.pairs import Pair
 from loratool.deltas.full import Replace
 from loratool.verbs.extract.forms import BESIDE_LORA, LORA, REPLACED
@@ -27,7 +27,7 @@ class Item:
     why: str = ""
 
 
-def assembled(
+def assemble_changes(
     items: Sequence[Item], outcomes: Mapping[int, Outcome], work: Extraction
 ) -> tuple[list[Change], dict[int, str]]:
     """The changes that are held, in the base's order, and by its number why each other item is left out."""
@@ -40,7 +40,7 @@ def assembled(
         assert delta is not None
         if item.form == BESIDE_LORA and item.pair.module not in matrices:
             # PEFT and diffusers hold a bias beside a LoRA only: one that adds nothing.
-            nothing = room_for(_weight_shape(item, items), 1, torch.zeros(1, dtype=delta.dense().dtype))
+            nothing = placeholder_lora(_weight_shape(item, items), 1, torch.zeros(1, dtype=delta.dense().dtype))
             changes.append(Change(item.pair.module, "weight", nothing))
         changes.append(Change(item.pair.module, item.pair.parameter, delta))
     return with_one_expert_rank(changes) + _siblings(items, changes, work), lost

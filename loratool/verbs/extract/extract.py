@@ -11,40 +11,40 @@ from typing import Final
 
 from loratool._version import __version__
 from loratool.adapter.selection import Selection
-from loratool.adapter.write import require_room, write_as
+from loratool.adapter.write import require_folder_name, write_adapter
 from loratool.archs import ARCHS, Arch
-from loratool.base.base import Weights
-from loratool.base.pairs import Pair, Pairing, paired
+from loratool.base.base import BaseCheckpoint
+from loratool.base.pairs import Pair, Pairing, pair_parameters
 from loratool.deltas.schema import WEIGHT
-from loratool.errors import LoratoolError, OutputError, ShapeMismatch, of_file, some
+from loratool.errors import LoratoolError, OutputError, ShapeMismatch, error_in_file, first_few
 from loratool.files.header import stored_dtype
 from loratool.files.layout import require_weights
 from loratool.files.output import check_target
 from loratool.files.tensors import DTYPES
 from loratool.formats.table import Format, format_named
-from loratool.keys.resolve import archs_of, placed
-from loratool.keys.routes import as_named
+from loratool.keys.resolve import archs_of_base, resolve_base_routes
+from loratool.keys.routes import arch_without_table
 from loratool.names import CONTAINER, VAE, Module
-from loratool.numbers.devices import lanes
+from loratool.numbers.devices import open_devices
 from loratool.numbers.factor import Split
 from loratool.numbers.ranks import Budget, Rule
 from loratool.numbers.threads import Progress
-from loratool.verbs.extract.assemble import Item, assembled
+from loratool.verbs.extract.assemble import Item, assemble_changes
 from loratool.verbs.extract.forms import EXPERTS, LORA, form_of, no_place
-from loratool.verbs.extract.job import Job
+from loratool.verbs.extract.job import ExtractRun
 from loratool.verbs.extract.journal import Journal
-from loratool.verbs.extract.outcomes import Extracted, Extraction, Outcome
+from loratool.verbs.extract.outcomes import ExtractedModule, Extraction, Outcome
 from loratool.verbs.reports import Stopwatch, TimedReport, worst_of
 
 DIFFERENCES: Final = ("diff", "diff_b", "w_norm", "b_norm")
 """Leaves that not everybody reads."""
 SIDEWAYS: Final = ("gpt_oss", "llama4", "llama4_text")
 """Models whose stacked experts are stored as (experts, in, out), which PEFT knows by their classes (is_transposed)."""
-QUANTISED: Final = "a difference to it is that of the quantisation; extract from the 16-bit originals"
+_QUANTISED: Final = "a difference to it is that of the quantisation; extract from the 16-bit originals"
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
+class OmittedChange:
     """A change that the output does not hold: why, ‖W' − W₀‖ of it, and its share of the square of all."""
 
     name: str
@@ -65,8 +65,8 @@ class ExtractReport(TimedReport):
     out: str
     format: str
     arch: str
-    modules: tuple[Extracted, ...]
-    left_out: tuple[LeftOut, ...]
+    modules: tuple[ExtractedModule, ...]
+    left_out: tuple[OmittedChange, ...]
     unchanged: int
     excluded: int
     norm: float
@@ -75,7 +75,7 @@ class ExtractReport(TimedReport):
     dry_run: bool
 
     @property
-    def worst(self) -> Extracted | None:
+    def worst(self) -> ExtractedModule | None:
         """The module with the largest relative error."""
         return worst_of(self.modules)
 
@@ -102,30 +102,33 @@ def extract(
 
     Each is a safetensors file, a folder of Hugging Face or one of diffusers; their names may differ by a prefix, or be those
     of one architecture in two namings. Differences are taken in float32. The best approximation at each rank is found by
-    `krylov.leading`; `rule` says the rank of each module, or shares a budget over all. `to` is a format's name, `arch` that
-    of the base's architecture where its names fit several, `dtype` that of factors (None: as the tuned weights), `split` the
-    side of the singular values, and `clamp` a quantile that kohya's tools cut at. `resume` goes on where an earlier run of
-    the same settings was cut off.
+    `krylov.truncated_svd`; `rule` says the rank of each module, or shares a budget over all. `to` is a format's name, `arch`
+    that of the base's architecture where its names fit several, `dtype` that of factors (None: as the tuned weights),
+    `split` the side of the singular values, and `clamp` a quantile that kohya's tools cut at. `resume` goes on where an
+    earlier run of the same settings was cut off.
 
     Raises `LoratoolError` and leaves nothing behind where they are not the same model, a number is not finite, nothing
     changed, or the output cannot be written.
     """
     stopwatch, out, selection = Stopwatch(), Path(out).expanduser(), selection or Selection()
-    on, stored = lanes(device), stored_dtype(dtype)
-    weights = (Weights(Path(base).expanduser(), pinned=on.pinned), Weights(Path(tuned).expanduser(), pinned=on.pinned))
+    devices, stored = open_devices(device), stored_dtype(dtype)
+    weights = (
+        BaseCheckpoint(Path(base).expanduser(), pinned=devices.pinned),
+        BaseCheckpoint(Path(tuned).expanduser(), pinned=devices.pinned),
+    )
     for each in weights:
-        require_weights(each.layout, QUANTISED)
-    pairing = paired(*weights, selection.takes)
-    work = Extraction(*weights, on, DTYPES[stored] if stored else None, split, clamp)
-    job = replace(_job(work, pairing.pairs, out, rule, to, arch, overwrite=overwrite), progress=progress)
+        require_weights(each.layout, _QUANTISED)
+    pairing = pair_parameters(*weights, selection.takes)
+    work = Extraction(*weights, devices, DTYPES[stored] if stored else None, split, clamp)
+    job = replace(_plan_run(work, pairing.pairs, out, rule, to, arch, overwrite=overwrite), progress=progress)
     if dry_run:
-        return _foreseen(job, pairing, out)
+        return _dry_run_report(job, pairing, out)
     settings = {"to": to, "arch": arch, "dtype": dtype, "split": split, "clamp": clamp, "selection": asdict(selection)}
-    journal = Journal(out, _said(job, {**settings, "device": device})) if resume else None
+    journal = Journal(out, _journal_key(job, {**settings, "device": device})) if resume else None
     job = replace(job, journal=journal)
     try:
-        with of_file(weights[1].layout.root):
-            report = _extracted(job, pairing, out, overwrite=overwrite)
+        with error_in_file(weights[1].layout.root):
+            report = _run_and_write(job, pairing, out, overwrite=overwrite)
     except LoratoolError as error:
         # What is wrong with the input will be so the next time; a disk may have room again.
         if journal and not isinstance(error, OutputError):
@@ -136,19 +139,19 @@ def extract(
     return stopwatch.stop(report)
 
 
-def _extracted(job: Job, pairing: Pairing, out: Path, *, overwrite: bool) -> ExtractReport:
+def _run_and_write(job: ExtractRun, pairing: Pairing, out: Path, *, overwrite: bool) -> ExtractReport:
     outcomes = job.run()
-    changes, lost = assembled(job.items, outcomes, job.work)
+    changes, lost = assemble_changes(job.items, outcomes, job.work)
     report = _report(job, pairing, out, outcomes, lost)
     inputs = job.work.base.layout, job.work.tuned.layout
     if not changes:
         raise LoratoolError(_nothing(report, *(each.root for each in inputs)))
     adapter = job.adapter(changes, outcomes, lost)
-    written = write_as(adapter, job.target, job.ways, out, inputs=inputs, overwrite=overwrite)
+    written = write_adapter(adapter, job.target, job.routes, out, inputs=inputs, overwrite=overwrite)
     return replace(report, nbytes=written.nbytes)
 
 
-def _said(job: Job, settings: Mapping[str, object]) -> str:
+def _journal_key(job: ExtractRun, settings: Mapping[str, object]) -> str:
     """All that outcomes depend on: the files, the rule and the settings."""
     files = [
         [str(header.path), header.identity]
@@ -159,7 +162,7 @@ def _said(job: Job, settings: Mapping[str, object]) -> str:
     return json.dumps(document, default=str)
 
 
-def _job(
+def _plan_run(
     work: Extraction,
     pairs: Sequence[Pair],
     out: Path,
@@ -168,28 +171,30 @@ def _job(
     arch: str | None,
     *,
     overwrite: bool,
-) -> Job:
+) -> ExtractRun:
     """What is to be done, with everything checked that can be before a tensor is read."""
     base, tuned = work.base, work.tuned
     modules = list(dict.fromkeys(pair.module for pair in pairs if pair.module.component != VAE))
-    found = archs_of(base.layout, modules, arch)
+    found = archs_of_base(base.layout, modules, arch)
     target = format_named(to or _usual(found[0], base))
     if target.whole == CONTAINER and base.layout.config.get("architectures") and not arch:
         # What transformers saved is called in PEFT what it is called there: of one CLIP, several tables say other things.
         found = [
-            as_named(modules, found[0].name, found[0].title if len(found) == 1 else f"the model in {base.layout.root.name}")
+            arch_without_table(
+                modules, found[0].name, found[0].title if len(found) == 1 else f"the model in {base.layout.root.name}"
+            )
         ]
-    require_room(target, out)
+    require_folder_name(target, out)
     inputs = [base.layout.root, tuned.layout.root]
     check_target(out, folder=target.folder, overwrite=overwrite, inputs=inputs)
-    model, ways, reasons = placed(modules, found, target)
+    model, routes, reasons = resolve_base_routes(modules, found, target)
     matrices = {pair.module.stem for pair in pairs if len(pair.shape) > 1 and pair.parameter == WEIGHT and not pair.raw}
     items = tuple(_item(base, pair, target, matrices, reasons) for pair in pairs)
     _require_alike(items, (base, tuned))
-    return Job(work, items, rule, model, target, ways)
+    return ExtractRun(work, items, rule, model, target, routes)
 
 
-def _usual(arch: Arch, base: Weights) -> str:
+def _usual(arch: Arch, base: BaseCheckpoint) -> str:
     """The format that a model's users expect: PEFT for what transformers saved, and for what has no table; kohya for image
     models in one file."""
     if arch not in ARCHS or base.layout.config.get("architectures"):
@@ -197,7 +202,7 @@ def _usual(arch: Arch, base: Weights) -> str:
     return "diffusers" if base.layout.is_folder else "kohya"
 
 
-def _item(base: Weights, pair: Pair, target: Format, matrices: Container[str], reasons: Mapping[Module, str]) -> Item:
+def _item(base: BaseCheckpoint, pair: Pair, target: Format, matrices: Container[str], reasons: Mapping[Module, str]) -> Item:
     form, what = form_of(pair, target, matrices)
     if form == EXPERTS and base.layout.config.get("model_type") in SIDEWAYS:
         return Item(pair, None, "PEFT takes its stacked experts to be stored as (in, out), which is not looked into here")
@@ -206,7 +211,7 @@ def _item(base: Weights, pair: Pair, target: Format, matrices: Container[str], r
     return Item(pair, None, reasons[pair.module]) if pair.module in reasons else Item(pair, form)
 
 
-def _require_alike(items: Sequence[Item], weights: tuple[Weights, Weights]) -> None:
+def _require_alike(items: Sequence[Item], weights: tuple[BaseCheckpoint, BaseCheckpoint]) -> None:
     """Raises `ShapeMismatch` for parameters of unlike shapes, but for vocabularies of unlike length."""
     unlike = [
         f"{pair} is {list(pair.shape)} in {weights[0].layout.root} and {list(pair.tuned_shape)} in {weights[1].layout.root}"
@@ -214,11 +219,13 @@ def _require_alike(items: Sequence[Item], weights: tuple[Weights, Weights]) -> N
         if (pair := item.pair).shape != pair.tuned_shape and (pair.shape[1:] != pair.tuned_shape[1:] or item.form == LORA)
     ]
     if unlike:
-        raise ShapeMismatch(f"{some(unlike, 3)}; both must be the same model, or leave these out with `Selection(exclude=)`")
+        raise ShapeMismatch(
+            f"{first_few(unlike, 3)}; both must be the same model, or leave these out with `Selection(exclude=)`"
+        )
 
 
 def _report(
-    job: Job, pairing: Pairing, out: Path, outcomes: Mapping[int, Outcome], lost: Mapping[int, str]
+    job: ExtractRun, pairing: Pairing, out: Path, outcomes: Mapping[int, Outcome], lost: Mapping[int, str]
 ) -> ExtractReport:
     squares = {number: outcome.figures.norm**2 for number, outcome in outcomes.items()}
     whole = math.fsum(squares.values())
@@ -227,7 +234,9 @@ def _report(
         squares[number] for number in lost
     )
     left_out = [
-        LeftOut(str(job.items[number].pair), why, outcomes[number].figures.norm, squares[number] / whole if whole else 0.0)
+        OmittedChange(
+            str(job.items[number].pair), why, outcomes[number].figures.norm, squares[number] / whole if whole else 0.0
+        )
         for number, why in lost.items()
     ]
     return ExtractReport(
@@ -241,13 +250,13 @@ def _report(
         norm=math.sqrt(whole),
         error=math.sqrt(missing / whole) if whole else 0.0,
         nbytes=0,
-        device=job.work.lanes.title,
+        device=job.work.devices.title,
         dry_run=False,
-        warnings=(*pairing.notes, *_read_by_few(held), *job.work.lanes.notes()),
+        warnings=(*pairing.warnings, *_read_by_few(held), *job.work.devices.warnings()),
     )
 
 
-def _read_by_few(held: Sequence[Extracted]) -> Iterator[str]:
+def _read_by_few(held: Sequence[ExtractedModule]) -> Iterator[str]:
     count = sum(figures.held in DIFFERENCES for figures in held)
     if count:
         yield (
@@ -256,16 +265,16 @@ def _read_by_few(held: Sequence[Extracted]) -> Iterator[str]:
         )
 
 
-def _foreseen(job: Job, pairing: Pairing, out: Path) -> ExtractReport:
+def _dry_run_report(job: ExtractRun, pairing: Pairing, out: Path) -> ExtractReport:
     """What would be extracted if every parameter had changed, from the headers alone."""
-    outcomes = {number: job.imagined(number, _rank(job, item)) for number, item in enumerate(job.items)}
+    outcomes = {number: job.placeholder(number, _rank(job, item)) for number, item in enumerate(job.items)}
     lost = {number: item.why for number, item in enumerate(job.items) if not item.form}
     known = all(outcome.delta for number, outcome in outcomes.items() if number not in lost)
     report = _report(job, pairing, out, outcomes, lost)
     return replace(report, nbytes=job.size(outcomes, {}) if known else 0, dry_run=True)
 
 
-def _rank(job: Job, item: Item) -> int:
+def _rank(job: ExtractRun, item: Item) -> int:
     """The rank that an item will have, where the rule tells it before it sees a spectrum; else 0."""
     rule = job.rule.of(item.pair.shape) if isinstance(job.rule, Rule) else None
     return int(rule.value) if rule and rule.method == "rank" else 0
@@ -277,5 +286,5 @@ def _nothing(report: ExtractReport, base: Path, tuned: Path) -> str:
     reasons: dict[str, list[str]] = {}
     for left in report.left_out:
         reasons.setdefault(left.why, []).append(left.name)
-    why = "; ".join(f"{some(names, 2)}: {why}" for why, names in reasons.items())
+    why = "; ".join(f"{first_few(names, 2)}: {why}" for why, names in reasons.items())
     return f"{tuned}: differs from {base}, but nothing of it can be written as {report.format}: {why}"

@@ -19,7 +19,7 @@ REPLACED: Final = ("weight", "bias")
 BESIDE_LORA: Final = "bias_up"
 """The leaf of a bias that only a LoRA can have."""
 
-LEAVES: Final = {
+_LEAVES: Final = {
     "a norm's weight": ("w_norm", "weight"),
     "a norm's bias": ("b_norm", "bias"),
     "a bias": ("bias", BESIDE_LORA, "diff_b"),
@@ -42,7 +42,7 @@ def form_of(pair: Pair, target: Format, matrices: Container[str]) -> tuple[str |
         return (EXPERTS if what == EXPERTS else LORA, what) if held else (None, what)
     # Flattened names of bare parameters are read by nobody; Wan's modulation is, under a name of its own.
     nameless = what == "a parameter of no module" and target.flat and not pair.module.path.endswith("modulation")
-    leaf = None if nameless else next((leaf for leaf in LEAVES[what] if leaf in target.leaves), None)
+    leaf = None if nameless else next((leaf for leaf in _LEAVES[what] if leaf in target.leaves), None)
     return leaf, what
 
 

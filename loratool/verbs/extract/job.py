@@ -13,31 +13,31 @@ from typing import TypeVar
 import torch
 
 from loratool.adapter.adapter import Adapter, Change
-from loratool.adapter.approximate import room_for
-from loratool.adapter.write import new_metadata, size_as
+from loratool.adapter.approximate import placeholder_lora
+from loratool.adapter.write import new_metadata, size_in_format
 from loratool.archs import Arch
 from loratool.deltas.base import Delta
 from loratool.deltas.full import Full, Replace
 from loratool.errors import Unsupported
-from loratool.files.history import entry
+from loratool.files.history import history_entry
 from loratool.formats.peft_writer import base_facts
 from loratool.formats.table import Format
 from loratool.keys.routes import Route
 from loratool.names import Module
-from loratool.numbers.budgets import Market, within_error
+from loratool.numbers.budgets import RankAllocator, within_error
 from loratool.numbers.devices import AT_ONCE
-from loratool.numbers.ranks import Budget, Offer, Rule
-from loratool.numbers.threads import Progress, run_all, tally
-from loratool.verbs.extract.assemble import Item, assembled
+from loratool.numbers.ranks import Budget, RankCandidate, Rule
+from loratool.numbers.threads import Progress, progress_counter, run_all
+from loratool.verbs.extract.assemble import Item, assemble_changes
 from loratool.verbs.extract.forms import BESIDE_LORA, EXPERTS, LORA, REPLACED
 from loratool.verbs.extract.journal import Journal
-from loratool.verbs.extract.outcomes import Extracted, Extraction, Outcome, Task
+from loratool.verbs.extract.outcomes import ExtractedModule, Extraction, Outcome, Task
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ExtractRun:
     """Every item with its form, the rule, and where each module goes in the format."""
 
     work: Extraction
@@ -45,7 +45,7 @@ class Job:
     rule: Rule | Budget
     arch: Arch
     target: Format
-    ways: Mapping[Module, Route]
+    routes: Mapping[Module, Route]
     progress: Progress | None = None
     journal: Journal | None = None
 
@@ -60,30 +60,30 @@ class Job:
                 "or leave them out with `Selection(exclude=)`"
             )
         others = self._outcomes({number: Rule() for number in numbers if self.items[number].form != LORA})
-        market = Market([number for number in numbers if self.items[number].form == LORA], self._offers, self.rule)
+        market = RankAllocator([number for number in numbers if self.items[number].form == LORA], self._offers, self.rule)
         if self.rule.nbytes is not None:
             return others | self._at(market.within_bytes(self.rule.nbytes, partial(self.size, others)), market)
         return self._within_error(others, market, self.rule.error or 0.0)
 
     def size(self, others: Mapping[int, Outcome], ranks: Mapping[int, int]) -> int:
         """The bytes of an output whose low-rank modules have these ranks."""
-        outcomes = {**others, **{number: self.imagined(number, rank) for number, rank in ranks.items()}}
-        changes, lost = assembled(self.items, outcomes, self.work)
-        return size_as(self.adapter(changes, outcomes, lost), self.target, self.ways)
+        outcomes = {**others, **{number: self.placeholder(number, rank) for number, rank in ranks.items()}}
+        changes, lost = assemble_changes(self.items, outcomes, self.work)
+        return size_in_format(self.adapter(changes, outcomes, lost), self.target, self.routes)
 
-    def imagined(self, number: int, rank: int) -> Outcome:
+    def placeholder(self, number: int, rank: int) -> Outcome:
         """What will become of an item, with sizes and without numbers; of a LoRA whose rank is 0, nothing."""
         pair, form = self.items[number].pair, self.items[number].form
         nothing = torch.zeros(1, dtype=self.work.stored_as(pair))
         delta: Delta | None = None
         if form == LORA and rank:
             rank = min(rank, pair.shape[0], math.prod(pair.shape[1:]))
-            delta = room_for(pair.shape, rank, nothing)
+            delta = placeholder_lora(pair.shape, rank, nothing)
         elif form in REPLACED:
             delta = Replace(nothing.expand(pair.tuned_shape), form)
         elif form and form not in (LORA, EXPERTS):
             delta = Full(nothing.expand(pair.shape), form, 1.0 if form == BESIDE_LORA else None)
-        return Outcome(delta, Extracted(str(pair), form or "", rank if form == LORA else 0, 0.0, 0.0, 0.0, 0.0, None))
+        return Outcome(delta, ExtractedModule(str(pair), form or "", rank if form == LORA else 0, 0.0, 0.0, 0.0, 0.0, None))
 
     def adapter(self, changes: Sequence[Change], outcomes: Mapping[int, Outcome], lost: Mapping[int, str]) -> Adapter:
         """The adapter to write, with what its readers want to know."""
@@ -93,7 +93,7 @@ class Job:
         about = base_facts(layout.config, str(layout.root))
         return Adapter(layout.root, tuple(changes), metadata, config=about)
 
-    def _within_error(self, others: Mapping[int, Outcome], market: Market, error: float) -> dict[int, Outcome]:
+    def _within_error(self, others: Mapping[int, Outcome], market: RankAllocator, error: float) -> dict[int, Outcome]:
         """The fewest bytes at a total error, which what is stored must meet with its rounding."""
         whole = market.total + math.fsum(outcome.figures.norm**2 for outcome in others.values())
         lost = _left(others)
@@ -103,7 +103,7 @@ class Job:
 
         return within_error(error, whole, spent, _left)
 
-    def _at(self, ranks: Mapping[int, int], market: Market) -> dict[int, Outcome]:
+    def _at(self, ranks: Mapping[int, int], market: RankAllocator) -> dict[int, Outcome]:
         """The outcomes at given ranks; what got none is only measured."""
         return self._outcomes({number: Rule("rank", ranks[number]) if number in ranks else None for number in market.offers})
 
@@ -122,31 +122,31 @@ class Job:
         """What an interrupted run left of an item."""
         return self.journal.get(_key(number, rule)) if self.journal else None
 
-    def _offers(self, rules: Mapping[int, Rule]) -> dict[int, Offer]:
+    def _offers(self, rules: Mapping[int, Rule]) -> dict[int, RankCandidate]:
         return self._each(rules, self.work.offers)
 
     def _each(
         self,
         rules: Mapping[int, Rule | None],
-        compute: Callable[[Sequence[Task], torch.device], list[T | None]],
-        done: Callable[[int, T], None] = lambda number, result: None,
-    ) -> dict[int, T]:
+        compute: Callable[[Sequence[Task], torch.device], list[_T | None]],
+        done: Callable[[int, _T], None] = lambda number, result: None,
+    ) -> dict[int, _T]:
         """What `compute` makes of each item, the largest first, those of one shape together where the device gains by it; in
         order, without those that come to nothing."""
-        found: dict[int, T] = {}
+        found: dict[int, _T] = {}
         sizes = {number: self.work.nbytes(self.items[number].pair) for number in rules}
         batches = self._batches(rules)
-        add = tally(sum(sizes.values()), self.progress)
+        add = progress_counter(sum(sizes.values()), self.progress)
 
-        def piece(numbers: Sequence[int]) -> list[T | None]:
+        def piece(numbers: Sequence[int]) -> list[_T | None]:
             tasks = [Task(self.items[number].pair, self.items[number].form, rules[number]) for number in numbers]
-            results = self.work.lanes.each(str(tasks[0].pair), tasks, compute)
+            results = self.work.devices.run_batch(str(tasks[0].pair), tasks, compute)
             for number, result in zip(numbers, results, strict=True):
                 if result is not None:
                     done(number, result)
             return results
 
-        def finished(index: int, results: list[T | None]) -> None:
+        def finished(index: int, results: list[_T | None]) -> None:
             for number, result in zip(batches[index], results, strict=True):
                 if result is not None:
                     found[number] = result
@@ -171,7 +171,7 @@ class Job:
         for _, group in groupby(ordered, key=alike):
             numbers = list(group)
             each = 4 * max(math.prod(self.items[numbers[0]].pair.shape), 1)
-            count = max(1, AT_ONCE // each) if self.work.lanes.staged else 1
+            count = max(1, AT_ONCE // each) if self.work.devices.staged else 1
             batches += [numbers[start : start + count] for start in range(0, len(numbers), count)]
         return batches
 
@@ -190,7 +190,7 @@ class Job:
             },
             "left_out": {str(self.items[number].pair): f"{outcomes[number].figures.norm:.4e}" for number in lost},
         }
-        return entry("extract", (), {}, **document)
+        return history_entry("extract", (), {}, **document)
 
 
 def _key(number: int, rule: Rule | None) -> str:

@@ -16,7 +16,7 @@ from loratool.deltas.schema import Given
 from loratool.errors import OutputError
 from loratool.files.header import read_header
 from loratool.files.tensors import TensorFile
-from loratool.verbs.extract.outcomes import Extracted, Outcome
+from loratool.verbs.extract.outcomes import ExtractedModule, Outcome
 
 SUFFIX: Final = ".partial"
 JOB: Final = "job.json"
@@ -52,7 +52,7 @@ class Journal:
         kind, rank = said.pop("kind"), said["figures"]["rank"]
         given = Given(scale=said["scale"], rank=rank)
         delta = class_of(kind).from_leaves(tensors, given) if kind else None
-        return Outcome(delta, Extracted(**said["figures"]))
+        return Outcome(delta, ExtractedModule(**said["figures"]))
 
     def put(self, key: str, outcome: Outcome) -> None:
         """Keeps an outcome, wholly or not at all."""

@@ -6,19 +6,19 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from loratool.errors import some
+from loratool.errors import first_few
 from loratool.files.header import TensorInfo
 from loratool.formats.recognise import refusal, trainer
 from loratool.keys.detect import is_language_model
 from loratool.keys.identify import matching_formats
-from loratool.keys.listing import Listing
+from loratool.keys.listing import AdapterListing
 from loratool.names import CONTAINER
 
 FEW: Final = 200
 """Longest text of one metadata value that is shown."""
 
 
-def summarised(metadata: Mapping[str, str]) -> dict[str, str]:
+def summarise_modules(metadata: Mapping[str, str]) -> dict[str, str]:
     """Metadata with long values cut, and JSON objects replaced by how many entries they hold."""
     return {key: _summary(value) for key, value in sorted(metadata.items())}
 
@@ -35,7 +35,7 @@ def _summary(value: str) -> str:
     return f"{value[:FEW]}… ({len(value):,} characters)"
 
 
-def described_format(found: Listing) -> str:
+def describe_format(found: AdapterListing) -> str:
     """Whose format it is, in words: that of the rows that every key agrees with, else how its keys are made up."""
     prefixes = [prefix for prefix, _ in found.prefix_counts.most_common()]
     shown = ", ".join(prefix + "…" for prefix in prefixes if prefix)
@@ -53,14 +53,14 @@ def described_format(found: Listing) -> str:
     return f"{shown or 'bare module names'}, {families} leaves"
 
 
-def suspicions(found: Listing) -> list[str]:
+def suspicions(found: AdapterListing) -> list[str]:
     """What is odd about an adapter, without saying that it is wrong."""
     refusals = (config.refusal for config in found.configs.values())
     odd = [why for why in (refusal(found.header.tensors), *found.problems, *refusals) if why]
     if found.unexplained:
-        odd.append(f"{len(found.unexplained)} tensors that no kind explains: {some(found.unexplained, 3)}")
-    if found.passengers:
-        odd.append(f"{len(found.passengers)} tensors of bundled embeddings travel along")
+        odd.append(f"{len(found.unexplained)} tensors that no kind explains: {first_few(found.unexplained, 3)}")
+    if found.extras:
+        odd.append(f"{len(found.extras)} tensors of bundled embeddings travel along")
     needing = [group for group in found.groups if {"down", "hada_w1_a"} & group.leaves.keys()]
     missing = [group for group in needing if "alpha" not in group.leaves and found.config(group.module) is None]
     if missing:
@@ -75,6 +75,6 @@ def suspicions(found: Listing) -> list[str]:
     return odd
 
 
-def leaves_of(found: Listing) -> list[tuple[str, TensorInfo]]:
+def leaves_of(found: AdapterListing) -> list[tuple[str, TensorInfo]]:
     """Every leaf of every module, with its tensor."""
     return [(leaf, info) for group in found.groups for leaf, info in group.leaves.items()]

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 from loratool.errors import InvalidAdapter
 from loratool.files.adapter_files import is_adapter_folder
 from loratool.files.header import Header
-from loratool.files.history import chain_of
+from loratool.files.history import history_steps
 from loratool.files.layout import INDEX_SUFFIX, PIPELINE, SINGLE_NAMES, Layout, open_layout
 from loratool.formats.recognise import refusal, trainer
-from loratool.keys.detect import Verdict, detect
-from loratool.keys.listing import Group, Listing, open_input
+from loratool.keys.detect import Detection, detect
+from loratool.keys.listing import AdapterListing, ModuleLeaves, open_input
 from loratool.keys.places import inputs_of
 from loratool.names import base_component
 from loratool.text import histogram, size
-from loratool.verbs.inspect.describe import described_format, leaves_of, summarised, suspicions
+from loratool.verbs.inspect.describe import describe_format, leaves_of, summarise_modules, suspicions
 
 if TYPE_CHECKING:
-    from loratool.verbs.inspect.values import Values
+    from loratool.verbs.inspect.values import ModuleValues
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class ModuleReport:
     scale: float | None
     dtype: str
     nbytes: int
-    values: Values | None = None
+    values: ModuleValues | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class AdapterReport:
     path: str
     format: str
     trainer: str | None
-    arch: Verdict
+    arch: Detection
     components: Mapping[str, int]
     kinds: Mapping[str, int]
     ranks: Mapping[int, int]
@@ -82,7 +82,7 @@ class CheckpointReport:
 
     path: str
     format: str
-    arch: Verdict
+    arch: Detection
     components: Mapping[str, int]
     dtypes: Mapping[str, int]
     nbytes: int
@@ -104,7 +104,7 @@ def inspect(path: str | Path, *, values: bool = False, base: str | Path | None =
 
 
 def inspect_input(
-    found: Listing | Layout, *, values: bool = False, base: str | Path | None = None
+    found: AdapterListing | Layout, *, values: bool = False, base: str | Path | None = None
 ) -> AdapterReport | CheckpointReport:
     """`inspect` of a file whose header was read already."""
     if isinstance(found, Layout):
@@ -126,7 +126,7 @@ def adapters_in(folder: Path) -> list[Path] | None:
     return sorted(found, key=lambda entry: entry.name.casefold())
 
 
-def inspect_adapter(found: Listing, whole: int | None = None, *, values: bool = False) -> AdapterReport:
+def inspect_adapter(found: AdapterListing, whole: int | None = None, *, values: bool = False) -> AdapterReport:
     """`inspect` of an adapter whose header was read already; `whole` is how many parameters its base has."""
     tensors = found.header.tensors.values()
     verdict = detect([(group.module, group.width) for group in found.groups], found.header.metadata)
@@ -136,7 +136,7 @@ def inspect_adapter(found: Listing, whole: int | None = None, *, values: bool = 
     touched = sum(prod(module.shape) for module in modules if module.shape)
     return AdapterReport(
         path=str(found.path),
-        format=described_format(found),
+        format=describe_format(found),
         trainer=trainer(found.header.metadata),
         arch=verdict,
         components=Counter(group.module.component or "model" for group in found.groups),
@@ -147,20 +147,20 @@ def inspect_adapter(found: Listing, whole: int | None = None, *, values: bool = 
         nbytes=sum(info.nbytes for info in tensors),
         parameters=parameters,
         share=parameters / (whole or touched) if whole or touched else None,
-        metadata=summarised(found.header.metadata),
-        history=tuple(chain_of(found.header.metadata)),
+        metadata=summarise_modules(found.header.metadata),
+        history=tuple(history_steps(found.header.metadata)),
         suspicions=(*problems, *suspicions(found)),
         modules=modules,
     )
 
 
-def _measure(found: Listing) -> Mapping[str, Values]:
+def _measure(found: AdapterListing) -> Mapping[str, ModuleValues]:
     from loratool.verbs.inspect.values import measure
 
     return measure(found)
 
 
-def _modules(found: Listing, measured: Mapping[str, Values]) -> tuple[tuple[ModuleReport, ...], list[str]]:
+def _modules(found: AdapterListing, measured: Mapping[str, ModuleValues]) -> tuple[tuple[ModuleReport, ...], list[str]]:
     modules: list[ModuleReport] = []
     problems: list[str] = []
     scalars = _scalars(found, problems)
@@ -191,7 +191,7 @@ def _modules(found: Listing, measured: Mapping[str, Values]) -> tuple[tuple[Modu
     return tuple(modules), problems
 
 
-def _scalars(found: Listing, problems: list[str]) -> dict[str, float]:
+def _scalars(found: AdapterListing, problems: list[str]) -> dict[str, float]:
     """The alphas that the file itself holds, by tensor name; those that are no number go to `problems`."""
     scalars = {}
     for name, value in found.alphas().items():
@@ -203,7 +203,7 @@ def _scalars(found: Listing, problems: list[str]) -> dict[str, float]:
 
 
 def _alpha(
-    found: Listing, group: Group, rank: int | None, scalars: Mapping[str, float]
+    found: AdapterListing, group: ModuleLeaves, rank: int | None, scalars: Mapping[str, float]
 ) -> tuple[float | None, float | None]:
     """(alpha, scale) of a module: the file's own alpha, else the config's; None where there is no rank to divide by."""
     info = group.leaves.get("alpha")
@@ -231,8 +231,8 @@ def _checkpoint(layout: Layout) -> CheckpointReport:
         parameters=sum(info.numel for info in tensors),
         tensors=len(tensors),
         files=tuple(layout.files),
-        metadata=summarised(_first_metadata(layout.files.values())),
-        history=tuple(chain_of(_first_metadata(layout.files.values()))),
+        metadata=summarise_modules(_first_metadata(layout.files.values())),
+        history=tuple(history_steps(_first_metadata(layout.files.values()))),
         suspicions=(
             *(why for why in [refusal(layout.tensors)] if why),
             *(f"{name} is not part of the model and is left alone" for name in layout.left_out),
@@ -248,10 +248,10 @@ def _layout_name(layout: Layout) -> str:
     return f"{len(layout.files)} shards with an index" if layout.indexes else "folder with one safetensors file"
 
 
-def _checkpoint_arch(layout: Layout) -> Verdict:
+def _checkpoint_arch(layout: Layout) -> Detection:
     config = layout.config
     if isinstance(config.get("model_type"), str):
-        return Verdict("llm", config["model_type"], "config.json says so (model_type)")
+        return Detection("llm", config["model_type"], "config.json says so (model_type)")
     return detect(inputs_of(layout), _first_metadata(layout.files.values()))
 
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from loratool.deltas.registry import build_part
-from loratool.deltas.schema import Given, Part
+from loratool.deltas.schema import DeltaSpec, Given
 from loratool.errors import LoratoolError
 from loratool.files.tensors import TensorFile
-from loratool.keys.listing import Group, Listing
+from loratool.keys.listing import AdapterListing, ModuleLeaves
 from loratool.numbers.linalg import effective_rank, singular_values
 
 
 @dataclass(frozen=True, slots=True)
-class Values:
+class ModuleValues:
     """One delta measured: ‖ΔW‖_F, its largest singular value, its effective rank, and what is wrong with it, if anything."""
 
     norm: float
@@ -26,38 +26,40 @@ class Values:
     remark: str = ""
 
 
-def measure(found: Listing) -> dict[str, Values]:
+def measure(found: AdapterListing) -> dict[str, ModuleValues]:
     """Reads every tensor of the adapter once, module by module; keys are names as `inspect` lists them."""
     alphas = found.alphas()
     measured = {}
     with TensorFile(found.header) as file:
         for group in found.groups:
             for part in _parts(group):
-                measured[group.name_of(part)] = _measured(found, group, part, file, alphas)
+                measured[group.name_of(part)] = _measure_part(found, group, part, file, alphas)
     return measured
 
 
-def _parts(group: Group) -> tuple[Part, ...]:
+def _parts(group: ModuleLeaves) -> tuple[DeltaSpec, ...]:
     try:
         return group.parts()
     except LoratoolError:
         return ()
 
 
-def _measured(found: Listing, group: Group, part: Part, file: TensorFile, alphas: Mapping[str, float | None]) -> Values:
+def _measure_part(
+    found: AdapterListing, group: ModuleLeaves, part: DeltaSpec, file: TensorFile, alphas: Mapping[str, float | None]
+) -> ModuleValues:
     tensors = {leaf: file.read(group.leaves[leaf]) for leaf in part.leaves if leaf != "alpha"}
     remark = _remark(tensors)
     if remark.startswith("NaN"):
-        return Values(float("nan"), float("nan"), float("nan"), remark)
+        return ModuleValues(float("nan"), float("nan"), float("nan"), remark)
     try:
         delta = build_part(part, tensors, found.given(group, part, alphas, Given()))
         factors = delta.factors()
         if factors is None:
-            return Values(float(delta.dense().double().norm()), 0.0, 0.0, remark)
+            return ModuleValues(float(delta.dense().double().norm()), 0.0, 0.0, remark)
     except LoratoolError as error:
-        return Values(0.0, 0.0, 0.0, str(error))
+        return ModuleValues(0.0, 0.0, 0.0, str(error))
     sigma = singular_values(*factors)
-    return Values(float(sigma.norm()), float(sigma.max()), effective_rank(sigma), remark)
+    return ModuleValues(float(sigma.norm()), float(sigma.max()), effective_rank(sigma), remark)
 
 
 def _remark(tensors: Mapping[str, Tensor]) -> str:

@@ -11,20 +11,20 @@ from torch import Tensor
 from loratool.files.header import TensorInfo
 from loratool.files.tensors import DTYPES, tensor_bytes
 from loratool.numbers.linalg import row_blocks
-from loratool.numbers.rounding import neighbours
-from loratool.verbs.merge.blocks import Job, by_blocks, changed_whole
+from loratool.numbers.rounding import adjacent_values
+from loratool.verbs.merge.blocks import RowsJob, apply_terms, by_blocks
 from loratool.verbs.merge.plan import TensorPlan
 from loratool.verbs.merge.segments import Segment, matrix, segments_of
 
-BLOCK: Final = 1 << 19
+_BLOCK: Final = 1 << 19
 """Numbers that are computed at a time."""
 PRODUCT: Final = 2.0**-22
 """What a product in float32 may be off by, relative to its result."""
-SUM: Final = 2.0**-24
+_SUM: Final = 2.0**-24
 """What a sum in float32 is rounded by, relative to it."""
 
 
-class Added:
+class PlannedChange:
     """What the terms of one tensor of a plan come to."""
 
     def __init__(self, tensor: TensorPlan) -> None:
@@ -53,25 +53,25 @@ class Added:
         for part, change in self._blocks(merged, start):
             # All that rounds to a number lies between the middles to its neighbours, or between these themselves.
             reach = 1.0 if by_chance else 0.5
-            stored, (below, above) = part.double(), (each.double() for each in neighbours(part))
-            slack = PRODUCT * change.abs() + (SUM * stored.abs() if part.element_size() < 4 else 0.0)
+            stored, (below, above) = part.double(), (each.double() for each in adjacent_values(part))
+            slack = PRODUCT * change.abs() + (_SUM * stored.abs() if part.element_size() < 4 else 0.0)
             lowest = stored + reach * (below - stored) + change - slack
             highest = stored + reach * (above - stored) + change + slack
-            under, over = (each.double() for each in neighbours((stored + change).to(part.dtype)))
+            under, over = (each.double() for each in adjacent_values((stored + change).to(part.dtype)))
             count += int(((under >= lowest) | (over <= highest)).sum())
         return count
 
     def _blocks(self, merged: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Some rows at a time, and what the merge added to them."""
         rows = merged.reshape(-1, self.columns)
-        for first, last in row_blocks(len(rows), self.columns, BLOCK):
+        for first, last in row_blocks(len(rows), self.columns, _BLOCK):
             yield rows[first:last], self._change(start + first, last - first)
 
     def _change(self, start: int, count: int) -> Tensor:
         if not by_blocks(self.tensor):
             if self._whole is None:
                 nothing = torch.zeros(self.tensor.shape, dtype=torch.float64)
-                self._whole = changed_whole(self.tensor, nothing)[0].reshape(-1, self.columns)
+                self._whole = apply_terms(self.tensor, nothing)[0].reshape(-1, self.columns)
             return self._whole[start : start + count]
         change = torch.zeros(count, self.columns, dtype=torch.float64)
         for segment in self._of_rows():
@@ -91,7 +91,7 @@ class Added:
         return self._segments
 
 
-def rows_of(job: Job, info: TensorInfo) -> Tensor:
+def rows_of(job: RowsJob, info: TensorInfo) -> Tensor:
     """The rows of a job as the file it reads has them, in a tensor `info` of the shape that the plan makes."""
     columns = matrix(job.tensor.shape)[1]
     rows = torch.empty(job.stop - job.start, columns, dtype=DTYPES[info.dtype])

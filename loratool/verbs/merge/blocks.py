@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import moved, widened
+from loratool.deltas.base import to_compute_dtype, to_device
 from loratool.errors import NonFinite
 from loratool.files.tensors import DTYPES, TensorFile, tensor_bytes
 from loratool.files.writer import Writer
 from loratool.numbers import rounding
-from loratool.numbers.devices import CPU, sent
+from loratool.numbers.devices import CPU, send
 from loratool.verbs.merge.plan import TensorPlan
 from loratool.verbs.merge.segments import Segment, matrix, segments_of
 from loratool.verbs.merge.terms import Term
@@ -37,7 +37,7 @@ ALWAYS_SAMPLED_BYTES: Final = 16 << 20
 
 
 @dataclass(slots=True)
-class Measure:
+class RoundingStats:
     """Sums over the blocks that were measured: ⟨stored change, ΔW⟩, ‖ΔW‖², elements, and those left as they were."""
 
     along: float = 0.0
@@ -45,7 +45,7 @@ class Measure:
     elements: int = 0
     unchanged: int = 0
 
-    def add(self, other: Measure) -> None:
+    def add(self, other: RoundingStats) -> None:
         self.along += other.along
         self.wanted += other.wanted
         self.elements += other.elements
@@ -62,12 +62,12 @@ class Rounding:
     def __call__(self, values: Tensor, out: Tensor, name: str, index: int) -> Tensor:
         """Rounds `values`, elements `index` on of the tensor `name`, into `out`."""
         if self.stochastic:
-            return out.copy_(rounding.stochastic(values, out.dtype, name, self.seed, index))
+            return out.copy_(rounding.round_stochastically(values, out.dtype, name, self.seed, index))
         return out.copy_(values)
 
 
 @dataclass(slots=True)
-class Scratch:
+class BufferPool:
     """One worker's buffers on `device`, and those of the host that numbers travel through where it is `staged`; grown to the
     largest block it has met."""
 
@@ -84,13 +84,13 @@ class Scratch:
             held = self.flat[key] = torch.empty(count, dtype=dtype, device=device, pin_memory=pinned)
         return held[:count].view(*shape)
 
-    def sent(self, use: str, values: Tensor) -> Tensor:
+    def send(self, use: str, values: Tensor) -> Tensor:
         """Host numbers on the device: the same tensor where nothing has to travel."""
         if not self.staged:
             return values
         return self.take(use, values.dtype, values.shape).copy_(values, non_blocking=True)
 
-    def fetched(self, use: str, values: Tensor) -> Tensor:
+    def fetch(self, use: str, values: Tensor) -> Tensor:
         """The device's numbers on the host, once they have arrived."""
         if not self.staged:
             return values
@@ -101,7 +101,7 @@ class Scratch:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class RowsJob:
     """Some rows of one tensor, for one worker: source and target files, and where the output's bytes begin there."""
 
     tensor: TensorPlan
@@ -122,11 +122,11 @@ class Job:
         return (self.stop - self.start) * self.row_bytes
 
 
-def jobs_of(tensor: TensorPlan, source: TensorFile, target: Writer, offset: int) -> Iterator[Job]:
+def jobs_of(tensor: TensorPlan, source: TensorFile, target: Writer, offset: int) -> Iterator[RowsJob]:
     """The work on one tensor: in pieces of about `TASK_BYTES` where it is computed by blocks, else all of it at once."""
     rows, columns = matrix(tensor.shape)
     if not by_blocks(tensor):
-        yield Job(tensor, source, target, offset, (), 0, rows, by_blocks=False)
+        yield RowsJob(tensor, source, target, offset, (), 0, rows, by_blocks=False)
         return
     segments = segments_of(tensor, rows, columns)
     step = max(1, TASK_BYTES // max(tensor.nbytes // max(rows, 1), 1))
@@ -134,7 +134,7 @@ def jobs_of(tensor: TensorPlan, source: TensorFile, target: Writer, offset: int)
     block = _block_rows(tensor)
     step = -(-step // block) * block
     for start in range(0, rows, step):
-        yield Job(tensor, source, target, offset, segments, start, min(start + step, rows))
+        yield RowsJob(tensor, source, target, offset, segments, start, min(start + step, rows))
 
 
 def by_blocks(tensor: TensorPlan) -> bool:
@@ -146,9 +146,9 @@ def by_blocks(tensor: TensorPlan) -> bool:
     )
 
 
-def run_job(job: Job, rounded: Rounding, scratch: Scratch, stopped: Event) -> Measure:
+def run_job(job: RowsJob, rounded: Rounding, scratch: BufferPool, stopped: Event) -> RoundingStats:
     """Computes and writes a job's blocks; raises `NonFinite` where a result is no number the output can hold."""
-    measure = Measure()
+    measure = RoundingStats()
     # A GPU takes all rows at once, and measures all of them: to it that is nothing.
     block = job.stop - job.start if scratch.staged else _block_rows(job.tensor)
     segments = tuple(segment.on(scratch.device) for segment in job.segments)
@@ -161,52 +161,54 @@ def run_job(job: Job, rounded: Rounding, scratch: Scratch, stopped: Event) -> Me
     return measure
 
 
-def change_whole(job: Job, rounded: Rounding, device: torch.device = CPU) -> Measure:
+def write_whole_tensor(job: RowsJob, rounded: Rounding, device: torch.device = CPU) -> RoundingStats:
     """Changes a tensor that cannot be cut: each term sees the base's own weight, and all their changes are added."""
     tensor = job.tensor
     stored = job.source.read(tensor.source)
     if stored.dtype == torch.float64:
         device = CPU  # not every device has it, and few weights are stored so
-    on_device = replace(tensor, terms=tuple(replace(term, delta=moved(term.delta, device)) for term in tensor.terms))
-    result, base = changed_whole(on_device, widened(sent(stored, device)))
+    on_device = replace(tensor, terms=tuple(replace(term, delta=to_device(term.delta, device)) for term in tensor.terms))
+    result, base = apply_terms(on_device, to_compute_dtype(send(stored, device)))
     narrow = rounded(result, torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=device), tensor.name, 0)
     if not bool(narrow.float().isfinite().all()):
-        raise NonFinite(_lost(tensor, result))
+        raise NonFinite(_overflow_message(tensor, result))
     job.target.write(tensor_bytes(narrow.contiguous().cpu()), job.offset)
-    wanted, got = (result - base).flatten().double(), (widened(narrow) - base).flatten().double()
-    return Measure(float(got @ wanted), float(wanted @ wanted), got.numel(), int((got == 0).sum()))
+    wanted, got = (result - base).flatten().double(), (to_compute_dtype(narrow) - base).flatten().double()
+    return RoundingStats(float(got @ wanted), float(wanted @ wanted), got.numel(), int((got == 0).sum()))
 
 
-def changed_whole(tensor: TensorPlan, base: Tensor) -> tuple[Tensor, Tensor]:
+def apply_terms(tensor: TensorPlan, base: Tensor) -> tuple[Tensor, Tensor]:
     """What the terms of a tensor make of its widened `base`, before it is rounded; and the base in the result's shape."""
     result = base.clone()
     for term in sorted(tensor.terms, key=lambda term: term.delta.additive):
         if tensor.shape != base.shape:
             # Only the term that says so knows what the weight was; the others come after it, and see its shape.
             result = term.delta.apply(base, term.strength)
-            base = _padded(base, tensor.shape)
+            base = _pad_shape(base, tensor.shape)
         else:
             _apply(term, base, result)
     return result, base
 
 
-def _run_block(job: Job, segments: tuple[Segment, ...], rows: slice, rounded: Rounding, scratch: Scratch) -> Measure:
+def _run_block(
+    job: RowsJob, segments: tuple[Segment, ...], rows: slice, rounded: Rounding, scratch: BufferPool
+) -> RoundingStats:
     tensor, columns = job.tensor, matrix(job.tensor.shape)[1]
     shape, index = (rows.stop - rows.start, columns), rows.start * columns
     source_dtype, dtype = DTYPES[tensor.source.dtype], DTYPES[tensor.dtype]
     raw = scratch.take("raw", source_dtype, shape, host=scratch.staged)
     job.source.read_into(tensor_bytes(raw), tensor.source.start + index * source_dtype.itemsize)
-    before = scratch.sent("raw", raw)
+    before = scratch.send("raw", raw)
     wide = scratch.take("wide", torch.float32, shape).copy_(before)
     sampled = bool(tensor.terms) and (scratch.staged or _is_sampled(tensor, rows.start))
     change = _add_segments(segments, rows, wide, scratch, keep=sampled)
     narrow = rounded(wide, scratch.take("narrow", dtype, shape), tensor.name, index)
     _check_range(tensor, wide, dtype)
-    job.target.write(tensor_bytes(scratch.fetched("narrow", narrow)), job.offset + index * dtype.itemsize)
-    return _measured(before, change, narrow, scratch) if sampled else Measure()
+    job.target.write(tensor_bytes(scratch.fetch("narrow", narrow)), job.offset + index * dtype.itemsize)
+    return _measure_rows(before, change, narrow, scratch) if sampled else RoundingStats()
 
 
-def _add_segments(segments: tuple[Segment, ...], rows: slice, wide: Tensor, scratch: Scratch, *, keep: bool) -> Tensor:
+def _add_segments(segments: tuple[Segment, ...], rows: slice, wide: Tensor, scratch: BufferPool, *, keep: bool) -> Tensor:
     """Adds to `wide`, which holds `rows`, what the segments over them say; returns the sum of it where it is to be kept."""
     total = scratch.take("change", torch.float32, wide.shape)
     if keep:
@@ -223,13 +225,13 @@ def _add_segments(segments: tuple[Segment, ...], rows: slice, wide: Tensor, scra
     return total
 
 
-def _measured(before: Tensor, change: Tensor, narrow: Tensor, scratch: Scratch) -> Measure:
+def _measure_rows(before: Tensor, change: Tensor, narrow: Tensor, scratch: BufferPool) -> RoundingStats:
     stored = scratch.take("stored", torch.float32, narrow.shape).copy_(narrow)
     # torch has no arithmetic on numbers of 8 bits.
     got, wanted = stored.sub_(before.float() if before.element_size() == 1 else before).flatten(), change.flatten()
     # numpy's is the faster one on a CPU.
     changed = np.count_nonzero(got.numpy()) if got.device == CPU else torch.count_nonzero(got)
-    return Measure(_dot(got, wanted), _dot(wanted, wanted), got.numel(), got.numel() - int(changed))
+    return RoundingStats(_dot(got, wanted), _dot(wanted, wanted), got.numel(), got.numel() - int(changed))
 
 
 def _dot(one: Tensor, other: Tensor) -> float:
@@ -241,19 +243,19 @@ def _dot(one: Tensor, other: Tensor) -> float:
 
 def _check_range(tensor: TensorPlan, wide: Tensor, dtype: torch.dtype) -> None:
     """Whether every result fits the output's dtype. One dot product shows it nearly always: no square exceeds the sum."""
-    values, limit = wide.flatten(), rounding.largest(dtype)
+    values, limit = wide.flatten(), rounding.max_finite(dtype)
     total = _dot(values, values)
     if total < limit * limit and total < float("inf"):
         return
     if bool((wide.abs() <= limit).all()):
         return
     if tensor.terms or dtype.itemsize < DTYPES[tensor.source.dtype].itemsize:
-        raise NonFinite(_lost(tensor, wide))
+        raise NonFinite(_overflow_message(tensor, wide))
 
 
-def _lost(tensor: TensorPlan, result: Tensor) -> str:
+def _overflow_message(tensor: TensorPlan, result: Tensor) -> str:
     finite = result.isfinite()
-    beyond = int((finite & (result.abs() > rounding.largest(DTYPES[tensor.dtype]))).sum())
+    beyond = int((finite & (result.abs() > rounding.max_finite(DTYPES[tensor.dtype]))).sum())
     bad = int((~finite).sum())
     if bad:
         return f"{tensor.name}: {bad} values of the result are NaN or Inf, which the base holds or a ΔW comes to"
@@ -268,7 +270,7 @@ def _apply(term: Term, base: Tensor, result: Tensor) -> None:
     after.copy_(changed if torch.equal(after, before) else after + (changed - before))
 
 
-def _padded(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _pad_shape(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A weight with zeros for what it lacks of `shape`, cut where it exceeds it."""
     padded = weight.new_zeros(shape)
     common = tuple(slice(min(old, new)) for old, new in zip(weight.shape, shape, strict=True))

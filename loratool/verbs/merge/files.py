@@ -13,14 +13,14 @@ from typing import Final
 import torch
 
 from loratool.files.header import TensorInfo, encode_header
-from loratool.files.history import METADATA_KEY, history_of
+from loratool.files.history import HISTORY_KEY, history_of
 from loratool.files.layout import Layout
 from loratool.files.tensors import TensorFile
 from loratool.files.writer import Writer
-from loratool.numbers.devices import CPU, Lanes
-from loratool.numbers.threads import Progress, run_all, tally
-from loratool.verbs.merge.added import Added
-from loratool.verbs.merge.blocks import Job, Measure, Rounding, Scratch, change_whole, jobs_of, run_job
+from loratool.numbers.devices import CPU, DevicePool
+from loratool.numbers.threads import Progress, progress_counter, run_all
+from loratool.verbs.merge.added import PlannedChange
+from loratool.verbs.merge.blocks import BufferPool, Rounding, RoundingStats, RowsJob, jobs_of, run_job, write_whole_tensor
 from loratool.verbs.merge.plan import Plan, TensorPlan
 
 COPY_TASK_BYTES: Final = 256 << 20
@@ -30,7 +30,7 @@ PROVENANCE_BYTES: Final = 16384
 KNOWN_TO_MPS: Final = frozenset({"F32", "F16", "BF16"})
 """Dtypes of weights that Apple's GPUs compute with."""
 
-Follow = Callable[[Job, Added], Callable[[], None]]
+AfterJob = Callable[[RowsJob, PlannedChange], Callable[[], None]]
 """Given each job in order, before any is done, and what the plan adds to its tensor: what to do, on the thread that did it,
 once it is."""
 
@@ -68,7 +68,7 @@ class OutputFile:
         stack: ExitStack,
         *,
         in_place: bool = False,
-        follow: Follow | None = None,
+        follow: AfterJob | None = None,
     ) -> None:
         header = plan.layout.files[file]
         self.in_place = in_place
@@ -95,7 +95,7 @@ class OutputFile:
     def offset(self, tensor: TensorPlan) -> int:
         return self.length + self.infos[tensor.key].start
 
-    def work(self) -> Iterator[Callable[[Worker], tuple[int, Measure]]]:
+    def work(self) -> Iterator[Callable[[Worker], tuple[int, RoundingStats]]]:
         """Everything there is to do for this file, each piece returning the bytes it wrote."""
         for untouched, run in groupby(self.tensors, key=lambda tensor: not tensor.touched):
             if untouched:
@@ -104,7 +104,7 @@ class OutputFile:
             for tensor in run:
                 yield from self._computations(tensor)
 
-    def _copies(self, tensors: list[TensorPlan]) -> Iterator[Callable[[Worker], tuple[int, Measure]]]:
+    def _copies(self, tensors: list[TensorPlan]) -> Iterator[Callable[[Worker], tuple[int, RoundingStats]]]:
         """Neighbours in the source that are neighbours in the output are one range."""
         start, stop, offset = tensors[0].source.start, tensors[0].source.start, self.offset(tensors[0])
         for tensor in tensors:
@@ -114,22 +114,22 @@ class OutputFile:
             stop = tensor.source.stop
         yield self._copy(start, stop - start, offset)
 
-    def _copy(self, start: int, count: int, offset: int) -> Callable[[Worker], tuple[int, Measure]]:
-        def copy(worker: Worker) -> tuple[int, Measure]:
+    def _copy(self, start: int, count: int, offset: int) -> Callable[[Worker], tuple[int, RoundingStats]]:
+        def copy(worker: Worker) -> tuple[int, RoundingStats]:
             self.writer.copy(self.source.descriptor, start, count, offset)
-            return count, Measure()
+            return count, RoundingStats()
 
         return copy
 
-    def _computations(self, tensor: TensorPlan) -> Iterator[Callable[[Worker], tuple[int, Measure]]]:
-        added = Added(tensor)
+    def _computations(self, tensor: TensorPlan) -> Iterator[Callable[[Worker], tuple[int, RoundingStats]]]:
+        added = PlannedChange(tensor)
         for job in jobs_of(tensor, self.source, self.writer, self.offset(tensor)):
-            yield partial(_computed, job, self.follow(job, added) if self.follow else None)
+            yield partial(_compute_work, job, self.follow(job, added) if self.follow else None)
 
     def finish(self, provenance: str) -> bool:
         """Writes the header, now that everything in it is known; False where it is changed in place, and
         its header has no room."""
-        raw = encode_header(self.infos, {**self.metadata, METADATA_KEY: provenance}, self.length)
+        raw = encode_header(self.infos, {**self.metadata, HISTORY_KEY: provenance}, self.length)
         fits = len(raw) == self.length
         if not fits and not self.in_place:
             raise AssertionError(f"the provenance is longer than {PROVENANCE_BYTES} bytes")
@@ -141,43 +141,47 @@ class OutputFile:
 class Worker(threading.local):
     """What each worker thread has for itself, and what stops all of them."""
 
-    def __init__(self, rounding: Rounding, lanes: Lanes, stopped: threading.Event) -> None:
+    def __init__(self, rounding: Rounding, devices: DevicePool, stopped: threading.Event) -> None:
         self.rounding = rounding
-        self.lanes = lanes
+        self.devices = devices
         self.stopped = stopped
-        self._scratch: dict[torch.device, Scratch] = {}
+        self._scratch: dict[torch.device, BufferPool] = {}
 
-    def compute(self, jobs: Sequence[Job], device: torch.device) -> list[Measure]:
+    def compute(self, jobs: Sequence[RowsJob], device: torch.device) -> list[RoundingStats]:
         """Runs jobs on a device."""
         if device.type == "mps" and any({job.tensor.source.dtype, job.tensor.dtype} - KNOWN_TO_MPS for job in jobs):
             device = CPU
-        staged = self.lanes.staged and device == self.lanes.device
-        scratch = self._scratch.setdefault(device, Scratch(device, staged))
+        staged = self.devices.staged and device == self.devices.device
+        scratch = self._scratch.setdefault(device, BufferPool(device, staged))
         return [
-            run_job(job, self.rounding, scratch, self.stopped) if job.by_blocks else change_whole(job, self.rounding, device)
+            run_job(job, self.rounding, scratch, self.stopped)
+            if job.by_blocks
+            else write_whole_tensor(job, self.rounding, device)
             for job in jobs
         ]
 
 
-def _computed(job: Job, after: Callable[[], None] | None, worker: Worker) -> tuple[int, Measure]:
-    (measure,) = worker.lanes.each(job.tensor.name, [job], worker.compute)
+def _compute_work(job: RowsJob, after: Callable[[], None] | None, worker: Worker) -> tuple[int, RoundingStats]:
+    (measure,) = worker.devices.run_batch(job.tensor.name, [job], worker.compute)
     if after and not worker.stopped.is_set():
         after()
     return job.nbytes, measure
 
 
-def run(files: Sequence[OutputFile], rounding: Rounding, lanes: Lanes, progress: Progress | None) -> Measure:
+def run_files(
+    files: Sequence[OutputFile], rounding: Rounding, devices: DevicePool, progress: Progress | None
+) -> RoundingStats:
     """Runs all work on a few threads and adds up what was measured, in order."""
-    add = tally(sum(file.nbytes for file in files), progress)
-    measures: dict[int, Measure] = {}
-    worker = Worker(rounding, lanes, threading.Event())
+    add = progress_counter(sum(file.nbytes for file in files), progress)
+    measures: dict[int, RoundingStats] = {}
+    worker = Worker(rounding, devices, threading.Event())
 
-    def finished(index: int, result: tuple[int, Measure]) -> None:
+    def finished(index: int, result: tuple[int, RoundingStats]) -> None:
         nbytes, measures[index] = result
         add(nbytes)
 
     run_all((partial(piece, worker) for file in files for piece in file.work()), finished, worker.stopped)
-    measure = Measure()
+    measure = RoundingStats()
     for index in sorted(measures):
         measure.add(measures[index])
     return measure

@@ -10,12 +10,12 @@ from typing import Final
 from loratool.adapter.load import Assumptions
 from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import AdapterLike
-from loratool.errors import Unsupported, some
+from loratool.errors import Unsupported, first_few
 from loratool.files.header import TensorInfo, stored_dtype
 from loratool.files.layout import Layout, open_layout, require_weights
-from loratool.numbers.devices import lanes
+from loratool.numbers.devices import open_devices
 from loratool.numbers.threads import Progress
-from loratool.verbs.merge.blocks import Measure, Rounding
+from loratool.verbs.merge.blocks import Rounding, RoundingStats
 from loratool.verbs.merge.plan import MergeInput, Plan, make_plan
 from loratool.verbs.merge.write import MergeRun, open_inputs
 from loratool.verbs.reports import Stopwatch, TimedReport
@@ -116,10 +116,10 @@ def merge_inputs(
     target = Path(out).expanduser() if out else layout.root
     if out is None:
         _require_same_layout(plan)
-    work = MergeRun(plan, inputs, lanes(device), command, dtype, rounding or Rounding(), undo, overwrite)
-    measure, notes, undo_bytes = (Measure(), (), None) if dry_run else work.write(target if out else None, progress)
+    work = MergeRun(plan, inputs, open_devices(device), command, dtype, rounding or Rounding(), undo, overwrite)
+    measure, notes, undo_bytes = (RoundingStats(), (), None) if dry_run else work.write(target if out else None, progress)
     report = _report(plan, inputs, target, measure, dry_run)
-    report = replace(report, warnings=(*report.warnings, *notes), undo_bytes=undo_bytes, device=work.lanes.title)
+    report = replace(report, warnings=(*report.warnings, *notes), undo_bytes=undo_bytes, device=work.devices.title)
     return stopwatch.stop(report)
 
 
@@ -128,18 +128,20 @@ def _require_same_layout(plan: Plan) -> None:
     other = [tensor.name for tensor in plan.tensors.values() if (tensor.dtype, tensor.shape) != _kind(tensor.source)]
     other += [name for name in plan.tensors if name not in plan.layout.tensors]
     if other:
-        raise Unsupported(f"{plan.layout.root}: {some(other)} would get another dtype or shape; write to an `out=` instead")
+        raise Unsupported(
+            f"{plan.layout.root}: {first_few(other)} would get another dtype or shape; write to an `out=` instead"
+        )
 
 
 def _kind(info: TensorInfo) -> tuple[str, tuple[int, ...]]:
     return info.dtype, info.shape
 
 
-def _report(plan: Plan, inputs: Sequence[MergeInput], target: Path, measure: Measure, dry_run: bool) -> MergeReport:
+def _report(plan: Plan, inputs: Sequence[MergeInput], target: Path, measure: RoundingStats, dry_run: bool) -> MergeReport:
     touched = sum(tensor.source.numel for tensor in plan.changed)
     strength = measure.along / measure.wanted if measure.wanted else None
     unchanged = measure.unchanged / measure.elements if measure.elements else None
-    notes = [note for each in inputs for note in each.adapter.notes]
+    notes = [note for each in inputs for note in each.adapter.warnings]
     return MergeReport(
         out=str(target),
         adapters=tuple((str(each.adapter.path), each.strength.value) for each in inputs),
@@ -156,7 +158,7 @@ def _report(plan: Plan, inputs: Sequence[MergeInput], target: Path, measure: Mea
     )
 
 
-def _warnings(plan: Plan, measure: Measure, strength: float | None) -> Iterator[str]:
+def _warnings(plan: Plan, measure: RoundingStats, strength: float | None) -> Iterator[str]:
     if plan.unmatched:
         yield f"{len(plan.unmatched)} modules have no target and were left out, the first is {plan.unmatched[0]}"
     if measure.elements and not measure.wanted:

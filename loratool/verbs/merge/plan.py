@@ -12,12 +12,12 @@ from loratool.adapter.load import Assumptions
 from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import Strength, strengths_of
 from loratool.deltas.full import Enlarge
-from loratool.errors import LoratoolError, UnmatchedModules, Unsupported, some
+from loratool.errors import LoratoolError, UnmatchedModules, Unsupported, first_few
 from loratool.files.header import BITS, TensorInfo
 from loratool.files.layout import Layout
 from loratool.files.tensors import FLOATS
 from loratool.keys.detect import detect
-from loratool.keys.places import EMBEDDINGS, HEAD, Place, Targets
+from loratool.keys.places import EMBEDDING_STEMS, HEAD, WeightIndex, WeightRows
 from loratool.names import Module
 from loratool.verbs.merge.terms import Term, check_overlap, grows, terms_of
 
@@ -82,7 +82,7 @@ def make_plan(
     layout: Layout, inputs: Sequence[MergeInput], *, dtype: str | None = None, allow_unmatched: bool = False
 ) -> Plan:
     """Finds the place of every change; raises `UnmatchedModules`, `ShapeMismatch` or another `LoratoolError`."""
-    draft, adapters = _Draft(layout), [each.adapter for each in inputs]
+    draft, adapters = _PlanDraft(layout), [each.adapter for each in inputs]
     strengths = strengths_of([(each.adapter, each.strength) for each in inputs])
     for each, by_module in zip(inputs, strengths, strict=True):
         draft.add(each.adapter, each.selection, by_module)
@@ -97,12 +97,12 @@ def make_plan(
     return Plan(layout, tensors, draft.matched, tuple(map(str, draft.unmatched)), draft.config, tuple(warnings))
 
 
-class _Draft:
+class _PlanDraft:
     """Terms by tensor, as they are collected from one adapter after the other."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.targets = Targets(layout)
+        self.targets = WeightIndex(layout)
         self.terms: dict[str, list[Term]] = {}
         self.added: dict[str, str] = {}
         self.unmatched: list[Module] = []
@@ -148,8 +148,8 @@ class _Draft:
 
     def _as_stored(self, change: Change) -> tuple[Change, ...]:
         """The change itself, or its parts where the base stores each expert's weights by themselves."""
-        together = not change.apart or self._places(change.module, change.parameter)
-        return (change,) if together else change.apart
+        together = not change.per_expert or self._places(change.module, change.parameter)
+        return (change,) if together else change.per_expert
 
     def tensors(self, dtype: str | None) -> dict[str, TensorPlan]:
         plans = {}
@@ -175,7 +175,7 @@ class _Draft:
 
         Where the adapter itself is tied (PEFT's ensure_weight_tying) the head's copy of the change is left out instead.
         """
-        for ending in EMBEDDINGS:
+        for ending in EMBEDDING_STEMS:
             embedding = ending.removesuffix(".weight")
             # Trained rows of single tokens are the head's too: PEFT ties them wherever the model does.
             inputs = [
@@ -191,11 +191,11 @@ class _Draft:
             self._untie(places[0].tensor)
         return changes
 
-    def _places(self, module: Module, parameter: str) -> tuple[Place, ...]:
+    def _places(self, module: Module, parameter: str) -> tuple[WeightRows, ...]:
         """Where the base has `module`, a head that is not stored because it is tied to the embedding included."""
         found = self.targets.find(module, parameter)
         embedding = self.targets.tied if not found and module.path.endswith(HEAD) else None
-        return (Place(f"{HEAD}.weight", 0, self.layout.info(embedding).shape[0]),) if embedding else found
+        return (WeightRows(f"{HEAD}.weight", 0, self.layout.info(embedding).shape[0]),) if embedding else found
 
     def _stored(self, tensor: str) -> TensorInfo:
         """What the base says of a tensor; asking for a tied head is what unties it."""
@@ -209,7 +209,7 @@ class _Draft:
         self.config["tie_word_embeddings"] = False
 
 
-def _unmatched_message(draft: _Draft, adapters: Sequence[Adapter]) -> str:
+def _unmatched_message(draft: _PlanDraft, adapters: Sequence[Adapter]) -> str:
     count = len(draft.unmatched)
     pairs = []
     for module in draft.unmatched[:5]:
@@ -219,6 +219,8 @@ def _unmatched_message(draft: _Draft, adapters: Sequence[Adapter]) -> str:
     total = count + draft.matched
     message = f"{count} of {total} modules have no target in {draft.layout.root}: {'; '.join(pairs)}{more}"
     verdicts = {detect([(change.module, None) for change in adapter.changes]).title for adapter in adapters}
-    families = f"; the adapter looks like one for {some(sorted(verdicts))}" if verdicts - {"unknown", "undecided"} else ""
+    families = (
+        f"; the adapter looks like one for {first_few(sorted(verdicts))}" if verdicts - {"unknown", "undecided"} else ""
+    )
     way_out = "`allow_unmatched=True` leaves them out" if draft.matched else "is the adapter for another model?"
     return f"{message}{families}; {way_out}"

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from loratool.numbers.devices import sent
+from loratool.numbers.devices import send
 from loratool.verbs.merge.plan import TensorPlan
 from loratool.verbs.merge.terms import Term
 
@@ -32,8 +32,8 @@ class Segment:
 
     def on(self, device: torch.device) -> Segment:
         """The same on a device."""
-        up, down = (None if factor is None else sent(factor, device) for factor in (self.up, self.down))
-        return replace(self, up=up, down=down, whole=tuple(sent(difference, device) for difference in self.whole))
+        up, down = (None if factor is None else send(factor, device) for factor in (self.up, self.down))
+        return replace(self, up=up, down=down, whole=tuple(send(difference, device) for difference in self.whole))
 
     def change(self, first: int, last: int, out: Tensor) -> Tensor:
         """ΔW of rows `first` to `last` in float32."""
@@ -58,11 +58,11 @@ def segments_of(tensor: TensorPlan, rows: int, columns: int, *, factored: bool =
     for first, last in pairwise(edges):
         over = [piece.cut(first, last) for piece in pieces if piece.start <= first < piece.stop]
         if over:
-            segments.append(_stacked(over, first, last))
+            segments.append(_stack_segments(over, first, last))
     return tuple(segments)
 
 
-def _stacked(pieces: list[Segment], first: int, last: int) -> Segment:
+def _stack_segments(pieces: list[Segment], first: int, last: int) -> Segment:
     ups = [piece.up for piece in pieces if piece.up is not None]
     downs = [piece.down for piece in pieces if piece.down is not None]
     up, down = (torch.cat(ups, dim=1), torch.cat(downs)) if ups else (None, None)

@@ -12,7 +12,7 @@ from loratool.deltas.base import Delta
 from loratool.deltas.schema import ANY
 from loratool.errors import LoratoolError, ShapeMismatch
 from loratool.files.header import TensorInfo
-from loratool.keys.places import Place
+from loratool.keys.places import WeightRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Term:
 
 
 def terms_of(
-    base: tuple[int, ...], change: Change, places: tuple[Place, ...], strength: float
+    base: tuple[int, ...], change: Change, places: tuple[WeightRows, ...], strength: float
 ) -> Iterable[tuple[str, Term]]:
     """A change cut to its places in tensors of shape `base`; raises `ShapeMismatch` unless it fits them exactly."""
     rows = sum(place.rows for place in places)
@@ -39,7 +39,7 @@ def terms_of(
         return [(places[0].tensor, Term(str(change), delta, strength, 0, shape[0], transposed=False))]
     if not _fits(delta, wanted):
         raise ShapeMismatch(
-            f"{change}: is a change of {_shown(shape)}, its target {places[0].tensor} takes {list(wanted)}: "
+            f"{change}: is a change of {_shape_text(shape)}, its target {places[0].tensor} takes {list(wanted)}: "
             "the adapter is for another model"
         )
     parts = [delta] if len(places) == 1 else delta.split([place.rows for place in places])
@@ -49,7 +49,7 @@ def terms_of(
     ]
 
 
-def _shown(shape: tuple[int, ...]) -> str:
+def _shape_text(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join("any" if size == ANY else str(size) for size in shape) + "]"
 
 
@@ -58,7 +58,7 @@ def _fits(delta: Delta, wanted: tuple[int, ...]) -> bool:
     if ANY in delta.shape:
         inputs = (wanted[1], prod(wanted[1:])) if len(wanted) > 1 else (1,)
         return delta.shape[0] in (ANY, wanted[0]) and (delta.shape[1] == ANY or delta.shape[1] in inputs)
-    if delta.flattened:
+    if delta.kernel_flattened:
         return (delta.shape[0], prod(delta.shape[1:])) == (wanted[0], prod(wanted[1:]))
     return _same_but_ones(delta.shape, wanted)
 

@@ -25,19 +25,19 @@ from loratool.adapter.adapter import Adapter, files_of
 from loratool.adapter.load import Assumptions
 from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import Strength
-from loratool.errors import InvalidFile, Unsupported, some
+from loratool.errors import InvalidFile, Unsupported, first_few
 from loratool.files.adapter_files import AdapterFile
 from loratool.files.header import Header, TensorInfo, read_header
-from loratool.files.history import METADATA_KEY
-from loratool.files.output import Input, Output
+from loratool.files.history import HISTORY_KEY
+from loratool.files.output import Input, NewOutput
 from loratool.files.strict_json import strict_json
 from loratool.files.tensors import DTYPES, TensorFile, tensor_bytes
-from loratool.files.writer import ENTRY_BYTES, Appending, Entry, Writer
-from loratool.numbers.residuals import packed
-from loratool.numbers.threads import results
+from loratool.files.writer import ENTRY_BYTES, SafetensorsAppender, TensorBytes, Writer
+from loratool.numbers.residuals import pack_residual
+from loratool.numbers.threads import map_on_threads
 from loratool.verbs.merge import blocks as streaming
-from loratool.verbs.merge.added import Added, rows_of
-from loratool.verbs.merge.blocks import Job
+from loratool.verbs.merge.added import PlannedChange, rows_of
+from loratool.verbs.merge.blocks import RowsJob
 from loratool.verbs.merge.plan import MergeInput, Plan, TensorPlan
 from loratool.verbs.merge.segments import matrix
 
@@ -45,7 +45,7 @@ HASH_BYTES: Final = 8 << 20
 """Bytes of a file that are hashed at a time."""
 
 
-class UndoFile:
+class UndoWriter:
     """An undo file on its way out: `follow` each job of the merge, then `finish`. Use it in a `with`."""
 
     def __init__(self, path: Path, plan: Plan, merged: Sequence[MergeInput], dtype: str | None, *, overwrite: bool) -> None:
@@ -53,7 +53,7 @@ class UndoFile:
         for each in merged:
             _file_of(each.adapter)
         inputs: list[Input] = [plan.layout, *files_of(each.adapter for each in merged)]
-        self._output = Output(path, folder=False, overwrite=overwrite, nbytes=0, inputs=inputs)
+        self._output = NewOutput(path, folder=False, overwrite=overwrite, nbytes=0, inputs=inputs)
         self._stack = ExitStack()
         self._numbers = count()
         pieces = [tensor for tensor in plan.tensors.values() if tensor.touched]
@@ -62,15 +62,15 @@ class UndoFile:
         self._room += sum(len(json.dumps(json.dumps(self._of(each)))) + 4 * ENTRY_BYTES for each in merged)
         self._room += sum(3 * len(json.dumps(file)) + 4 * ENTRY_BYTES for file in plan.layout.files)
 
-    def __enter__(self) -> UndoFile:
+    def __enter__(self) -> UndoWriter:
         output = self._stack.enter_context(self._output)
-        self._file = Appending(self._stack.enter_context(Writer(output.path(""), 0)), self._room)
+        self._file = SafetensorsAppender(self._stack.enter_context(Writer(output.path(""), 0)), self._room)
         return self
 
     def __exit__(self, *raised: Any) -> None:
         self._stack.__exit__(*raised)
 
-    def follow(self, job: Job, added: Added) -> Callable[[], None]:
+    def follow(self, job: RowsJob, added: PlannedChange) -> Callable[[], None]:
         """What is to be done once a job is: to keep what leads back from what it wrote."""
         if job.tensor.name not in self.plan.layout.tensors:
             return lambda: None
@@ -80,7 +80,7 @@ class UndoFile:
         """Writes all the rest, `files` being those that the merge rewrote, and returns the size. The file is complete then,
         and takes its place with `commit`."""
         layout = self.plan.layout
-        digests = results(partial(sha256, layout.root / file if file else layout.root) for file in files)
+        digests = map_on_threads(partial(sha256, layout.root / file if file else layout.root) for file in files)
         of = dict(zip(files, digests, strict=True))
         for file in files:
             header = layout.files[file]
@@ -102,7 +102,7 @@ class UndoFile:
             "files": {file: {"sha256": of[file], "size": layout.files[file].size} for file in files},
             "adapters": [self._of(each) for each in self.merged],
         }
-        return self._file.finish({METADATA_KEY: json.dumps(document)})
+        return self._file.finish({HISTORY_KEY: json.dumps(document)})
 
     def commit(self) -> None:
         """Puts the file in its place."""
@@ -112,9 +112,9 @@ class UndoFile:
         """Takes it away again, where the merge that it is of did not come to be."""
         self._output.place.unlink(missing_ok=True)
 
-    def _keep(self, number: int, job: Job, added: Added) -> None:
+    def _keep(self, number: int, job: RowsJob, added: PlannedChange) -> None:
         base, merged = _rows(job)
-        raw = packed(base.flatten(), added.taken_from(merged, job.start))
+        raw = pack_residual(base.flatten(), added.taken_from(merged, job.start))
         self._file.in_turn(number, [_bytes(f"rows/{job.tensor.name}/{job.start}", raw)])
 
     def _of(self, each: MergeInput) -> dict[str, Any]:
@@ -141,8 +141,8 @@ def _file_of(adapter: Adapter) -> AdapterFile:
     return adapter.file
 
 
-def _bytes(name: str, raw: bytes) -> Entry:
-    return Entry(name, "U8", (len(raw),), raw)
+def _bytes(name: str, raw: bytes) -> TensorBytes:
+    return TensorBytes(name, "U8", (len(raw),), raw)
 
 
 def _most(tensor: TensorPlan) -> int:
@@ -150,7 +150,7 @@ def _most(tensor: TensorPlan) -> int:
     return 1 + ceil(tensor.nbytes / streaming.TASK_BYTES)
 
 
-def _rows(job: Job) -> tuple[Tensor, Tensor]:
+def _rows(job: RowsJob) -> tuple[Tensor, Tensor]:
     """The rows of a job in the base, and as they were written."""
     tensor, columns = job.tensor, matrix(job.tensor.shape)[1]
     merged = torch.empty(job.stop - job.start, columns, dtype=DTYPES[tensor.dtype])
@@ -169,7 +169,7 @@ def sha256(path: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class UndoAdapter:
     """An adapter in an undo file: what it was called, how it was merged, and whether it was a folder."""
 
     name: str
@@ -180,14 +180,14 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Undo:
+class UndoRecord:
     """An undo file as it was read: the dtype of the merge, the files of the base that it led away from, with their sizes and
     hashes, and the adapters."""
 
     header: Header
     dtype: str | None
     files: Mapping[str, tuple[int, str]]
-    adapters: tuple[Held, ...]
+    adapters: tuple[UndoAdapter, ...]
 
     def starts(self) -> dict[str, list[int]]:
         """The first row of each piece that is kept of a tensor, in order, by its name."""
@@ -203,24 +203,24 @@ class Undo:
         return {name.removeprefix(prefix): info for name, info in self.header.tensors.items() if name.startswith(prefix)}
 
 
-def read_undo(path: Path) -> Undo:
+def read_undo(path: Path) -> UndoRecord:
     """Reads what an undo file says of itself; raises `InvalidFile`."""
     header = read_header(path)
     try:
-        document = strict_json(header.metadata.get(METADATA_KEY, "{}").encode())
+        document = strict_json(header.metadata.get(HISTORY_KEY, "{}").encode())
         if document.get("command") != "undo":
             raise InvalidFile(f"{path}: is not an undo file; `merge(undo=)` writes one")
         files = {name: (int(facts["size"]), str(facts["sha256"])) for name, facts in document["files"].items()}
         adapters = tuple(_adapter(each) for each in document["adapters"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InvalidFile(f"{path}: is not an undo file that this version reads: {error}") from error
-    undo = Undo(header, document.get("dtype"), files, adapters)
+    undo = UndoRecord(header, document.get("dtype"), files, adapters)
     if any(info.dtype != "U8" or len(info.shape) != 1 for info in header.tensors.values()):
         raise InvalidFile(f"{path}: is not an undo file that this version reads")
     whole = set(files) == {""}
     unsafe = [name for name in (*files, *undo.names("file/")) if not (_inside(name) or (whole and not name))]
     if unsafe:
-        raise InvalidFile(f"{path}: would write {some(map(repr, unsafe))}, which does not lie in the output")
+        raise InvalidFile(f"{path}: would write {first_few(map(repr, unsafe))}, which does not lie in the output")
     return undo
 
 
@@ -229,10 +229,10 @@ def _inside(name: str) -> bool:
     return bool(name) and not {"", ".", ".."} & set(name.split("/")) and "\\" not in name and "\0" not in name
 
 
-def _adapter(said: Mapping[str, Any]) -> Held:
+def _adapter(said: Mapping[str, Any]) -> UndoAdapter:
     parts = {str(name): float(factor) for name, factor in said["components"].items()}
     strength = Strength(float(said["strength"]), tuple(map(float, said.get("blocks", ()))), parts)
     selection = Selection(tuple(map(str, said["include"])), tuple(map(str, said["exclude"])))
     alpha = None if said["alpha"] is None else float(said["alpha"])
     assume = Assumptions(alpha, tuple(map(bool, said["slots"])))
-    return Held(str(said["name"]), strength, selection, assume, bool(said["folder"]))
+    return UndoAdapter(str(said["name"]), strength, selection, assume, bool(said["folder"]))

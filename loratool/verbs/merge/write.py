@@ -13,18 +13,18 @@ from loratool.adapter.adapter import files_of
 from loratool.adapter.load import Assumptions, open_source
 from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import AdapterLike, weighted_adapter
-from loratool.errors import OutputError, of_file
+from loratool.errors import OutputError, error_in_file
 from loratool.files.header import stored_dtype
-from loratool.files.history import METADATA_KEY, entry, history_of, named
-from loratool.files.in_place import Clones
-from loratool.files.output import Destination, Input, Output
+from loratool.files.history import HISTORY_KEY, history_entry, history_of, input_record
+from loratool.files.in_place import InPlaceOutput
+from loratool.files.output import Destination, Input, NewOutput
 from loratool.files.writer import copy_file
-from loratool.numbers.devices import Lanes
+from loratool.numbers.devices import DevicePool
 from loratool.numbers.threads import Progress
-from loratool.verbs.merge.blocks import Measure, Rounding
-from loratool.verbs.merge.files import Follow, OutputFile, rewritten_files, run
+from loratool.verbs.merge.blocks import Rounding, RoundingStats
+from loratool.verbs.merge.files import AfterJob, OutputFile, rewritten_files, run_files
 from loratool.verbs.merge.plan import MergeInput, Plan
-from loratool.verbs.merge.undo_file import UndoFile
+from loratool.verbs.merge.undo_file import UndoWriter
 
 
 def open_inputs(
@@ -49,15 +49,15 @@ class MergeRun:
 
     plan: Plan
     merged: Sequence[MergeInput]
-    lanes: Lanes
+    devices: DevicePool
     command: str = "merge"
     dtype: str | None = None
     rounding: Rounding = field(default_factory=Rounding)
     undo: Path | None = None
     overwrite: bool = False
-    follow: Follow | None = None
+    follow: AfterJob | None = None
 
-    def write(self, target: Path | None, progress: Progress | None) -> tuple[Measure, tuple[str, ...], int | None]:
+    def write(self, target: Path | None, progress: Progress | None) -> tuple[RoundingStats, tuple[str, ...], int | None]:
         """Writes the output to `target`, or with None into the base itself; returns what was measured, what is to be said
         of it, and the size of the undo file, if one was asked for."""
         plan, rewritten = self.plan, rewritten_files(self.plan)
@@ -67,8 +67,8 @@ class MergeRun:
                 dtype = stored_dtype(self.dtype)
                 if target and (self.undo == target or target in self.undo.parents):
                     raise OutputError(f"{self.undo}: is, or lies in, the output of this very run; choose another place")
-                undo = stack.enter_context(UndoFile(self.undo, plan, self.merged, dtype, overwrite=self.overwrite))
-            output = self._output(target) if target else Clones(plan.layout.root, rewritten, self._inputs())
+                undo = stack.enter_context(UndoWriter(self.undo, plan, self.merged, dtype, overwrite=self.overwrite))
+            output = self._output(target) if target else InPlaceOutput(plan.layout.root, rewritten, self._inputs())
             stack.enter_context(output)
             if not output.in_place:
                 self._copy(output, rewritten)
@@ -79,8 +79,8 @@ class MergeRun:
                     for file, tensors in rewritten.items()
                 ]
                 adapters = ", ".join(str(each.adapter.path) for each in self.merged)
-                with of_file(f"{adapters} into {plan.layout.root}"):
-                    measure = run(files, self.rounding, self.lanes, progress)
+                with error_in_file(f"{adapters} into {plan.layout.root}"):
+                    measure = run_files(files, self.rounding, self.devices, progress)
                 provenance = _provenance(self.command, self.merged, self._said(), self.rounding, measure)
                 silent = [file for file in files if not file.finish(provenance)]
             nbytes = None
@@ -95,7 +95,7 @@ class MergeRun:
                 raise
         root, no_room = plan.layout.root, "its header has no room to say what was merged into it; nothing else is missing"
         notes = [f"{root}: {no_room}"] if silent else []
-        return measure, (*notes, *self.lanes.notes()), nbytes
+        return measure, (*notes, *self.devices.warnings()), nbytes
 
     def _said(self) -> Mapping[str, str]:
         """What the base says of itself: its files say alike where they come from."""
@@ -104,7 +104,7 @@ class MergeRun:
     def _output(self, target: Path) -> Destination:
         layout = self.plan.layout
         needed = sum(tensor.nbytes for tensor in self.plan.tensors.values()) + (1 << 20)
-        return Output(target, folder=layout.is_folder, overwrite=self.overwrite, nbytes=needed, inputs=self._inputs())
+        return NewOutput(target, folder=layout.is_folder, overwrite=self.overwrite, nbytes=needed, inputs=self._inputs())
 
     def _inputs(self) -> list[Input]:
         return [self.plan.layout, *files_of(each.adapter for each in self.merged)]
@@ -142,10 +142,10 @@ def _files_of(weight_map: Mapping[str, str], index: str) -> set[str]:
 
 
 def _provenance(
-    command: str, merged: Sequence[MergeInput], base: Mapping[str, str], rounding: Rounding, measure: Measure
+    command: str, merged: Sequence[MergeInput], base: Mapping[str, str], rounding: Rounding, measure: RoundingStats
 ) -> str:
     """A short account for the output's metadata, without times or paths, so that equal runs write equal bytes."""
-    said = entry(
+    said = history_entry(
         command,
         [_record(each) for each in merged],
         base,
@@ -153,14 +153,14 @@ def _provenance(
         realised_strength=_figure(measure.along, measure.wanted),
         unchanged=_figure(measure.unchanged, measure.elements),
     )
-    return said[METADATA_KEY]
+    return said[HISTORY_KEY]
 
 
 def _record(each: MergeInput) -> dict[str, object]:
     """What is said of an adapter: how strongly it was merged, and its components and blocks where these differ."""
     strength = each.strength
     more = {"parts": dict(strength.parts), "blocks": strength.vector}
-    return named(
+    return input_record(
         each.adapter.path,
         each.adapter.file,
         strength=strength.value,

@@ -10,23 +10,23 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
-from loratool.errors import InvalidFile, LoratoolError, OutputError, of_file
+from loratool.errors import InvalidFile, LoratoolError, OutputError, error_in_file
 from loratool.files.adapter_files import locate
-from loratool.files.hashes import LENGTHS, legacy_hash
+from loratool.files.hashes import HASH_LENGTHS, legacy_hash
 from loratool.files.header import ADAPTER_HEADER_BYTES, Header, encode_header, identity, open_regular, read_header
-from loratool.files.history import METADATA_KEY as HISTORY
-from loratool.files.output import Output
+from loratool.files.history import HISTORY_KEY as HISTORY
+from loratool.files.output import NewOutput
 from loratool.files.writer import Writer, copy_file
 from loratool.formats import modelspec
-from loratool.formats.peft import METADATA_KEY
+from loratool.formats.peft import PEFT_METADATA_KEY
 from loratool.verbs.hash import hashes_of
 from loratool.verbs.meta.private import without_private
 from loratool.verbs.reports import Report
 
-NEEDED: Final = frozenset({METADATA_KEY, "format", "software"})
+NEEDED: Final = frozenset({PEFT_METADATA_KEY, "format", "software"})
 """Without these readers make something else of a file: diffusers keeps alphas in one, transformers asks for another, and
 ai-toolkit's name tells a difference from a factor."""
-OWN: Final = frozenset({*LENGTHS, HISTORY, "modelspec.hash_sha256"})
+_OWN: Final = frozenset({*HASH_LENGTHS, HISTORY, "modelspec.hash_sha256"})
 """What is true of one file alone, and is not copied to another."""
 
 
@@ -40,7 +40,7 @@ class MetaReport(Report):
     removed: tuple[str, ...]
 
 
-def metadata_of(path: str | Path) -> dict[str, str]:
+def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata of a safetensors file, or of a PEFT folder's weights; raises `LoratoolError`."""
     return dict(_header(path).metadata)
 
@@ -56,14 +56,14 @@ def set_metadata(
 
     Raises `LoratoolError`, and changes nothing, where a value is not allowed, or a hash is not the file's.
     """
-    with of_file(path):
-        modelspec.check(values)
+    with error_in_file(path):
+        modelspec.require_allowed(values)
         header = _header(path)
         if claimed := values.get("modelspec.hash_sha256"):
             true = f"0x{hashes_of(path, header.path, header).autov3}"
             if true != claimed:
                 raise LoratoolError(f"modelspec.hash_sha256: the file's is {true}")
-    return _written(path, header, {**header.metadata, **values}, out, overwrite=overwrite)
+    return _write_change(path, header, {**header.metadata, **values}, out, overwrite=overwrite)
 
 
 def delete_metadata(
@@ -72,14 +72,14 @@ def delete_metadata(
     """Takes the keys that `globs` match; raises `LoratoolError` for a glob that matches none, and for what readers need."""
     header = _header(path)
     before = header.metadata
-    gone = _matched(path, before, globs)
+    gone = _matching_keys(path, before, globs)
     needed = sorted(gone & NEEDED - {"format"})
     if needed:
         raise LoratoolError(
             f"{path}: without {needed[0]} the adapter would be read as another; convert it to kohya's format first"
         )
     kept = {key: value for key, value in before.items() if key not in gone}
-    return _written(path, header, kept, out, overwrite=overwrite)
+    return _write_change(path, header, kept, out, overwrite=overwrite)
 
 
 def copy_metadata(
@@ -92,11 +92,11 @@ def copy_metadata(
 ) -> MetaReport:
     """Gives `path` the metadata of `source`, or what `globs` match of it; hashes and histories are each file's own, and
     so is what readers need."""
-    theirs = metadata_of(source)
-    chosen = _matched(source, theirs, globs) if globs else theirs.keys()
-    copied = {key: theirs[key] for key in theirs if key in chosen and key not in OWN | NEEDED}
+    theirs = read_metadata(source)
+    chosen = _matching_keys(source, theirs, globs) if globs else theirs.keys()
+    copied = {key: theirs[key] for key in theirs if key in chosen and key not in _OWN | NEEDED}
     header = _header(path)
-    return _written(path, header, {**header.metadata, **copied}, out, overwrite=overwrite)
+    return _write_change(path, header, {**header.metadata, **copied}, out, overwrite=overwrite)
 
 
 def strip_metadata(
@@ -106,10 +106,10 @@ def strip_metadata(
     header = _header(path)
     before = header.metadata
     kept = without_private(before) if private else {key: value for key, value in before.items() if key in NEEDED}
-    return _written(path, header, kept, out, overwrite=overwrite)
+    return _write_change(path, header, kept, out, overwrite=overwrite)
 
 
-def _matched(path: str | Path, metadata: Mapping[str, str], globs: Sequence[str]) -> set[str]:
+def _matching_keys(path: str | Path, metadata: Mapping[str, str], globs: Sequence[str]) -> set[str]:
     found: set[str] = set()
     for glob in globs:
         mine = {key for key in metadata if fnmatchcase(key, glob)}
@@ -119,7 +119,7 @@ def _matched(path: str | Path, metadata: Mapping[str, str], globs: Sequence[str]
     return found
 
 
-def _written(
+def _write_change(
     path: str | Path, header: Header, metadata: dict[str, str], out: str | Path | None, *, overwrite: bool
 ) -> MetaReport:
     """Writes the file, or in `out` its copy, with other metadata and kohya's hash of it made true."""
@@ -142,20 +142,20 @@ def _written(
         added=tuple(sorted(metadata.keys() - before.keys())),
         changed=tuple(sorted(key for key in metadata.keys() & before.keys() if metadata[key] != before[key])),
         removed=tuple(sorted(before.keys() - metadata.keys())),
-        warnings=tuple(modelspec.remarks(metadata)),
+        warnings=tuple(modelspec.warnings_of(metadata)),
     )
 
 
 def _replace(header: Header, target: Path, raw: bytes, *, overwrite: bool, inputs: Sequence[Header]) -> None:
     nbytes = len(raw) + header.size - header.data_start
-    with Output(target, folder=False, overwrite=overwrite, nbytes=nbytes, inputs=inputs) as output:
+    with NewOutput(target, folder=False, overwrite=overwrite, nbytes=nbytes, inputs=inputs) as output:
         _write(header, output.path(""), raw)
         shutil.copymode(header.path, output.path(""))
         output.commit()
 
 
 def _copy_folder(path: Path, header: Header, raw: bytes, target: Path, *, overwrite: bool) -> None:
-    with Output(target, folder=True, overwrite=overwrite, nbytes=header.size + len(raw), inputs=[header]) as output:
+    with NewOutput(target, folder=True, overwrite=overwrite, nbytes=header.size + len(raw), inputs=[header]) as output:
         for name in _others(path, header.path.name):
             copy_file(path / name, output.path(name))
         _write(header, output.path(header.path.name), raw)

@@ -24,8 +24,8 @@ BY_DATASET: Final = frozenset(
 """Objects whose keys are names of folders."""
 NAMES_OF_DATASETS: Final = frozenset({"image_dir", "metadata_file", "conditioning_data_dir", "name_or_path", "dataset_path"})
 """Fields that name a folder or a file of a dataset."""
-PLACES: Final = "home|Users|root|mnt|media|workspace|content|tmp|data|srv|opt|Volumes"
-PATH: Final = re.compile(rf"(?:[A-Za-z]:[\\/]|\\\\|~/|/(?:{PLACES})/)[^\"'\s,;]*")
+_PLACES: Final = "home|Users|root|mnt|media|workspace|content|tmp|data|srv|opt|Volumes"
+PATH: Final = re.compile(rf"(?:[A-Za-z]:[\\/]|\\\\|~/|/(?:{_PLACES})/)[^\"'\s,;]*")
 """What looks like a place on somebody's disk."""
 USER: Final = re.compile(r"(?:/home/|/Users/|[A-Za-z]:[\\/]+Users[\\/]+)([^\\/\"'\s,;]{3,})", re.IGNORECASE)
 
@@ -42,7 +42,7 @@ def without_private(metadata: Mapping[str, str]) -> dict[str, str]:
 def _clean(key: str, value: str) -> str:
     try:
         document = json.loads(value)
-        cleaned = _cleaned(key, document) if isinstance(document, dict | list) else document
+        cleaned = _clean_text(key, document) if isinstance(document, dict | list) else document
     except (ValueError, RecursionError):
         return _without_paths(value)
     if not isinstance(document, dict | list):
@@ -50,14 +50,14 @@ def _clean(key: str, value: str) -> str:
     return value if cleaned == document else json.dumps(cleaned, ensure_ascii=False)
 
 
-def _cleaned(key: str, value: Any) -> Any:
+def _clean_text(key: str, value: Any) -> Any:
     if isinstance(value, dict):
         keys = {
             name: f"dataset {place + 1}" if key in BY_DATASET else _without_paths(name) for place, name in enumerate(value)
         }
-        return {keys[name]: _cleaned("" if key in BY_DATASET else name, item) for name, item in value.items()}
+        return {keys[name]: _clean_text("" if key in BY_DATASET else name, item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_cleaned(key, item) for item in value]
+        return [_clean_text(key, item) for item in value]
     if key in NAMES_OF_DATASETS:
         return None if value is None else "dataset"
     return _without_paths(value) if isinstance(value, str) else value

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loratool.errors import Unsupported
 from loratool.text import safe
-from loratool.verbs.inspect.block_map import Map
+from loratool.verbs.inspect.block_map import BlockMap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ INK: Final = "#010203"
 """Stands for the page's colour of text; nothing else is drawn in it."""
 BLUE, ORANGE = "#3b82f6", "#f97316"
 """Read on white and on black."""
-SHADES: Final = "viridis"
+_SHADES: Final = "viridis"
 BANDS: Final = ((0.1, 0.9, 0.15), (0.25, 0.75, 0.3))
 """Quantiles that a band goes from and to, and how much of it is seen."""
 
@@ -37,13 +37,13 @@ def require_matplotlib() -> None:
         raise Unsupported("a report is drawn by matplotlib: pip install 'loratool[report]'")
 
 
-def heat_map(found: Map) -> str:
+def heat_map(found: BlockMap) -> str:
     """‖ΔW‖ by block and sort of module; nothing is drawn where there is no module."""
     rows, columns = len(found.rows), len(found.columns)
 
     def draw(figure: Figure, axes: Axes) -> None:
         cells = [[math.nan if cell is None else cell for cell in row] for row in found.cells]
-        image = axes.imshow(cells, cmap=SHADES, vmin=0, aspect="auto")
+        image = axes.imshow(cells, cmap=_SHADES, vmin=0, aspect="auto")
         axes.set_xticks(range(columns), map(safe, found.columns), rotation=60, ha="right", parse_math=False)
         axes.set_yticks(range(rows), map(safe, found.rows), parse_math=False)
         axes.spines[:].set_visible(False)
@@ -51,7 +51,7 @@ def heat_map(found: Map) -> str:
         bar.set_label("‖ΔW‖")
         bar.outline.set_visible(False)
 
-    return _drawn(draw, 2.6 + 0.34 * columns, 1.6 + 0.2 * rows, f"‖ΔW‖ of {rows} blocks by {columns} sorts of modules")
+    return _draw(draw, 2.6 + 0.34 * columns, 1.6 + 0.2 * rows, f"‖ΔW‖ of {rows} blocks by {columns} sorts of modules")
 
 
 def spectra(found: Sequence[Sequence[float]]) -> str:
@@ -73,7 +73,7 @@ def spectra(found: Sequence[Sequence[float]]) -> str:
         axes.set_ylabel("σ of the k-th direction, of the first")
         axes.set_ylim(0, 1.05)
 
-    return _drawn(draw, 6, 3, f"Spectra of {len(relative)} modules")
+    return _draw(draw, 6, 3, f"Spectra of {len(relative)} modules")
 
 
 def effective_ranks(ranks: Sequence[float], stored: int) -> str:
@@ -86,7 +86,7 @@ def effective_ranks(ranks: Sequence[float], stored: int) -> str:
         axes.set_xlabel("effective rank")
         axes.set_ylabel("modules")
 
-    return _drawn(draw, 6, 3, f"Effective ranks of {len(ranks)} modules")
+    return _draw(draw, 6, 3, f"Effective ranks of {len(ranks)} modules")
 
 
 def frontier(choices: Sequence[tuple[float, float, float, int]]) -> str:
@@ -106,7 +106,7 @@ def frontier(choices: Sequence[tuple[float, float, float, int]]) -> str:
         for text in legend.get_texts():
             text.set_color(INK)
 
-    return _drawn(draw, 6, 3.2, f"Size against error at {len(choices)} ranks")
+    return _draw(draw, 6, 3.2, f"Size against error at {len(choices)} ranks")
 
 
 def matrix(names: Sequence[str], cells: Sequence[Sequence[float | None]]) -> str:
@@ -125,10 +125,10 @@ def matrix(names: Sequence[str], cells: Sequence[Sequence[float | None]]) -> str
                 axes.text(j, i, shown, ha="center", va="center", color="#1f2937" if dark else "#f9fafb")
         axes.spines[:].set_visible(False)
 
-    return _drawn(draw, 2.5 + 0.8 * size, 1.8 + 0.6 * size, f"Cosines of {size} adapters")
+    return _draw(draw, 2.5 + 0.8 * size, 1.8 + 0.6 * size, f"Cosines of {size} adapters")
 
 
-def _drawn(draw: Callable[[Figure, Axes], None], width: float, height: float, title: str) -> str:
+def _draw(draw: Callable[[Figure, Axes], None], width: float, height: float, title: str) -> str:
     """An SVG element that scales with the page, has a title for those who cannot see it, and is the same each time."""
     from matplotlib.figure import Figure
 

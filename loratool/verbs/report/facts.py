@@ -11,18 +11,18 @@ from typing import Any, Final
 
 from loratool.adapter.adapter import Adapter
 from loratool.adapter.load import load_listing
-from loratool.base.base import Weights
+from loratool.base.base import BaseCheckpoint
 from loratool.errors import InvalidFile, LoratoolError
 from loratool.files.layout import Layout
 from loratool.keys.listing import open_input
 from loratool.text import count
 from loratool.verbs.delta.delta import DeltaReport, delta
 from loratool.verbs.hash import Hashes, hashes_of
-from loratool.verbs.inspect.block_map import Map, map_of
+from loratool.verbs.inspect.block_map import BlockMap, block_map
 from loratool.verbs.inspect.inspect import AdapterReport, inspect_adapter
 from loratool.verbs.resize import FrontierReport, frontier
 
-TRAINING: Final[Mapping[str, str]] = {
+_TRAINING: Final[Mapping[str, str]] = {
     "modelspec.title": "title", "modelspec.author": "author", "modelspec.date": "date", "modelspec.license": "licence",
     "modelspec.trigger_phrase": "trigger phrase", "modelspec.usage_hint": "usage", "ss_sd_model_name": "trained on",
     "ss_base_model_version": "base", "ss_network_module": "network", "ss_network_args": "its arguments",
@@ -38,7 +38,7 @@ TAGS: Final = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class AdapterFacts:
     """One adapter: its file's bytes, what `inspect` says, its map, its changes with their spectra and its frontier; or why
     one of these could not be had. `tags` are the most frequent ones of its training."""
 
@@ -48,12 +48,12 @@ class Facts:
     about: tuple[tuple[str, str], ...]
     training: tuple[tuple[str, str], ...]
     tags: tuple[tuple[str, int], ...]
-    map: Map
+    map: BlockMap
     delta: DeltaReport | str
     frontier: FrontierReport | str
 
 
-def facts_of(path: Path, base: Weights | None) -> Facts:
+def facts_of(path: Path, base: BaseCheckpoint | None) -> AdapterFacts:
     """Reads one adapter; raises `LoratoolError` where it is none, or cannot be read."""
     found = open_input(path)
     if isinstance(found, Layout):
@@ -62,16 +62,16 @@ def facts_of(path: Path, base: Weights | None) -> Facts:
     hashes = hashes_of(path, found.file.weights, found.header)
     adapter = load_listing(found)
     training = [
-        (name, metadata[key]) for key, name in TRAINING.items() if metadata.get(key, "None") not in ("None", "{}", "")
+        (name, metadata[key]) for key, name in _TRAINING.items() if metadata.get(key, "None") not in ("None", "{}", "")
     ]
-    return Facts(
+    return AdapterFacts(
         adapter=adapter,
         report=report,
         nbytes=hashes.size,
         about=tuple(_about(report, hashes)),
         training=tuple(training),
         tags=tuple(_tags(metadata).most_common(TAGS)),
-        map=map_of(adapter),
+        map=block_map(adapter),
         delta=_or_why(lambda: delta(adapter, base=base, spectrum=True)),
         frontier=_or_why(lambda: frontier(adapter, base=base)),
     )

@@ -10,14 +10,14 @@ from typing import Final
 
 from loratool._version import __version__
 from loratool.adapter.adapter import files_of
-from loratool.base.base import Weights, open_base
+from loratool.base.base import BaseCheckpoint, open_base
 from loratool.errors import LoratoolError
-from loratool.files.output import Output, check_target
+from loratool.files.output import NewOutput, check_target
 from loratool.files.writer import Writer
 from loratool.text import message, safe, size
 from loratool.verbs.compare.compare import AdapterComparison, MatrixComparison, compare
 from loratool.verbs.report import charts
-from loratool.verbs.report.facts import Facts, facts_of
+from loratool.verbs.report.facts import AdapterFacts, facts_of
 from loratool.verbs.reports import Report
 
 STYLE: Final = """
@@ -68,7 +68,7 @@ class PageReport(Report):
 
 
 def report(
-    paths: Sequence[str | Path], out: str | Path, *, base: str | Path | Weights | None = None, overwrite: bool = False
+    paths: Sequence[str | Path], out: str | Path, *, base: str | Path | BaseCheckpoint | None = None, overwrite: bool = False
 ) -> PageReport:
     """Writes an HTML page about the adapters at `paths` to `out`: facts, a map of ‖ΔW‖, spectra, the frontier of size and
     error, what its training says of itself, and for several their cosines. `base` is for kinds that depend on it.
@@ -84,7 +84,7 @@ def report(
     inputs = files_of(facts.adapter for facts in found)
     text = "\n".join(_page(found, weights))
     raw = text.encode(errors="backslashreplace")
-    with Output(target, folder=False, overwrite=overwrite, nbytes=len(raw), inputs=inputs) as output:
+    with NewOutput(target, folder=False, overwrite=overwrite, nbytes=len(raw), inputs=inputs) as output:
         with Writer(output.path(""), len(raw)) as writer:
             writer.write(raw, 0)
         output.commit()
@@ -92,7 +92,7 @@ def report(
     return PageReport(str(out), tuple(map(str, places)), text.count("<svg"), len(raw), warnings=tuple(dict.fromkeys(why)))
 
 
-def _page(found: Sequence[Facts], base: Weights | None) -> Iterator[str]:
+def _page(found: Sequence[AdapterFacts], base: BaseCheckpoint | None) -> Iterator[str]:
     names = [_name(facts.adapter.path) for facts in found]
     title = names[0] if len(names) == 1 else f"{len(names)} adapters"
     yield "<!doctype html>"
@@ -101,7 +101,7 @@ def _page(found: Sequence[Facts], base: Weights | None) -> Iterator[str]:
     yield f"<title>{title}</title><style>{STYLE}</style></head><body>"
     yield f'<header><h1>{title}</h1><p class="dim">made by loratool {__version__}</p></header>'
     if len(found) > 1:
-        yield from _compared(found, base)
+        yield from _comparison(found, base)
     for facts in found:
         yield "<section>"
         if len(found) > 1:
@@ -111,7 +111,7 @@ def _page(found: Sequence[Facts], base: Weights | None) -> Iterator[str]:
     yield "</body></html>"
 
 
-def _adapter(facts: Facts) -> Iterator[str]:
+def _adapter(facts: AdapterFacts) -> Iterator[str]:
     yield _list(facts.about)
     for note in facts.report.suspicions:
         yield f'<p class="note">{_text(note)}</p>'
@@ -133,7 +133,7 @@ def _adapter(facts: Facts) -> Iterator[str]:
         yield _cloud(facts.tags)
 
 
-def _spectra(facts: Facts) -> Iterator[str]:
+def _spectra(facts: AdapterFacts) -> Iterator[str]:
     yield "<h3>Directions</h3>"
     if isinstance(facts.delta, str):
         yield f'<p class="note">{_text(facts.delta)}</p>'
@@ -157,7 +157,7 @@ def _spectra(facts: Facts) -> Iterator[str]:
     yield _largest(facts)
 
 
-def _largest(facts: Facts) -> str:
+def _largest(facts: AdapterFacts) -> str:
     assert not isinstance(facts.delta, str)
     ordered = sorted(facts.delta.modules, key=lambda module: -module.norm)[:LARGEST]
     rows = []
@@ -170,7 +170,7 @@ def _largest(facts: Facts) -> str:
     return f'<div class="scroll"><table>{head}<th class=n>stable rank</th></tr>{"".join(rows)}</table></div>'
 
 
-def _frontier(facts: Facts) -> Iterator[str]:
+def _frontier(facts: AdapterFacts) -> Iterator[str]:
     yield "<h3>What it would cost to be smaller</h3>"
     if isinstance(facts.frontier, str):
         yield f'<p class="note">{_text(facts.frontier)}</p>'
@@ -184,7 +184,7 @@ def _frontier(facts: Facts) -> Iterator[str]:
         )
 
 
-def _compared(found: Sequence[Facts], base: Weights | None) -> Iterator[str]:
+def _comparison(found: Sequence[AdapterFacts], base: BaseCheckpoint | None) -> Iterator[str]:
     yield "<h3>Each with each</h3>"
     try:
         result = compare([facts.adapter for facts in found], base=base)

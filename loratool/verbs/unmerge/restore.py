@@ -13,23 +13,23 @@ from pathlib import Path
 import torch
 
 from loratool.adapter.load import load
-from loratool.errors import InvalidFile, LoratoolError, about
+from loratool.errors import InvalidFile, LoratoolError, error_context
 from loratool.files.header import TensorInfo
 from loratool.files.layout import Layout, open_layout
-from loratool.files.output import Output, remove, temporary_in
+from loratool.files.output import NewOutput, remove, temporary_in
 from loratool.files.tensors import TensorFile, tensor_bytes
 from loratool.files.writer import Writer, copy_file
-from loratool.numbers.residuals import unpacked
-from loratool.numbers.threads import Progress, results, run_all, tally
-from loratool.verbs.merge.added import Added, rows_of
-from loratool.verbs.merge.blocks import Job, by_blocks
+from loratool.numbers.residuals import unpack_residual
+from loratool.numbers.threads import Progress, map_on_threads, progress_counter, run_all
+from loratool.verbs.merge.added import PlannedChange, rows_of
+from loratool.verbs.merge.blocks import RowsJob, by_blocks
 from loratool.verbs.merge.plan import MergeInput, Plan, TensorPlan, make_plan
 from loratool.verbs.merge.segments import matrix
-from loratool.verbs.merge.undo_file import Undo, read_undo, sha256
+from loratool.verbs.merge.undo_file import UndoRecord, read_undo, sha256
 
 
 @dataclass(frozen=True, slots=True)
-class Restored:
+class RestoreResult:
     """What was written: the plan of the merge that is undone, its adapters, and the SHA-256 of each file that it rewrote."""
 
     plan: Plan
@@ -38,7 +38,7 @@ class Restored:
     nbytes: int
 
 
-def restored(merged: Path, out: Path, undo_path: Path, *, overwrite: bool, progress: Progress | None) -> Restored:
+def restore_base(merged: Path, out: Path, undo_path: Path, *, overwrite: bool, progress: Progress | None) -> RestoreResult:
     """Writes to `out` the base that the checkpoint `merged` was made of; raises `LoratoolError`, and leaves nothing behind,
     where the undo file is of another one."""
     undo, layout = read_undo(undo_path), open_layout(merged)
@@ -49,23 +49,23 @@ def restored(merged: Path, out: Path, undo_path: Path, *, overwrite: bool, progr
     with ExitStack() as stack:
         kept = stack.enter_context(TensorFile(undo.header))
         output = stack.enter_context(
-            Output(out, folder=layout.is_folder, overwrite=overwrite, nbytes=nbytes, inputs=[layout, undo.header])
+            NewOutput(out, folder=layout.is_folder, overwrite=overwrite, nbytes=nbytes, inputs=[layout, undo.header])
         )
         _copy_others(layout, undo, kept, output)
-        writers = {file: stack.enter_context(_begun(file, undo, kept, output)) for file in undo.files}
+        writers = {file: stack.enter_context(_begin_file(file, undo, kept, output)) for file in undo.files}
         adapters = stack.enter_context(_adapters(undo, kept, out.parent))
-        with about(undo_path):
+        with error_context(undo_path):
             plan = make_plan(open_layout(output.temporary), adapters, dtype=undo.dtype, allow_unmatched=True)
-        _fill(Restoring(plan, layout, undo, kept, writers), progress)
-        digests = _checked(merged, undo, output)
+        _fill(RestoreRun(plan, layout, undo, kept, writers), progress)
+        digests = _check_hashes(merged, undo, output)
         output.commit()
     pairs = tuple((held.name, held.strength.value) for held in undo.adapters)
-    return Restored(plan, pairs, digests, nbytes)
+    return RestoreResult(plan, pairs, digests, nbytes)
 
 
-def _checked(merged: Path, undo: Undo, output: Output) -> dict[str, str]:
+def _check_hashes(merged: Path, undo: UndoRecord, output: NewOutput) -> dict[str, str]:
     """The hashes of what was written; raises `LoratoolError` where they are not those of the base."""
-    digests = dict(zip(undo.files, results(partial(sha256, output.path(file)) for file in undo.files), strict=True))
+    digests = dict(zip(undo.files, map_on_threads(partial(sha256, output.path(file)) for file in undo.files), strict=True))
     for file, digest in digests.items():
         wanted = undo.files[file][1]
         if digest != wanted:
@@ -76,7 +76,7 @@ def _checked(merged: Path, undo: Undo, output: Output) -> dict[str, str]:
     return digests
 
 
-def _copy_others(layout: Layout, undo: Undo, kept: TensorFile, output: Output) -> None:
+def _copy_others(layout: Layout, undo: UndoRecord, kept: TensorFile, output: NewOutput) -> None:
     """What the merge copied as it was, and what it rewrote that is no tensor."""
     for name in (*layout.other_files(), *(file for file in layout.files if file not in undo.files)):
         copy_file(layout.root / name, output.path(name))
@@ -87,7 +87,7 @@ def _copy_others(layout: Layout, undo: Undo, kept: TensorFile, output: Output) -
             writer.copy(kept.descriptor, info.start, info.nbytes, 0)
 
 
-def _begun(file: str, undo: Undo, kept: TensorFile, output: Output) -> Writer:
+def _begin_file(file: str, undo: UndoRecord, kept: TensorFile, output: NewOutput) -> Writer:
     """A file of the base with its header, and room for the rest."""
     header = undo.header.tensors.get(f"header/{file}")
     if header is None:
@@ -98,7 +98,7 @@ def _begun(file: str, undo: Undo, kept: TensorFile, output: Output) -> Writer:
 
 
 @contextmanager
-def _adapters(undo: Undo, kept: TensorFile, folder: Path) -> Iterator[list[MergeInput]]:
+def _adapters(undo: UndoRecord, kept: TensorFile, folder: Path) -> Iterator[list[MergeInput]]:
     """The adapters that an undo file holds, read from a folder where they lie for the time."""
     place = temporary_in(folder)
     try:
@@ -114,7 +114,7 @@ def _adapters(undo: Undo, kept: TensorFile, folder: Path) -> Iterator[list[Merge
             files = sorted((place / str(number)).glob("*"))
             if not files:
                 raise InvalidFile(f"{undo.header.path}: lacks its adapter {number + 1}")
-            with about(undo.header.path):
+            with error_context(undo.header.path):
                 adapter = load(files[0].parent if held.folder else files[0], assume=held.assume)
                 found.append(MergeInput(adapter, held.strength, held.selection, held.assume))
         yield found
@@ -123,12 +123,12 @@ def _adapters(undo: Undo, kept: TensorFile, folder: Path) -> Iterator[list[Merge
 
 
 @dataclass(frozen=True, slots=True)
-class Restoring:
+class RestoreRun:
     """The plan of the merge that is undone, the checkpoint it made, what is `kept` of the base, and where to write it."""
 
     plan: Plan
     merged: Layout
-    undo: Undo
+    undo: UndoRecord
     kept: TensorFile
     writers: Mapping[str, Writer]
 
@@ -143,11 +143,11 @@ class Restoring:
             if not tensor.touched:
                 yield partial(self._copy, tensor, info, opened[tensor.file])
                 continue
-            added, starts = Added(tensor), kept.get(tensor.name, [])
+            added, starts = PlannedChange(tensor), kept.get(tensor.name, [])
             if tensor.source.nbytes and starts[:1] != [0]:
                 raise InvalidFile(f"{self.undo.header.path}: holds nothing of {tensor.name}")
             for start, stop in pairwise([*starts, matrix(tensor.shape)[0]]):
-                job = Job(tensor, opened[tensor.file], self.writers[tensor.file], 0, (), start, stop, by_blocks(tensor))
+                job = RowsJob(tensor, opened[tensor.file], self.writers[tensor.file], 0, (), start, stop, by_blocks(tensor))
                 yield partial(self._undo, job, info, added)
 
     def _merged(self, tensor: TensorPlan) -> TensorInfo:
@@ -165,20 +165,20 @@ class Restoring:
         self.writers[tensor.file].copy(source.descriptor, info.start, info.nbytes, tensor.source.start)
         return info.nbytes
 
-    def _undo(self, job: Job, info: TensorInfo, added: Added) -> int:
+    def _undo(self, job: RowsJob, info: TensorInfo, added: PlannedChange) -> int:
         guess = added.taken_from(rows_of(job, info), job.start)
         kept = self.undo.header.tensors[f"rows/{job.tensor.name}/{job.start}"]
         raw = torch.empty(kept.nbytes, dtype=torch.uint8)
         self.kept.read_into(tensor_bytes(raw), kept.start)
-        with about(f"{self.undo.header.path}: {kept.name}"):
-            base = unpacked(raw.numpy().tobytes(), guess)
+        with error_context(f"{self.undo.header.path}: {kept.name}"):
+            base = unpack_residual(raw.numpy().tobytes(), guess)
         row = job.tensor.source.nbytes // max(matrix(job.tensor.source.shape)[0], 1)
         job.target.write(tensor_bytes(base), job.tensor.source.start + job.start * row)
         return base.numel() * base.element_size()
 
 
-def _fill(work: Restoring, progress: Progress | None) -> None:
+def _fill(work: RestoreRun, progress: Progress | None) -> None:
     """Runs all the work on a few threads."""
-    add = tally(sum(tensor.source.nbytes for tensor in work.plan.tensors.values()), progress)
+    add = progress_counter(sum(tensor.source.nbytes for tensor in work.plan.tensors.values()), progress)
     with ExitStack() as stack:
         run_all(work.pieces(stack), lambda index, nbytes: add(nbytes), threading.Event())

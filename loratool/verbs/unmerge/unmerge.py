@@ -14,15 +14,15 @@ from loratool.adapter.strengths import AdapterLike, weighted_adapter
 from loratool.errors import LoratoolError, Unsupported
 from loratool.files.history import history_of
 from loratool.files.layout import Layout, open_layout
-from loratool.numbers.devices import lanes
+from loratool.numbers.devices import open_devices
 from loratool.numbers.threads import Progress
-from loratool.verbs.merge.added import Added, rows_of
-from loratool.verbs.merge.blocks import Job
+from loratool.verbs.merge.added import PlannedChange, rows_of
+from loratool.verbs.merge.blocks import RowsJob
 from loratool.verbs.merge.files import rounded_by_chance
 from loratool.verbs.merge.plan import MergeInput, Plan, make_plan
 from loratool.verbs.merge.write import MergeRun, open_inputs
 from loratool.verbs.reports import Stopwatch, TimedReport
-from loratool.verbs.unmerge.restore import restored
+from loratool.verbs.unmerge.restore import restore_base
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def unmerge(
     if bool(adapters) == bool(undo):
         raise LoratoolError(f"{merged}: give either the adapters to subtract, or the undo file of the merge")
     if undo:
-        found = restored(source, target, Path(undo).expanduser(), overwrite=overwrite, progress=progress)
+        found = restore_base(source, target, Path(undo).expanduser(), overwrite=overwrite, progress=progress)
         report = _report(target, found.plan, found.adapters, found.nbytes, sha256=found.sha256)
     else:
         layout = open_layout(source)
@@ -74,17 +74,17 @@ def unmerge(
         inputs = open_inputs(negated, assume=assume, allow_pickle=allow_pickle)
         plan = _plan(layout, inputs, allow_unmatched=allow_unmatched)
         doubt = _Doubt(by_chance=rounded_by_chance(layout))
-        work = MergeRun(plan, inputs, lanes(device), "unmerge", overwrite=overwrite, follow=doubt.follow)
+        work = MergeRun(plan, inputs, open_devices(device), "unmerge", overwrite=overwrite, follow=doubt.follow)
         _, notes, _ = work.write(target, progress)
         pairs = tuple((str(each.adapter.path), -each.strength.value) for each in inputs)
         report = _report(target, plan, pairs, layout.nbytes, doubtful=doubt.count)
-        report = replace(report, warnings=(*said_otherwise(layout, pairs), *notes), device=work.lanes.title)
+        report = replace(report, warnings=(*history_disagreements(layout, pairs), *notes), device=work.devices.title)
     return stopwatch.stop(report)
 
 
 def _plan(layout: Layout, inputs: Sequence[MergeInput], *, allow_unmatched: bool) -> Plan:
     for each in inputs:
-        require_sums(each.adapter)
+        require_additive(each.adapter)
     return make_plan(layout, inputs, allow_unmatched=allow_unmatched)
 
 
@@ -109,7 +109,7 @@ def _report(
     )
 
 
-def require_sums(adapter: Adapter) -> None:
+def require_additive(adapter: Adapter) -> None:
     """Raises `Unsupported` for an adapter whose changes cannot be subtracted."""
     for change in adapter.changes:
         if not change.delta.additive:
@@ -119,7 +119,7 @@ def require_sums(adapter: Adapter) -> None:
             )
 
 
-def said_otherwise(layout: Layout, adapters: Sequence[tuple[str, float]]) -> Iterator[str]:
+def history_disagreements(layout: Layout, adapters: Sequence[tuple[str, float]]) -> Iterator[str]:
     """What the checkpoint says of itself, where that is not that these adapters were merged into it."""
     for header in layout.files.values():
         known = history_of(header.metadata).get("adapters")
@@ -139,10 +139,10 @@ class _Doubt:
         self.count, self.by_chance = 0, by_chance
         self._lock = threading.Lock()
 
-    def follow(self, job: Job, added: Added) -> Callable[[], None]:
+    def follow(self, job: RowsJob, added: PlannedChange) -> Callable[[], None]:
         return partial(self._look, job, added)
 
-    def _look(self, job: Job, added: Added) -> None:
+    def _look(self, job: RowsJob, added: PlannedChange) -> None:
         found = added.doubtful(rows_of(job, job.tensor.source), job.start, by_chance=self.by_chance)
         with self._lock:
             self.count += found
