@@ -53,16 +53,16 @@ def _flags(reference: str) -> str:
 
 def _of_arguments(call: ast.Call) -> Iterator[str]:
     if isinstance(call.func, ast.Name) and call.func.id == "Rule":
-        method, *words = [_shown(argument) for argument in call.args] or ["to_lora"]
+        method, *words = [_text_of(argument) for argument in call.args] or ["to_lora"]
         yield " ".join([_flag(method), *(word for word in words if word)])
     for keyword in call.keywords:
         value: ast.expr = keyword.value
         if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in _VALUES:
             yield from _of_arguments(value)
         elif isinstance(value, ast.Tuple) and keyword.arg != "scale":
-            yield from (f"{_flag(keyword.arg)} {shlex.quote(_shown(each))}" for each in value.elts)
+            yield from (f"{_flag(keyword.arg)} {shlex.quote(_text_of(each))}" for each in value.elts)
         else:
-            yield FLAGS.get(f"{keyword.arg}={_shown(value)}") or f"{_flag(keyword.arg)} {_shown(value)}".rstrip()
+            yield FLAGS.get(f"{keyword.arg}={_text_of(value)}") or f"{_flag(keyword.arg)} {_text_of(value)}".rstrip()
 
 
 def _flag(argument: str | None) -> str:
@@ -70,12 +70,12 @@ def _flag(argument: str | None) -> str:
     return FLAGS.get(argument, f"--{argument.replace('_', '-')}")
 
 
-def _shown(value: ast.expr) -> str:
+def _text_of(value: ast.expr) -> str:
     """A value as one types it; nothing for True, and for one that is left open."""
     if isinstance(value, ast.Constant):
         return "" if value.value in (True, ...) else str(value.value)
     if isinstance(value, ast.Tuple):
-        return "=".join(_shown(each) for each in value.elts)
+        return "=".join(_text_of(each) for each in value.elts)
     if isinstance(value, ast.Attribute) and isinstance(value.value, ast.Subscript):
-        return _shown(value.value.slice)  # a row of a table goes by its name
+        return _text_of(value.value.slice)  # a row of a table goes by its name
     return ast.unparse(value)

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import is_dataclass
+from inspect import isfunction
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -20,15 +23,35 @@ TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in FI
 WHERE_KINDS_ARE_NAMED = ("deltas/", "formats/", "keys/")
 
 
+IRREGULAR = {
+    "made", "found", "told", "said", "held", "kept", "sent", "done", "given", "known", "met", "taken", "gone", "built",
+    "brought", "shown", "drawn",
+}  # fmt: skip
+"""Participles that do not end in -ed."""
+
+
 def definitions(tree: ast.Module) -> Iterator[str]:
+    """The classes and the constants of a module."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
-def test_no_class_name_has_two_meanings() -> None:
+def test_no_class_and_no_public_constant_has_two_meanings() -> None:
     found = Counter(name for tree in TREES.values() for name in definitions(tree))
-    assert [name for name, count in found.items() if count > 1 and not name.startswith("_")] == []
+    classes = {node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    twice = [name for name, count in found.items() if count > 1 and not name.startswith("__")]
+    assert [name for name in twice if not name.startswith("_") or name in classes] == []
+
+
+def test_functions_are_verbs_or_nouns() -> None:
+    """No function of a module is called by a participle alone; methods may be, whose object is the noun."""
+    functions = [node.name for tree in TREES.values() for node in tree.body if isinstance(node, ast.FunctionDef)]
+    bare = [name.strip("_") for name in functions]
+    assert [name for name in bare if name in IRREGULAR or (name.endswith("ed") and "_" not in name)] == []
 
 
 def asks_for_a_kind(node: ast.AST) -> bool:
@@ -50,6 +73,23 @@ def test_kinds_answer_for_themselves(name: str) -> None:
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_kind_has_a_class_of_its_name(kind: str) -> None:
     assert class_of(kind).kind == {"lora bias": "full"}.get(kind, kind)
+
+
+def types_in(annotation: object) -> Iterator[type]:
+    if isinstance(annotation, type) and not get_args(annotation):
+        yield annotation
+    for part in get_args(annotation):
+        yield from types_in(part)
+
+
+def test_every_type_in_a_public_signature_or_report_is_public() -> None:
+    names = {name: getattr(loratool, name) for name in loratool.__all__}
+    public, hidden = set(names.values()), set()
+    for each in public:
+        if isfunction(each) or is_dataclass(each):
+            hints = get_type_hints(each, localns=names)
+            hidden |= {kind for hint in hints.values() for kind in types_in(hint) if kind.__module__.startswith("loratool")}
+    assert {kind.__name__ for kind in hidden - public} == set()
 
 
 def test_the_public_face_is_whole_and_is_imported_when_it_is_used() -> None:

@@ -28,7 +28,7 @@ from loratool.numbers.linalg import ProductSVD
 from loratool.numbers.ranks import Budget, RankCandidate, Rule
 from loratool.numbers.threads import map_on_threads
 
-Keep = Callable[[Delta], bool]
+KeepsDelta = Callable[[Delta], bool]
 """Which deltas stay what they are."""
 
 
@@ -68,7 +68,7 @@ class Approximation:
         self,
         adapter: Adapter,
         dtype: str | None,
-        keep: Keep,
+        keep: KeepsDelta,
         weights: BaseCheckpoint | None,
         *,
         devices: DevicePool,
@@ -141,9 +141,9 @@ class Approximation:
 
     def _offer(self, number: int, rule: Rule) -> RankCandidate:
         change = self.adapter.changes[number]
-        return self.devices.run_one(str(change), partial(self._offered, number, rule))
+        return self.devices.run_one(str(change), partial(self._candidate_on, number, rule))
 
-    def _offered(self, number: int, rule: Rule, device: torch.device) -> RankCandidate:
+    def _candidate_on(self, number: int, rule: Rule, device: torch.device) -> RankCandidate:
         change = self.adapter.changes[number]
         delta = _effect(change, self.weights, device)
         each, worth = self._stored_as(change).itemsize, self.worth[number]

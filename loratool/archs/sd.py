@@ -38,7 +38,7 @@ _BLOCK = (
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class UNetShape:
     """A U-Net's levels: `down` and `up` have the depth of the spatial transformer behind each ResNet (0: none), `widths`
     the levels' widths in units of the first; `middle` is the depth in the middle, None where that is a single ResNet.
     `added` embeddings are of size and crop.
@@ -51,11 +51,13 @@ class Shape:
     added: bool = False
 
 
-FOUR = Shape(((1, 1), (1, 1), (1, 1), (0, 0)), ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1)), (1, 2, 4, 4), 1)
-XL = Shape(((0, 0), (2, 2), (10, 10)), ((10, 10, 10), (2, 2, 2), (0, 0, 0)), (1, 2, 4), 10, added=True)
-_REFINER = Shape(((0, 0), (4, 4), (4, 4), (0, 0)), ((0, 0, 0), (4, 4, 4), (4, 4, 4), (0, 0, 0)), (1, 2, 4, 4), 4, added=True)
-SEGMIND = Shape(((0, 0), (2, 2), (4, 4)), ((4, 4, 10), (2, 1, 1), (0, 0, 0)), (1, 2, 4), None, added=True)
-_SMALL = Shape(((0, 0), (1, 1), (2, 2)), ((2, 2, 2), (1, 1, 1), (0, 0, 0)), (1, 2, 4), None, added=True)
+FOUR = UNetShape(((1, 1), (1, 1), (1, 1), (0, 0)), ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1)), (1, 2, 4, 4), 1)
+XL = UNetShape(((0, 0), (2, 2), (10, 10)), ((10, 10, 10), (2, 2, 2), (0, 0, 0)), (1, 2, 4), 10, added=True)
+_REFINER = UNetShape(
+    ((0, 0), (4, 4), (4, 4), (0, 0)), ((0, 0, 0), (4, 4, 4), (4, 4, 4), (0, 0, 0)), (1, 2, 4, 4), 4, added=True
+)
+SEGMIND = UNetShape(((0, 0), (2, 2), (4, 4)), ((4, 4, 10), (2, 1, 1), (0, 0, 0)), (1, 2, 4), None, added=True)
+_SMALL = UNetShape(((0, 0), (1, 1), (2, 2)), ((2, 2, 2), (1, 1, 1), (0, 0, 0)), (1, 2, 4), None, added=True)
 
 
 def attention(depth: int) -> dict[str, str]:
@@ -64,7 +66,7 @@ def attention(depth: int) -> dict[str, str]:
     return {name: name for name in ("norm", "proj_in", "proj_out", *inner)}
 
 
-def unet(shape: Shape) -> Iterator[Link]:
+def unet(shape: UNetShape) -> Iterator[Link]:
     """A U-Net of `shape`. A ResNet has a shortcut only where it changes the width."""
     yield from rename("", "", _TOP | (ADDED if shape.added else {}))
     last = len(shape.down) - 1
@@ -85,7 +87,7 @@ def unet(shape: Shape) -> Iterator[Link]:
 
 
 @cache
-def _links(shape: Shape) -> tuple[Link, ...]:
+def _links(shape: UNetShape) -> tuple[Link, ...]:
     """SD1 and SD2 have the same."""
     return tuple(unet(shape))
 
@@ -97,7 +99,7 @@ def _layer(ours: str, j: int, theirs: str, depth: int, *, shortcut: bool) -> Ite
         yield from rename(f"{ours}.attentions.{j}", f"{theirs}.1", attention(depth))
 
 
-def _unet(shape: Shape, context: int, parameters: int) -> Component:
+def _unet(shape: UNetShape, context: int, parameters: int) -> Component:
     # kohya spells SD1 and SD2 as diffusers does, SDXL as the original (sd-scripts networks/lora.py).
     same = {KOHYA: DIFFUSERS} if shape is FOUR else {}
     inputs = {"attn2.to_k": context, "attn2.to_v": context}

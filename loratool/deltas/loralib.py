@@ -82,7 +82,7 @@ class LoRALib(StoredDelta):
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         base = to_compute_dtype(weight)
-        return base + strength * self._scale(base.shape) * self._arranged(base.shape).to(base.dtype)
+        return base + strength * self._scale(base.shape) * self._arrange(base.shape).to(base.dtype)
 
     def scaled(self, by: float) -> Self:
         raise NeedsBase("loralib's scale depends on the layer; give a strength to merge instead")
@@ -109,9 +109,9 @@ class LoRALib(StoredDelta):
         rank = self.b.shape[1] // (shape[2] if len(shape) > 2 else 1)
         return 1.0 if self.alpha is None else self.alpha / rank
 
-    def _arranged(self, shape: Sequence[int]) -> Tensor:
+    def _arrange(self, shape: Sequence[int]) -> Tensor:
         if self.groups > 1:
-            return self._slotted(shape)
+            return self._in_slots(shape)
         product = self.b.float() @ self.a.float()
         if len(shape) > 2 and product.numel() == prod(shape):
             return product.reshape(tuple(shape))
@@ -120,7 +120,7 @@ class LoRALib(StoredDelta):
                 return arranged
         raise ShapeMismatch(f"A {list(self.a.shape)} and B {list(self.b.shape)} do not make up a weight of {list(shape)}")
 
-    def _slotted(self, shape: Sequence[int]) -> Tensor:
+    def _in_slots(self, shape: Sequence[int]) -> Tensor:
         """The product of each slot's factors in its rows, zeros in those of slots that were not trained."""
         rows, rank = shape[0] // len(self.slots), self.b.shape[1]
         if (rows * self.groups, self.a.shape[1]) != (self.b.shape[0], shape[1]):

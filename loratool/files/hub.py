@@ -72,9 +72,9 @@ class _Repository:
         """Downloads what is asked for, or with None what there is to read."""
         if file is not None:
             return self._file(file)
-        files = self._asked(self._files)
+        files = self._ask(self._files)
         if files is None:
-            return self._asked(self._cached)
+            return self._ask(self._cached_path)
         if CONFIG_NAME in files:
             return self._folder(ADAPTER, ())
         if PIPELINE in files:
@@ -97,7 +97,7 @@ class _Repository:
             return None
         return [sibling.rfilename for sibling in siblings or ()]
 
-    def _cached(self) -> Path:
+    def _cached_path(self) -> Path:
         """What an earlier run downloaded."""
         from huggingface_hub import snapshot_download
 
@@ -109,7 +109,7 @@ class _Repository:
     def _file(self, file: str) -> Path:
         from huggingface_hub import hf_hub_download
 
-        return self._asked(lambda: Path(hf_hub_download(self.name, file, revision=self.revision, endpoint=self.endpoint)))
+        return self._ask(lambda: Path(hf_hub_download(self.name, file, revision=self.revision, endpoint=self.endpoint)))
 
     def _folder(self, wanted: Sequence[str], unwanted: Sequence[str]) -> Path:
         from huggingface_hub import snapshot_download
@@ -124,9 +124,9 @@ class _Repository:
             )
             return Path(str(folder))
 
-        return self._asked(download)
+        return self._ask(download)
 
-    def _asked(self, ask: Callable[[], _T]) -> _T:
+    def _ask(self, ask: Callable[[], _T]) -> _T:
         """What the hub answers; its errors as ours."""
         try:
             return ask()

@@ -48,7 +48,7 @@ class RankAllocator:
         self.look, self.budget = look, budget
         self.cap = max(FIRST, budget.least)
         first = look(dict.fromkeys(numbers, self._upto(0.0)))
-        self.offers = {number: self._bounded(offer) for number, offer in first.items()}
+        self.offers = {number: self._bound(offer) for number, offer in first.items()}
 
     @property
     def total(self) -> float:
@@ -70,7 +70,7 @@ class RankAllocator:
         best, fits, free = nothing, 0.0, float(nbytes - empty)
         exceeds = free
         for _ in range(TRIES):
-            ranks = nothing | self._ranks(self._settled(nbytes=free, fixed=fixed))
+            ranks = nothing | self._ranks(self._settle(nbytes=free, fixed=fixed))
             spare = nbytes - size_of(ranks)
             if spare >= 0:
                 best, fits = ranks, free
@@ -85,9 +85,9 @@ class RankAllocator:
 
     def within_error(self, allowed: float) -> dict[int, int]:
         """The fewest bytes whose ranks leave out at most `allowed` of the squares."""
-        return self._ranks(self._settled(squares=self.total - allowed))
+        return self._ranks(self._settle(squares=self.total - allowed))
 
-    def _settled(self, *, nbytes: float = math.inf, squares: float = math.inf, fixed: float = 0.0) -> RankAllocation:
+    def _settle(self, *, nbytes: float = math.inf, squares: float = math.inf, fixed: float = 0.0) -> RankAllocation:
         """What the budget buys when no module holds anything unknown that is worth more than the last thing bought."""
         numbers = list(self.offers)
         while True:
@@ -99,13 +99,13 @@ class RankAllocator:
             self.cap *= 2
             open_ones = [numbers[index] for index in bought.unsettled]
             wanted = {number: self._upto(bought.gain_per_byte * self.offers[number].cost) for number in open_ones}
-            self.offers |= {number: self._bounded(offer) for number, offer in self.look(wanted).items()}
+            self.offers |= {number: self._bound(offer) for number, offer in self.look(wanted).items()}
 
     def _upto(self, square: float) -> Rule:
         """A rule for singular values whose square is worth its price, a number of them at a time."""
         return Rule("threshold", math.sqrt(square), least=self.budget.least, most=self.cap)
 
-    def _bounded(self, offer: RankCandidate) -> RankCandidate:
+    def _bound(self, offer: RankCandidate) -> RankCandidate:
         most = self.budget.most
         if most is None or len(offer.sigma) < most:
             return offer

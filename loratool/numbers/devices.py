@@ -22,7 +22,7 @@ CPU: Final = torch.device("cpu")
 AT_ONCE: Final = 1 << 30
 """Bytes of matrices of one shape that a GPU is given at a time: a CPU, which gains nothing by it, takes one by one."""
 
-Item = TypeVar("Item")
+Work = TypeVar("Work")
 Result = TypeVar("Result")
 
 
@@ -65,7 +65,7 @@ class DevicePool(threading.local):
         return self.device.type == "cuda"
 
     def run_batch(
-        self, what: str, items: Sequence[Item], compute: Callable[[Sequence[Item], torch.device], list[Result]]
+        self, what: str, items: Sequence[Work], compute: Callable[[Sequence[Work], torch.device], list[Result]]
     ) -> list[Result]:
         """Runs `compute` on this thread's device, halving the batch when memory runs out, and on the CPU as the last resort
         (recorded in `warnings`)."""

@@ -91,7 +91,7 @@ def factorise_batch(
     done: list[StoredFactors | LoratoolError] = []
     for work, first in zip(works, found, strict=True):
         try:
-            done.append(work.met(first))
+            done.append(work.meets(first))
         except LoratoolError as error:
             done.append(error)
     return done
@@ -110,17 +110,17 @@ class _Factoring:
         self.noise = noise / self.back
         self.norm = math.sqrt(squared_norm(self.matrix))
 
-    def met(self, first: TruncatedSVD) -> StoredFactors:
+    def meets(self, first: TruncatedSVD) -> StoredFactors:
         """The factors that the rule asks for, `first` being what it found without rounding."""
 
         def attempt(rule: Rule) -> StoredFactors:
             if rule is self.rule:
-                return self._stored(first)
-            return self._stored(truncated_svd(self.matrix, rule, rank=rule.expected, noise=self.noise, whole=rule.whole))
+                return self._store(first)
+            return self._store(truncated_svd(self.matrix, rule, rank=rule.expected, noise=self.noise, whole=rule.whole))
 
         return _raise_until_met(self.rule, self.storage, min(self.matrix.shape), attempt)
 
-    def _stored(self, found: TruncatedSVD) -> StoredFactors:
+    def _store(self, found: TruncatedSVD) -> StoredFactors:
         half, back = self.half, self.back
         up, down = store_factors(found.up * half, found.down * half, self.storage)
         error = residual_norm(self.matrix, to_float64(up) / half, to_float64(down) / half)

@@ -120,15 +120,15 @@ class Rule:
     def expected(self) -> int | None:
         """The rank, where it is known before a spectrum is."""
         if self.method == "rank":
-            return self._raised(int(self.value))
+            return self._raise_to_step(int(self.value))
         return self.most
 
     def padded(self, rank: int) -> int:
         """The rank that factors of `rank` are stored at: with `pad`, what was asked for, whatever there is."""
         asked = max(rank, self.least or 0, int(self.value) if self.method == "rank" else 0)
-        return self._raised(asked) if self.pad and rank else rank
+        return self._raise_to_step(asked) if self.pad and rank else rank
 
-    def _raised(self, rank: int) -> int:
+    def _raise_to_step(self, rank: int) -> int:
         """The next of the steps; raises `LoratoolError` above the last."""
         if not self.steps or not rank:
             return rank
@@ -156,7 +156,7 @@ class Rule:
             # What is known already exceeds the limit.
             return self.most if self.most is not None and found >= self.most else None
         rank = max(rank, least)
-        return self._raised(rank if self.most is None else min(rank, self.most))
+        return self._raise_to_step(rank if self.most is None else min(rank, self.most))
 
 
 def _range(method: RankMethod) -> str:

@@ -114,7 +114,7 @@ class AdapterSum:
         self.common = sum(len({term.owner for term in terms}) > 1 for terms in self.terms.values())
         asked = self._adapter(adapters)
         self.terms.clear()
-        return self._exact(asked, dtype, described) if rule is None else self._approximated(asked, rule, dtype, described)
+        return self._exact(asked, dtype, described) if rule is None else self._approximate(asked, rule, dtype, described)
 
     def _adapter(self, adapters: Sequence[Adapter]) -> Adapter:
         """All places as changes of one adapter, whose deltas are computed when they are asked for."""
@@ -122,7 +122,7 @@ class AdapterSum:
         for (prefix, path, parameter), terms in self.terms.items():
             module = Module(terms[0].module.component, path, self.target.stem(prefix, path))
             with error_context(module):
-                changes += [Change(module, parameter, delta) for delta in self._combined(module, parameter, terms)]
+                changes += [Change(module, parameter, delta) for delta in self._combine(module, parameter, terms)]
         first = adapters[0]
         extras: dict[str, torch.Tensor] = {}
         for adapter in adapters:
@@ -137,7 +137,7 @@ class AdapterSum:
         tied = any(adapter.tied for adapter in adapters)
         return Adapter(first.path, tuple(changes), {}, tied, extras, config=first.config)
 
-    def _combined(self, module: Module, parameter: str, terms: Sequence[_Term]) -> list[Delta]:
+    def _combine(self, module: Module, parameter: str, terms: Sequence[_Term]) -> list[Delta]:
         """What one place's terms come to: themselves, where one adapter alone changes it and is to be kept as it is."""
         alone = self.merge is as_sum and len({term.owner for term in terms}) == 1
         if alone and all(term.weight == 1 and not (self.biased and term.delta.additive) for term in terms):
@@ -181,7 +181,7 @@ class AdapterSum:
         rounded = tuple(figures for _, figures in done if figures)
         return described(replace(combined, changes=tuple(with_one_expert_rank(changes)))), rounded
 
-    def _approximated(
+    def _approximate(
         self, combined: Adapter, rule: Rule | Budget, dtype: str | None, described: Described
     ) -> tuple[Adapter, tuple[ApproximatedModule, ...]]:
         """Every combination at the rank that the rule gives."""

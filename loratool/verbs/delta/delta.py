@@ -209,9 +209,9 @@ class DeltaRun:
 
     def _group(self, index: int) -> None:
         group = self.groups[index]
-        self.devices.run_batch(self.source.name(group[0]), [index], self._computed)
+        self.devices.run_batch(self.source.name(group[0]), [index], self._compute_groups)
 
-    def _computed(self, indexes: Sequence[int], device: torch.device) -> list[None]:
+    def _compute_groups(self, indexes: Sequence[int], device: torch.device) -> list[None]:
         for index in indexes:
             parts = []
             for number in self.groups[index]:

@@ -19,7 +19,7 @@ NOT_KEPT: Final = "the rule kept no rank of it"
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class ExtractItem:
     """A pair and how the output will hold it; without a `form`, `why` it cannot."""
 
     pair: Pair
@@ -28,7 +28,7 @@ class Item:
 
 
 def assemble_changes(
-    items: Sequence[Item], outcomes: Mapping[int, Outcome], work: Extraction
+    items: Sequence[ExtractItem], outcomes: Mapping[int, Outcome], work: Extraction
 ) -> tuple[list[Change], dict[int, str]]:
     """The changes that are held, in the base's order, and by its number why each other item is left out."""
     lost = {number: items[number].why or NOT_KEPT for number, outcome in outcomes.items() if outcome.delta is None}
@@ -46,13 +46,13 @@ def assemble_changes(
     return with_one_expert_rank(changes) + _siblings(items, changes, work), lost
 
 
-def _weight_shape(item: Item, items: Sequence[Item]) -> tuple[int, ...]:
+def _weight_shape(item: ExtractItem, items: Sequence[ExtractItem]) -> tuple[int, ...]:
     return next(
         other.pair.shape for other in items if other.pair.module == item.pair.module and other.pair.parameter == "weight"
     )
 
 
-def _siblings(items: Sequence[Item], changes: Sequence[Change], work: Extraction) -> list[Change]:
+def _siblings(items: Sequence[ExtractItem], changes: Sequence[Change], work: Extraction) -> list[Change]:
     """The unchanged parameters of modules of which another is replaced: PEFT's modules_to_save are whole modules."""
     replaced = {change.module for change in changes if change.delta.replaces}
     there = {(change.module, change.parameter) for change in changes}

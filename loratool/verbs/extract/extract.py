@@ -29,7 +29,7 @@ from loratool.numbers.devices import open_devices
 from loratool.numbers.factor import Split
 from loratool.numbers.ranks import Budget, Rule
 from loratool.numbers.threads import Progress
-from loratool.verbs.extract.assemble import Item, assemble_changes
+from loratool.verbs.extract.assemble import ExtractItem, assemble_changes
 from loratool.verbs.extract.forms import EXPERTS, LORA, form_of, no_place
 from loratool.verbs.extract.job import ExtractRun
 from loratool.verbs.extract.journal import Journal
@@ -202,16 +202,20 @@ def _usual(arch: Arch, base: BaseCheckpoint) -> str:
     return "diffusers" if base.layout.is_folder else "kohya"
 
 
-def _item(base: BaseCheckpoint, pair: Pair, target: Format, matrices: Container[str], reasons: Mapping[Module, str]) -> Item:
+def _item(
+    base: BaseCheckpoint, pair: Pair, target: Format, matrices: Container[str], reasons: Mapping[Module, str]
+) -> ExtractItem:
     form, what = form_of(pair, target, matrices)
     if form == EXPERTS and base.layout.config.get("model_type") in SIDEWAYS:
-        return Item(pair, None, "PEFT takes its stacked experts to be stored as (in, out), which is not looked into here")
+        return ExtractItem(
+            pair, None, "PEFT takes its stacked experts to be stored as (in, out), which is not looked into here"
+        )
     if form is None or pair.module.component == VAE:
-        return Item(pair, None, no_place(pair, target, what))
-    return Item(pair, None, reasons[pair.module]) if pair.module in reasons else Item(pair, form)
+        return ExtractItem(pair, None, no_place(pair, target, what))
+    return ExtractItem(pair, None, reasons[pair.module]) if pair.module in reasons else ExtractItem(pair, form)
 
 
-def _require_alike(items: Sequence[Item], weights: tuple[BaseCheckpoint, BaseCheckpoint]) -> None:
+def _require_alike(items: Sequence[ExtractItem], weights: tuple[BaseCheckpoint, BaseCheckpoint]) -> None:
     """Raises `ShapeMismatch` for parameters of unlike shapes, but for vocabularies of unlike length."""
     unlike = [
         f"{pair} is {list(pair.shape)} in {weights[0].layout.root} and {list(pair.tuned_shape)} in {weights[1].layout.root}"
@@ -274,7 +278,7 @@ def _dry_run_report(job: ExtractRun, pairing: Pairing, out: Path) -> ExtractRepo
     return replace(report, nbytes=job.size(outcomes, {}) if known else 0, dry_run=True)
 
 
-def _rank(job: ExtractRun, item: Item) -> int:
+def _rank(job: ExtractRun, item: ExtractItem) -> int:
     """The rank that an item will have, where the rule tells it before it sees a spectrum; else 0."""
     rule = job.rule.of(item.pair.shape) if isinstance(job.rule, Rule) else None
     return int(rule.value) if rule and rule.method == "rank" else 0

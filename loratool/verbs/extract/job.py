@@ -28,7 +28,7 @@ from loratool.numbers.budgets import RankAllocator, within_error
 from loratool.numbers.devices import AT_ONCE
 from loratool.numbers.ranks import Budget, RankCandidate, Rule
 from loratool.numbers.threads import Progress, progress_counter, run_all
-from loratool.verbs.extract.assemble import Item, assemble_changes
+from loratool.verbs.extract.assemble import ExtractItem, assemble_changes
 from loratool.verbs.extract.forms import BESIDE_LORA, EXPERTS, LORA, REPLACED
 from loratool.verbs.extract.journal import Journal
 from loratool.verbs.extract.outcomes import ExtractedModule, Extraction, Outcome, Task
@@ -41,7 +41,7 @@ class ExtractRun:
     """Every item with its form, the rule, and where each module goes in the format."""
 
     work: Extraction
-    items: tuple[Item, ...]
+    items: tuple[ExtractItem, ...]
     rule: Rule | Budget
     arch: Arch
     target: Format
@@ -108,7 +108,7 @@ class ExtractRun:
         return self._outcomes({number: Rule("rank", ranks[number]) if number in ranks else None for number in market.offers})
 
     def _outcomes(self, rules: Mapping[int, Rule | None]) -> dict[int, Outcome]:
-        kept = {number: self._kept(number, rule) for number, rule in rules.items()}
+        kept = {number: self._kept_outcome(number, rule) for number, rule in rules.items()}
         rest = {number: rule for number, rule in rules.items() if kept[number] is None}
 
         def done(number: int, outcome: Outcome) -> None:
@@ -118,7 +118,7 @@ class ExtractRun:
         found = self._each(rest, self.work.outcomes, done)
         return dict(sorted({**{number: each for number, each in kept.items() if each}, **found}.items()))
 
-    def _kept(self, number: int, rule: Rule | None) -> Outcome | None:
+    def _kept_outcome(self, number: int, rule: Rule | None) -> Outcome | None:
         """What an interrupted run left of an item."""
         return self.journal.get(_key(number, rule)) if self.journal else None
 

@@ -95,14 +95,14 @@ class Extraction:
         matrices = [
             (task, change) for task, change in zip(tasks, changes, strict=True) if change and task.form == LORA and task.rule
         ]
-        together = iter(self._factored(matrices))
+        together = iter(self._factorise(matrices))
         found: list[Outcome | None] = []
         for task, change in zip(tasks, changes, strict=True):
             if change is None:
                 found.append(None)
                 continue
             with error_context(task.pair):
-                found.append(self._held(change, task, next(together) if task.form == LORA and task.rule else None))
+                found.append(self._hold(change, task, next(together) if task.form == LORA and task.rule else None))
         seconds = (time.monotonic() - started) / len(tasks)
         return [each and replace(each, figures=replace(each.figures, seconds=seconds)) for each in found]
 
@@ -133,7 +133,7 @@ class Extraction:
     def _storage(self, pair: Pair) -> Storage:
         return Storage(self.stored_as(pair), self.split, self.clamp)
 
-    def _factored(self, matrices: Sequence[tuple[Task, Difference]]) -> list[StoredFactors | LoratoolError]:
+    def _factorise(self, matrices: Sequence[tuple[Task, Difference]]) -> list[StoredFactors | LoratoolError]:
         if not matrices:
             return []
         return factorise_batch(
@@ -143,7 +143,7 @@ class Extraction:
             [change.edge for _, change in matrices],
         )
 
-    def _held(self, change: Difference, task: Task, found: StoredFactors | LoratoolError | None) -> Outcome:
+    def _hold(self, change: Difference, task: Task, found: StoredFactors | LoratoolError | None) -> Outcome:
         pair, form, storage = task.pair, task.form if task.rule else None, self._storage(task.pair)
         if isinstance(found, LoratoolError):
             raise found

@@ -81,7 +81,7 @@ class MergeRun:
                 adapters = ", ".join(str(each.adapter.path) for each in self.merged)
                 with error_in_file(f"{adapters} into {plan.layout.root}"):
                     measure = run_files(files, self.rounding, self.devices, progress)
-                provenance = _provenance(self.command, self.merged, self._said(), self.rounding, measure)
+                provenance = _provenance(self.command, self.merged, self._base_history(), self.rounding, measure)
                 silent = [file for file in files if not file.finish(provenance)]
             nbytes = None
             if undo:
@@ -97,7 +97,7 @@ class MergeRun:
         notes = [f"{root}: {no_room}"] if silent else []
         return measure, (*notes, *self.devices.warnings()), nbytes
 
-    def _said(self) -> Mapping[str, str]:
+    def _base_history(self) -> Mapping[str, str]:
         """What the base says of itself: its files say alike where they come from."""
         return next((header.metadata for header in self.plan.layout.files.values() if history_of(header.metadata)), {})
 

@@ -139,7 +139,7 @@ class RestoreRun:
         for tensor in self.plan.tensors.values():
             if tensor.file not in self.writers or tensor.name not in self.plan.layout.tensors:
                 continue
-            info = self._merged(tensor)
+            info = self._merged_rows(tensor)
             if not tensor.touched:
                 yield partial(self._copy, tensor, info, opened[tensor.file])
                 continue
@@ -150,7 +150,7 @@ class RestoreRun:
                 job = RowsJob(tensor, opened[tensor.file], self.writers[tensor.file], 0, (), start, stop, by_blocks(tensor))
                 yield partial(self._undo, job, info, added)
 
-    def _merged(self, tensor: TensorPlan) -> TensorInfo:
+    def _merged_rows(self, tensor: TensorPlan) -> TensorInfo:
         """What the merge made of a tensor; raises `InvalidFile` where the checkpoint does not hold that."""
         _, info = self.merged.tensors.get(tensor.name, (None, None))
         if info is None or (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
