@@ -116,7 +116,7 @@ def peft_adapter(folder: Path, base: Path, rank: int = 16) -> Path:
 
 def sdxl(path: Path, lora: Path, rank: int) -> tuple[Path, Path]:
     """An SDXL-shaped fp16 U-Net in one file under diffusers' names, and a kohya adapter for it."""
-    from tests.architectures import shapes as real_shapes
+    from tests.archs.architectures import shapes as real_shapes
 
     save_file({name: noise(shape, torch.float16) for name, shape in real_shapes("sdxl").items()}, path)
     return path, sdxl_lora(lora, rank)
@@ -124,7 +124,7 @@ def sdxl(path: Path, lora: Path, rank: int) -> tuple[Path, Path]:
 
 def sdxl_lora(path: Path, rank: int) -> Path:
     """A kohya adapter in fp16 for all of SDXL's U-Net, convolutions included, whose directions are of falling strength."""
-    from tests.architectures import shapes as real_shapes
+    from tests.archs.architectures import shapes as real_shapes
     from tests.models import linear_shapes
 
     on_meta = {name: torch.empty(shape, device="meta") for name, shape in real_shapes("sdxl").items()}
@@ -141,7 +141,7 @@ def sdxl_lora(path: Path, rank: int) -> Path:
 
 def flux(path: Path, rank: int) -> Path:
     """A LoRA in bf16 on every linear layer of FLUX.1's blocks, under diffusers' names, with factors of its own for each."""
-    from tests.architectures import shapes
+    from tests.archs.architectures import shapes
 
     tensors: Tensors = {}
     for name, shape in shapes("flux1").items():

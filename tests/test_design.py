@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+from click import Context
 
 import loratool
+from loratool.cli import cli
 from loratool.deltas.registry import CLASSES, class_of
 
 ROOT = Path(loratool.__file__).parent
@@ -99,3 +101,21 @@ def test_the_public_face_is_whole_and_is_imported_when_it_is_used() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
     documented = (ROOT.parent / "docs" / "api.md").read_text()
     assert [name for name in loratool.__all__ if f"heading: loratool.{name}\n" not in documented] == []
+
+
+def test_a_verb_has_one_name_everywhere() -> None:
+    """`merge` is verbs/merge, cli/merge.py, tests/verbs/test_merge.py and docs/verbs/merge.md."""
+    rooms = {path.stem for path in (ROOT / "verbs").iterdir() if not path.name.startswith("_")} - {"reports"}
+    tested = {path.stem.removeprefix("test_") for path in (ROOT.parent / "tests" / "verbs").glob("test_*.py")}
+    explained = {path.stem for path in (ROOT.parent / "docs" / "verbs").glob("*.md")}
+    commands = set(cli.list_commands(Context(cli)))
+    assert {path.stem for path in (ROOT / "cli").glob("*.py")} >= commands
+    assert rooms == commands - {"formats"}
+    assert explained == commands
+    assert tested >= rooms
+
+
+def test_tests_mirror_the_folders() -> None:
+    rooms = {path.name for path in ROOT.iterdir() if path.is_dir()} | {"docs", "oracles", "laws", "hostile"}
+    folders = {path.name for path in (ROOT.parent / "tests").iterdir() if (path / "__init__.py").exists()}
+    assert folders <= rooms

@@ -28,6 +28,15 @@ WITHOUT_TORCH = (
     "verbs/inspect/describe.py",
 )
 """Of the rooms that import torch, what does not."""
+ARROWS = {
+    "swap": {"merge", "unmerge"},
+    "unmerge": {"merge"},
+    "compare": {"merge"},
+    "check": {"merge"},
+    "meta": {"hash"},
+    "report": {"compare", "delta", "hash", "inspect", "resize"},
+}
+"""The verbs that build on others; no other verb knows of another."""
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -61,6 +70,14 @@ def test_imports_point_down(path: Path) -> None:
     for other in {name.split(".")[1] for name in imports(path) if name.startswith("loratool.")}:
         allowed = other == room(path)
         assert allowed or level(other) < level(room(path)), f"{name_of(path)} imports {other}"
+
+
+@every_file
+def test_verbs_build_on_few_others(path: Path) -> None:
+    own, *rest = path.relative_to(ROOT).with_suffix("").parts
+    if own == "verbs":
+        others = {name.split(".")[2] for name in imports(path) if name.startswith("loratool.verbs.")}
+        assert others - {rest[0], "reports"} <= ARROWS.get(rest[0], set())
 
 
 @every_file

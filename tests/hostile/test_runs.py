@@ -75,9 +75,8 @@ def test_a_signal_ends_it_quietly_and_tidies_up(tmp_path: Path, number: signal.S
         time.sleep(0.005)
         assert process.poll() is None
     process.send_signal(number)
-    started = time.monotonic()
-    _, errors = process.communicate(timeout=30)
-    assert time.monotonic() - started < 2
+    _, errors = process.communicate(timeout=300)
+    # A merge that had gone on to its end would have left its output, and ended with 0.
     assert (process.returncode, errors) == (code, "")
     assert {path.name for path in tmp_path.iterdir()} == {"base.safetensors", "a.safetensors"}
 

@@ -27,8 +27,8 @@ from loratool.files.writer import Writer
 from loratool.numbers.rounding import ulp
 from tests.conftest import examples
 from tests.models import Tensors, kohya, llm, peft_adapter, save
-from tests.test_merge import STEMS, base_tensors
-from tests.test_unmerge import dora
+from tests.verbs.test_merge import STEMS, base_tensors
+from tests.verbs.test_unmerge import dora
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

@@ -15,7 +15,7 @@ from loratool.archs import ARCHS
 from loratool.errors import InvalidAdapter, Unsupported
 from loratool.verbs.convert import convert
 from loratool.verbs.inspect.inspect import AdapterReport
-from tests.architectures import shapes
+from tests.archs.architectures import shapes
 from tests.models import save
 
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v")

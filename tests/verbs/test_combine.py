@@ -39,7 +39,7 @@ from loratool.verbs.compare.compare import AdapterComparison
 from tests.conftest import examples
 from tests.models import kohya, llm, lora, peft_adapter, save
 from tests.oracles.test_lycoris import ADDITIVE, train
-from tests.test_convert import made_for
+from tests.verbs.test_convert import made_for
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

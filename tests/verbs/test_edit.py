@@ -23,7 +23,7 @@ from loratool.names import DIFFUSERS, ORIGINAL, Module, flat
 from loratool.verbs.compare.compare import AdapterComparison
 from tests.models import kohya, llm, peft_adapter, save
 from tests.oracles.test_lycoris import ADDITIVE, OTHERS, train
-from tests.test_combine import dense
+from tests.verbs.test_combine import dense
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

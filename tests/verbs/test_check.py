@@ -133,7 +133,7 @@ def test_vllm_has_no_biases_no_saved_modules_and_no_dora(tmp_path: Path) -> None
     dora = {f"{Q}.lora_magnitude_vector": torch.ones(32)}
     path = folder(tmp_path / "dora", factors(Q, 4, 0) | dora, use_dora=True)
     assert "DoRA" in check(path, "vllm").findings[0].what
-    assert "--base" in check(path, "vllm").findings[0].way
+    assert "base=BASE" in check(path, "vllm").findings[0].way
 
 
 @pytest.mark.filterwarnings("ignore")

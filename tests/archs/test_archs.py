@@ -12,7 +12,7 @@ from loratool.archs import ARCHS, Arch, Component
 from loratool.archs.links import Link, fuse, parts_mentioned, rename
 from loratool.archs.sd import SD1, SDXL
 from loratool.names import flat
-from tests.architectures import BEYOND, CONVERTERS, converted, shapes
+from tests.archs.architectures import BEYOND, CONVERTERS, converted, shapes
 from tests.models import SD1_UNET, SDXL_UNET, clip, clip_tensors, original_names, unet
 
 LINKS = [

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from docs.tables import PAGES, filled
+from tests.cli.test_help import prepared
 from tests.conftest import FIXTURES, Run
-from tests.test_help import prepared
 
 ROOT = FIXTURES.parent
 README = (ROOT / "README.md").read_text()

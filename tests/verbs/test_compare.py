@@ -30,8 +30,8 @@ from loratool.verbs.compare.checkpoints import CheckpointComparison
 from loratool.verbs.compare.compare import AdapterComparison, MatrixComparison
 from tests.models import kohya, llm, peft_adapter, save
 from tests.oracles.test_lycoris import ADDITIVE, OTHERS, train
-from tests.test_combine import dense
-from tests.test_convert import made_for
+from tests.verbs.test_combine import dense
+from tests.verbs.test_convert import made_for
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

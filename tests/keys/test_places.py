@@ -17,7 +17,7 @@ from loratool.formats.table import format_named
 from loratool.keys.places import WeightIndex, WeightRows
 from loratool.names import Module
 from tests.models import original_names, save
-from tests.test_convert import UNIT, WIDTH, made_for, rows_of, some_links
+from tests.verbs.test_convert import UNIT, WIDTH, made_for, rows_of, some_links
 
 Tensors = dict[str, Tensor]
 

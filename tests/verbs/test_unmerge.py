@@ -29,7 +29,7 @@ from loratool.verbs.merge.added import PlannedChange
 from loratool.verbs.merge.plan import MergeInput, make_plan
 from tests.conftest import examples
 from tests.models import Tensors, kohya, llm, peft_adapter, save
-from tests.test_merge import STEMS, base_tensors
+from tests.verbs.test_merge import STEMS, base_tensors
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

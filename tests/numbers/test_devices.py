@@ -30,9 +30,9 @@ from loratool.verbs.compare.compare import AdapterComparison
 from loratool.verbs.merge import blocks as streaming
 from tests.laws.test_deltas import MAKERS, Make
 from tests.models import kohya, save
-from tests.test_extract import pair, tuned_tensors
-from tests.test_merge import STEMS, base_tensors
-from tests.test_unmerge import dora, other_kinds
+from tests.verbs.test_extract import pair, tuned_tensors
+from tests.verbs.test_merge import STEMS, base_tensors
+from tests.verbs.test_unmerge import dora, other_kinds
 
 META = torch.device("meta")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

@@ -279,7 +279,7 @@ def test_what_is_ambiguous_is_refused_with_the_ways_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stem", "shape", "leaves", "to", "match"),
     [
-        (FLUX_QKV, (12, 8), LOHA, "diffusers", "--to-lora"),
+        (FLUX_QKV, (12, 8), LOHA, "diffusers", r"`rule=Rule\(\)`"),
         ("lora_unet_double_blocks_0_img_mlp_0", (12, 8), {}, "xlabs", "XLabs has no name for"),
         (FLUX_QKV, (12, 8), {}, "diffsynth", "is no format for"),
         ("lora_unet_double_blocks_0_nothing", (12, 8), {}, "diffusers", "has no such module"),

@@ -26,7 +26,7 @@ from loratool.verbs.convert import convert
 from tests.conftest import FIXTURES
 from tests.models import save
 
-SHARED = Path(__file__).parent.parent.parent / "shared" / "headers"
+SHARED = Path(__file__).parent.parent.parent.parent / "shared" / "headers"
 RANK = 2
 
 

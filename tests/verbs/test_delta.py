@@ -22,7 +22,7 @@ from loratool.numbers.linalg import effective_rank
 from tests.conftest import examples
 from tests.models import Tensors, kohya, llm, peft_adapter, save, sdxl_checkpoint
 from tests.oracles.test_lycoris import ADDITIVE, OTHERS, train
-from tests.test_convert import made_for
+from tests.verbs.test_convert import made_for
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -236,13 +236,3 @@ def test_the_command_line_ranks_by_size_and_by_share(tmp_path: Path, invoke) -> 
     assert "1 more; --top 0 shows all" in lines
     report = json.loads(invoke("delta", "base.safetensors", "tuned.safetensors", "--json", "--spectrum").stdout)
     assert report["modules"][0]["spectrum"][0] == pytest.approx(16.0)
-
-
-def test_env_tells_versions_and_devices(invoke) -> None:
-    shown = invoke("env").stdout
-    assert torch.__version__ in shown
-    assert "cpu" in shown
-    found = json.loads(invoke("env", "--json").stdout)
-    assert found["versions"]["loratool"]
-    assert found["memory"] >= 0
-    assert found["devices"][0]["name"] == "cpu"
