@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import loratool
-from loratool import LoratoolError, Selection, Strength, WeightedAdapter, merge
+from loratool import LoratoolError, Selection, Strength, WeightedAdapter, combine, inspect, merge, unmerge
 from loratool.errors import InvalidAdapter, NonFinite, OutputError, ShapeMismatch, UnmatchedModules, Unsupported
 from loratool.files.adapter_files import open_adapter
 from loratool.files.hashes import short_hash
@@ -487,3 +487,51 @@ def test_the_library_offers_what_it_documents() -> None:
         assert getattr(loratool, name).__doc__
     with pytest.raises(AttributeError):
         loratool.nothing  # noqa: B018
+
+
+SDXL, STYLE = FIXTURES / "sdxl.safetensors", FIXTURES / "style.safetensors"
+VECTOR = (0.5, 0.0, *[1.0] * 9, -2.0)
+"""Block weights of SDXL: the text encoders, and eleven blocks of the U-Net."""
+
+
+@pytest.mark.parametrize(
+    "strength",
+    [
+        Strength(0.7, VECTOR),
+        Strength(0.7, parts={"IN*": 0.0, "OUT*": 0.25}),
+        Strength(-1.0, VECTOR, {"unet": 0.5}),
+    ],
+)
+def test_blocks_are_weighed_as_combine_weighs_them(tmp_path: Path, strength: Strength) -> None:
+    weighted = WeightedAdapter(STYLE, strength)
+    combine([weighted], tmp_path / "weighed.safetensors", dtype="float32")
+    merge(SDXL, [tmp_path / "weighed.safetensors"], tmp_path / "expected.safetensors")
+
+    merge(SDXL, [weighted], tmp_path / "out.safetensors", undo=tmp_path / "undo")
+
+    expected, got = load_file(tmp_path / "expected.safetensors"), load_file(tmp_path / "out.safetensors")
+    plain = load_file(SDXL)
+    for name, tensor in got.items():
+        # One rounding of the dtype may fall to the other side, where a product of factors was rounded before.
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-6)
+    assert any(not torch.equal(got[name], plain[name]) for name in got)
+    assert unmerge(tmp_path / "out.safetensors", tmp_path / "back.safetensors", undo=tmp_path / "undo").exact
+    (step,) = inspect(tmp_path / "out.safetensors").history
+    (told,) = step["adapters"]
+    assert (told["strength"], told.get("blocks", ()), told.get("parts", {})) == (
+        strength.value, list(strength.vector) or (), dict(strength.parts),
+    )  # fmt: skip
+
+
+def test_a_part_that_no_adapter_has_is_an_error(tmp_path: Path) -> None:
+    wrong = WeightedAdapter(STYLE, Strength(1.0, parts={"te3": 0.5}))
+    with pytest.raises(LoratoolError, match="te3: no module is of such a component or block"):
+        merge(SDXL, [wrong], tmp_path / "out.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_takes_parts(tmp_path: Path, invoke) -> None:
+    assert invoke("merge", SDXL, f"{STYLE}:0.7:IN*=0,OUT*=0.25", "-o", "a.safetensors").returncode == 0
+    strength = Strength(0.7, parts={"IN*": 0.0, "OUT*": 0.25})
+    merge(SDXL, [WeightedAdapter(STYLE, strength)], tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
