@@ -9,7 +9,7 @@ from typing import TypeVar
 
 
 class LoratoolError(Exception):
-    """The root of all of them: the message says what was met, what was expected and what to do."""
+    """The root of all errors here; a message says what was met, what was expected and what to do."""
 
 
 class InvalidFile(LoratoolError):
@@ -37,7 +37,7 @@ class NonFinite(LoratoolError):
 
 
 class NeedsBase(LoratoolError):
-    """A delta that is no fixed matrix: what it adds depends on the weight it meets."""
+    """A delta that is no fixed matrix, without the base that has the weight: what the delta adds depends on that weight."""
 
 
 class Unsupported(LoratoolError):
@@ -45,7 +45,7 @@ class Unsupported(LoratoolError):
 
 
 class UnknownName(LoratoolError):
-    """A format, an architecture, a method, a rule or a program that there is not; the message lists those that there are."""
+    """A name of no format, architecture, method, rule or program; the message lists the names that there are."""
 
 
 class AmbiguousFile(LoratoolError):
@@ -53,7 +53,7 @@ class AmbiguousFile(LoratoolError):
 
 
 class OutputError(LoratoolError):
-    """An output that cannot be written, or must not be."""
+    """An output that cannot be written, or must not be written."""
 
 
 _T = TypeVar("_T")
@@ -77,18 +77,19 @@ def first_few(names: Iterable[str], shown: int = 5) -> str:
 
 @contextmanager
 def error_in_file(path: object) -> Iterator[None]:
-    """Puts the name of a file before the message of an error that does not have it yet."""
+    """Puts the name of a file before the message of an error that does not mention the file yet."""
     try:
         yield
     except LoratoolError as error:
         if str(path) in str(error):
             raise
+        # The same type, by which callers tell errors apart: every one of them takes just a message.
         raise type(error)(f"{path}: {error}") from error
 
 
 @contextmanager
 def error_context(what: object) -> Iterator[None]:
-    """Puts `what` an error is about before its message."""
+    """Puts `what`, the subject of an error, before its message."""
     try:
         yield
     except LoratoolError as error:

@@ -1,4 +1,4 @@
-"""What modules are called: the namings, the components of a model, the prefixes that name them, and `Module`. No tensors."""
+"""The names of modules: the namings, the components of a model, the prefixes of components, and `Module`. No tensors."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from dataclasses import dataclass
 from typing import Final
 
 DIFFUSERS: Final = "diffusers"
-"""The naming of diffusers and transformers: the finest one, whose modules are the parts of every link."""
+"""The naming of diffusers and transformers: the finest naming, whose modules are the parts of every link."""
 ORIGINAL: Final = "original"
-"""That of the model's own code, which its checkpoint, kohya and ComfyUI use."""
+"""The naming of the model's own code, which its checkpoint, kohya and ComfyUI use."""
 COMFYUI: Final = "ComfyUI"
-"""ComfyUI's own, where it differs from the original."""
+"""ComfyUI's own naming, where that differs from the original."""
 OMI: Final = "OMI"
-"""OneTrainer's export: the original's names, with the parts of a stack numbered."""
+"""The naming of OneTrainer's export: the original's names, with the parts of a stack numbered."""
 KOHYA: Final = "kohya"
-"""kohya's own, where it is not the original's: SD1 and SD2 have diffusers' names there."""
+"""kohya's own naming, where that is not the original's: SD1 and SD2 have diffusers' names there."""
 TRANSFORMERS_5: Final = "transformers 5"
-"""transformers 5.6 dropped `text_model.` from the names of a CLIPTextModel in memory, and so from adapters; a
-CLIPTextModelWithProjection still has it."""
+"""The naming since transformers 5.6, which dropped `text_model.` from the names of a CLIPTextModel in memory, and so from
+adapters; a CLIPTextModelWithProjection still has that part."""
 UNWRAPPED: Final = "unwrapped"
-"""A text encoder's names without the attribute that the whole model is in, as some adapters have them."""
+"""A text encoder's names without the attribute that holds the whole model, as some adapters have them."""
 XLABS: Final = "XLabs"
-"""The attention processors of XLabs' trainer for FLUX."""
+"""The naming of XLabs' trainer for FLUX, after its attention processors."""
 CHECKPOINT: Final = "checkpoint"
-"""One that stands in checkpoints only, and in no adapter: OpenCLIP's."""
+"""A naming that stands in checkpoints only, and in no adapter: OpenCLIP's."""
 
 CONTAINER: Final = "base_model.model."
-"""What PEFT puts before every key of a wrapped model."""
+"""The prefix that PEFT puts before every key of a wrapped model."""
 
 UNET: Final = "unet"
 TE1: Final = "te1"
@@ -38,7 +38,7 @@ CONDITIONER: Final = "conditioner"
 VAE: Final = "vae"
 EMA: Final = "ema"
 WHOLE: Final = ""
-"""The component of a model that has no others: a language model, a bare transformer."""
+"""The only component of a model without parts: a language model, a bare transformer."""
 
 ENCODERS: Final = (TE1, TE2, TE3)
 COMPONENTS: Final = (UNET, CONDITIONER, *ENCODERS)
@@ -47,8 +47,10 @@ COMFY_ENCODERS: Final = {
     "clip_l": TE1, "clip_h": TE1, "clip_g": TE2, "t5xxl": TE3, "umt5xxl": TE1, "llama": TE1, "qwen25_7b": TE1,
     "qwen3_06b": TE1, "qwen3_4b": TE1, "qwen3_8b": TE1, "gemma2_2b": TE1,
 }  # fmt: skip
-"""What ComfyUI calls text encoders (comfy/text_encoders)."""
+"""ComfyUI's names of text encoders (comfy/text_encoders), and the component that each is in its pipeline."""
 
+# The first prefix that fits wins, in both tables: a prefix that begins with another must stand before it
+# (lora_unet_llm_adapter_ before lora_unet_), or its modules would be looked for under a wrong path.
 ADAPTER_PREFIXES: Final[Sequence[tuple[str, str]]] = (
     # flattened: kohya and those who follow it
     ("lora_unet_llm_adapter_", CONDITIONER), ("lora_unet_net_", UNET), ("lora_unet__", UNET), ("lora_unet_", UNET),
@@ -62,7 +64,7 @@ ADAPTER_PREFIXES: Final[Sequence[tuple[str, str]]] = (
     *((f"text_encoders.{name}.transformer.", component) for name, component in COMFY_ENCODERS.items()),
     ("clip_l.", TE1), ("clip_g.", TE2), ("t5.", TE3),
 )  # fmt: skip
-"""What adapters put before a module's path, longest first where one begins with another."""
+"""Prefixes of a module's path in adapters, and the component of each; longest first where one begins with another."""
 
 BASE_PREFIXES: Final[Sequence[tuple[str, str]]] = (
     # diffusers folders, one per component
@@ -77,7 +79,7 @@ BASE_PREFIXES: Final[Sequence[tuple[str, str]]] = (
     *((f"text_encoders.{name}.transformer.", component) for name, component in COMFY_ENCODERS.items()),
     ("first_stage_model.", VAE), ("vae.", VAE), ("model_ema.", EMA),
 )  # fmt: skip
-"""What checkpoints put before the names of one component's tensors."""
+"""Prefixes of tensors' names in checkpoints, and the component of each."""
 
 
 def flat(path: str) -> str:
@@ -87,8 +89,8 @@ def flat(path: str) -> str:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Module:
-    """A module of the base as an adapter names it: its component (`unet`, `te1`, "" for a model without any), its
-    path there, dotted or flattened, and the whole `stem` that its keys share in the file."""
+    """A module of the base as an adapter names it: its component (`unet`, `te1`, `WHOLE` for a model without parts), its
+    path in the component, dotted or flattened, and the whole `stem` that its keys share in the file."""
 
     component: str
     path: str
@@ -100,6 +102,7 @@ class Module:
 
 def adapter_component(stem: str) -> tuple[str, str]:
     """(component, module path) of an adapter's stem; behind PEFT's container the path is the wrapped model's own."""
+    # Before the prefixes: what stands behind the container may be a model's own attribute (see `candidate_names`).
     if stem.startswith(CONTAINER):
         return WHOLE, stem.removeprefix(CONTAINER)
     for prefix, component in ADAPTER_PREFIXES:
@@ -119,6 +122,7 @@ def base_component(name: str) -> tuple[str, str, str]:
 def candidate_names(module: Module) -> Iterator[tuple[str, str]]:
     """The component and path that a module's name may mean: as its prefix says, then by a prefix behind PEFT's container."""
     yield module.component, module.path
+    # What PEFT wrapped may hold the component as an attribute: base_model.model.unet.…
     if module.component == WHOLE:
         component, path = adapter_component(module.path)
         if component != WHOLE:

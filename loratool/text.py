@@ -1,4 +1,4 @@
-"""Text for people: what comes from outside made safe, and sizes, counts and tallies made short. No torch."""
+"""Text for people: strings from outside made safe to print, and sizes, counts and tallies made short. No torch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ UNITS: Final = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def safe(text: object, longest: int = LONGEST) -> str:
-    """Text from outside with control characters, escapes and bidi overrides made visible, and cut to a length."""
+    """`text` cut to `longest` characters, with control characters, escapes and bidi overrides made visible."""
     shown = str(text)
     cut = f"{shown[:longest]}…" if len(shown) > longest else shown
+    # Not printable are, to Python, also lone surrogates (bytes of a file name that are no UTF-8) and unassigned characters.
     return "".join(character if character.isprintable() else _escape(character) for character in cut)
 
 
 def message(text: str) -> str:
-    """An error's or a warning's text, made safe, in the command line's words."""
+    """The text of an error or a warning in the command line's words (`flags`), made safe."""
     return safe(in_flags(text), LONGEST_MESSAGE)
 
 
 def size(nbytes: float) -> str:
     """Bytes with a decimal unit: 85.3 MB."""
+    # Thousands, as disks and download pages count.
     value, unit = float(nbytes), 0
     while value >= 1000 and unit < len(UNITS) - 1:
         value, unit = value / 1000, unit + 1
@@ -41,15 +43,18 @@ def count(number: int) -> str:
 
 def histogram(counts: Mapping[Any, int], shown: int = 8) -> str:
     """Values and how often each occurs, the most frequent first: 16 ×700, 8 ×88."""
+    # Equal counts in the order of their text, so that a report is the same each time; values may be of any type.
     ordered = sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))
     more = f", {len(ordered) - shown} more" if len(ordered) > shown else ""
     return ", ".join(f"{safe(value)} ×{times:,}" for value, times in ordered[:shown]) + more
 
 
 def _escape(character: str) -> str:
+    """A character as Python escapes it: \\x1b, \\u202e."""
     return character.encode("unicode_escape", errors="backslashreplace").decode("ascii", errors="backslashreplace")
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts numbers inside names by their value."""
+    """A key that sorts dotted names, the parts that are numbers by their value."""
+    # Pairs, since Python compares no number with a word: words (-1) come before numbers.
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

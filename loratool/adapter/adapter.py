@@ -18,10 +18,10 @@ from loratool.names import CONTAINER, Module
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One delta and what it acts on: `parameter` is "weight" or "bias".
+    """One delta and what it acts on: the `parameter`, "weight" or "bias", of a module.
 
-    An `optional` one may lack its target. `apart` is the same change for a base that stores experts one by one.
-    `keys` are the names of its tensors in the file. A `zero` one is a sum that certainly comes to nothing.
+    The target of an `optional` change may be missing. `per_expert` is the same change for a base that stores experts one by
+    one. `keys` are the names of the delta's tensors in the file. A `zero` change certainly adds nothing.
     """
 
     module: Module
@@ -34,7 +34,7 @@ class Change:
 
     @property
     def stem(self) -> str:
-        """The stem that names it: of stacked experts not that of its tensors, which is the module's that holds them."""
+        """The stem that names the change; for stacked experts the parameter's, not that of the module with the tensors."""
         return CONTAINER + self.module.path if self.delta.stacked else self.module.stem
 
     def __str__(self) -> str:
@@ -42,7 +42,8 @@ class Change:
 
 
 def with_one_expert_rank(changes: Sequence[Change]) -> list[Change]:
-    """Stacked experts filled up with zeros to one rank, since no pattern of PEFT's config can name them."""
+    """The changes, with the factors of stacked experts filled up with zeros to one rank: no pattern of PEFT's config can
+    name them."""
     rank = max((change.delta.rank or 0 for change in changes if change.delta.stacked), default=0)
     return [replace(change, delta=change.delta.padded(rank)) if change.delta.stacked else change for change in changes]
 
@@ -51,9 +52,9 @@ def with_one_expert_rank(changes: Sequence[Change]) -> list[Change]:
 class Adapter:
     """The changes that an adapter makes, in the order in which those to one weight are to be made.
 
-    `tied` says that its embedding and head are one (PEFT's ensure_weight_tying). `extras` are tensors that travel with
-    it and change no weight, `alphas` the file's own, both by key. `config` is PEFT's adapter_config.json, if there is one,
-    and `file` what it was read from, None of an adapter that was computed.
+    `tied` says that the model's embedding and head are one (PEFT's ensure_weight_tying). `extras` are tensors that travel
+    with the adapter and change no weight, `alphas` the file's own alphas, both by key. `config` is PEFT's
+    adapter_config.json, if there is one, and `file` what was read, None for an adapter that was computed.
     """
 
     path: Path
@@ -68,16 +69,17 @@ class Adapter:
 
     @property
     def modules(self) -> tuple[Module, ...]:
-        """The modules that it changes, each once, in order."""
+        """The modules that the adapter changes, each once, in order."""
         return tuple(dict.fromkeys(change.module for change in self.changes))
 
     @property
     def keys(self) -> AdapterKeys:
-        """The names in the file that it was read from, and the widths of the weights that it changes."""
+        """The names in the file that the adapter was read from, and the widths of the weights that it changes."""
         widths: dict[Module, int | None] = {}
         keys: dict[Module, tuple[str, ...]] = {}
         for change in self.changes:
             shape = change.delta.shape
+            # A bias, or a delta that leaves its inputs to the weight, tells no width.
             width = shape[1] if len(shape) > 1 and shape[1] != ANY else None
             widths[change.module] = widths.get(change.module) or width
             keys[change.module] = (*keys.get(change.module, ()), *change.keys)
@@ -85,11 +87,11 @@ class Adapter:
 
 
 def files_of(adapters: Iterable[Adapter]) -> list[AdapterFile]:
-    """The files that adapters were read from."""
+    """The files that `adapters` were read from, without adapters that were computed."""
     return [adapter.file for adapter in adapters if adapter.file]
 
 
 def require_unchanged(adapters: Iterable[Adapter]) -> None:
-    """Raises `InvalidFile` where an adapter's file is no longer the one that it was read from."""
+    """Raises `InvalidFile` where the file of one of `adapters` was changed since it was read."""
     for file in files_of(adapters):
         file.require_unchanged()

@@ -1,4 +1,4 @@
-"""Deltas as LoRA, one by one or within a budget over all of an adapter, as they are to be stored."""
+"""Approximates an adapter's deltas by LoRA, one by one or within a budget over all of them, as they are to be stored."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from loratool.numbers.ranks import Budget, RankCandidate, Rule
 from loratool.numbers.threads import map_on_threads
 
 KeepsDelta = Callable[[Delta], bool]
-"""Which deltas stay what they are."""
+"""Says of a delta whether it stays what it is."""
 
 
 def fits_lora_file(delta: Delta) -> bool:
-    """Of what a file of LoRA holds as it is: all of it."""
+    """Whether a file of LoRA holds `delta` as it is, at whatever rank."""
     return delta.fits_lora_file
 
 
 def keeps_its_rank(delta: Delta) -> bool:
-    """Of what a file of LoRA holds as it is: all whose rank cannot be another."""
+    """Whether a file of LoRA holds `delta` as it is, and its rank cannot be changed."""
     return delta.fits_lora_file and not delta.resizable
 
 
 NOTHING: Final = Rule("rank", 1, most=0)
-"""Keeps nothing of a module."""
+"""The rule that keeps nothing of a module."""
 
 
 @dataclass(frozen=True, slots=True)
 class ApproximatedModule:
-    """One module that became a LoRA: its kind before, its rank now, ‖ΔW‖, and ‖ΔW − LoRA‖ / ‖ΔW‖."""
+    """One module that became a LoRA: the kind it had, its new rank, ‖ΔW‖, and ‖ΔW − LoRA‖ / ‖ΔW‖."""
 
     name: str
     kind: str
@@ -58,11 +58,11 @@ class ApproximatedModule:
 
 
 ApproximatedDeltas = dict[int, tuple[ApproximatedModule, Delta]]
-"""By the number of a change: what became of it, and the LoRA; one of rank 0 where nothing is left."""
+"""What became of each change, by its number in the adapter: the figures, and the LoRA, of rank 0 where nothing is left."""
 
 
 class Approximation:
-    """An adapter whose deltas become LoRA: those to lower, by number, and those that are `kept`."""
+    """An adapter whose deltas become LoRA: the `numbers` of the changes to lower, and the changes that are `kept`."""
 
     def __init__(
         self,
@@ -78,6 +78,7 @@ class Approximation:
         self.numbers: list[int] = []
         self.kept: list[Change] = []
         for number, change in enumerate(adapter.changes):
+            # Optional is what (IA)³ does to a bias, beside the same delta on the weight: dropped, where there is no bias.
             if change.optional:
                 with error_in_file(adapter.path):
                     _refuse_bias(change, weights)
@@ -88,7 +89,7 @@ class Approximation:
         self.worth = {number: self._worth(number) if weigh else 1.0 for number in self.numbers}
 
     def approximate(self, rule: Rule | Mapping[int, Rule]) -> ApproximatedDeltas:
-        """Every delta to lower as a LoRA, by one rule or each by its own."""
+        """Lowers every delta to a LoRA, by one rule for all or by each one's own."""
 
         def one(number: int) -> tuple[ApproximatedModule, Delta]:
             change = self.adapter.changes[number]
@@ -104,10 +105,12 @@ class Approximation:
         return dict(zip(self.numbers, map_on_threads(partial(one, number) for number in self.numbers), strict=True))
 
     def within(self, budget: Budget, size: Callable[[ApproximatedDeltas], int]) -> ApproximatedDeltas:
-        """Every delta to lower at the rank that its share of the budget buys; `size` is that of the output."""
+        """Lowers every delta to the rank that its share of the budget buys; `size` gives the bytes of the output."""
         market = RankAllocator(self.numbers, self.offers, budget)
+        # A size follows from ranks alone: placeholders stand in until these are settled, and only then are factors computed.
         if budget.nbytes is not None:
             return self._at(market.within_bytes(budget.nbytes, lambda ranks: size(self.placeholders(ranks))))
+        # An error is not: rounding adds to it, so the factors as stored are measured, and fewer squares spent if need be.
         return within_error(
             budget.error or 0.0,
             market.total,
@@ -116,23 +119,24 @@ class Approximation:
         )
 
     def _stored_as(self, change: Change) -> torch.dtype:
-        """The dtype of new factors: where nobody says, that of the change's own, the widest where they differ."""
+        """The dtype of new factors: the one asked for, else the widest that the change's own leaves have."""
         if self.dtype:
             return DTYPES[self.dtype]
         dtypes = [tensor.dtype for tensor in change.delta.leaves().values() if tensor.is_floating_point()]
         return max(dtypes, key=lambda dtype: dtype.itemsize)
 
     def _at(self, ranks: Mapping[int, int]) -> ApproximatedDeltas:
+        # Ranks of 0 are left out of what the budget bought.
         rules = {number: Rule("rank", rank) for number, rank in ranks.items()}
         return self.approximate(dict.fromkeys(self.numbers, NOTHING) | rules)
 
     def offers(self, rules: Mapping[int, Rule]) -> dict[int, RankCandidate]:
-        """What the ranks of modules are worth, as far as each one's rule looks."""
+        """The singular values of modules and the bytes that a rank of each costs, as far as each module's rule looks."""
         offers = map_on_threads(partial(self._offer, number, rule) for number, rule in rules.items())
         return dict(zip(rules, offers, strict=True))
 
     def _worth(self, number: int) -> float:
-        """What a square of a module counts: less, the larger the weight is that it changes."""
+        """The factor 1 / ‖W‖ of a module's singular values, by which an error counts relative to the weight W it is in."""
         change = self.adapter.changes[number]
         if self.weights is None:
             raise NeedsBase(f"{change}: what its weight is like only the base can tell; pass `base=`")
@@ -147,21 +151,24 @@ class Approximation:
         change = self.adapter.changes[number]
         delta = _effect(change, self.weights, device)
         each, worth = self._stored_as(change).itemsize, self.worth[number]
+        # The small core of a product has all its singular values, so that nobody need look again.
         if delta.factors:
             core = ProductSVD(*delta.factors)
             cost = len(delta.factors[0]) + delta.factors[1].shape[1]
             return RankCandidate(core.sigma.cpu() * worth, True, cost * each, float(core.squares.sum()) * worth**2)
+        # A threshold speaks of weighed singular values, the matrix has the bare ones.
         seen = replace(rule, value=rule.value / worth) if rule.method == "threshold" and worth else rule
         offer = candidate_of(delta.dense().flatten(1), seen, each)
         return replace(offer, sigma=offer.sigma * worth, total=offer.total * worth**2)
 
     def placeholders(self, ranks: Mapping[int, int]) -> ApproximatedDeltas:
-        """What would be written at these ranks, with room in place of numbers."""
+        """What would be written at these ranks, to be measured in bytes: LoRA of the right shapes and dtypes, all zeros."""
         done: ApproximatedDeltas = {}
         for number, asked in ranks.items():
             change = self.adapter.changes[number]
             flattened = self.weights is not None and change.delta.kernel_flattened
             shape = self.weights.shape_of(change.module) if flattened and self.weights else change.delta.shape
+            # A LoRA cannot have more ranks than its matrix has rows or columns, whatever is asked for.
             nothing = torch.zeros(1, dtype=self._stored_as(change))
             rank = min(asked, shape[0], math.prod(shape[1:]))
             done[number] = (
@@ -172,7 +179,7 @@ class Approximation:
 
 
 def approximated_adapter(work: Approximation, done: ApproximatedDeltas) -> Adapter:
-    """The adapter with approximated deltas in the place of what they were, but for those that nothing is left of."""
+    """The adapter with approximated deltas in place of its own, without the modules whose rank came to 0."""
     changes = [
         Change(change.module, WEIGHT, done[number][1]) if number in done else change
         for number, change in enumerate(work.adapter.changes)
@@ -182,7 +189,7 @@ def approximated_adapter(work: Approximation, done: ApproximatedDeltas) -> Adapt
 
 
 def _refuse_bias(change: Change, weights: BaseCheckpoint | None) -> None:
-    """PEFT's (IA)³ multiplies the bias of a layer that has one, which a LoRA cannot."""
+    """Raises `Unsupported` where the layer has a bias: PEFT's (IA)³ multiplies it, which a LoRA cannot."""
     if weights is None:
         raise NeedsBase(f"{change}: may multiply a bias, which only the base can tell; pass `base=`")
     if weights.targets.find(change.module, BIAS):
@@ -190,7 +197,7 @@ def _refuse_bias(change: Change, weights: BaseCheckpoint | None) -> None:
 
 
 def _effect(change: Change, weights: BaseCheckpoint | None, device: torch.device) -> Effect:
-    """What a change of a weight adds to it."""
+    """The matrix that a change adds to its weight, computed on `device`; raises `Unsupported` for stacked experts."""
     with error_context(change):
         delta = change.delta.materialise()
         if delta.stacked:
@@ -199,9 +206,10 @@ def _effect(change: Change, weights: BaseCheckpoint | None, device: torch.device
 
 
 def _low_rank(change: Change, delta: Effect, rule: Rule, storage: Storage) -> tuple[Delta, ApproximatedModule]:
-    """A LoRA as it is to be stored, and how far its product is from the delta."""
+    """A delta's LoRA as it is to be stored, and the figures of how far its product is from the delta."""
     rule = rule.of(delta.shape)
     with error_context(change):
+        # Where the delta is a product already, the QR of its factors stands for the large SVD.
         found = (
             recompress(*delta.factors, rule, storage)
             if delta.factors
@@ -217,13 +225,14 @@ def _low_rank(change: Change, delta: Effect, rule: Rule, storage: Storage) -> tu
 
 
 def placeholder_lora(shape: tuple[int, ...], rank: int, nothing: Tensor) -> LoRA:
-    """A LoRA of that rank on a weight of `shape` that has a size, and no memory: all its numbers are `nothing`."""
+    """A LoRA of `rank` on a weight of `shape` that takes no memory: all its numbers are the one of `nothing`."""
     ones = (1,) * len(shape[2:])
     return LoRA(nothing.expand(rank, *shape[1:]), nothing.expand(shape[0], rank, *ones), None, 1.0)
 
 
 def as_lora(found: StoredFactors, shape: tuple[int, ...]) -> LoRA:
-    """The factors of a weight of `shape`, (out, in, *kernel), with the kernel in `down`, and scale 1."""
+    """The LoRA of scale 1 with these factors, on a weight of `shape` (out, in, *kernel), with the kernel in `down`."""
+    # kohya and PEFT have a convolution's kernel in the first factor, and 1 × 1 in the second.
     kernel = shape[2:]
     ones = (1,) * len(kernel)
     down = found.down.reshape(found.rank, found.down.shape[1] // math.prod(kernel), *kernel).contiguous()
@@ -238,15 +247,15 @@ def approximate_adapter(
     base: str | Path | BaseCheckpoint | None = None,
     device: str = "cpu",
 ) -> tuple[Adapter, list[ApproximatedModule]]:
-    """The adapter with every delta on a matrix or a kernel that a LoRA file cannot hold as a LoRA of scale 1, and what
-    became of each."""
+    """The adapter with a LoRA of scale 1 in place of every delta on a matrix or a kernel that a file of LoRA cannot hold,
+    and what became of each delta."""
     work = Approximation(adapter, dtype, fits_lora_file, open_base(base), devices=open_devices(device, doubles=True))
     done = work.approximate(rule)
     return approximated_adapter(work, done), [figures for figures, _ in done.values()]
 
 
 def error_of(converted: Sequence[ApproximatedModule]) -> float:
-    """The relative error over all modules."""
+    """The relative error over all modules, as if their deltas were one matrix: squares of norms add up."""
     left = sum((module.error * module.norm) ** 2 for module in converted) ** 0.5
     whole = sum(module.norm**2 for module in converted) ** 0.5
     return left / whole if whole else 0.0

@@ -1,4 +1,4 @@
-"""An adapter in memory: every module's deltas, whatever format the file had."""
+"""Reads adapters: every module's deltas, whatever format the file has, at once or module by module."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from loratool.numbers.linalg import all_finite, bounds
 from loratool.numbers.threads import map_on_threads
 
 _INTEGERS: Final = (".on_input", ".reshape_weight")
-"""Leaves that hold whole numbers."""
+"""The endings of leaves that hold whole numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,7 @@ def load(path: str | Path, *, allow_pickle: bool = False, assume: Assumptions | 
     path = Path(path).expanduser()
     weights, _ = locate(path)
     if allow_pickle and weights.suffix in PICKLE_SUFFIXES:
+        # The identity of the pickle itself; the header is that of a temporary file with the same tensors.
         who = identity_of(weights)
         with open_pickle(weights) as header:
             return load_listing(list_adapter(adapter_file(path, header, who)), assume)
@@ -58,7 +59,8 @@ def load(path: str | Path, *, allow_pickle: bool = False, assume: Assumptions | 
 
 
 def open_any(path: Path, *, allow_pickle: bool = False) -> Adapter | Layout:
-    """What lies at `path`, read once: an adapter, or the layout of a checkpoint; raises `LoratoolError`."""
+    """Reads what lies at `path`, once: an adapter, or the layout of a checkpoint; raises `LoratoolError`."""
+    # A pickle can only be an adapter: checkpoints in pickles are refused.
     if path.suffix in PICKLE_SUFFIXES:
         return load(path, allow_pickle=allow_pickle)
     found = open_input(path)
@@ -66,16 +68,18 @@ def open_any(path: Path, *, allow_pickle: bool = False) -> Adapter | Layout:
 
 
 def open_source(source: Adapter | str | Path, *, allow_pickle: bool = False, assume: Assumptions | None = None) -> Adapter:
-    """An adapter that is in memory already, or the one at a path, as `load` reads it."""
+    """Returns an adapter that is in memory already, or reads the one at a path as `load` does."""
     return source if isinstance(source, Adapter) else load(source, allow_pickle=allow_pickle, assume=assume)
 
 
 def load_listing(found: AdapterListing, assume: Assumptions | None = None) -> Adapter:
-    """`load` of an adapter whose header was read already."""
+    """Reads the tensors of an adapter whose header was read already; raises as `load`."""
     assume = assume or Assumptions()
+    # An alpha that the user gives counts as a config would, which is of all modules.
     if assume.alpha is not None and not found.configs:
         found = replace(found, configs={"": PeftConfig("`Assumptions(alpha=)`", alpha=assume.alpha)})
     require_adapter(found)
+    # A diffusion model's file with PEFT's names and no config is taken at scale 1, which `_assumptions_of` tells the user.
     if found.lacks_config and is_language_model([group.module for group in found.groups]):
         raise InvalidAdapter(f"{found.path}: {CONFIG_NAME} is missing, so the scale is unknown; put it beside the tensors")
     alphas = found.alphas()
@@ -111,7 +115,7 @@ def _all_changes(
 
 
 class LazyAdapter:
-    """An adapter on the disk, whose changes are read module by module, each time they are asked for. Use it in a `with`."""
+    """An adapter on the disk, for a `with`, whose changes are read module by module, each time they are asked for."""
 
     def __init__(self, path: Path) -> None:
         self._found = read_listing(path)
@@ -128,20 +132,20 @@ class LazyAdapter:
         self._file.__exit__(kind, error, trace)
 
     def changes(self, stem: str) -> list[Change]:
-        """What it changes of the module with that stem; nothing where it does not have it."""
+        """The changes of the module called `stem`; none where the adapter has no such module."""
         group = self._groups.get(stem)
         return _changes(self._found, group, self._file, self._alphas, Assumptions()) if group else []
 
 
 def _stem(found: AdapterListing, group: ModuleLeaves) -> str:
-    """The stem of what a group changes: of stacked experts that of the parameter, not of the module that holds it."""
+    """The stem of what a module's leaves change; for stacked experts the parameter's, not that of the module with it."""
     config = found.config(group.module)
     parameter = config.parameter_of(group.module.path) if config else None
     return CONTAINER + parameter if parameter else group.module.stem
 
 
 def _assumptions_of(found: AdapterListing, changes: list[Change]) -> Iterator[str]:
-    """What was taken for granted because neither the file nor the user says it, and modules that come to nothing."""
+    """Gives, in words, what was assumed because neither the file nor the user says it, and which modules change nothing."""
     if found.lacks_config:
         yield f"has PEFT's names without {CONFIG_NAME}; its scale is taken to be 1 (`Assumptions(alpha=)` says otherwise)"
     nothing = [str(change) for change in changes if change.zero]
@@ -156,6 +160,7 @@ def _changes(
     given = Given(alpha=assume.alpha, slots=assume.slots)
     changes = []
     for part in group.parts():
+        # An alpha is a number that the listing has read, and reaches the delta as its scale.
         tensors = {leaf: _read(file, group.leaves[leaf]) for leaf in part.leaves if leaf != "alpha"}
         delta = build_part(part, tensors, found.given(group, part, alphas, given))
         keys = tuple(group.leaves[leaf].name for leaf in part.leaves)
@@ -163,6 +168,7 @@ def _changes(
         zero = delta.additive and (delta.scale == 0 or any(bounds(tensor) == (0, 0) for tensor in tensors.values()))
         change = Change(group.module, part.kind.parameter, delta, keys=keys, zero=zero)
         changes.append(_of_experts(change, found) if delta.stacked else change)
+        # Only the base knows whether the layer has a bias.
         if delta.changes_bias:
             changes.append(Change(group.module, BIAS, delta, optional=True))
     # What replaces a weight comes before what is added to it.
@@ -170,7 +176,7 @@ def _changes(
 
 
 def _of_experts(change: Change, found: AdapterListing) -> Change:
-    """A change of a stacked weight, at the path of the parameter, and the changes of its experts' own weights."""
+    """The change of a stacked weight, moved to the path of the parameter, with the changes of the experts' own weights."""
     config = found.config(change.module)
     parameter = config and config.parameter_of(change.module.path)
     assert parameter

@@ -1,4 +1,4 @@
-"""An adapter in the spelling of the file it came from: what stays keeps its bytes, and what says so is made true."""
+"""Spells an adapter as the file that it came from: tensors that stay keep their bytes, metadata and config are made true."""
 
 from __future__ import annotations
 
@@ -21,25 +21,29 @@ LEAF_NAMES: Final[Mapping[bool, tuple[str, str]]] = {
     False: ("lora_down.weight", "lora_up.weight"),
     True: ("lora_A.weight", "lora_B.weight"),
 }
-"""kohya's spelling, and PEFT's for dotted names."""
+"""The names of `down` and `up`: kohya's, and PEFT's for dotted stems."""
 HASH_KEY: Final = "modelspec.hash_sha256"
-"""Where a file says its own hash."""
+"""The metadata key of a file's own hash (ModelSpec)."""
 EMBEDDING_NAMES: Final = {"embedding_down": "lora_embedding_A", "embedding_up": "lora_embedding_B"}
+"""PEFT's names of an embedding's factors."""
 
 
 def lora_tensors(change: Change) -> dict[str, Tensor]:
-    """A new LoRA's tensors under the names that the adapter's own spelling of the module calls for."""
+    """The tensors of a new LoRA of scale 1, under names in the adapter's own spelling of the module."""
     stem, leaves = change.module.stem, change.delta.leaves()
     if "embedding_down" in leaves:
         return {f"{stem}.{leaf}": leaves[own] for own, leaf in EMBEDDING_NAMES.items()}
     dotted = "." in stem
     down, up = LEAF_NAMES[dotted]
     tensors = {f"{stem}.{down}": leaves["down"], f"{stem}.{up}": leaves["up"]}
+    # Scale 1 is an alpha that is the rank; names with dots leave it to PEFT's config, or to their readers' scale of 1.
     return tensors if dotted else tensors | {f"{stem}.alpha": torch.tensor(float(len(leaves["down"])))}
 
 
 def read_unchanged(adapter: Adapter, kept: Sequence[Change]) -> dict[str, Tensor]:
-    """The tensors of changes that stay what they are, and of extras, under their own names and to the byte."""
+    """The tensors of the changes that are kept, and the extras, under their own names and to the byte; raises `Unsupported`
+    for an adapter that was computed or read from a pickle."""
+    # Of a pickle the header is that of a temporary file, which is gone.
     source = adapter.file
     if source is None or source.is_pickle:
         raise Unsupported(f"{adapter.path}: is not a safetensors file with tensors to keep; convert it first")
@@ -49,7 +53,8 @@ def read_unchanged(adapter: Adapter, kept: Sequence[Change]) -> dict[str, Tensor
 
 
 def rescaled_biases(kept: Sequence[Change], converted: set[str]) -> dict[str, Tensor]:
-    """Biases of LoRA modules that were rewritten, with their scale in them: the new factors have it in theirs."""
+    """The biases (PEFT's lora_bias) of modules whose factors were replaced, multiplied by the scale that both shared: the
+    new factors hold that scale, and have scale 1."""
     return {
         change.keys[0]: change.delta.dense()
         for change in kept
@@ -60,13 +65,14 @@ def rescaled_biases(kept: Sequence[Change], converted: set[str]) -> dict[str, Te
 def contents_like_source(
     adapter: Adapter, tensors: Mapping[str, Tensor], kept: Sequence[Change], ranks: Sequence[int]
 ) -> AdapterContents:
-    """`tensors` as an adapter like the one they came from; `kept` are the changes that stayed what they were, `ranks`
-    those of the new factors."""
+    """`tensors` as the contents of a file like the one that `adapter` came from; `kept` are the changes that stayed what
+    they were, `ranks` the ranks of the new factors."""
     return AdapterContents(tensors, kohya.of_new_factors(adapter.metadata, ranks), _config(adapter, tensors, kept))
 
 
 def _config(adapter: Adapter, tensors: Mapping[str, Tensor], kept: Sequence[Change]) -> dict[str, Any] | None:
-    """adapter_config.json of a PEFT folder: LoRA, with each module's own rank, and an alpha that leaves its scale alone."""
+    """adapter_config.json with each module's own rank, and an alpha that leaves its scale alone; None where no tensor has
+    PEFT's prefix."""
     if not any(name.startswith(CONTAINER) for name in tensors):
         return None
     ranks = {
@@ -75,6 +81,7 @@ def _config(adapter: Adapter, tensors: Mapping[str, Tensor], kept: Sequence[Chan
         for name, tensor in tensors.items()
         if name.endswith(suffix)
     }
+    # New factors have scale 1, for which None stands; those that were kept have their own.
     scales: dict[str, float | None] = dict.fromkeys(ranks)
     for change in kept:
         path = change.module.stem.removeprefix(CONTAINER)
@@ -84,8 +91,8 @@ def _config(adapter: Adapter, tensors: Mapping[str, Tensor], kept: Sequence[Chan
 
 
 def rescale_metadata(adapter: Adapter, kept: Sequence[Change], factors: Mapping[Module, float]) -> dict[str, str]:
-    """The file's own metadata, with what it says of alpha true of modules that got `factors`, and without a hash that is no
-    longer right."""
+    """The file's own metadata, with kohya's alpha made true of modules whose scales were multiplied by `factors`, and
+    without the hash, which is no longer right."""
     metadata = {key: value for key, value in adapter.metadata.items() if key != HASH_KEY}
     if any(factors[change.module] != 1 for change in kept):
         loras = [change for change in kept if "down" in change.delta.leaves()]
@@ -95,7 +102,7 @@ def rescale_metadata(adapter: Adapter, kept: Sequence[Change], factors: Mapping[
 
 
 def with_targets_of(config: Mapping[str, Any], kept: Sequence[Change]) -> dict[str, Any]:
-    """A PEFT config of the modules that are kept."""
+    """A PEFT config that speaks of the modules of `kept` alone."""
 
     def paths(changes: Iterable[Change]) -> set[str]:
         return {change.stem.removeprefix(CONTAINER) for change in changes}

@@ -1,5 +1,5 @@
-"""Moved changes as the tensors of a format: each delta in the form that the format has leaves for, its alpha where it
-keeps one."""
+"""Spells moved changes as the tensors of a format: each delta in a form that the format has leaves for, with its alpha
+where the format keeps alphas."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from loratool.names import CONTAINER
 
 @dataclass(slots=True)
 class FormatTensors:
-    """The tensors of an adapter in a format; `ranks` and `scales` by the prefix and path of each module of low rank, for
-    formats that keep alphas elsewhere; `whole` are the paths of weights that are stored whole, `experts` the ranks of
-    stacked ones."""
+    """The tensors of an adapter in a format. `ranks` and `scales`, by the prefix and path of each module of low rank, are
+    for formats that keep alphas elsewhere; `whole` are the paths of weights that are stored whole, `experts` the ranks of
+    stacked parameters by path; `dora` says of each module of low rank whether it has a magnitude."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     ranks: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -35,12 +35,13 @@ class FormatTensors:
 
 
 def spell_adapter(moved: Sequence[RenamedDelta], target: Format, adapter: Adapter) -> FormatTensors:
-    """The tensors of `moved` as `target` spells them; raises `Unsupported` for what it has no place for."""
+    """Spells the deltas of `moved` as `target` does; raises `Unsupported` for a delta that `target` has no place for."""
     result = FormatTensors()
     matrices = {(item.prefix, item.path) for item in moved if item.parameter == "weight" and not item.delta.replaces}
     for item in moved:
         stem = target.stem(item.prefix, _holder(item, moved))
         with error_context(" + ".join(str(source) for source in item.sources)):
+            # First the form, then the scale: whether it must go into the factors depends on what leaves they are.
             delta = _fit(item, target)
             part = _part(delta)
             # An alpha beside factors without a rank is ignored; PEFT's bias shares that of its module's factors.
@@ -69,14 +70,14 @@ def spell_adapter(moved: Sequence[RenamedDelta], target: Format, adapter: Adapte
 
 
 def _wrap(item: RenamedDelta, stem: str, target: Format, matrices: Container[tuple[str, str]]) -> str:
-    """The stem of a value as PEFT has it: a bias of a module that it wraps is the base layer's."""
+    """The stem of a value that replaces another: where PEFT wraps the module, its bias is that of the `base_layer`."""
     inside = item.delta.replaces and item.parameter == "bias" and (item.prefix, item.path) in matrices
     return f"{stem}.base_layer" if inside and target.whole == CONTAINER else stem
 
 
 def _holder(item: RenamedDelta, moved: Sequence[RenamedDelta]) -> str:
-    """The path of the module that has a delta's tensors: for stacked experts that whose parameter it changes, behind a
-    `base_layer` for each that PEFT wraps around it (`formats.peft.PeftConfig.parameter_of`)."""
+    """The path of the module that holds a delta's tensors: for stacked experts the owner of the parameter, with a
+    `base_layer` for each wrapper that PEFT puts around it (`formats.peft.PeftConfig.parameter_of`)."""
     if not item.delta.stacked:
         return item.path
     module = item.path.rpartition(".")[0]
@@ -86,7 +87,7 @@ def _holder(item: RenamedDelta, moved: Sequence[RenamedDelta]) -> str:
 
 
 def _fit(item: RenamedDelta, target: Format) -> Delta:
-    """The first form of a delta that the format has a place for."""
+    """The first form of a delta that the format has leaves for; raises `Unsupported` where it has none."""
     forms = [form for form in item.delta.equivalent_forms() if form.leaves().keys() <= target.leaves.keys()]
     if not forms:
         label = _part(item.delta).label
@@ -98,24 +99,25 @@ def _fit(item: RenamedDelta, target: Format) -> Delta:
 
 
 def has_lora(parameter: str, delta: Delta) -> bool:
-    """Whether a LoRA can stand for a change: not for one of a bias, nor for a value that is put in a weight's place."""
+    """Whether a LoRA can stand for a change: not for that of a bias, nor for a value that is put in a weight's place."""
     return parameter == WEIGHT and delta.becomes_lora
 
 
 def _part(delta: Delta) -> DeltaSpec:
-    """What the schema calls a delta's leaves."""
+    """The schema's description of a delta, by its leaves."""
     return explain({leaf: tuple(tensor.shape) for leaf, tensor in delta.leaves().items()})[0]
 
 
 def _alpha(item: RenamedDelta, delta: Delta, part: DeltaSpec, adapter: Adapter) -> Tensor | None:
-    """The alpha to stand beside the factors: the very one of the source where it still holds, else one that gives the
-    same scale; None where there is none."""
+    """The alpha to stand beside the factors: the source's own tensor where that still holds, else an alpha that gives the
+    same scale; None for a delta without a scale or a rank."""
     stored = [adapter.alphas[key] for source in item.sources for key in source.keys if key in adapter.alphas]
     unchanged = len(item.sources) == 1 and item.sources[0].delta.scale == delta.scale
     if stored and unchanged and part.rank == _part(item.sources[0].delta).rank:
         return stored[0]
     if delta.scale is None or part.rank is None or item.parameter != "weight":
         return None
+    # In the dtype of the source's alpha, or of the factors, where that is exact: a rounded alpha would be another scale.
     exact = torch.tensor(delta.scale * part.rank, dtype=torch.float64)
     narrow = exact.to(stored[0].dtype if stored else next(iter(delta.leaves().values())).dtype)
     return narrow if narrow.double() == exact else exact.float()

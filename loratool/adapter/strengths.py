@@ -1,4 +1,4 @@
-"""How strongly each module of an adapter is to count: one number for all, and factors for components and blocks."""
+"""Strengths: how strongly each module of an adapter counts, by one number for all and factors for components and blocks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from loratool.names import COMPONENTS, WHOLE, Module
 
 @dataclass(frozen=True, slots=True)
 class Strength:
-    """`value`, times the weight of the module's block in `vector` (12, 17, 20 or 26 numbers, `archs.blocks`), times that of
-    each of `parts` that has it: a component (unet, te1, te2, te3, model), or a glob of blocks (IN04, OUT*).
+    """How strongly modules count: `value`, times the number of the module's block in `vector` (12, 17, 20 or 26 numbers,
+    `archs.blocks`), times that of each of `parts` that the module is in: a component (unet, te1, te2, te3, model), or a
+    glob of blocks (IN04, OUT*).
 
     Raises `LoratoolError` where a number is not finite.
     """
@@ -42,20 +43,21 @@ class Strength:
 
     def of(self, modules: Iterable[Module], arch: Arch) -> dict[Module, float]:
         """The strength of each module; raises `LoratoolError` where the architecture has no such vector, and where one of
-        `parts` is that of no module."""
+        `parts` has no module."""
         found, used = self.resolve(modules, arch)
         if missing := sorted(self.parts.keys() - used):
             raise LoratoolError(f"{', '.join(missing)}: no module is of such a component or block")
         return found
 
     def resolve(self, modules: Iterable[Module], arch: Arch) -> tuple[dict[Module, float], set[str]]:
-        """The strength of each module, and which of `parts` are those of any."""
+        """The strength of each module, and those of `parts` that have a module."""
         by_block = block_strengths(self.vector, arch) if self.vector else {}
         found: dict[Module, float] = {}
         used: set[str] = set()
         for module in modules:
             block, strength = block_of(arch, module), self.value
             strength *= by_block.get(block, 1.0)
+            # Factors multiply: a module may be of a component and of several globs at once.
             for part, factor in self.parts.items():
                 if _is_part(part, module, block):
                     used.add(part)
@@ -64,11 +66,11 @@ class Strength:
         return found, used
 
     def negated(self) -> Strength:
-        """The opposite strength, which takes out what this one put in."""
+        """The opposite strength, which takes out of a weight what this strength put in."""
         return replace(self, value=-self.value)
 
     def unnamed(self, modules: Iterable[Module], arch: Arch) -> list[Module]:
-        """Modules in blocks that the vector has no number for."""
+        """The modules whose blocks have no number in `vector`, if there is a vector."""
         by_block = block_strengths(self.vector, arch) if self.vector else {}
         return [module for module in modules if by_block and block_of(arch, module) not in by_block]
 
@@ -82,7 +84,7 @@ class WeightedAdapter:
 
     @property
     def full_strength(self) -> Strength:
-        """The strength as a value of its own; raises `LoratoolError`, naming the adapter, where it is no finite number."""
+        """The strength as a `Strength`; raises `LoratoolError`, naming the adapter, where a number is not finite."""
         with error_context(self.path):
             return self.strength if isinstance(self.strength, Strength) else Strength(self.strength)
 
@@ -102,23 +104,24 @@ class WeightedAdapter:
 
 
 AdapterLike = WeightedAdapter | Adapter | str | Path
-"""What verbs take for an adapter: with a strength of its own, or at strength 1."""
+"""What verbs take for an adapter: a `WeightedAdapter`, or an adapter or its path, at strength 1."""
 
 
 def weighted_adapter(source: AdapterLike) -> WeightedAdapter:
-    """An adapter with its strength, 1 where it has none."""
+    """`source` with a strength, which is 1 where none is given."""
     return source if isinstance(source, WeightedAdapter) else WeightedAdapter(source)
 
 
 def strengths_of(adapters: Sequence[tuple[Adapter, Strength]]) -> list[dict[Module, float]]:
     """The strength of each module of each adapter.
 
-    Raises `LoratoolError` for a component or a block that no module of the adapters is of that it was given for.
+    Raises `LoratoolError` for a component or a block of which none of the adapters has a module.
     """
     found: list[dict[Module, float]] = []
     asked: set[str] = set()
     used: set[str] = set()
     for adapter, strength in adapters:
+        # Blocks alone depend on the architecture, which is looked for only where a strength names any.
         arch = (
             architecture_of(adapter, adapter.modules, length=len(strength.vector)) if strength.by_block else WITHOUT_BLOCKS
         )
@@ -127,12 +130,14 @@ def strengths_of(adapters: Sequence[tuple[Adapter, Strength]]) -> list[dict[Modu
         found.append(mine)
         asked |= strength.parts.keys()
         used |= parts
+    # Over all adapters together: one of them may lack a component that another has.
     if missing := sorted(asked - used):
         raise LoratoolError(f"{', '.join(missing)}: no module is of such a component or block")
     return found
 
 
 WITHOUT_BLOCKS: Final = Arch("unknown", "a model whose blocks nobody asks for", ())
+"""Stands for the architecture where no strength is by block."""
 
 
 def _is_part(part: str, module: Module, block: str) -> bool:
@@ -142,8 +147,8 @@ def _is_part(part: str, module: Module, block: str) -> bool:
 
 
 def architecture_of(adapter: Adapter, modules: Sequence[Module], name: str | None = None, length: int = 0) -> Arch:
-    """The architecture that blocks are named by: the one asked for, else one that explains all modules. Of look-alikes,
-    which have the same blocks, it is one that has a vector of `length` block weights."""
+    """The architecture that blocks are named by: the one called `name`, else one that explains all modules. Of look-alikes,
+    which have the same blocks, one that has a vector of `length` block weights is preferred."""
     if name:
         return arch_named(name)
     found = archs_of_adapters([adapter.keys]) or [without_table(modules)]

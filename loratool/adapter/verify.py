@@ -1,5 +1,5 @@
-"""Whether what was written is what was read: the deltas of one file against those of another, in factored form where they
-have one, else on a weight of random numbers."""
+"""Compares an adapter with what was written of it, delta by delta: as bytes, in factored form, as matrices, or on a weight
+of random numbers."""
 
 from __future__ import annotations
 
@@ -24,21 +24,24 @@ from loratool.numbers.linalg import difference_norm, singular_values
 from loratool.numbers.threads import map_on_threads
 
 EXACT: Final = 1e-6
-"""The relative difference that rounding an alpha, or a scale's product with a factor, to float32 may make."""
+"""The relative difference that rounding an alpha, or a scale's product with a factor, to float32 may make: each rounding
+is at most 2⁻²⁴, some 6e-8, and a few follow each other."""
 LIKE: Final = 1000
-"""How wide a dimension is taken that a delta leaves to the weight."""
+"""The width of a random weight in a dimension that the deltas leave to the weight."""
 
 
 def verify_adapter(adapter: Adapter, again: LazyAdapter, routes: Mapping[Module, Route], target: Format) -> float:
-    """The largest relative difference of a module between `adapter` and `again`, which holds it in another format.
+    """The largest relative difference of a change between `adapter` and `again`, the same adapter in the format `target`.
 
-    Raises `InvalidAdapter` where it is more than rounding.
+    Raises `InvalidAdapter` where a difference is more than rounding.
     """
 
     def one(change: Change) -> float:
         with error_context(change):
             back = _bring_back(change, routes[change.module], target, again)
+            # Ranks that add nothing are left out on the way: a delta of which nothing is there is right if it was zero.
             error = difference(change.delta, back) if back else _size(change.delta)
+            # So, and not `error > EXACT`: a NaN is refused too.
             if not error <= EXACT:
                 raise InvalidAdapter(f"differs by {error:.2e} when it is read back from {target.title}: nothing is written")
             return error
@@ -47,7 +50,8 @@ def verify_adapter(adapter: Adapter, again: LazyAdapter, routes: Mapping[Module,
 
 
 def delta_at(again: LazyAdapter, stem: str, change: Change) -> Delta | None:
-    """What `again` has of a change at the module with that stem: of the same parameter, replaced where that replaces."""
+    """The delta in `again` at the module called `stem` that answers to `change`: on the same parameter, and in the weight's
+    place where the change's is; None where there is none."""
     for other in again.changes(stem):
         if other.parameter == change.parameter and other.delta.replaces == change.delta.replaces:
             return other.delta
@@ -55,8 +59,9 @@ def delta_at(again: LazyAdapter, stem: str, change: Change) -> Delta | None:
 
 
 def _bring_back(change: Change, way: Route, target: Format, again: LazyAdapter) -> Delta | None:
-    """What the source's module is by what was written; None where nothing of it was."""
+    """The delta of the source's module, put together from what was written; None where nothing of it was."""
     written = [delta_at(again, target.stem(way.prefix, path), change) for path, _ in way.targets]
+    # The way of `rename_changes`, backwards: a name alone, else cut what was written into diffusers' parts and stack those.
     if way.renames:
         return swap_halves(written[0]) if written[0] and way.swapped else written[0]
     pieces = [
@@ -69,8 +74,8 @@ def _bring_back(change: Change, way: Route, target: Format, again: LazyAdapter) 
 
 
 def _piece_of(whole: Delta | None, link: Link | None, part: str) -> Delta | None:
-    """What a module that was written is to one of its parts. Without the ranks of the others it is the source's own factors
-    again, which are compared as bytes."""
+    """The delta of one `part` of a module that was written as `whole`. Once the ranks of the other parts are left out, the
+    source's own factors are there again, to be compared as bytes."""
     return (
         split_delta(cross_link(whole, link), link.sizes)[link.parts.index(part)].without_zero_ranks()
         if whole and link
@@ -79,20 +84,23 @@ def _piece_of(whole: Delta | None, link: Link | None, part: str) -> Delta | None
 
 
 def _size(delta: Delta) -> float:
-    """‖ΔW‖, of what is to be zero where it is missing."""
+    """‖ΔW‖ of a delta that was not written, and so has to be zero."""
     return float(delta.dense().norm())
 
 
 def difference(one: Delta, other: Delta) -> float:
     """‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖, 0 where every tensor is the same; of kinds that depend on the weight, on a random one."""
+    # From the cheapest comparison to the dearest: bytes, factors, matrices, the effect on a weight.
     if same_bytes(one, other):
         return 0.0
     factors = one.factors(), other.factors()
     if one.additive and other.additive and factors[0] and factors[1]:
         up, down = factors[0]
+        # Ranks of both together: from as many as the matrix has sides on, factors are no saving.
         if up.shape[1] + factors[1][0].shape[1] <= min(len(up), down.shape[1]):
             return _ratio(difference_norm(factors[0], factors[1]), float(singular_values(up, down).norm()))
     if one.additive and other.additive:
+        # Some formats flatten kernels, so that the shapes may differ.
         dense = one.dense().double()
         return _ratio(float((dense - other.dense().double().reshape(dense.shape)).norm()), float(dense.norm()))
     return _difference_on_random_weight(one, other)
@@ -109,7 +117,7 @@ def same_bytes(one: Delta, other: Delta) -> bool:
 
 
 def _difference_on_random_weight(one: Delta, other: Delta) -> float:
-    """The difference on a weight of their shape, whose numbers are drawn anew in the same way each time."""
+    """The relative difference of what two deltas do to a random weight, which is the same in every run."""
     shape = _shape([one, other])
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     changed, again = one.apply(weight) - weight, other.apply(weight.reshape(_fit(other, shape))).reshape(shape) - weight
@@ -117,7 +125,8 @@ def _difference_on_random_weight(one: Delta, other: Delta) -> float:
 
 
 def _shape(deltas: Iterable[Delta]) -> tuple[int, ...]:
-    """The most that the deltas together say of their weight's shape."""
+    """The shape of the weight as far as the deltas together tell it, `LIKE` in dimensions that none of them knows."""
+    # The longest has the kernel that the others flatten; each dimension is taken from whichever delta has it.
     shapes = [delta.shape for delta in deltas]
     longest = max(shapes, key=len)
     known = (next((shape[i] for shape in shapes if i < len(shape) and shape[i] != ANY), LIKE) for i in range(len(longest)))
@@ -125,9 +134,10 @@ def _shape(deltas: Iterable[Delta]) -> tuple[int, ...]:
 
 
 def _fit(delta: Delta, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """`shape` as a delta of fewer dimensions has it, its kernel flattened."""
+    """`shape` as `delta` has it, with the kernel flattened where the delta has fewer dimensions."""
     return shape if len(delta.shape) == len(shape) else (shape[0], prod(shape[1:]))
 
 
 def _ratio(left: float, whole: float) -> float:
+    # Beside a delta of zeros a difference is counted as it is.
     return left / whole if whole else left

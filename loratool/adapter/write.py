@@ -1,4 +1,4 @@
-"""An adapter in memory as a file of some format: spelled, with true metadata and config, written, read again, compared."""
+"""Writes an adapter as a file of some format: spelled, with true metadata and config, read again, compared, put in place."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from loratool.keys.routes import Route
 from loratool.names import CONTAINER, Module
 
 STALE: Final = ("modelspec.hash_sha256", PEFT_METADATA_KEY)
-"""Metadata that is no longer true of a file of other tensors."""
+"""Keys of metadata that is no longer true of a file with other tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class WriteResult:
-    """What was written: the changes under their new names, the largest relative difference of a module that reading it again
-    found, and its bytes."""
+    """What was written: the changes under their new names, the largest relative difference that reading the file again
+    found, and the bytes of the tensors' file."""
 
     moved: tuple[RenamedDelta, ...]
     difference: float
@@ -45,13 +45,14 @@ def write_adapter(
     inputs: Sequence[Input],
     overwrite: bool = False,
 ) -> WriteResult:
-    """Writes `adapter` to `out` in the format `target`, each module as `ways` says, and compares what it wrote with it.
+    """Writes `adapter` to `out` in the format `target`, each module by its route, and compares the file with `adapter`.
 
-    Raises `LoratoolError`, and writes nothing, where a delta has no exact form or no place there.
+    Raises `LoratoolError`, and writes nothing, where a delta has no exact form or no place in that format.
     """
     require_folder_name(target, out)
     moved = rename_changes(adapter.changes, routes)
     contents = pack_adapter(adapter, target, spell_adapter(moved, target, adapter))
+    # The comparison runs on the finished file before that takes its place, so that a wrong file never appears.
     differences: list[float] = []
 
     def check(written: Path) -> None:
@@ -63,22 +64,23 @@ def write_adapter(
 
 
 def size_in_format(adapter: Adapter, target: Format, routes: Mapping[Module, Route]) -> int:
-    """The bytes that `write_adapter` would write, of deltas whose tensors need not hold anything yet."""
+    """The bytes that `write_adapter` would write; the deltas may be placeholders, whose shapes alone count."""
     return contents_size(
         pack_adapter(adapter, target, spell_adapter(rename_changes(adapter.changes, routes), target, adapter))
     )
 
 
 def require_folder_name(target: Format, out: Path) -> None:
-    """Raises `OutputError` where a folder is to be written under a file's name."""
+    """Raises `OutputError` where `target` is a folder and `out` has a file's name."""
     if target.folder and out.suffix == ".safetensors":
         raise OutputError(f"{out}: {target.title} is a folder; name one, or write a single file with `to='peft-file'`")
 
 
 def pack_adapter(adapter: Adapter, target: Format, result: FormatTensors) -> AdapterContents:
-    """What a file, or a folder, in the format `target` holds of an adapter whose tensors are spelled already."""
+    """The contents of a file, or a folder, in the format `target`, from an adapter's tensors, which are spelled already."""
     metadata = {key: value for key, value in adapter.metadata.items() if key not in STALE}
     metadata |= _network(adapter, target, result)
+    # As diffusers does; and a single file with PEFT's names has no other place for its config.
     declared = target.alpha == METADATA and any(scale is not None for scale in result.scales.values())
     if declared or (target.whole == CONTAINER and not target.folder):
         # Behind PEFT's container the config is the whole file's.
@@ -90,7 +92,7 @@ def pack_adapter(adapter: Adapter, target: Format, result: FormatTensors) -> Ada
 
 
 def common_metadata(adapters: Sequence[Adapter], whole: Adapter) -> dict[str, str]:
-    """What all adapters say alike, made true of the `whole` that they come to."""
+    """The metadata that all adapters have in common, made true of `whole`, the adapter that was made of them."""
     first, *others = (adapter.metadata for adapter in adapters)
     common = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     common |= {key: first[key] for key in (kohya.MODULE, kohya.DIM, kohya.ALPHA) if key in first}
@@ -100,18 +102,18 @@ def common_metadata(adapters: Sequence[Adapter], whole: Adapter) -> dict[str, st
 
 
 def new_metadata(target: Format, ranks: Sequence[int]) -> dict[str, str]:
-    """What a new file of LoRA of `ranks` says of itself, whose alphas are their ranks."""
+    """The metadata of a new file of LoRA of these `ranks`, whose alphas are the ranks."""
     return {"format": "pt"} | (kohya.new_network(ranks) if target.flat else {})
 
 
 def _of(result: FormatTensors, prefix: str) -> tuple[dict[str, int], dict[str, float | None]]:
-    """The ranks and the scales of one component, by path."""
+    """The ranks and the scales of the modules of one component, by path."""
     ranks = {path: rank for (of, path), rank in result.ranks.items() if of == prefix}
     return ranks, {path: scale for (of, path), scale in result.scales.items() if of == prefix}
 
 
 def _config(adapter: Adapter, result: FormatTensors) -> dict[str, Any]:
-    """adapter_config.json: PEFT's LoRA, with what its tensors ask for."""
+    """adapter_config.json of PEFT's LoRA, with what the tensors ask for; raises `Unsupported` where no config can say it."""
     if any(result.dora) and not all(result.dora):
         raise Unsupported("PEFT has DoRA for all modules of an adapter or for none; `rule=Rule()` makes LoRA of them")
     biased = any(name.endswith(".lora_B.bias") for name in result.tensors)
@@ -119,6 +121,7 @@ def _config(adapter: Adapter, result: FormatTensors) -> dict[str, Any]:
         raise Unsupported(
             "PEFT has lora_bias for all modules of an adapter or for none, and cannot have it for an embedding"
         )
+    # PEFT's folder holds one component, so that all its modules have one prefix.
     prefix = next((prefix for prefix, _ in result.ranks), CONTAINER)
     ranks, scales = _of(result, prefix)
     facts = LoraFacts(
@@ -134,7 +137,7 @@ def _config(adapter: Adapter, result: FormatTensors) -> dict[str, Any]:
 
 
 def _network(adapter: Adapter, target: Format, result: FormatTensors) -> dict[str, str]:
-    """kohya's metadata of rank and alpha, made true where the conversion changed them."""
+    """kohya's metadata of ranks and alphas that the conversion changed."""
     before = {
         source.shape[0] for change in adapter.changes for leaf, source in change.delta.leaves().items() if leaf == "down"
     }

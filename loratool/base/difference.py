@@ -1,4 +1,4 @@
-"""What one parameter of a tuned checkpoint changed, in float32, and how much of it may be the rounding of what is stored."""
+"""The difference of one parameter in two checkpoints, in float32, and how much of it rounding to a dtype may have made."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from loratool.numbers.krylov import squared_norm
 from loratool.numbers.linalg import row_blocks
 
 _BLOCK: Final = 1 << 18
-"""Elements that are read and subtracted at a time: few enough to stay in cache."""
+"""Elements that are read and subtracted at a time on the CPU: few enough to stay in cache."""
 BLOCK_THERE: Final = 1 << 24
-"""Elements that travel to a device at a time."""
+"""Elements that are sent to a GPU and subtracted at a time."""
 UNIFORM: Final = math.sqrt(12)
-"""A number rounded to multiples of s is off by s / √12 on average: the standard deviation of the uniform distribution."""
+"""Rounding to multiples of s has a root mean square error of s / √12: the deviation of a uniform distribution."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
     """`dense`, W' − W₀ in float32 (float64 where either is stored so), with as many rows as the longer of the two.
 
-    `noise` is what rounding to the coarser of their dtypes alone comes to, as ‖·‖, and `edge` how large a singular value of
-    it may be.
+    `norm` is ‖W' − W₀‖, `noise` the norm that rounding to the coarser of both dtypes has alone, and `edge` the largest
+    singular value that such rounding may have.
     """
 
     dense: Tensor
@@ -42,18 +42,20 @@ class Difference:
 
 
 def difference(base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair, device: torch.device) -> Difference | None:
-    """What `pair` changed; None where it changed nothing.
+    """The difference of `pair`, computed on `device`; None where both checkpoints hold the same numbers.
 
-    Raises `NonFinite` where either holds NaN or Inf. Rows that only one of them has are a difference to zero.
+    Raises `NonFinite` where either holds NaN or Inf. Rows that only one checkpoint has are a difference to zero.
     """
     changed, rounded = _Rows(pair, _dtype(base, tuned, pair), device), _Rounding()
     for start, before, after in _blocks(base, tuned, pair, _BLOCK if device == CPU else BLOCK_THERE):
         before, after = send(before, device), send(after, device)  # noqa: PLW2901
+        # Equal blocks, as of frozen layers, cost no memory and count no rounding.
         if before.dtype == after.dtype and torch.equal(before, after):
             continue
         rows = changed.rows(start, max(len(before), len(after)))
         rows[: len(after)] = after
         rows[: len(before)] -= before.to(rows.dtype)
+        # Of two dtypes the coarser rounds by so much more that the other does not count.
         rounded.add(after if _step(after) >= _step(before) else before)
     if changed.dense is None or not changed.dense.numel():
         return None
@@ -63,6 +65,7 @@ def difference(base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair, device: 
         raise NonFinite(_lost(base, tuned, pair))
     if low == high == 0:
         return None
+    # Squares of numbers within 1e±15, and their sums, stay in float32's range of 1e±38; others are scaled first.
     largest = max(-low, high)
     matrix = _matrix(dense)
     norm = math.sqrt(squared_norm(matrix if 1e-15 < largest < 1e15 else matrix / largest))
@@ -71,7 +74,7 @@ def difference(base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair, device: 
 
 
 class _Rows:
-    """A difference that takes no memory until something differs."""
+    """The dense difference of a pair, which takes no memory until a block differs."""
 
     def __init__(self, pair: Pair, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = (max(pair.shape[0], pair.tuned_shape[0]), *pair.shape[1:]) if pair.shape else (1,)
@@ -79,44 +82,48 @@ class _Rows:
         self.dense: Tensor | None = None
 
     def rows(self, start: int, count: int) -> Tensor:
-        """Some of its rows, zero when they are first asked for."""
+        """`count` rows from `start` on, to be written to: zeros at first."""
         if self.dense is None:
             self.dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         return self.dense[start : start + count]
 
 
 class _Rounding:
-    """Sums over the blocks of a weight of what rounding each number to its dtype is off by."""
+    """Sums over the blocks of a weight of its squared rounding steps (ULPs), by column and for the largest row."""
 
     def __init__(self) -> None:
         self.largest_row = 0.0
         self.columns: Tensor | None = None
 
     def add(self, stored: Tensor) -> None:
-        """Adds the steps of `stored` in the dtype that it is in."""
+        """Adds the steps of the rows `stored`, in their own dtype."""
         squared = _matrix(rounding.ulp(stored)).square_()
         columns = to_float64(squared.sum(0))
         self.columns = columns if self.columns is None else self.columns + columns
         self.largest_row = max(self.largest_row, float(squared.sum(1).max()))
 
     def sizes(self, shape: tuple[int, ...], norm: float) -> tuple[float, float]:
-        """(‖E‖, edge) of a matrix E of these errors: its norm, and what its largest singular value hardly ever exceeds.
+        """(‖E‖, edge) of the matrix E of rounding errors of a weight of `shape`, whose difference has the norm `norm`.
 
-        By the row and the column that it is largest in (Bandeira and van Handel 2016, arXiv:1408.6185), and the fluctuation
-        of the edge (Tracy and Widom). Where the change is so small that most of it was rounded away, its root mean square is
-        less than that of rounding, and the noise is no more than that.
+        The edge, which the largest singular value of E hardly ever exceeds, is the norm of E's largest row plus that of its
+        largest column (Bandeira and van Handel 2016, arXiv:1408.6185), plus the edge's fluctuation (Tracy and Widom).
         """
         columns = torch.zeros(1) if self.columns is None else self.columns
         noise = math.sqrt(float(columns.sum())) / UNIFORM
         each, rms = (value / math.sqrt(math.prod(shape)) for value in (noise, norm))
+        # The Tracy–Widom law of the largest singular value has a unit of ½ · each · (m^−½ + n^−½)^⅓: four of these.
         fluctuation = 2 * each * (shape[0] ** -0.5 + shape[1] ** -0.5) ** (1 / 3)
         edge = (math.sqrt(self.largest_row) + math.sqrt(float(columns.max()))) / UNIFORM + fluctuation
+        # Where most of a tiny change was rounded away, the difference is smaller than rounding errors usually are, and so is
+        # the noise in it.
         return noise, edge * min(1.0, rms / each if each else 1.0)
 
 
 def _blocks(base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The rows of both, a few at a time, from the first on; what is not stored row by row comes at once, and a single number
-    as a row of one."""
+    """(first row, rows of the base, rows of the tuned checkpoint) of each block of about `size` elements.
+
+    A weight whose rows lie apart in either checkpoint is one block, and a single number is a row of one.
+    """
     if not pair.shape:
         yield 0, base.at(pair.base).reshape(1), tuned.at(pair.tuned).reshape(1)
         return
@@ -127,7 +134,7 @@ def _blocks(base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair, size: int) 
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    """A weight as a matrix of its output rows; a vector's have one number each."""
+    """A weight as a matrix of its output rows, with flattened kernels; a vector is a column."""
     return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(-1, 1)
 
 
@@ -137,10 +144,12 @@ def _dtype(base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair) -> torch.dty
 
 
 def _step(tensor: Tensor) -> float:
+    """The relative step between neighbours in the dtype of a tensor."""
     return torch.finfo(tensor.dtype).eps
 
 
 def _lost(base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair) -> str:
+    """The message of `NonFinite`: which checkpoint holds NaN or Inf, or that the difference overflows."""
     for weights, places in ((base, pair.base), (tuned, pair.tuned)):
         if not bool(to_compute_dtype(weights.at(places)).isfinite().all()):
             return f"{weights.layout.root}: {places[0].tensor} holds NaN or Inf; `Selection(exclude=)` leaves it out"

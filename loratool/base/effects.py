@@ -1,4 +1,4 @@
-"""What a delta adds to its weight: exact factors, or the whole matrix. The one place that asks a base for it."""
+"""What a delta adds to its weight, as exact factors or as a whole matrix: the one place that gives a delta its base."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from loratool.numbers.krylov import squared_norm
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """ΔW of a parameter of `shape`, as exact factors (out, r) and (r, in · kernel), or whole; `weight_norm` is ‖W₀‖, where a
-    base tells and somebody asked."""
+    """ΔW of a parameter of `shape`, as exact `factors` (out, r) and (r, in · kernel), or `whole`.
+
+    `weight_norm` is ‖W₀‖, None unless `effect_of` was given a base and asked to measure the weight.
+    """
 
     shape: tuple[int, ...]
     factors: tuple[Tensor, Tensor] | None
@@ -37,7 +39,7 @@ class Effect:
         return (up @ down).reshape(self.shape)
 
     def as_delta(self, parameter: str) -> Full:
-        """The same as a difference that is stored whole."""
+        """ΔW as a delta of kind full: a difference that is stored whole."""
         return Full(self.dense(), "diff" if parameter == WEIGHT else "diff_b")
 
 
@@ -52,9 +54,9 @@ def effect_of(
 ) -> Effect:
     """What `delta` adds to the weight or the bias of `module`, computed on `device`.
 
-    Factors are given where they are smaller than what they make. `base` tells kernels that a file flattens, and what kinds
-    add that depend on their weight. Raises `NeedsBase` for such a kind without a base, `ShapeMismatch` where it does not fit
-    its weight, and `LoratoolError` where the base has none.
+    Returns factors where their rank is no more than either side of ΔW. `base` gives the shape of a kernel that a file
+    flattens, and the weight to kinds that depend on their weight. Raises `NeedsBase` for such a kind without a base,
+    `ShapeMismatch` where the delta does not fit its weight, and `LoratoolError` where the base lacks the weight.
     """
     delta = to_device(delta.materialise(), device)
     weight = base.of(module, parameter) if base and (measure_weight or not delta.additive) else None
@@ -64,6 +66,7 @@ def effect_of(
             raise NeedsBase(f"what a delta of kind {delta.kind} adds depends on its weight; pass `base=`")
         whole = _matrix_added(delta, send(weight, device).float())
         return Effect(tuple(whole.shape), None, whole, norm)
+    # A bias has no factors, and a rank beyond the sides of ΔW (LoHa's) saves nothing.
     shape = base.shape_of(module, parameter) if base and delta.kernel_flattened else delta.shape
     factors = delta.factors() if len(shape) > 1 else None
     if factors is not None and factors[0].shape[1] <= min(len(factors[0]), factors[1].shape[1]):
@@ -72,13 +75,13 @@ def effect_of(
 
 
 def weight_norm(weight: Tensor) -> float:
-    """‖W‖, its squares summed in float64."""
+    """‖W‖, with the squares of its rows' norms summed in float64."""
     wide = to_compute_dtype(weight)
     return math.sqrt(squared_norm(wide.flatten(1) if wide.ndim > 1 else wide.reshape(1, -1)))
 
 
 def _matrix_added(delta: Delta, weight: Tensor) -> Tensor:
-    """W' − W in float32."""
+    """W' − W in float32; raises `ShapeMismatch` where the delta and the weight have shapes that torch cannot combine."""
     try:
         return delta.apply(weight) - weight
     except RuntimeError as error:

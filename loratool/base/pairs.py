@@ -1,4 +1,4 @@
-"""Which parameters of two checkpoints are the same one, whatever the files are called, cut and named."""
+"""Which parameters of two checkpoints are the same, whatever the tensors' names and however they are stacked or cut."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ BUFFERS: Final = re.compile(
     r"(?:.*\.)?(?:position_ids|inv_freq|freqs|logit_scale|num_batches_tracked|pos_embed\.pos_embed)"
     r"|betas|alphas_cumprod\w*|(?:sqrt|log|posterior)_\w+|denoiser\.sigmas|model_ema\..*"
 )
-"""Tensors that some writers store and others leave out: tables that follow from the config, and the schedules of noise."""
+"""Tensors that some writers store and others leave out: tables that follow from the config, the noise schedules of
+diffusion, and averaged copies of the weights."""
 
 Takes = Callable[[Module, str], bool]
+"""Whether a parameter of a module ("weight" or "bias") is wanted: `Selection.takes`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A parameter of both checkpoints, under the base's name, with the places it has in each and the shape it has there."""
+    """A parameter of both checkpoints, under the base's name, with its places and its shape in each checkpoint."""
 
     module: Module
     parameter: str
@@ -43,13 +45,13 @@ class Pair:
 
     @property
     def raw(self) -> bool:
-        """Whether it is a parameter of its own, and not the weight or the bias of a module."""
+        """Whether the parameter is a raw one, named like its tensor, and not the weight or the bias of a module."""
         return self.module.stem == self.base[0].tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """All pairs, in the base's order; what the choice left out, and what only one of the checkpoints has, in words."""
+    """The pairs that are wanted, the names of those that are not, and warnings of what only one checkpoint has."""
 
     pairs: tuple[Pair, ...]
     excluded: tuple[str, ...]
@@ -59,8 +61,10 @@ class Pairing:
 def pair_parameters(base: BaseCheckpoint, tuned: BaseCheckpoint, takes: Takes) -> Pairing:
     """Pairs the parameters of `base` and `tuned` that `takes` lets through.
 
-    Raises `UnmatchedModules` where one lacks a parameter of a component that both have.
+    Raises `UnmatchedModules` where one checkpoint lacks a parameter of a component that both have.
     """
+    # By the base's names, behind another prefix, by the tuned checkpoint's names, as a tied head: each step is for what the
+    # steps before it left in `lost`, and an exact name must never lose to a guess.
     draft = _PairingDraft(base, tuned)
     for name in base.layout.tensors:
         draft.add(name)
@@ -77,7 +81,7 @@ def pair_parameters(base: BaseCheckpoint, tuned: BaseCheckpoint, takes: Takes) -
 
 
 class _PairingDraft:
-    """Pairs as they are found, and the tensors that still lack a partner."""
+    """Pairs as they are found; `lost`, the base's tensors without a partner, and `met`, the tuned ones that have one."""
 
     def __init__(self, base: BaseCheckpoint, tuned: BaseCheckpoint) -> None:
         self.base, self.tuned = base, tuned
@@ -86,8 +90,9 @@ class _PairingDraft:
         self.met: set[str] = set()
 
     def add(self, name: str) -> None:
-        """Looks for a tensor of the base in the tuned checkpoint, first under its very name."""
+        """Looks for a tensor of the base in the tuned checkpoint, first under the same name."""
         module, parameter = module_of(name)
+        # Averaged copies (model_ema) are not the model's weights, and tensors that are no floats are left to `unequal`.
         if module.component == EMA or self.base.layout.info(name).dtype not in FLOATS:
             return
         direct = self.tuned.targets.own.get(name)
@@ -98,7 +103,7 @@ class _PairingDraft:
             self.lost[name] = module, parameter
 
     def add_lost(self) -> None:
-        """Tries what found no partner once more, by a prefix that finds all of it: wrappers move a whole model."""
+        """Tries the tensors without a partner behind one prefix that places them all: wrappers move a whole model."""
         renamed = self.tuned.targets.wrapped({module for module, _ in self.lost.values()})
         for name, (module, parameter) in list(self.lost.items()):
             theirs = self.tuned.targets.find(renamed[module], parameter) if module in renamed else ()
@@ -107,7 +112,8 @@ class _PairingDraft:
                 del self.lost[name]
 
     def add_reverse(self, name: str) -> None:
-        """Looks for a tensor of the tuned checkpoint in the base, where only the former's names are those of its parts."""
+        """Looks for a tensor of the tuned checkpoint in the base, for namings that the index knows in one direction only."""
+        # A base in Meta's naming of Llama has places for Hugging Face's names, a tuned one of Hugging Face none for Meta's.
         module, parameter = module_of(name)
         if name in self.met or not self.lost:
             return
@@ -118,10 +124,11 @@ class _PairingDraft:
                 self.lost.pop(place.tensor, None)
 
     def add_head(self) -> None:
-        """An output layer that one of the two, or both, has tied to its embedding."""
+        """Pairs the output layers where a checkpoint, or both, has tied it to the embedding."""
         mine, theirs = self.base.targets.tied, self.tuned.targets.tied
         if not mine and not theirs:
             return
+        # On the tied side the embedding stands for the head, which is not stored there.
         here = mine or _head(self.lost)
         there = theirs or _head(self.tuned.layout.tensors)
         if here and there:
@@ -130,8 +137,12 @@ class _PairingDraft:
             self.lost.pop(here, None)
 
     def leftovers(self, takes: Takes) -> Iterator[str]:
-        """What one of the two lacks: in words where it lacks the whole component, or what it would compute itself."""
+        """Warnings of the components that one checkpoint lacks as a whole.
+
+        Raises `UnmatchedModules` where a checkpoint lacks weights of a component that both have, or shares none at all.
+        """
         rest = {name: module_of(name) for name in self.tuned.layout.tensors if name not in self.met}
+        # A component may have another name on either side, so that each side counts the shared ones under its own.
         common = {pair.module.component for pair in self.pairs}
         theirs = {module_of(name)[0].component for name in self.met}
         sides = ((self.base, self.tuned, self.lost, common), (self.tuned, self.base, rest, theirs))
@@ -145,7 +156,7 @@ class _PairingDraft:
                 yield f"{other.layout.root} has no {what} under the names of {mine.layout.root}: taken to be the same"
 
     def unequal(self) -> Iterator[str]:
-        """What both have that is no number to compute with, and that differs."""
+        """A warning of the tensors under the same name that are no floats and differ."""
         common = [name for name in self.base.layout.tensors if name in self.tuned.layout.tensors]
         whole = [name for name in common if self.base.layout.info(name).dtype not in FLOATS]
         unlike = [name for name in whole if not _is_same(self.base, self.tuned, name)]
@@ -153,16 +164,19 @@ class _PairingDraft:
             yield f"{first_few(unlike, 3)} hold no floating-point numbers and differ; no adapter holds that"
 
     def _pair(self, module: Module, parameter: str, base: tuple[WeightRows, ...], tuned: tuple[WeightRows, ...]) -> None:
+        """Adds a pair, and its tuned tensors to `met`."""
         self.met.update(place.tensor for place in tuned)
         shapes = self.base.shape(base), self.tuned.shape(tuned)
         self.pairs.append(Pair(module, parameter, base, tuned, *shapes))
 
 
 def _head(names: Iterable[str]) -> str | None:
+    """The first name that is an output layer's weight."""
     return next((name for name in names if name.endswith(f"{HEAD}.weight")), None)
 
 
 def _is_same(base: BaseCheckpoint, tuned: BaseCheckpoint, name: str) -> bool:
+    """Whether a tensor is the same in both checkpoints; of dtypes that torch lacks, only dtype and shape are compared."""
     one, other = base.layout.info(name), tuned.layout.info(name)
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
@@ -170,10 +184,12 @@ def _is_same(base: BaseCheckpoint, tuned: BaseCheckpoint, name: str) -> bool:
 
 
 def _is_weight(weights: BaseCheckpoint, name: str) -> bool:
+    """Whether a tensor is one of floats and no averaged copy."""
     return weights.layout.info(name).dtype in FLOATS and module_of(name)[0].component != EMA
 
 
 def _unlike(mine: Layout, other: Layout, missing: list[str]) -> str:
+    """The message of `UnmatchedModules`, with both architectures where they differ."""
     models = [detect(inputs_of(layout)).title for layout in (mine, other)]
     of = f" ({models[0]} and {models[1]})" if models[0] != models[1] else ""
     return (

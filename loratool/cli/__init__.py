@@ -36,13 +36,13 @@ from loratool.errors import LoratoolError
 from loratool.text import message, size
 
 AS_JSON = "loratool.json"
-"""Whether a command was asked for JSON, in its context's notes."""
+"""The key in a context's notes (`Context.meta`) that says whether JSON is asked for."""
 NO_MEMORY = ("can't allocate memory", "failed to map segment", "can't start new thread", "Cannot allocate memory")
-"""How torch, the linker and Python say that there is none."""
+"""The words in which torch, the linker and Python say that there is no memory."""
 
 
 class Failure(click.ClickException):
-    """An error that we explain: `error: …` on stderr, exit code 1."""
+    """An explained error: `error: …` on stderr, with --json also as a document on stdout; exit code 1."""
 
     exit_code = 1
 
@@ -57,9 +57,10 @@ class Failure(click.ClickException):
 
 
 class Commands(click.Group):
-    """A group whose commands end as every one of ours must: explained errors, quiet signals, whole lines."""
+    """A group that ends each of its commands alike: errors explained, interruptions quiet, no traceback at a closed pipe."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # The words themselves tell, since inputs are looked up, and may be missing, before all options are parsed.
         ctx.meta[AS_JSON] = "--json" in args
         try:
             return super().parse_args(ctx, args)
@@ -73,16 +74,20 @@ class Commands(click.Group):
         except LoratoolError as error:
             raise Failure(str(error), as_json=as_json) from error
         except KeyboardInterrupt:
+            # 128 and the number of SIGINT, as shells have it.
             ctx.exit(130)
         except BrokenPipeError:
             # Whoever read our output has left.
             _forget_output()
             ctx.exit(0)
         except OSError as error:
+            # The disk behind standard output may be full; then Python's flush at exit would fail a second time.
             _forget_output()
             where = f"{error.filename}: " if error.filename else ""
             raise Failure(f"{where}{error.strerror or error}", as_json=as_json) from error
         except (MemoryError, RuntimeError, ImportError) as error:
+            # torch raises RuntimeError where it gets no memory, and the linker fails an import for it. All else is a bug,
+            # whose traceback is wanted.
             if (needed := short_of_memory(error)) is None:
                 raise
             raise Failure(needed, as_json=as_json) from error
@@ -101,6 +106,8 @@ def cli() -> None:
     """
 
 
+# The modules of commands are light: each imports its verb, and torch with that, inside its function, so that help, errors
+# of usage and completion never wait for torch.
 cli.add_command(check_command)
 cli.add_command(combine_command)
 cli.add_command(compare_command)
@@ -121,8 +128,9 @@ cli.add_command(unmerge_command)
 
 
 def short_of_memory(error: BaseException) -> str | None:
-    """What to say of an error that memory ran out, None for any other."""
+    """The message for an error that means that memory ran out; None for any other error."""
     text = str(error)
+    # Only the text tells torch's error apart: its allocator for the CPU raises a plain RuntimeError.
     if not isinstance(error, MemoryError) and not any(mark in text for mark in NO_MEMORY):
         return None
     asked = re.search(r"tried to allocate (\d+) bytes", text)
@@ -132,17 +140,19 @@ def short_of_memory(error: BaseException) -> str | None:
 
 def main() -> NoReturn:
     """The entry point: SIGTERM and SIGHUP unwind like exceptions, so that outputs are tidied up; they exit with 143, 129."""
+    # Windows has no SIGHUP.
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _terminate)
     for stream in (sys.stdout, sys.stderr):
+        # Names may hold characters that the terminal's encoding lacks: an escape is better than a traceback.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     sys.exit(cli())
 
 
 def _forget_output() -> None:
-    """What Python still holds for standard output goes nowhere, so that nothing fails when it is flushed at exit."""
+    """Sends what Python still holds for standard output nowhere, so that the flush at exit does not fail."""
     with contextlib.suppress(OSError):  # it is no file where somebody else runs us
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

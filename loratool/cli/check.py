@@ -55,6 +55,7 @@ def check_command(
     report = fixed(adapter, target, out, base=base, overwrite=overwrite) if out else check(adapter, target, base=base)
     if show_report(report, as_json=as_json, quiet=quiet):
         print_facts(f"{report.path} in {report.target}", _facts(report))
+    # With --fix the file that was written is what counts; the verdict printed is still that of the input.
     context.exit(0 if report.good or out else 1)
 
 

@@ -73,6 +73,7 @@ def combine_command(adapters: tuple[str, ...], out: Path, as_json: bool, quiet: 
     """
     from loratool.verbs.combine.combine import combine
 
+    # Without a rule the sum is exact: ranks add up.
     rule = rule_from_options(given, needed=False)
     report = combine([parse_weighted_adapter(text) for text in adapters], out, rule, **given)
     if show_report(report, as_json=as_json, quiet=quiet):
@@ -95,6 +96,7 @@ def _facts(report: CombineReport) -> Iterator[tuple[str, str]]:
         at = f", {worst.error:.2%} at worst, in {worst.name}" if worst else ""
         yield "error", f"{report.error:.2%} of ‖ΔW‖ in all{at}"
     else:
+        # Methods such as TIES drop and elect on purpose, which is no error of the ranks.
         yield "error", "none: the sum is exact" if report.method == "sum" else "none beside the method's own"
     yield "dtype", histogram(dict(report.dtypes))
     yield "size", size(report.nbytes)

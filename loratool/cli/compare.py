@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from loratool.verbs.compare.merges import MergeComparison
 
 _SHOWN = 20
-"""Modules, or tensors, that a table shows unless --verbose asks for all."""
+"""The number of modules, or tensors, that a table shows unless --verbose asks for all."""
 
 
 @click.command("compare", short_help="Say whether adapters, or checkpoints, are the same.")
@@ -84,10 +84,12 @@ def compare_command(
         report = compare(paths, tolerance=tolerance, base=base, arch=arch, allow_pickle=allow_pickle, device=device)
     if show_report(report, as_json=as_json, quiet=quiet):
         _print(report, verbose=verbose)
+    # As diff(1) has it: 1 is an answer too, so that scripts can ask.
     ctx.exit(0 if report.same else 1)
 
 
 def _print(report: Comparison | MergeComparison, *, verbose: bool) -> None:
+    # What the paths hold decides which of four reports `compare` returns.
     from loratool.verbs.compare.compare import AdapterComparison, MatrixComparison
     from loratool.verbs.compare.merges import MergeComparison
 
@@ -106,12 +108,14 @@ def _of_adapters(report: AdapterComparison) -> Iterator[tuple[str, str]]:
     identical = sum(module.identical for module in report.modules)
     yield "verdict", _verdict(report, identical)
     yield "for", report.arch
+    # A norm of 0 says that the adapter does not change the module; None, that only the base could tell the norm.
     alone = (
         (sum(m.other == 0 != m.one for m in report.modules), report.one),
         (sum(m.one == 0 != m.other for m in report.modules), report.other),
     )
     only = "".join(f", {count} only in {path}" for count, path in alone if count)
     yield "modules", f"{len(report.modules)}, {identical} with every number the same{only}"
+    # One module of unknown norm leaves the sum unknown.
     if None not in report.norms:
         yield "norms", f"‖A‖ = {report.norms[0]:.6g}, ‖B‖ = {report.norms[1]:.6g}, ‖A − B‖ = {report.difference:.4g}"
     yield (
@@ -139,7 +143,7 @@ def _verdict(report: AdapterComparison, identical: int) -> str:
 
 
 def _print_modules(report: AdapterComparison, *, verbose: bool) -> None:
-    """The modules that differ, the worst first; all of them, in order, where asked for."""
+    """Prints the modules that differ, the worst first; with `verbose` all modules, in order."""
     differing = sorted((m for m in report.modules if m.relative > report.tolerance), key=lambda m: -m.relative)
     shown = report.modules if verbose else differing[:_SHOWN]
     if not shown:
@@ -157,6 +161,7 @@ def _print_modules(report: AdapterComparison, *, verbose: bool) -> None:
 def _print_matrix(report: MatrixComparison) -> None:
     size = range(len(report.paths))
     verdict = "all the same" if report.same else f"some pairs differ by more than {report.tolerance:g}"
+    # Numbers stand for paths, which are too long to head a column.
     paths = [(f"{i + 1}", path) for i, path in enumerate(report.paths)]
     print_facts(f"compared {len(report.paths)} adapters", [("verdict", verdict), *paths])
     numbers = [f"{i + 1}" for i in size]
@@ -190,6 +195,7 @@ def _print_checkpoints(report: CheckpointComparison, *, verbose: bool) -> None:
             tensor.name,
             "+".join(dict.fromkeys(tensor.dtypes)),
             f"{tensor.changed:,} of {tensor.count:,}" if tensor.shapes[0] == tensor.shapes[1] else "another shape",
+            # Infinite where there is nothing to relate the difference to: unlike shapes, or a zero tensor.
             "" if math.isinf(tensor.relative) else f"{tensor.relative:.3g}",
             f"{tensor.largest:.3g}",
             "" if tensor.ulps is None else f"{tensor.ulps:,}",
@@ -232,7 +238,7 @@ def _figure(value: float | None) -> str:
 
 
 def _directions(module: ModuleComparison) -> tuple[str, ...]:
-    """The cosine, and the largest principal angles."""
+    """The cosine of a module's two ΔW, and the largest principal angle of outputs and of inputs."""
     widest = (f"{angles[-1]:.0f}°" if angles else "" for angles in (module.outputs, module.inputs))
     return (_cosine(module.cosine), *widest)
 

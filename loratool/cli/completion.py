@@ -1,4 +1,4 @@
-"""Completion in the shell, by Click's own scripts, put where each shell looks for them."""
+"""Completion in the shell, by Click's own scripts, written where each shell looks for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _PLACES: Final = {
     "zsh": ("ZDOTDIR", "", ".zfunc/_loratool"),
     "fish": ("XDG_CONFIG_HOME", ".config", "fish/completions/loratool.fish"),
 }
-"""Where a shell looks: below a folder that a variable names, or else below one in the home."""
+"""The place of each shell's script: a variable that names a folder, the folder in the home where that is not set, and the
+file below the folder."""
 AFTERWARDS: Final = {
     "bash": "it works in new shells that have bash-completion",
     "zsh": "add `fpath+=~/.zfunc; autoload -Uz compinit; compinit` to ~/.zshrc where it is not yet",
@@ -29,18 +30,19 @@ def script(group: click.Command, shell: str) -> str:
     """Click's script for a shell."""
     found = get_completion_class(shell)
     assert found
+    # Click itself looks for this variable, whose name it makes of the program's.
     return found(group, {}, "loratool", "_LORATOOL_COMPLETE").source()
 
 
 def place_of(shell: str) -> Path:
-    """The file that a shell reads it from."""
+    """The file that a shell reads the script from."""
     variable, otherwise, rest = _PLACES[shell]
     root = os.environ.get(variable)
     return Path(root or Path.home() / otherwise, rest)
 
 
 def _shell(given: str) -> str:
-    """The shell asked for, or the user's own."""
+    """The name of the shell asked for, or of the user's own; raises `LoratoolError` for a shell without a script."""
     name = Path(os.environ.get("SHELL", "")).name if given == "auto" else given
     if name not in _PLACES:
         called = name or "without a name"
@@ -49,7 +51,8 @@ def _shell(given: str) -> str:
 
 
 def install(context: click.Context, parameter: click.Parameter, given: Any) -> None:
-    """Writes the script and says where to."""
+    """Writes the completion script and prints its path; the callback of --install-completion."""
+    # While a shell asks for completions Click parses the words with resilient_parsing, and options must not act.
     if not given or context.resilient_parsing:
         return
     shell = _shell(given)
@@ -64,13 +67,14 @@ def install(context: click.Context, parameter: click.Parameter, given: Any) -> N
 
 
 def show(context: click.Context, parameter: click.Parameter, given: Any) -> None:
-    """Prints the script."""
+    """Prints the completion script; the callback of --show-completion."""
     if given and not context.resilient_parsing:
         click.echo(script(context.command, _shell(given)))
         context.exit()
 
 
 SHELLS: Final = click.Choice(["auto", *_PLACES])
+# Eager options act before Click misses a command. The value may be left out, and is then the flag's: the user's own shell.
 install_option = click.option(
     "--install-completion", type=SHELLS, is_flag=False, flag_value="auto", expose_value=False, is_eager=True,
     callback=install, metavar="[SHELL]", help="Have bash, zsh or fish complete commands and options.",

@@ -27,7 +27,7 @@ ALPHAS = {
     "metadata": "in the file's metadata (lora_adapter_metadata)",
     "folded": "folded into the factors, where it was given",
 }
-"""Where alpha is, in words."""
+"""Where a format keeps alpha, in words, by the values of `Format.alpha`."""
 
 
 @click.command("convert", short_help="Write an adapter in another format, or any kind as LoRA.")
@@ -53,6 +53,7 @@ def convert_command(adapter: Path, to: str | None, to_lora: bool, out: Path, **o
     if not to and not to_lora:
         raise click.UsageError("give --to FORMAT, --to-lora, or both")
     rule = rule_from_options(options, needed=False)
+    # Without --to the adapter keeps its own spelling, so that nothing has to be known of its names.
     if not to:
         for name in ("arch", "source", "allow_pickle"):
             if options.pop(name):
@@ -63,6 +64,7 @@ def convert_command(adapter: Path, to: str | None, to_lora: bool, out: Path, **o
         return
     if not to_lora and (rule or options["dtype"]):
         raise click.UsageError("--rank and other rules, and --dtype, go with --to-lora")
+    # --to-lora alone makes exact LoRAs: Rule() keeps all ranks above noise.
     from loratool.numbers.ranks import Rule
 
     options["rule"] = (rule or Rule()) if to_lora else None
@@ -73,7 +75,7 @@ def convert_command(adapter: Path, to: str | None, to_lora: bool, out: Path, **o
 
 
 def _convert_folder(folder: Path, to: str, out: Path, **options: Any) -> None:
-    """Every adapter of a folder, under its own name; those that cannot be converted are named at the end."""
+    """Converts every adapter of a folder under its own name; raises `LoratoolError` at the end where any of them failed."""
     adapters = [
         path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin") or is_adapter_folder(path)
     ]
@@ -89,6 +91,7 @@ def _convert_folder(folder: Path, to: str, out: Path, **options: Any) -> None:
         try:
             _convert(path, to, out / (name if folders else f"{name}.safetensors"), **options)
         except LoratoolError as error:
+            # The others are still wanted; the exit code is that of a failure all the same.
             failed.append(path.name)
             warn(str(error))
     if failed:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 20
 LEADING = 8
-"""Singular values of a module that are shown."""
+"""The number of singular values of a module that are shown before the last one."""
 
 
 @click.command("delta", short_help="Measure or write out ΔW: of an adapter, or between two checkpoints.")
@@ -101,8 +101,10 @@ def _facts(report: DeltaReport) -> Iterator[tuple[str, str]]:
 
 def _print_modules(report: DeltaReport, top: int, by: str) -> None:
     key = {"norm": lambda module: -module.norm, "relative": lambda module: -(module.relative or 0.0)}[by]
+    # Sorting is stable: without a base, every relative size counts as 0 and --by relative keeps the file's order.
     ordered = sorted(report.modules, key=key)
     shown = ordered[:top] if top else ordered
+    # ‖ΔW‖/‖W₀‖ needs the weight: an adapter without --base has no such column.
     known = any(module.relative is not None for module in report.modules)
     rows = [_row(module, known=known) for module in shown]
     columns = ["parameter", "‖ΔW‖", *(["/ ‖W₀‖"] if known else []), "share", "σ₁", "stable", "effective"]

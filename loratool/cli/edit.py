@@ -69,6 +69,7 @@ def edit_command(
     from loratool.adapter.strengths import Strength
     from loratool.verbs.edit.edit import edit
 
+    # A run that would write an unchanged copy is a slip; a dry run without edits shows the blocks.
     asked = given["drop"] or given["keep"] or scale or blocks or components
     if not given["dry_run"] and not (out and asked):
         raise click.UsageError("give -o OUT and what to change, or --dry-run to see what there is")
@@ -89,6 +90,7 @@ def _facts(report: EditReport) -> Iterator[tuple[str, str]]:
     yield "for", report.arch
     kept = len(report.modules) - report.dropped - report.scaled
     yield "modules", f"{kept} as they were, {report.scaled} scaled, {report.dropped} dropped"
+    # Modules of unknown norm count as 0 on both sides; their number is shown below.
     before = sum((module.norm or 0.0) ** 2 for module in report.modules)
     after = sum(((module.norm or 0.0) * module.factor) ** 2 for module in report.modules)
     if before:

@@ -21,6 +21,7 @@ def env_command(as_json: bool) -> None:
       loratool env
       loratool env --json
     """
+    # This verb imports torch, to ask for its devices.
     from loratool.verbs.env import Environment, environment
 
     found = environment()
@@ -35,6 +36,7 @@ def env_command(as_json: bool) -> None:
         limit = f", limited to {size(found.memory_limit)}" if found.memory_limit else ""
         yield "memory", f"{size(found.memory)}{limit}, {size(found.memory_free)} free"
         for device in found.devices:
+            # The CPU and Apple's GPU share the memory that is shown above.
             more = f", {size(device.memory)}, {size(device.memory_free)} free" if device.memory else ""
             yield device.name, f"{device.title}{more}"
 

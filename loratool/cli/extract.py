@@ -69,6 +69,7 @@ def extract_command(base: Path, tuned: Path, out: Path, as_json: bool, quiet: bo
     from loratool.adapter.selection import Selection
     from loratool.verbs.extract.extract import extract
 
+    # Options that the verb takes under their own names stay in `given`.
     rule, selection = rule_from_options(given), Selection(given.pop("include"), given.pop("exclude"))
     assert rule
     with progress_bar("extracting", quiet=quiet) as progress:
@@ -109,7 +110,8 @@ def _facts(report: ExtractReport) -> Iterator[tuple[str, str]]:
 
 
 def _left_out(report: ExtractReport) -> Iterator[str]:
-    """Why things were left out, and how much of the change each reason took."""
+    """A line for each reason why parameters were left out: how many, and how much of the change."""
+    # Shares are of squares, which add up; the root makes a norm's share of the sum.
     shares: dict[str, list[float]] = {}
     for left in report.left_out:
         shares.setdefault(left.why, []).append(left.share)
@@ -131,7 +133,9 @@ def _print_modules(report: ExtractReport) -> None:
         ]
         for module in report.modules
     ]
+    # What is not held at all is an error of all of it.
     rows += [[left.name, "left out", "", f"{left.norm:.4g}", "100.00%", "", "", ""] for left in report.left_out]
+    # A plan is made from headers: nothing is measured yet.
     if report.dry_run:
         print_table(["parameter", "held as", "rank"], [row[:3] for row in rows], numbers=("rank",))
         return

@@ -35,6 +35,7 @@ def formats_command(as_json: bool) -> None:
             }
         )
         return
+    # What tells formats apart for people is how a key looks and where alpha is.
     print_table(["format", "alpha", "key of a down factor"], [[row.name, row.alpha, example(row)] for row in FORMATS])
     click.echo()
     print_table(["architecture", "name"], [[arch.name, arch.title] for arch in ARCHS])

@@ -41,6 +41,7 @@ def hash_command(context: click.Context, files: tuple[Path, ...], check: bool, a
     for hashes in found:
         if not as_json:
             print_facts(hashes.path, _facts(hashes))
+        # Not a failure: a file need not state its hashes, and none that it states is wrong.
         if check and not hashes.claims:
             warn(f"{hashes.path}: says nothing of its own hashes, so that there is nothing to check")
     if check and not all(hashes.true for hashes in found):

@@ -24,11 +24,11 @@ _TRAINING: Final = (
     "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_learning_rate", "ss_optimizer", "ss_num_train_images",
     "ss_num_epochs", "ss_steps", "ss_output_name", "software",
 )  # fmt: skip
-"""The metadata that people ask after first."""
+"""The metadata keys that people ask after first, in the order in which they are shown."""
 _SHADES: Final = "░▒▓█"
 _LETTERS: Final = string.ascii_lowercase + string.ascii_uppercase + string.digits
 _TOLD: Final = frozenset({"version", "command", "adapters", "before", "modules", "columns", "left_out"})
-"""What a step of a history is told by in words of its own, or is too long for a line."""
+"""Keys of a step in a history that `_history` words itself, or that are too long for a line."""
 
 
 @click.command("inspect", short_help="Say what a file is, and why.")
@@ -55,6 +55,7 @@ def inspect_command(
     from loratool.keys.listing import AdapterListing, open_input
     from loratool.verbs.inspect.inspect import AdapterReport, adapters_in, inspect_input
 
+    # Each file is reported as soon as it is read: of many, those before a broken one are shown.
     for path in files:
         kept = adapters_in(path)
         if kept is not None:
@@ -73,7 +74,7 @@ def inspect_command(
 
 
 def _print_folder(folder: Path, paths: Iterable[Path], *, as_json: bool) -> None:
-    """A line for each file of a folder; what cannot be read has its reason below."""
+    """Prints a line for each adapter of a folder, and below the table the errors of files that cannot be read."""
     from loratool.verbs.inspect.inspect import AdapterReport, inspect
 
     reports: list[AdapterReport | CheckpointReport] = []
@@ -82,6 +83,7 @@ def _print_folder(folder: Path, paths: Iterable[Path], *, as_json: bool) -> None
         try:
             reports.append(inspect(path))
         except LoratoolError as error:
+            # One broken file must not hide a folder of good ones.
             failed.append(str(error))
     if as_json:
         print_json({"adapters": reports, "errors": failed})
@@ -98,12 +100,13 @@ def _print_folder(folder: Path, paths: Iterable[Path], *, as_json: bool) -> None
 
 
 def _print_map(listing: AdapterListing) -> None:
-    """Blocks from top to bottom, sorts of modules from left to right under letters, the darker the larger their ‖ΔW‖."""
+    """Prints a map of ‖ΔW‖: blocks from top to bottom, sorts of modules from left to right under letters."""
     from loratool.adapter.load import load_listing
     from loratool.verbs.inspect.block_map import block_map
 
     found = block_map(load_listing(listing))
     width = max(map(len, found.rows), default=0)
+    # Names of sorts are longer than a cell is wide: a letter heads each column, and a legend below spells them out.
     letters = [_LETTERS[place % len(_LETTERS)] for place in range(len(found.columns))]
     click.echo(f"\n  {'':{width}}  {' '.join(letters)}")
     for name, row in zip(found.rows, found.cells, strict=True):
@@ -118,6 +121,7 @@ def _print_map(listing: AdapterListing) -> None:
 def _shade(cell: float | None, largest: float) -> str:
     if cell is None:
         return "·"
+    # The largest value itself would be one shade beyond the last; a map of zeros has no largest to relate to.
     return _SHADES[min(int(cell / largest * len(_SHADES)), len(_SHADES) - 1)] if largest else _SHADES[0]
 
 
@@ -152,16 +156,18 @@ def _metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     known = [key for key in _TRAINING if key in metadata]
     for key in known:
         yield safe(key), safe(metadata[key])
+    # loratool's own entry is shown as the history.
     more = len(metadata.keys() - {*known, "loratool"})
     if more:
         yield "metadata", f"{more} more {'entry' if more == 1 else 'entries'}; meta show prints them"
 
 
 def _history(steps: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """What was done to the file, the last command first."""
+    """Lines on what was done to the file, the last command first."""
     for number, step in enumerate(steps):
         inputs = [f"{each.get('name')}{_strength(each)}{_hash(each)}" for each in step.get("adapters", ())]
         about = {key: value for key, value in step.items() if key not in _TOLD and value is not None}
+        # Lists and objects are too long for a line; --json has them.
         said = [f"{key} {value}" for key, value in about.items() if isinstance(value, str | int | float)]
         made = f"{step['command']} {' + '.join(inputs)}".strip()
         yield "history" if number == 0 else "", safe("; ".join([made, *said, f"loratool {step.get('version')}"]))

@@ -105,6 +105,7 @@ def merge_command(
     from loratool.adapter.selection import Selection
     from loratool.verbs.merge.merge import merge
 
+    # --component multiplies every adapter's strength in that component.
     factors = parse_component_strengths(components)
     inputs = [parse_weighted_adapter(text).times(factors) for text in adapters]
     with progress_bar("merging", quiet=quiet) as progress:
@@ -124,7 +125,7 @@ def merge_command(
 
 
 def print_merge(title: str, report: MergeReport, *, verbose: bool) -> None:
-    """What a merge did, below a title, and with `verbose` the tensors that it changed."""
+    """Prints what a merge did, below a title, and with `verbose` the tensors that the merge changed."""
     print_facts(title, _facts(report))
     if verbose or report.dry_run:
         print_table(["tensor"], [[name] for name in report.changed])
@@ -134,10 +135,12 @@ def _facts(report: MergeReport) -> Iterator[tuple[str, str]]:
     lost = f", {len(report.unmatched)} without a target" if report.unmatched else ""
     yield "modules", f"{report.matched} matched{lost}"
     yield "tensors", f"{len(report.changed)} changed, {report.copied} copied byte for byte"
+    # The plan knows the size from headers; what rounding leaves of the strength only the numbers tell.
     if report.dry_run:
         yield "size", size(report.nbytes)
         return
     if report.realised_strength is not None:
+        # Both figures are measured on a sample of blocks only, where the checkpoint is large.
         sampled = "" if report.sampled > 0.999 else f" (measured on {report.sampled:.0%} of them)"
         yield "strength", f"{report.realised_strength:.4f} of what was asked is in the stored weights"
         yield "rounding", f"left {report.unchanged:.1%} of the touched weights unchanged{sampled}"

@@ -22,7 +22,7 @@ path_argument = click.argument("file", type=input_path)
 
 
 def _changing(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of what changes a file."""
+    """Adds the options of a subcommand that changes a file."""
     for option in (
         click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT", help="Write a copy with the change."),
         click.option("--in-place", is_flag=True, help="Change FILE itself: a new file takes its place once it is complete."),
@@ -62,6 +62,7 @@ def show_command(file: Path, keys: tuple[str, ...], as_json: bool) -> None:
     missing = [key for key in keys if key not in metadata]
     if missing:
         raise LoratoolError(f"{file}: has no metadata called {', '.join(missing)}")
+    # Keys come in the order in which they were asked for.
     chosen = {key: metadata[key] for key in (keys or sorted(metadata))}
     if as_json:
         print_json(chosen)
@@ -84,6 +85,7 @@ def set_command(file: Path, pairs: tuple[str, ...], output: Path | None, in_plac
 
     values = {}
     for pair in pairs:
+        # The first equals sign: values may hold others, and keys of the usual tools hold none.
         key, equals, value = pair.partition("=")
         if not key or not equals:
             raise LoratoolError(f"{pair}: expected KEY=VALUE")
@@ -109,6 +111,7 @@ def delete_command(file: Path, globs: tuple[str, ...], output: Path | None, in_p
     _tell(delete_metadata(file, globs, out, overwrite=how["overwrite"]), how)
 
 
+# SOURCE comes before FILE, as with cp(1).
 @meta_command.command("copy", short_help="Copy another file's metadata.")
 @click.argument("source", type=input_path)
 @path_argument
@@ -145,6 +148,7 @@ def strip_command(file: Path, private: bool, output: Path | None, in_place: bool
 
 
 def _tell(report: MetaReport, how: dict[str, Any]) -> None:
+    """Prints which keys a change added, changed and removed."""
     if not show_report(report, as_json=how["as_json"], quiet=how["quiet"]):
         return
     facts = {"added": report.added, "changed": report.changed, "removed": report.removed}

@@ -1,4 +1,4 @@
-"""Options that several commands share, each spelled once."""
+"""Options that several commands share, their types, and the parsers of arguments such as ADAPTER:STRENGTH."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 KEEPING = ("sv_ratio", "sv_fro", "sv_cumulative", "threshold")
-"""Rules of other tools, which --keep takes by their names."""
+"""Rules of kohya's and LyCORIS's tools, which --keep takes by their own names."""
 
 STEPS: Final[Mapping[str, tuple[int, ...]]] = {
     "vllm": CONSUMERS["vllm"].ranks,
     "pow2": tuple(2**power for power in range(15)),
 }
-"""Ranks that servers allow, by a name for them."""
+"""Lists of ranks that servers allow, by the names that --round-ranks takes."""
 
 a_format = click.Choice([row.name for row in FORMATS])
 an_arch = click.Choice([arch.name for arch in ARCHS])
 
 
 class Dtype(click.Choice[str]):
-    """A dtype that outputs are stored in: float32, float16 or bfloat16, or one of these as trainers call it."""
+    """A dtype that outputs are stored in: float32, float16 or bfloat16, or the short names that trainers use."""
 
     short: ClassVar[Mapping[str, str]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -50,32 +50,32 @@ class Dtype(click.Choice[str]):
 
 
 def output_option(help: str = "What to write.", *, required: bool = True) -> Decorator:
-    """Where to write."""
+    """The option of the output's path."""
     return click.option("-o", "--output", "out", required=required, type=click.Path(path_type=Path), help=help)
 
 
 def base_option(help: str = "The base, for kinds that depend on it.") -> Decorator:
-    """The checkpoint that an adapter belongs to."""
+    """The option of the checkpoint that an adapter belongs to."""
     return click.option("--base", type=input_path, help=help)
 
 
 def arch_option(help: str = "Base architecture, where the names fit several.") -> Decorator:
-    """The architecture, where a file's names do not tell it."""
+    """The option of the architecture, for files whose names fit several."""
     return click.option("--arch", type=an_arch, metavar="NAME", help=help)
 
 
 def to_option(help: str = "Format to write; `loratool formats` lists them.") -> Decorator:
-    """The format to write."""
+    """The option of the format to write."""
     return click.option("--to", type=a_format, metavar="FORMAT", help=help)
 
 
 def dtype_option(help: str) -> Decorator:
-    """The dtype to store."""
+    """The option of the dtype to store."""
     return click.option("--dtype", type=Dtype(), help=help)
 
 
 def dry_run_option(help: str = "Print the plan and write nothing.") -> Decorator:
-    """Only says what would be done."""
+    """The option of a run that only says what it would do."""
     return click.option("--dry-run", is_flag=True, help=help)
 
 
@@ -95,7 +95,7 @@ device_option = click.option(
 factors_device_option = click.option(
     "--device", default="cpu", show_default=True, metavar="NAME", help="Where to compute: auto, cpu, cuda, cuda:N or mps."
 )
-"""Of verbs on factors, which are small: a GPU seldom gains by them."""
+"""The device option of verbs on factors, which are small, so that a GPU seldom gains anything: the CPU is the default."""
 in_place_option = click.option(
     "--in-place", is_flag=True, help="Change the checkpoint itself, by clones that replace its files once they are complete."
 )
@@ -115,6 +115,7 @@ class Share(click.ParamType[float]):
         try:
             number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
         except ValueError:
+            # Fails below, as NaN does.
             number = -1.0
         if not 0 <= number < 1:
             self.fail(f"{text!r} is not a share of a whole, such as 5% or 0.05", param, ctx)
@@ -122,7 +123,7 @@ class Share(click.ParamType[float]):
 
 
 class Slots(click.ParamType[tuple[bool, ...]]):
-    """Which of several slots: 1,0,1."""
+    """Marks of the slots of a fused weight that were trained: 1,0,1."""
 
     name = "slots"
 
@@ -130,6 +131,7 @@ class Slots(click.ParamType[tuple[bool, ...]]):
         self, value: str | tuple[bool, ...], param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[bool, ...]:
         """One boolean for each slot."""
+        # Click converts defaults too, and asks that a value of the right type passes through.
         if isinstance(value, tuple):
             return value
         marks = value.split(",")
@@ -147,10 +149,12 @@ class Bytes(click.ParamType[int]):
         """The size in bytes."""
         if isinstance(value, int):
             return value
+        # Thousands, as disks and sites count; powers of 1024 are meant only where an i says so.
         found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMG]?)(i?)B?", value, re.IGNORECASE)
         if not found:
             self.fail(f"{value!r} is not a size, such as 50MB or 48MiB", param, ctx)
         number, unit, binary = found.groups()
+        # The unit's place in " kmg" is its exponent.
         return int(float(number) * (1024 if binary else 1000) ** " kmg".index(unit.lower() or " "))
 
 
@@ -165,6 +169,7 @@ class Keep(click.ParamType[tuple[str, float]]):
         """The rule's name and its value."""
         if isinstance(value, tuple):
             return value
+        # An unknown rule and a bad number get one message: it shows what is expected of both.
         name, _, number = value.partition("=")
         try:
             if name in KEEPING:
@@ -175,7 +180,7 @@ class Keep(click.ParamType[tuple[str, float]]):
 
 
 class Steps(click.ParamType[tuple[int, ...]]):
-    """Ranks that are allowed: vllm, pow2, or 8,16,32."""
+    """Ranks that a server allows: vllm, pow2, or a list such as 8,16,32."""
 
     name = "ranks"
 
@@ -232,7 +237,8 @@ def output_or_in_place(out: Path | None, *, in_place: bool) -> Path | None:
 
 
 def _split(text: str) -> tuple[str, float]:
-    """`PATH[:STRENGTH]`: the last colon counts only where a number follows it and no file has the whole as its name."""
+    """(path, strength) of `PATH[:STRENGTH]`; the last colon counts only before a number, if no file has the whole name."""
+    # Colons are allowed in POSIX names, stand behind drives on Windows, and in hf:ORG/NAME.
     path, colon, number = text.rpartition(":")
     if not colon or exists(text):
         return text, 1.0
@@ -243,9 +249,11 @@ def _split(text: str) -> tuple[str, float]:
 
 
 def parse_weighted_adapter(text: str) -> WeightedAdapter:
-    """`PATH[:STRENGTH[:PARTS]]`, with parts that are numbers, one for each block, or NAME=NUMBER; separated by commas."""
+    """The adapter and strength of `PATH[:STRENGTH[:PARTS]]`, with PARTS separated by commas: a number for each block, or
+    NAME=NUMBER. Raises `LoratoolError` where PARTS are neither."""
     from loratool.adapter.strengths import Strength, WeightedAdapter
 
+    # Only parts have commas or equals signs, which tells PATH:STRENGTH from PATH:PARTS.
     head, _, tail = text.rpartition(":")
     if not head or exists(text) or not {",", "="} & set(tail):
         path, value = _split(text)
@@ -265,7 +273,12 @@ def parse_weighted_adapter(text: str) -> WeightedAdapter:
 
 
 def parse_base_and_adapters(text: str) -> tuple[Path, list[WeightedAdapter]]:
-    """`BASE+ADAPTER[:STRENGTH]…`: a plus sign separates only where there is a file, or a folder, of that name before it."""
+    """The base and the adapters of `BASE+ADAPTER[:STRENGTH]…`; raises `LoratoolError` where there is no adapter.
+
+    A plus sign separates only where what stands before it is a file, a folder, or a name on the hub.
+    """
+    # Names may hold plus signs: each part is the shortest run of words that is there, or else all that is left, so that the
+    # error names what was not found.
     words, parts = text.split("+"), list[str]()
     while words:
         counts = range(1, len(words) + 1)
@@ -279,13 +292,13 @@ def parse_base_and_adapters(text: str) -> tuple[Path, list[WeightedAdapter]]:
 
 
 def _is_there(text: str) -> bool:
-    """Whether a name, with or without its strength, is that of a file, a folder, or something on the hub."""
+    """Whether `text`, with or without a strength behind it, names a file, a folder, or something on the hub."""
     path = _split(text)[0]
     return hub.is_named(path) or exists(path)
 
 
 def parse_factors(option: str, pairs: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
-    """`GLOB=NUMBER` each; the last equals sign counts. Raises `LoratoolError` where no number follows it."""
+    """(glob, number) of each `GLOB=NUMBER`, cut at its last equals sign; raises `LoratoolError` where no number follows."""
     read = []
     for pair in pairs:
         glob, _, number = pair.rpartition("=")
@@ -297,7 +310,8 @@ def parse_factors(option: str, pairs: tuple[str, ...]) -> tuple[tuple[str, float
 
 
 def parse_component_strengths(pairs: tuple[str, ...]) -> dict[str, float]:
-    """`te1=0.5` and the like to a map; raises `LoratoolError` for an unknown component or no number."""
+    """The number of each component, from texts such as `te1=0.5`; raises `LoratoolError` for an unknown component, and where
+    there is no number."""
     strengths = {}
     for pair in pairs:
         name, _, number = pair.partition("=")

@@ -1,4 +1,4 @@
-"""The options that say how much rank to keep, and the rule that they make."""
+"""The options that say how much rank to keep, and the `Rule` or `Budget` that a command makes of them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _RULES: Final = ("rank", "max_error", "total_error", "energy", "keep", "size", "
 """Options of which exactly one is given."""
 BOUNDS: Final = ("min_rank", "max_rank", "conv_rank")
 SERVED: Final = ("round_ranks", "pad")
-"""Options for who serves adapters, which only some commands take."""
+"""Options for servers of adapters, which only some commands take."""
 
 
 def rank_rules(command: Callable[..., None], *, without: Sequence[str] = ()) -> Callable[..., None]:
-    """Every way to say how much to keep, but those `without` which a command does."""
+    """Adds to a command every option that says how much rank to keep, except those named in `without`."""
     names = ", ".join(KEEPING)
     options = {
         "rank": click.option("--rank", "--dim", type=click.IntRange(min=1), help="Rank of every module."),
@@ -44,25 +44,32 @@ def rank_rules(command: Callable[..., None], *, without: Sequence[str] = ()) -> 
         ),
         "pad": click.option("--pad", is_flag=True, help="Zeros up to the rank asked for, where a module has fewer."),
     }
+    # Decorators apply from the inside out: the last one applied is the first on the help page.
     for name in reversed(options):
         command = command if name in without else options[name](command)
     return command
 
 
 def rule_from_options(given: dict[str, Any], *, needed: bool = True) -> Rule | Budget | None:
-    """Takes the options above out of those `given`, and makes one rule of them; None where none is given nor `needed`."""
+    """Takes the options of this file out of `given` and makes one rule of them; None where none is given and none `needed`.
+
+    Raises `click.UsageError` for none that is needed, for several, and for bounds that do not go with a budget.
+    """
     from loratool.numbers.ranks import Budget, Rule
 
+    # Commands pass what is left of `given` on to their verb, which knows none of these options.
     values = {name: given.pop(name) for name in _RULES if name in given}
     least, most, conv = bounds = [given.pop(name) for name in BOUNDS]
     allowed, pad = given.pop("round_ranks", None) or (), given.pop("pad", False)
     asked = [name for name, value in values.items() if value not in (None, False)]
+    # Bounds alone make the exact rule with bounds: all ranks above noise, of which so many stay.
     if not asked and not needed:
         return Rule("all", 0.0, conv, least, most, allowed, pad) if any(bounds) or allowed else None
     if len(asked) != 1:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in values)
         raise click.UsageError(f"give one of {names}" if not asked else f"give only one of {names}")
     (name,) = asked
+    # A budget chooses each rank itself, by worth: ranks of convolutions, steps and padding would spend more than it has.
     if name in ("size", "total_error"):
         for option, value in (("--conv-rank", conv), ("--round-ranks", allowed), ("--pad", pad)):
             if value:

@@ -21,17 +21,18 @@ if TYPE_CHECKING:
     from loratool.verbs.reports import Report
 
 NARROWEST: Final = 40
+"""The least width of a table, whatever a terminal says of itself."""
 SENTENCES: Final = ("warnings", "suspicions", "why", "way")
-"""Fields of reports that hold sentences for people."""
+"""Fields of reports that hold sentences for people, in which JSON too speaks of flags."""
 
 
 def warn(text: str) -> None:
-    """`warning: …` on stderr."""
+    """Prints `warning: …` on stderr."""
     click.echo(f"warning: {message(text)}", err=True)
 
 
 def show_report(report: Report, *, as_json: bool, quiet: bool) -> bool:
-    """Prints a report's warnings and, where it is asked for, the report as JSON; whether its text is to be printed still."""
+    """Prints a report's warnings and, with `as_json`, the report; returns whether the report is to be printed as text."""
     for warning in report.warnings:
         warn(warning)
     if as_json:
@@ -40,12 +41,15 @@ def show_report(report: Report, *, as_json: bool, quiet: bool) -> bool:
 
 
 def print_json(report: Any) -> None:
-    """A report as one JSON document on stdout, in ASCII."""
+    """Prints a report as one JSON document on stdout."""
+    # ASCII, so that control characters and half surrogates from files reach no terminal, and any encoding holds it. JSON has
+    # no NaN: `_plain` leaves none, and an error is better than a document that no parser takes.
     click.echo(json.dumps(_plain(report), indent=2, allow_nan=False, ensure_ascii=True))
 
 
 def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:
-    """A title and lines of "name  what", aligned, folded to the terminal's width."""
+    """Prints a title and lines of "name  what", aligned and folded to the terminal's width."""
+    # Imported where text is printed: --json and --quiet need no rich, which is not quick to import.
     from rich.table import Table
     from rich.text import Text
 
@@ -58,7 +62,7 @@ def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()) -> None:
-    """A table whose first column takes what width is left; columns in `numbers` are aligned to the right."""
+    """Prints a table whose first column takes the width that is left; columns in `numbers` are aligned to the right."""
     from rich.table import Table
     from rich.text import Text
 
@@ -72,7 +76,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: 
 
 @contextmanager
 def progress_bar(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A callback that draws bytes, rate and time left on stderr, or None where nobody is watching."""
+    """A callback that draws bytes, rate and time left on stderr; None with `quiet`, and where stderr is no terminal."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -87,12 +91,13 @@ def progress_bar(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], No
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        # The total comes with the first call: until a verb has read the headers, nobody knows it.
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _plain(value: Any) -> Any:
-    """A report as JSON has it: fields and mappings as objects, what is no finite number as null."""
+    """A report as values of JSON: dataclasses and mappings as objects, numbers that are not finite as null."""
     if dataclasses.is_dataclass(value):
         # What reports have in common comes behind what each one says.
         fields = sorted(dataclasses.fields(value), key=lambda field: field.kw_only is True)
@@ -105,19 +110,20 @@ def _plain(value: Any) -> Any:
 
 
 def _in_words(name: str, value: Any) -> Any:
-    """The value of a field, in the command line's words where it is for people."""
+    """The value of a field, in the command line's words where the field is one of `SENTENCES`."""
     if name not in SENTENCES:
         return value
     return [in_flags(each) for each in value] if isinstance(value, list) else in_flags(value)
 
 
 def _show(*parts: Any) -> None:
-    """Prints what rich renders without the blanks it fills lines with.
+    """Prints what rich renders, without the blanks that rich fills lines with.
 
-    The console never reads markup or emoji into text. It is as wide as the terminal, or as the text where there is none.
+    The console never reads markup or emoji into text. Its width is that of the terminal, or of the text without a terminal.
     """
     from rich.console import Console
 
+    # Into a pipe lines go whole, for grep and the like.
     width = max(shutil.get_terminal_size().columns, NARROWEST) if sys.stdout.isatty() else 10_000
     console = Console(markup=False, emoji=False, highlight=False, width=width)
     with console.capture() as capture:

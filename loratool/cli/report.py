@@ -32,6 +32,7 @@ def report_command(
       loratool report style.safetensors -o style.html
       loratool report style.safetensors detail.safetensors -o both.html
     """
+    # torch and matplotlib come with this import.
     from loratool.verbs.report.report import report
 
     found = report(adapters, out, base=base, overwrite=overwrite)

@@ -41,7 +41,8 @@ def rank_options(
     without: Sequence[str] = ("auto", "size", "total_error", "round_ranks", "pad"),
     writes: bool = True,
 ) -> Callable[..., None]:
-    """What both commands take: input, output, how much to keep, the base, and how to report."""
+    """Adds the options of `resize` and `convert`: input, output, how much to keep, the base, and how to report."""
+    # Decorators apply from the inside out: what comes last on the help page is added first.
     after: list[Decorator] = [
         base_option(),
         dtype_option("Of new factors. Default: as the adapter's."),
@@ -106,6 +107,7 @@ def resize_command(
         options["keep"] = dynamic_method, dynamic_param
         # kohya's --new_rank bounds what a dynamic method gives.
         options["max_rank"], options["rank"] = options["max_rank"] or options["rank"], None
+    # Behind the checks above, since torch comes with these: an error of usage is told at once.
     from loratool.numbers.ranks import Budget
     from loratool.verbs.resize import resize
 
@@ -130,6 +132,7 @@ def _print_frontier(
     from loratool.adapter.load import Assumptions
     from loratool.verbs.resize import frontier
 
+    # What is left in `others` says how to write or how much to keep; -v alone would do no harm.
     given = [name for name, value in others.items() if value not in (None, False, ()) and name != "verbose"]
     if given:
         raise click.UsageError(f"--frontier shows every rank and writes nothing; {', '.join(given)} does not go with it")
@@ -158,7 +161,7 @@ def run_low_rank(
     dtype: str | None,
     device: str,
 ) -> None:
-    """Calls `run`, the library's `to_lora` or `resize`, and prints its report."""
+    """Calls `run`, the library's `to_lora` or `resize`, and prints its report; `done` is the verb in the past tense."""
     from loratool.adapter.load import Assumptions
 
     report = run(
@@ -178,13 +181,14 @@ def run_low_rank(
 
 
 def print_converted(modules: Sequence[ApproximatedModule]) -> None:
-    """A table of modules that became LoRA, or LoRA of another rank."""
+    """Prints a table of the modules that became LoRA, or LoRA of another rank."""
     rows = [[m.name, m.kind, str(m.rank), f"{m.norm:.4g}", f"{m.error:.2%}"] for m in modules]
     print_table(["module", "from", "rank", "norm", "error"], rows, numbers=("rank", "norm", "error"))
 
 
 def _facts(report: ResizeReport) -> Iterator[tuple[str, str]]:
     kinds = histogram(Counter(module.kind for module in report.modules))
+    # A budget may find a module worth no rank at all.
     dropped = [module for module in report.modules if not module.rank]
     changed = f"{len(report.modules)} rewritten ({kinds}), " if report.modules else ""
     yield "modules", f"{changed}{report.kept} kept as they were"

@@ -73,6 +73,7 @@ def swap_command(
     """
     from loratool.verbs.swap import swap
 
+    # --out and --in are adapters here; the output's option is -o, as everywhere.
     old, new = ([parse_weighted_adapter(text) for text in texts] for texts in (outgoing, incoming))
     target = output_or_in_place(out, in_place=in_place)
     with progress_bar("swapping", quiet=quiet) as progress:

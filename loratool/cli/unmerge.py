@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loratool.verbs.unmerge.unmerge import UnmergeReport
 
 HASHES = 8
-"""Files whose hashes are shown."""
+"""The number of restored files whose hashes are shown."""
 
 
 @click.command("unmerge", short_help="Undo a merge: to the bit with its undo file, by subtraction without.")
@@ -60,6 +60,7 @@ def unmerge_command(
     """
     from loratool.verbs.unmerge.unmerge import unmerge
 
+    # The undo file holds the adapters and their strengths: naming others beside it could only contradict it.
     if bool(adapters) == bool(undo):
         raise click.UsageError("give either --undo FILE, or the adapters to subtract")
     outgoing = [parse_weighted_adapter(text) for text in adapters]
@@ -76,6 +77,7 @@ def _facts(report: UnmergeReport) -> Iterator[tuple[str, str]]:
         yield "base", "restored to the bit: every file has the hash that it had"
         yield from (("SHA-256", f"{digest}  {file}".rstrip()) for file, digest in list(report.sha256.items())[:HASHES])
     else:
+        # A merge rounds: of several numbers that it made the same one of, the subtraction cannot tell which was there.
         share = report.doubtful / report.numbers if report.numbers else 0.0
         yield "base", f"subtracted: {report.doubtful:,} numbers ({share:.1%}) can be off by a rounding, all others are exact"
     yield "size", f"{size(report.nbytes)} in {report.seconds:.1f} s, peak memory {size(report.peak_bytes)}"

@@ -23,17 +23,22 @@ from loratool.files.header import (
 CONFIG_NAME: Final = "adapter_config.json"
 """PEFT's config, beside the tensors."""
 WEIGHTS: Final = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+"""What PEFT and diffusers call the tensors' file in a folder."""
 PICKLES: Final = ("adapter_model.bin",)
+"""What PEFT called that file before safetensors."""
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt"})
-"""How the names of files end that may run code when they are opened."""
+"""The endings of pickles, which may run code when they are opened."""
 
 
 def locate(path: Path) -> tuple[Path, Path | None]:
-    """The tensors' file and the config's, if any, of an adapter given as a file or as a folder."""
+    """The paths of the tensors' file and of the config, if any, of the adapter at `path`, a file or a folder; raises
+    `InvalidFile` for a folder without tensors."""
     if not path.is_dir():
+        # A config counts only for files of these names: any other may lie by chance in a folder that has one.
         beside = path.parent / CONFIG_NAME
         return path, beside if path.name in (*WEIGHTS, *PICKLES) and beside.exists() else None
     config = path / CONFIG_NAME
+    # Safetensors first: of a folder that has both, no pickle is opened.
     for name in (*WEIGHTS, *PICKLES):
         if (path / name).exists():
             return path / name, config if config.exists() else None
@@ -47,10 +52,10 @@ def is_adapter_folder(path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
-    """An adapter that was opened once: everybody who needs its header or its config later takes them from here.
+    """An adapter that was opened once: whoever needs its header or its config later takes them from here.
 
-    `path` is what the user named, a file or a PEFT folder, `weights` the tensors' file and `identity` that file's when it
-    was opened. `header` is that of the tensors: of a pickle, that of what it was read into, which is gone.
+    `path` is what the user named, a file or a PEFT folder, `weights` the tensors' file, and `identity` the identity of that
+    file when it was opened. `header` is that of the tensors; a pickle's is that of a temporary file, which is gone.
     """
 
     path: Path
@@ -95,7 +100,8 @@ def adapter_file(path: Path, header: Header, who: tuple[int, ...]) -> AdapterFil
 
 
 def identity_of(path: Path) -> tuple[int, ...]:
-    """What a regular file is known by, until it is replaced or written to; raises `InvalidFile`."""
+    """The identity of the regular file at `path`, which is another once the file is replaced or written to; raises
+    `InvalidFile`."""
     descriptor = open_regular(path)
     try:
         return identity(descriptor)

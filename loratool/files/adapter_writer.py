@@ -20,7 +20,7 @@ from loratool.files.writer import Writer
 
 @dataclass(frozen=True, slots=True)
 class AdapterContents:
-    """What an adapter's file is to hold, and the config of a PEFT folder; None for a single file."""
+    """What an adapter's file is to hold, and the `config` of a PEFT folder, None for a single file."""
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
@@ -35,13 +35,14 @@ def write_contents(
     overwrite: bool,
     check: Callable[[Path], None] | None = None,
 ) -> int:
-    """Writes an adapter to `out`, a file or a PEFT folder, and returns its bytes.
+    """Writes an adapter to `out`, a file or a PEFT folder, and returns the bytes of the tensors' file.
 
-    `check` is given what was written before it takes its place, and raises where that is not right.
+    `check` is given the path of what was written before that takes its place, and raises where something is wrong.
     """
     infos, position = _lay_out(contents.tensors)
     parts = [tensor_bytes(contents.tensors[name].contiguous()) for name in infos]
     metadata = dict(contents.metadata)
+    # Hashes before the header, which holds them: they cover the tensors and the training's metadata alone.
     metadata |= hashes(infos, parts, metadata)
     raw = encode_header(infos, metadata)
     nbytes, folder = len(raw) + position, contents.config is not None
@@ -60,15 +61,16 @@ def write_contents(
 
 
 def contents_size(contents: AdapterContents) -> int:
-    """The bytes that `write_contents` would write of tensors of these shapes, the config's included."""
+    """The bytes that `write_contents` would write of tensors of these shapes, with those of the config."""
     infos, position = _lay_out(contents.tensors)
     config = "" if contents.config is None else _text(contents.config)
+    # Only their length counts, so that the tensors need not hold any numbers yet.
     metadata = dict(contents.metadata) | {key: "0" * length for key, length in HASH_LENGTHS.items()}
     return len(encode_header(infos, metadata)) + position + len(config.encode())
 
 
 def _lay_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, TensorInfo], int]:
-    """Where each tensor lies, and the end of the last, in safetensors' own order: hashes depend on it."""
+    """The place of each tensor behind the header, in safetensors' order, on which hashes depend; and the end of the last."""
     infos, position = {}, 0
     for name in sorted(tensors, key=lambda name: stored_order(DTYPE_NAMES[tensors[name].dtype], name)):
         tensor = tensors[name]

@@ -1,4 +1,4 @@
-"""Every hash that people know a file by, in one read; and the two that kohya writes into an adapter. No torch.
+"""Hashes: every one that people know a file by, in one read; and the two that kohya writes into an adapter. No torch.
 
 AutoV1 is A1111's old hash, of 64 KiB from the first MiB on; AutoV2 the file's SHA-256, of which Civitai shows ten letters;
 AutoV3 that of what follows the header, of which twelve are shown. sshs_model_hash and sshs_legacy_hash are AutoV3 and AutoV1
@@ -23,16 +23,18 @@ from loratool.files.adapter_files import AdapterFile
 from loratool.files.header import Header, TensorInfo, encode_header, identity, open_regular, read_header, stored_order
 
 LEGACY_START: Final = 0x100000
+"""Where AutoV1 begins in a file."""
 LEGACY_BYTES: Final = 0x10000
+"""How many bytes AutoV1 covers."""
 LETTERS: Final = 12
-"""Of AutoV3, which are enough to find a file by."""
+"""How many letters of AutoV3 are shown, which are enough to find a file by."""
 _BLOCK: Final = 8 << 20
 HASH_LENGTHS: Final[Mapping[str, int]] = {"sshs_model_hash": 64, "sshs_legacy_hash": 8}
-"""kohya's keys, and how long their values are."""
+"""kohya's metadata keys of its two hashes, and how many letters their values have."""
 
 
 def short_hash(file: AdapterFile) -> str | None:
-    """The first letters of an adapter's AutoV3, by which an output names it; None of a pickle."""
+    """The first letters of an adapter's AutoV3, by which an output's history names the adapter; None for a pickle."""
     if file.is_pickle:
         return None
     return _data_hash(file.weights, file.header.data_start, file.identity)[:LETTERS]
@@ -40,6 +42,7 @@ def short_hash(file: AdapterFile) -> str | None:
 
 @lru_cache(maxsize=64)
 def _data_hash(path: Path, start: int, who: tuple[int, ...]) -> str:
+    # The cache knows a file by its identity too, so that one that was changed is read again.
     descriptor = open_regular(path)
     try:
         digest = hashlib.sha256()
@@ -53,7 +56,7 @@ def _data_hash(path: Path, start: int, who: tuple[int, ...]) -> str:
 
 
 def hashes(infos: Mapping[str, TensorInfo], parts: Sequence[memoryview], metadata: Mapping[str, str]) -> dict[str, str]:
-    """kohya's two hashes of tensors that lie in the file in this order, `parts` being their bytes."""
+    """kohya's two hashes of the tensors `infos`, in the order of the file, whose bytes are `parts`."""
     whole = hashlib.sha256()
     for part in parts:
         whole.update(part)
@@ -66,7 +69,7 @@ def hashes(infos: Mapping[str, TensorInfo], parts: Sequence[memoryview], metadat
 
 
 def legacy_hash(header: Header, metadata: Mapping[str, str]) -> str:
-    """sshs_legacy_hash that the file would have with other metadata: no more of it is read than that takes."""
+    """The sshs_legacy_hash that the file would have with other metadata; no more of the file is read than that takes."""
     descriptor = open_regular(header.path)
     try:
         return _legacy_of(descriptor, _canonical(header), metadata)
@@ -75,7 +78,7 @@ def legacy_hash(header: Header, metadata: Mapping[str, str]) -> str:
 
 
 def header_or_none(file: Path) -> Header | None:
-    """The header of a safetensors file; None of any other: a damaged download has hashes too."""
+    """The header of a safetensors file; None for any other file, since a damaged download has hashes too."""
     try:
         return read_header(file)
     except InvalidFile:
@@ -83,7 +86,7 @@ def header_or_none(file: Path) -> Header | None:
 
 
 def digest_file(descriptor: int, header: Header | None) -> dict[str, str]:
-    """One pass over the file: each hash on a thread of its own, all of one block before the next is read."""
+    """The hashes of an open file, read once: each on a thread of its own, all of one block before the next is read."""
     whole, data = hashlib.sha256(), hashlib.sha256()
     crc, modern = [0], _blake3()
     start, position = (header.data_start if header else 0), 0
@@ -91,11 +94,13 @@ def digest_file(descriptor: int, header: Header | None) -> dict[str, str]:
     def add_crc(block: bytes) -> None:
         crc[0] = zlib.crc32(block, crc[0])
 
+    # Threads gain time, since hashlib and zlib let go of Python's lock while they compute.
     works: list[Callable[[bytes], object]] = [whole.update, add_crc, *([modern.update] if modern else [])]
     with ThreadPoolExecutor(len(works) + 1) as pool:
         for block in _blocks(descriptor, 0):
             behind = memoryview(block)[max(0, start - position) :]
             running = [pool.submit(work, block) for work in works] + [pool.submit(data.update, behind)]
+            # A hash must get its blocks in order, and no more than one block is to be in memory.
             for future in running:
                 future.result()
             position += len(block)
@@ -118,7 +123,8 @@ def _blake3() -> Any:
 
 
 def kohya_hashes(descriptor: int, header: Header, autov3: str) -> dict[str, str]:
-    """kohya's hashes of the file, whose tensors may lie in another order than the one they are hashed in."""
+    """kohya's hashes of an open file whose AutoV3 is known; tensors are hashed in safetensors' order."""
+    # In that order already, the bytes behind the header are what AutoV3 is of.
     ordered = _canonical(header)
     if list(ordered) != list(header.tensors):
         digest = hashlib.sha256()
@@ -130,6 +136,7 @@ def kohya_hashes(descriptor: int, header: Header, autov3: str) -> dict[str, str]
 
 
 def _legacy_of(descriptor: int, ordered: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> str:
+    # The file as kohya would write it, of which only what lies in AutoV1's range is read.
     moved, position = {}, 0
     for name, info in ordered.items():
         moved[name] = TensorInfo(name, info.dtype, info.shape, position, position + info.nbytes)
@@ -145,10 +152,11 @@ def _legacy_of(descriptor: int, ordered: Mapping[str, TensorInfo], metadata: Map
 
 
 def _canonical(header: Header) -> dict[str, TensorInfo]:
-    """The tensors in the order in which safetensors writes them."""
+    """The tensors of a header in the order in which safetensors writes them."""
     return dict(sorted(header.tensors.items(), key=lambda item: stored_order(item[1].dtype, item[0])))
 
 
 def _training_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    # kohya hashes the file with the keys of its training alone, and with an empty map where it has none.
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     return encode_header(infos, training, always=True)

@@ -30,13 +30,14 @@ BITS: Final[Mapping[str, int]] = {
 }  # fmt: skip
 """Bits in one element of each dtype that the format names, in the order in which safetensors writes them."""
 _PLACES: Final = {dtype: place for place, dtype in enumerate(BITS)}
+"""The place of each dtype in that order."""
 
 STORED_DTYPES: Final[Mapping[str, str]] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""The dtypes that outputs may be asked for, and how safetensors calls them."""
+"""The dtypes that the user may ask outputs to have, with safetensors' names of them."""
 
 
 def stored_dtype(name: str | None) -> str | None:
-    """What safetensors calls the dtype "float32", "float16" or "bfloat16"; None where none is asked for. Raises
+    """safetensors' name of the dtype "float32", "float16" or "bfloat16"; None where no dtype is asked for. Raises
     `UnknownName`."""
     return None if name is None else look_up(STORED_DTYPES, name, "dtype")
 
@@ -45,12 +46,15 @@ STRUCTS: Final[Mapping[str, str]] = {
     "F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b",
     "U64": "Q", "U32": "I", "U16": "H", "U8": "B",
 }  # fmt: skip
-"""The struct module's letters for one element."""
+"""The struct module's letter for one element of each dtype that has a letter."""
 
 ADAPTER_HEADER_BYTES: Final = 25_000_000
+"""The hub's limit on a header too (huggingface_hub, SAFETENSORS_MAX_HEADER_LENGTH)."""
 BASE_HEADER_BYTES: Final = 100_000_000
+"""The limit of safetensors itself (MAX_HEADER_SIZE in its tensor.rs)."""
 CONFIG_BYTES: Final = 100_000_000
 MAX_ELEMENTS: Final = 2**63 - 1
+"""The most elements of a tensor that torch, which counts them in an int64_t, can count."""
 MAX_DIMENSIONS: Final = 32
 
 MAGICS: Final = (
@@ -61,11 +65,12 @@ MAGICS: Final = (
     (b"<", "HTML or XML, probably an error page saved in place of the file: download it again"),
     (b"\x80", "a Python pickle, not safetensors"),
 )  # fmt: skip
+"""How other files begin that are met under a safetensors file's name, and what to say of each."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a header says of one tensor; `start` and `stop` are byte offsets from the file's beginning."""
+    """The entry of one tensor in a header; `start` and `stop` are byte offsets from the file's beginning."""
 
     name: str
     dtype: str
@@ -104,6 +109,7 @@ def open_regular(path: Path) -> int:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except (OSError, ValueError) as error:
         raise InvalidFile(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    # The open file is asked, not the path, which may lead to another file by now.
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise InvalidFile(f"{path}: not a regular file")
@@ -111,14 +117,15 @@ def open_regular(path: Path) -> int:
 
 
 def identity(descriptor: int) -> tuple[int, ...]:
-    """What changes when a file is replaced, cut or written to: device, inode, size, time of the last change."""
+    """The device, inode, size and time of the last change of an open file, which tell when it is replaced or written to."""
     return _identity(os.fstat(descriptor))
 
 
 def require_unchanged(path: Path, known: tuple[int, ...]) -> None:
-    """Raises `InvalidFile` where the file at `path` has not the identity that is known of it."""
+    """Raises `InvalidFile` unless the file at `path` still has its `known` identity."""
     try:
         found = _identity(os.stat(path))
+    # No identity is empty: a file that is gone has changed.
     except OSError:
         found = ()
     if found != known:
@@ -130,10 +137,11 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 
 
 def read_header(path: Path, limit: int = BASE_HEADER_BYTES) -> Header:
-    """Reads and checks the header of `path`, which may be `limit` bytes long; raises `InvalidFile`."""
+    """Reads and checks the header of the file at `path`, which may take `limit` bytes; raises `InvalidFile`."""
     descriptor = open_regular(path)
     try:
         size = os.fstat(descriptor).st_size
+        # The length is checked before it is believed: a hostile one would take 2⁶⁴ bytes of memory.
         length = _header_length(path, os.pread(descriptor, 8, 0), size, limit)
         raw = os.pread(descriptor, length, 8)
         who = identity(descriptor)
@@ -159,14 +167,17 @@ def parse_header(raw: bytes, size: int) -> tuple[dict[str, TensorInfo], dict[str
         entries = strict_json(raw)
     except InvalidConfig as error:
         raise InvalidFile(f"header {error}") from error
+    # The format wants the brace as the very first byte, where JSON would allow blanks before it.
     if not isinstance(entries, dict) or raw[:1] != b"{":
         raise InvalidFile("header is not a JSON object")
     metadata = entries.pop("__metadata__", None)
+    # The reference's parser takes null for no metadata.
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InvalidFile("__metadata__ is not a map from strings to strings")
     begin = 8 + len(raw)
     found = [_tensor(name, entry, begin) for name, entry in entries.items()]
+    # By `stop` too: an empty tensor comes before the tensor that begins where it lies.
     found.sort(key=lambda tensor: (tensor.start, tensor.stop))
     _check_tiling(found, begin, size)
     return {tensor.name: tensor for tensor in found}, metadata
@@ -174,6 +185,7 @@ def parse_header(raw: bytes, size: int) -> tuple[dict[str, TensorInfo], dict[str
 
 def stored_order(dtype: str, name: str) -> tuple[int, str]:
     """A key that sorts tensors as safetensors writes them: by dtype, then by name (`serialize` in its tensor.rs)."""
+    # Rust compares names as UTF-8 bytes, which gives the order of code points that Python has.
     return _PLACES[dtype], name
 
 
@@ -182,21 +194,22 @@ def encode_header(
 ) -> bytes:
     """The length prefix and the JSON of a header, padded with spaces to a multiple of 8 bytes and to `length`.
 
-    Empty metadata is left out, unless it is to be there `always`. Offsets are taken relative to the first tensor, so the
-    caller may place `tensors` at any base offset.
+    Empty metadata is left out, unless an empty map is to be written `always`. Offsets are taken relative to the first
+    tensor, so that the caller may place `tensors` at any base offset.
     """
     base = min((tensor.start for tensor in tensors.values()), default=0)
     document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata or always else {}
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.stop)):
         offsets = [tensor.start - base, tensor.stop - base]
         document[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+    # No blanks, no escapes, as serde_json writes for the reference: kohya's legacy hash depends on a header's length.
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     padded = max(length - 8, -(-len(text) // 8) * 8)
     return padded.to_bytes(8, "little") + text.ljust(padded)
 
 
 def read_scalars(header: Header, infos: Iterable[TensorInfo]) -> Iterator[tuple[str, float | None]]:
-    """(name, value) of tensors that should hold one number, as an alpha does; None for those that do not."""
+    """The name and value of each tensor that should hold one number, as an alpha does; no value where it does not."""
     descriptor = open_regular(header.path)
     try:
         for info in infos:
@@ -207,7 +220,8 @@ def read_scalars(header: Header, infos: Iterable[TensorInfo]) -> Iterator[tuple[
 
 
 def _decode(dtype: str, raw: bytes) -> float:
-    """One little-endian number; what struct has no letter for is widened to what it has."""
+    """The value of one little-endian number; dtypes without a letter in struct are widened to a dtype that has a letter."""
+    # bfloat16 is the upper half of float32, and E5M2 that of float16; the upper half comes last in little-endian bytes.
     if dtype == "BF16":
         dtype, raw = "F32", b"\0\0" + raw
     if dtype == "F8_E5M2":
@@ -218,17 +232,19 @@ def _decode(dtype: str, raw: bytes) -> float:
 
 
 def _decode_e4m3(byte: int) -> float:
-    """Sign, 4 bits of exponent with bias 7, 3 of mantissa; all ones is NaN (Micikevicius et al. 2022, arXiv:2209.05433)."""
+    """The value of a sign, 4 bits of exponent with bias 7 and 3 of mantissa; all ones is NaN (Micikevicius et al. 2022,
+    arXiv:2209.05433)."""
     exponent, mantissa = byte >> 3 & 15, byte & 7
     if byte & 127 == 127:
         return math.nan
+    # (8 + m) / 8 · 2^(e − 7), and for the exponent 0, which is subnormal, m / 8 · 2⁻⁶.
     magnitude = math.ldexp(mantissa + 8, exponent - 10) if exponent else math.ldexp(mantissa, -9)
     return -magnitude if byte & 128 else magnitude
 
 
 @dataclass(frozen=True, slots=True)
 class JsonFile:
-    """A JSON file that holds one object: that, its bytes, and the file's identity when they were read."""
+    """A JSON file that holds one object: the object, the file's bytes, and its identity when it was read."""
 
     path: Path
     document: dict[str, Any]
@@ -265,7 +281,7 @@ def read_json_file(path: Path) -> JsonFile:
 
 
 def read_index(path: Path) -> JsonFile:
-    """A shard index, whose weight_map sends each tensor to a file in the same folder; raises `InvalidConfig`.
+    """Reads a shard index, whose weight_map sends each tensor to a file in the same folder; raises `InvalidConfig`.
 
     Names are checked as text only: a hub cache's snapshot holds symlinks that lead out of its folder, and rightly.
     """
@@ -280,6 +296,7 @@ def read_index(path: Path) -> JsonFile:
 
 
 def _plain_shard_name(shard: object) -> bool:
+    # No separator of POSIX or Windows, no NUL, and no drive or stream of Windows.
     return isinstance(shard, str) and shard.endswith(".safetensors") and not any(mark in shard for mark in "/\\\0:")
 
 
@@ -287,6 +304,7 @@ def _header_length(path: Path, prefix: bytes, size: int, limit: int) -> int:
     if size < 8:
         raise InvalidFile(f"{path}: {size} bytes are too few for a safetensors file")
     length = int.from_bytes(prefix, "little")
+    # The shortest JSON object is "{}".
     if length < 2:
         raise InvalidFile(f"{path}: the header's length is {length}: not a safetensors file")
     if length > size - 8:
@@ -297,7 +315,10 @@ def _header_length(path: Path, prefix: bytes, size: int, limit: int) -> int:
 
 
 def _seems_to_be(path: Path, beginning: bytes) -> InvalidFile | None:
-    """Asked only once the header was refused: a valid file's length prefix can look like any magic number."""
+    """The error that names another type of file by its first bytes; None where they tell nothing.
+
+    Asked only once the header was refused: a valid file's length prefix can look like any magic number.
+    """
     if beginning and not beginning.strip(b"\0"):
         return InvalidFile(f"{path}: begins with zeros: an unfinished download?")
     for magic, meaning in MAGICS:
@@ -316,11 +337,13 @@ def _tensor(name: str, entry: object, begin: int) -> TensorInfo:
         raise InvalidFile(f"tensor {name!r}: shape is not a list of at most {MAX_DIMENSIONS} non-negative integers")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
         raise InvalidFile(f"tensor {name!r}: data_offsets are not two integers in order")
+    # Each dimension by itself too: beside a 0 the product would hide one that nothing can count.
     elements = 1
     for dimension in shape:
         elements *= dimension
         if elements > MAX_ELEMENTS or dimension > MAX_ELEMENTS:
             raise InvalidFile(f"tensor {name!r}: shape {shape} overflows")
+    # Elements of 4 or 6 bits share bytes, and the reference refuses tensors that end inside a byte.
     bits = elements * BITS[dtype]
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         found = offsets[1] - offsets[0]
@@ -329,6 +352,7 @@ def _tensor(name: str, entry: object, begin: int) -> TensorInfo:
 
 
 def _check_tiling(tensors: list[TensorInfo], begin: int, size: int) -> None:
+    # The format allows no holes, lest a file be one of another type as well (safetensors, README, section Format).
     position = begin
     for tensor in tensors:
         if tensor.start != position:
@@ -342,4 +366,5 @@ def _check_tiling(tensors: list[TensorInfo], begin: int, size: int) -> None:
 
 
 def _naturals(value: object) -> bool:
+    # `isinstance` would let true and false pass, which are integers to Python.
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

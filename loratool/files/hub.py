@@ -1,7 +1,7 @@
 """Adapters and models on the Hugging Face hub, as paths: huggingface_hub downloads them, once, into its own cache.
 
-`hf:ORG/NAME[@REVISION][/FILE]`. What is downloaded is what can be read: an adapter's config and weights, a model's
-safetensors files with its configs, or the one safetensors file that there is. No pickles. The library is an extra,
+A name is `hf:ORG/NAME[@REVISION][/FILE]`. Only what can be read is downloaded: an adapter's config and weights, a model's
+safetensors files with its configs, or the one safetensors file that there is. No pickles. huggingface_hub is an extra,
 loratool[hub].
 """
 
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 _PREFIX: Final = "hf:"
 NAME: Final = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/(.+))?")
 ADAPTER: Final = (CONFIG_NAME, WEIGHTS[0])
+"""The files of a PEFT adapter."""
 MODEL: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md")
-"""Weights, configs, and a tokenizer's files."""
+"""The files of a model: weights, configs, and a tokenizer's files."""
 VARIANTS: Final = ("*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors", "*/*.fp16-*.safetensors")
-"""Copies of weights that a pipeline's folders hold beside them."""
+"""Copies of the weights in other dtypes, or without the moving average, which a pipeline's folders hold beside them."""
 
 _T = TypeVar("_T")
 
@@ -39,13 +40,14 @@ def is_named(text: str) -> bool:
 
 
 def might_be_named(text: str) -> bool:
-    """Whether `text`, which is no path that exists, has the form ORG/NAME and is in no folder that does."""
+    """Whether `text`, a path that does not exist, has the form ORG/NAME and no folder ORG exists."""
     found = re.fullmatch(r"([\w-][\w.-]*)/[\w-][\w.-]*(@[\w.-]+)?", text)
     return found is not None and not Path(found[1]).exists() and not text.endswith((".safetensors", ".bin", ".json"))
 
 
 def fetch(text: str) -> Path:
-    """The path of what `text` names on the hub, in the hub's cache; raises `LoratoolError` where it cannot be had."""
+    """Downloads what `text` names on the hub and returns its path in the hub's cache; raises `LoratoolError` where that
+    fails."""
     found = NAME.fullmatch(text.removeprefix(_PREFIX))
     if not found:
         raise LoratoolError(f"{text}: expected hf:ORG/NAME, hf:ORG/NAME@REVISION, or either with /FILE behind it")
@@ -69,9 +71,10 @@ class _Repository:
         self.endpoint = os.environ.get("HF_ENDPOINT") or None
 
     def path(self, file: str | None) -> Path:
-        """Downloads what is asked for, or with None what there is to read."""
+        """Downloads `file`, or with None whatever there is to read, and returns its path."""
         if file is not None:
             return self._file(file)
+        # From the clearest mark to the vaguest: a PEFT config, a pipeline's index, a lone file, a model's weights.
         files = self._ask(self._files)
         if files is None:
             return self._ask(self._cached_path)
@@ -83,11 +86,12 @@ class _Repository:
         if len(top) == 1 and "config.json" not in files:
             return self._file(top[0])
         if any(name.endswith(INDEX_SUFFIX) for name in files) or SINGLE_NAMES[0] in top:
+            # Not its subfolders, where repositories keep the same weights in other layouts.
             return self._folder(MODEL, ("*/*",))
         raise InvalidFile(f"{self.text}: {_no_choice(self.text, files, top)}")
 
     def _files(self) -> list[str] | None:
-        """The repository's files, None where nobody can be asked."""
+        """The names of the repository's files; None in huggingface_hub's offline mode."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -98,7 +102,7 @@ class _Repository:
         return [sibling.rfilename for sibling in siblings or ()]
 
     def _cached_path(self) -> Path:
-        """What an earlier run downloaded."""
+        """The path of what an earlier run downloaded: a lone safetensors file, else the folder."""
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(self.name, revision=self.revision, local_files_only=True))
@@ -127,7 +131,7 @@ class _Repository:
         return self._ask(download)
 
     def _ask(self, ask: Callable[[], _T]) -> _T:
-        """What the hub answers; its errors as ours."""
+        """The result of `ask`, with errors of the hub as `LoratoolError`."""
         try:
             return ask()
         except Exception as error:
@@ -138,9 +142,10 @@ class _Repository:
 
 
 def _words(error: Exception, revision: str | None) -> str | None:
-    """What an error of the hub means; None for one that is none of its own."""
+    """The meaning of an error of the hub, in words; None for any other error."""
     from huggingface_hub import errors
 
+    # Subclasses first: huggingface_hub's gated repository is one not found, and most of its errors are OSErrors.
     meanings: tuple[tuple[type[Exception], str], ...] = (
         (errors.GatedRepoError, "asks to accept its terms; do so on its page, then `hf auth login`"),
         (errors.RevisionNotFoundError, f"has no revision {revision}"),
@@ -152,7 +157,7 @@ def _words(error: Exception, revision: str | None) -> str | None:
         (OSError, f"the hub cannot be reached: {str(error)[:300]}"),
     )
     known = next((words for kind, words in meanings if isinstance(error, kind)), None)
-    # Errors of its HTTP library are another's in each of its major versions.
+    # huggingface_hub 0 speaks HTTP through requests, and 1 through httpx; the errors of either come through as they are.
     if known is None and type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
         return f"the hub cannot be reached: {str(error)[:300]}"
     return known

@@ -1,8 +1,8 @@
-"""Files of a checkpoint that are changed in place: their clones are, and take their places together or not at all.
+"""Changes a checkpoint in place: clones of its files are written to, and take the files' places together or not at all.
 
 A clone shares its blocks with the original where the file system can (btrfs, XFS), so that only what is written to it takes
-room and time; elsewhere it is a copy. What is complete is renamed to `READY_FOLDER` inside the checkpoint's folder, and from
-then on belongs there: whoever finds it, after a crash, moves it in. No torch.
+room and time; elsewhere a clone is a copy. Once all clones are complete, their folder is renamed to `READY_FOLDER` inside
+the checkpoint's, and the change is decided: whoever finds that folder, after a crash, moves its files in. No torch.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from loratool.files.output import Destination, Input, sync
 from loratool.files.writer import copy_file
 
 READY_FOLDER: Final = ".loratool-ready"
-"""The folder, inside a checkpoint's, of files that are to replace those of the same name."""
+"""The name of the folder, inside a checkpoint's, whose files are to replace those of the same name."""
 FICLONE: Final = 0x40049409
 """Linux's ioctl that makes one file share all blocks of another (include/uapi/linux/fs.h)."""
 
 
 class InPlaceOutput(Destination):
-    """Files of the checkpoint at `root`, a file or a folder, that are changed: their clones are written to, and replace them
-    together. Raises `OutputError` where the checkpoint cannot or must not be changed.
+    """The `files` of the checkpoint at `root`, a folder or a file (""), that are changed: clones of them are written to,
+    and replace them together. Raises `OutputError` where the checkpoint cannot or must not be changed.
     """
 
     in_place: ClassVar[bool] = True
@@ -37,6 +37,7 @@ class InPlaceOutput(Destination):
         for file in self.files:
             _check_plain(root / file if file else root)
         folder = root.is_dir()
+        # Clones lie on the file system of their originals: blocks are shared, and a rename moves files, within one only.
         super().__init__(root, inputs, folder=folder, beside=root if folder else root.parent)
 
     def _prepare(self) -> None:
@@ -44,8 +45,9 @@ class InPlaceOutput(Destination):
             self._clone(file)
 
     def _take_place(self) -> None:
-        """In one step where it is one file, and in steps that are taken up again where it is several."""
+        """Replaces one file in one step, and several in steps that a later run takes up again after a crash."""
         if self.folder:
+            # This rename decides: before it the checkpoint is the old one, and after it whoever opens it completes it.
             os.rename(self.temporary, self.place / READY_FOLDER)
             sync(self.place)
             complete_interrupted_change(self.place)
@@ -57,17 +59,20 @@ class InPlaceOutput(Destination):
         source, target = self.place / file if file else self.place, self.path(file)
         status = source.stat()
         if not _share_extents(source, target):
+            # Only a copy takes room of its own.
             free = shutil.disk_usage(target.parent).free
             if free < status.st_size:
                 raise OutputError(f"{self.place}: needs {status.st_size} bytes for a copy, the disk has {free} free")
             copy_file(source, target)
+        # The clone replaces its original, whose permissions must not change with its bytes.
         os.chmod(target, stat.S_IMODE(status.st_mode))
 
 
 def complete_interrupted_change(root: Path) -> None:
-    """Moves into the checkpoint's folder what a change of it in place left complete; does nothing where there is none.
+    """Moves what an interrupted change in place left complete, in `READY_FOLDER`, into the checkpoint's folder `root`.
 
-    Raises `OutputError` where that cannot be done. Several processes may do it at once.
+    Does nothing without such a folder. Raises `OutputError` where a file cannot be moved. Several processes may call this at
+    once.
     """
     ready = root / READY_FOLDER
     if not _is_folder(ready):
@@ -75,10 +80,11 @@ def complete_interrupted_change(root: Path) -> None:
     try:
         for path in sorted(_files(ready)):
             target = root / path.relative_to(ready)
-            # What a stranger's folder says is followed into that folder alone.
+            # The folder may come from a stranger: a link in it must not lead a file to a place outside the checkpoint.
             if not all(_is_folder(parent) for parent in target.parents if parent != root and root in parent.parents):
                 raise OutputError(f"{path}: has no place in {root}; remove {ready}")
             _move(path, target)
+        # Moves reach the disk before the folder that would repeat them goes; another process may be removing it too.
         sync(root)
         shutil.rmtree(ready, ignore_errors=True)
     except OSError as error:
@@ -91,7 +97,7 @@ def _move(path: Path, target: Path) -> None:
     try:
         os.replace(path, target)
     except FileNotFoundError:
-        # Somebody else was faster.
+        # Another process moved it first; but if it is still there, what is missing is the folder it goes to.
         if os.path.lexists(path):
             raise
     sync(target.parent)
@@ -99,6 +105,7 @@ def _move(path: Path, target: Path) -> None:
 
 def _files(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
+        # Not `is_file`, which follows links: loratool puts none there.
         if stat.S_ISREG(path.lstat().st_mode):
             yield path
 
@@ -108,7 +115,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _check_plain(path: Path) -> None:
-    """Whether a file may be replaced: links are not, since what they point to belongs to others too."""
+    """Raises `OutputError` unless `path` is a writable plain file; a link's target may be in use elsewhere."""
     if path.is_symlink():
         raise OutputError(
             f"{path}: is a symbolic link, and what it points to may be in use elsewhere; write a copy with `out=`"
@@ -120,7 +127,7 @@ def _check_plain(path: Path) -> None:
 
 
 def _share_extents(source: Path, target: Path) -> bool:
-    """Makes `target` share all blocks of `source`; False, and no file, where the file system cannot."""
+    """Makes a new file `target` that shares all blocks of `source`; False, and no file, where the file system cannot."""
     try:
         import fcntl
     except ImportError:
@@ -131,6 +138,7 @@ def _share_extents(source: Path, target: Path) -> bool:
             fcntl.ioctl(descriptor, FICLONE, reading.fileno())
         except OSError as error:
             target.unlink()
+            # A full or failing disk would fail a copy too; file systems refuse with many other numbers.
             if error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
                 raise
             return False

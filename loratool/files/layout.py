@@ -1,4 +1,4 @@
-"""Which files make up a checkpoint, from their headers alone: one file, shards, or a diffusers folder. No torch."""
+"""Finds the files that make up a checkpoint, from their headers alone: one, shards, or a diffusers folder. No torch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from loratool.files.header import Header, JsonFile, TensorInfo, read_header, rea
 from loratool.files.in_place import complete_interrupted_change
 
 SINGLE_NAMES: Final = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+"""What transformers and diffusers call the file of a model that is not sharded."""
 INDEX_SUFFIX: Final = ".safetensors.index.json"
+"""The ending of shard indexes."""
 PIPELINE: Final = "model_index.json"
+"""The file by which a diffusers folder is known."""
 WEIGHT_SUFFIXES: Final = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5", ".tflite"}
 )
@@ -24,15 +27,16 @@ _QUANTISED: Final = (
     ".qweight", ".qzeros", ".scales", ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".SCB",
     ".scale_weight", ".weight_scale", ".weight_scale_inv", ".g_idx", ".wscales",
 )  # fmt: skip
-"""Tensors that stand beside a quantised weight: GPTQ, AWQ, bitsandbytes, scaled fp8, SVDQuant."""
+"""The endings of tensors beside a quantised weight: of GPTQ, AWQ, bitsandbytes, scaled fp8, SVDQuant."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """A checkpoint as its headers describe it.
 
-    `files` maps each safetensors file, relative to `root`, to its header; `indexes` each shard index to its document.
-    Tensor names are those of the files, behind the folder's name in a diffusers folder ("unet/conv_in.weight").
+    `files` maps each safetensors file, relative to `root`, to its header; `indexes` each shard index to its document;
+    `tensors` each name to its file and its entry there. `left_out` are the folder's other weights, unread. Tensor names are
+    those of the files, behind the folder's name in a diffusers folder ("unet/conv_in.weight").
     """
 
     root: Path
@@ -57,7 +61,7 @@ class Layout:
         return self.root
 
     def require_unchanged(self) -> None:
-        """Raises `InvalidFile` where one of its files is no longer the one whose header was read."""
+        """Raises `InvalidFile` where one of the checkpoint's files was changed since its header was read."""
         for header in self.files.values():
             header.require_unchanged()
 
@@ -68,10 +72,11 @@ class Layout:
         return read_json(path) if self.is_folder and path.is_file() else {}
 
     def other_files(self) -> Iterator[str]:
-        """Every file of the folder that is no weight, relative to `root`: configs, tokenizers, licences."""
+        """Gives every file of the folder that is no weight, relative to `root`: configs, tokenizers, licences."""
         if not self.is_folder:
             return
         for folder, folders, names in os.walk(self.root):
+            # Changed in the list itself, by which `os.walk` goes on; hidden folders are git's, or a download's bookkeeping.
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(names):
                 path = Path(folder, name)
@@ -82,6 +87,7 @@ class Layout:
 def open_layout(path: Path) -> Layout:
     """Reads the headers of the checkpoint at `path`; raises `InvalidFile`, `InvalidConfig` or `Unsupported`."""
     if path.is_dir():
+        # Before any header is read, lest some files be from before the change and others from after it.
         complete_interrupted_change(path)
         return _folder(path)
     if path.name.endswith(INDEX_SUFFIX):
@@ -97,7 +103,8 @@ def layout_of_file(header: Header) -> Layout:
 
 
 def require_weights(layout: Layout, instead: str) -> None:
-    """Raises `Unsupported` for a quantised checkpoint, saying what to do `instead`, and `InvalidFile` for an empty one."""
+    """Raises `InvalidFile` for a checkpoint without tensors, and `Unsupported` for a quantised one, saying what to do
+    `instead`."""
     if not layout.tensors:
         raise InvalidFile(f"{layout.root}: has no tensors")
     marks = [name for name in layout.tensors if name.endswith(_QUANTISED)]
@@ -110,6 +117,7 @@ def _folder(root: Path) -> Layout:
     if not (root / PIPELINE).is_file():
         return _model(root)
     merged = Layout(root, {}, {}, {}, ())
+    # Each component is a checkpoint of its own, below its folder's name; others, such as a tokenizer's, have no weights.
     for folder in sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
         if any(entry.suffix == ".safetensors" for entry in folder.iterdir()):
             merged = _join(merged, _model(folder), f"{folder.name}/")
@@ -132,7 +140,7 @@ def _join(whole: Layout, part: Layout, prefix: str) -> Layout:
 
 
 def _model(root: Path) -> Layout:
-    """The one model in a folder: by its index, else its usual name, else the only safetensors file there is."""
+    """The one model in a folder: by its usual name, else its index, else the only safetensors file there is."""
     names = sorted(entry.name for entry in root.iterdir() if entry.suffix in WEIGHT_SUFFIXES)
     indexes = sorted(entry.name for entry in root.iterdir() if entry.name.endswith(INDEX_SUFFIX))
     weights = [name for name in names if name.endswith(".safetensors")]
@@ -164,6 +172,7 @@ def _open_sharded(root: Path, index_name: str, names: list[str]) -> Layout:
     missing = [shard for shard in shards if not (root / shard).exists()]
     if missing:
         raise InvalidFile(f"{root / index_name}: names {first_few(missing)}, which the folder does not hold")
+    # Index and shards must agree in both directions: whoever reads by either then sees the same model.
     headers = {shard: read_header(root / shard) for shard in shards}
     tensors: dict[str, tuple[str, TensorInfo]] = {}
     for shard, header in headers.items():

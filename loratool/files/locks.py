@@ -1,4 +1,4 @@
-"""One run at a time writes an output: a lock on a file beside it, which the system lets go of however the run ends."""
+"""Locks that let one run at a time write an output: on a file beside it, and let go by the system however the run ends."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from typing import Final
 from loratool.errors import OutputError
 
 LOCK: Final = re.compile(r"\.loratool-[0-9a-f]{16}\.lock")
+"""The names of lock files."""
 
 
 class Lock:
-    """A lock on the output `target`, from `take` to `release`. Where the system has no locks (Windows) it is always free."""
+    """A lock on the output `target`, from `take` to `release`; always free where the system has no flock (Windows)."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
+        # A hash of the name, which may itself be as long as the file system allows.
         self.path = target.parent / f".loratool-{hashlib.blake2b(os.fsencode(target.name), digest_size=8).hexdigest()}.lock"
         self.descriptor: int | None = None
 
     def take(self) -> None:
-        """Raises `OutputError` where another run has it."""
+        """Takes the lock; raises `OutputError` where another run has it."""
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
             if not _try_lock(descriptor):
@@ -32,22 +34,24 @@ class Lock:
             if _same(descriptor, self.path):
                 self.descriptor = descriptor
                 return
-            # It was released, and its file removed, between the two steps.
+            # Another run removed the file between the two steps: this lock is on a file that nobody else will find.
             os.close(descriptor)
 
     def release(self) -> None:
-        """Removes the file and lets others go on."""
+        """Removes the lock file and lets others go on."""
         if self.descriptor is not None:
+            # While it is still locked: afterwards the name could be another run's lock already.
             self.path.unlink(missing_ok=True)
             os.close(self.descriptor)
             self.descriptor = None
 
 
 def sweep_locks(folder: Path) -> None:
-    """Removes the lock files of runs that are gone."""
+    """Removes the lock files in `folder` of runs that are gone, which are those that can be locked."""
     for entry in folder.iterdir():
         if not LOCK.fullmatch(entry.name) or entry.is_symlink():
             continue
+        # Tidying up is a favour: files of other users may refuse it.
         with contextlib.suppress(OSError):
             descriptor = os.open(entry, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
             try:
@@ -62,6 +66,7 @@ def _try_lock(descriptor: int) -> bool:
         import fcntl
     except ImportError:
         return True
+    # Not POSIX's own record locks: those never exclude a second run in the same process.
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Old adapters saved as pickles: read only where the user allows it, by torch's restricted loader in a process of its own.
+"""Reads old adapters saved as pickles: where the user allows it, by torch's restricted loader in a process of its own.
 
 A pickle can run code, inflate to any size, or claim 2⁴⁰ elements in a kilobyte. So: torch's `weights_only`, a limit on
 the child's memory and time, the zip's sizes checked before and the tensors' storage after, and safetensors between us.
@@ -21,13 +21,15 @@ from loratool.errors import InvalidFile
 from loratool.files.header import ADAPTER_HEADER_BYTES, Header, open_regular, read_header
 
 SECONDS: Final = 60
+"""The most time that reading a pickle may take."""
 SPARE_BYTES: Final = 6 << 30
-"""Address space that importing torch takes, and room to copy."""
+"""Address space for importing torch, and for copies of the tensors."""
 
 
 @contextmanager
 def open_pickle(path: Path) -> Iterator[Header]:
-    """The header of a temporary safetensors file with the tensors of the pickle at `path`; raises `InvalidFile`."""
+    """Gives the header of a temporary safetensors file with the tensors of the pickle at `path`; raises `InvalidFile`."""
+    # No FIFO or device is handed to the child.
     os.close(open_regular(path))
     _check_zip(path)
     with tempfile.TemporaryDirectory(prefix="loratool-") as folder:
@@ -37,7 +39,7 @@ def open_pickle(path: Path) -> Iterator[Header]:
 
 
 def _check_zip(path: Path) -> None:
-    """Members of a torch archive are stored, not deflated, so they cannot be larger than the file."""
+    """Raises `InvalidFile` for an archive that inflates: torch stores members as they are, never larger than the file."""
     if not zipfile.is_zipfile(path):
         return
     try:
@@ -50,6 +52,7 @@ def _check_zip(path: Path) -> None:
 
 
 def _convert_in_child(path: Path, converted: Path) -> None:
+    # A fresh interpreter, not a fork: its limits are its own, and a crash there ends nothing here.
     command = [sys.executable, "-m", "loratool.files.pickles", os.fspath(path), os.fspath(converted)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
@@ -61,7 +64,8 @@ def _convert_in_child(path: Path, converted: Path) -> None:
 
 
 def convert(source: str, target: str) -> None:
-    """What the child does: pickle in, safetensors out. Exits with a one-line reason where the pickle is not tensors."""
+    """Turns a pickle into a safetensors file, in the child; exits with a one-line reason where the pickle is not tensors."""
+    # Limits before torch is imported and the pickle opened.
     size = os.stat(source).st_size
     limit = SPARE_BYTES + 4 * size
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -75,6 +79,7 @@ def convert(source: str, target: str) -> None:
         sys.exit(f"{type(error).__name__}; torch's restricted loader refuses it")
     if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
         sys.exit("it does not hold a dictionary of tensors")
+    # An expanded tensor claims elements that it does not store, and would be written out in full.
     if sum(tensor.numel() * tensor.element_size() for tensor in loaded.values()) > size:
         sys.exit("its tensors claim more bytes than the file has")
     save_file({str(name): tensor.contiguous() for name, tensor in loaded.items()}, target)

@@ -1,4 +1,4 @@
-"""JSON from strangers: one reading, bounded, or an error. Pure: it reads nothing but its arguments."""
+"""Reads JSON from strangers, which has one meaning and bounded costs, or is an error. Pure: no file is read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loratool.errors import InvalidConfig, first_few
 
 
 def strict_json(raw: bytes) -> Any:
-    """JSON without duplicate keys, NaN, lone surrogates, giant integers or bottomless nesting; raises `InvalidConfig`."""
+    """Reads JSON; raises `InvalidConfig` for duplicate keys, NaN, lone surrogates, giant integers and bottomless nesting."""
     try:
         document = json.loads(
             raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_integer, parse_constant=_no_constant
@@ -27,6 +27,7 @@ def strict_json(raw: bytes) -> Any:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Python keeps the last of two values of a key and other readers the first: they would see different files.
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
@@ -38,6 +39,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _integer(text: str) -> int | float:
     if text == "-0":
         return -0.0  # no natural number to the reference parser either
+    # The largest unsigned 64-bit integer has 20 digits; Python takes quadratic time for longer ones.
     if len(text) > 20:
         raise InvalidConfig(f"has an integer of {len(text)} digits")
     return int(text)

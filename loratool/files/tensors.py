@@ -1,5 +1,5 @@
-"""Tensors of safetensors files, read on demand into our own memory: a file that changes underfoot is an error, never a
-signal, which a memory map would make of it."""
+"""Reads tensors of safetensors files on demand, into memory of their own: a file that is cut meanwhile is an error, where a
+memory map would make a signal of it."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-"""safetensors' names of the dtypes that torch has."""
+"""The dtypes that torch has, by safetensors' names of them."""
 DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
-"""The dtypes that hold weights."""
+"""The dtypes of floating-point numbers, which weights and factors have."""
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor, to be read or written as bytes."""
+    # As bytes, since numpy has no bfloat16; flattened, since torch cannot view a tensor without dimensions as bytes.
     return memoryview(cast("Buffer", tensor.flatten().view(torch.uint8).numpy()))
 
 
 class TensorFile:
-    """An open safetensors file. Use it in a `with`: leaving checks that the file is still the one whose header was read."""
+    """An open safetensors file, for a `with`: leaving checks that the file is still the one whose header was read."""
 
     def __init__(self, header: Header) -> None:
         self.header = header
@@ -50,13 +51,15 @@ class TensorFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
+            # Not behind an error, which the check would hide.
             if kind is None:
                 self._check()
         finally:
             os.close(self.descriptor)
 
     def read(self, info: TensorInfo, *, pinned: bool = False) -> Tensor:
-        """The tensor, in memory of its own and in the dtype it is stored in; `pinned`, in memory that a GPU copies from."""
+        """Reads a tensor in its stored dtype; `pinned`, into memory that a GPU copies from. Raises `Unsupported` for a dtype
+        that torch lacks."""
         if info.dtype not in DTYPES:
             raise Unsupported(f"{self.header.path}: {info.name} has dtype {info.dtype}, which torch cannot compute with")
         raw = torch.empty(info.nbytes, dtype=torch.uint8, pin_memory=pinned)
@@ -65,6 +68,7 @@ class TensorFile:
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fills `buffer` with the bytes at `offset` of the file; raises `InvalidFile` where it has become too short."""
+        # One call may read less: on Linux 2 GiB at most.
         while buffer:
             count = os.preadv(self.descriptor, [buffer], offset)
             if count == 0:
@@ -79,7 +83,7 @@ class TensorFile:
 class Checkpoint(Mapping[str, Tensor]):
     """A checkpoint's tensors by name, each read when asked for: a file, a sharded folder or a diffusers folder.
 
-    With `pinned`, into memory that a GPU copies from while it computes.
+    With `pinned`, tensors are read into memory that a GPU copies from while it computes.
     """
 
     def __init__(self, path: str | Path | Layout, *, pinned: bool = False) -> None:
@@ -98,10 +102,11 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self.layout.tensors)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of a tensor; no others are read. A single number has no rows, and is read whole."""
+        """Rows `start` to `stop` of a tensor, without reading the others. A single number has no rows, and is read whole."""
         file, info = self.layout.tensors[name]
         if not info.shape:
             return self[name]
+        # Tensors are stored row by row, so that consecutive rows are a range of bytes.
         step = info.nbytes // max(info.shape[0], 1)
         part = replace(
             info, shape=(stop - start, *info.shape[1:]), start=info.start + start * step, stop=info.start + stop * step
@@ -110,5 +115,5 @@ class Checkpoint(Mapping[str, Tensor]):
             return opened.read(part, pinned=self.pinned)
 
     def info(self, name: str) -> TensorInfo:
-        """Dtype, shape and place of a tensor, without reading it."""
+        """The dtype, shape and place of a tensor, which is not read."""
         return self.layout.info(name)

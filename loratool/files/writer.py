@@ -1,5 +1,5 @@
-"""One output file on its way to the disk: written at any offset from several threads, copied in the kernel where it can be;
-or a safetensors file whose tensors are known only as they come, and whose header is written at last."""
+"""Writes one output file, at any offset from several threads, with copies made in the kernel where it can; and safetensors
+files whose tensors are known only as they come, with the header written at last."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from loratool.errors import LoratoolError, OutputError
 from loratool.files.header import TensorInfo, encode_header
 
 COPY_BYTES: Final = 64 << 20
+"""The most that one call copies, so that writeback of a piece starts while the next is copied."""
 SYNC_FILE_RANGE_WRITE: Final = 2
+"""Linux's flag to start writeback without waiting for it (include/uapi/linux/fs.h)."""
 ENTRY_BYTES: Final = 160
-"""Room in a header for what it says of one tensor, beside its name."""
+"""Room in a header for the entry of one tensor, beside its name."""
 
 
 def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    """Linux's sync_file_range(2), which Python's os module lacks."""
+    """Linux's sync_file_range(2), which Python's os module lacks; None on other systems."""
     try:
         function = ctypes.CDLL(None).sync_file_range
     except (AttributeError, OSError, TypeError):
         return None
+    # ctypes would pass plain numbers as C ints, and cut offsets from 2 GiB on.
     function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
     return cast("Callable[[int, int, int, int], int]", function)
 
@@ -36,11 +39,12 @@ _sync_file_range: Final = _find_sync_file_range()
 
 
 class Writer:
-    """One output file, written at any offset from several threads: a new one, of which `nbytes` are preallocated, or with
-    None one that is there."""
+    """One output file, written at any offset from several threads: a new file, of which `nbytes` are preallocated, or with
+    None an existing file."""
 
     def __init__(self, path: Path, nbytes: int | None) -> None:
         self.path = path
+        # O_EXCL: a new file must not be somebody else's, nor a link to it.
         new = 0 if nbytes is None else os.O_CREAT | os.O_EXCL
         self.descriptor = os.open(path, os.O_RDWR | new | getattr(os, "O_CLOEXEC", 0), 0o666)
         _allocate(self.descriptor, nbytes or 0)
@@ -54,12 +58,13 @@ class Writer:
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Writes all of `data` at `offset`."""
         view = memoryview(data)
+        # One call may write less: on Linux 2 GiB at most.
         while view:
             count = os.pwrite(self.descriptor, view, offset)
             view, offset = view[count:], offset + count
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills `buffer` with what was written at `offset`."""
+        """Fills `buffer` with the bytes at `offset`; raises `OutputError` where the file has become too short."""
         while buffer:
             count = os.preadv(self.descriptor, [buffer], offset)
             if count == 0:
@@ -69,10 +74,11 @@ class Writer:
     def start_writeback(self, offset: int, count: int) -> None:
         """Has the kernel begin to write this range to the disk, so that the sync at the end finds little left to do."""
         if _sync_file_range is not None:
+            # A hint whose result does not matter: the sync at the end writes everything, or raises.
             _sync_file_range(self.descriptor, offset, count, SYNC_FILE_RANGE_WRITE)
 
     def copy(self, source: int, start: int, count: int, offset: int) -> None:
-        """Copies `count` bytes at `start` of the descriptor `source` to `offset`, in the kernel where it can."""
+        """Copies `count` bytes at `start` of the descriptor `source` to `offset`; raises `OutputError` at its early end."""
         while count:
             done = _copy_some(source, self.descriptor, min(count, COPY_BYTES), start, offset)
             if done == 0:
@@ -82,14 +88,14 @@ class Writer:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copies a whole file's bytes, and its permission bits as the umask allows."""
+    """Copies the bytes of `source` to a new file `target`, whose permissions are those of any new file."""
     with open(source, "rb") as reading, Writer(target, 0) as writer:
         writer.copy(reading.fileno(), 0, os.fstat(reading.fileno()).st_size, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorBytes:
-    """A tensor to be written, as its header and its bytes have it."""
+    """A tensor to be written: its name, dtype and shape for the header, and its bytes."""
 
     name: str
     dtype: str
@@ -98,7 +104,7 @@ class TensorBytes:
 
 
 class SafetensorsAppender:
-    """A file that `writer` writes, with `room` bytes for its header."""
+    """A safetensors file that grows tensor by tensor, with `room` bytes kept for the header that is written at last."""
 
     def __init__(self, writer: Writer, room: int) -> None:
         self._writer, self._room, self._end = writer, room, room
@@ -107,18 +113,19 @@ class SafetensorsAppender:
         self._waiting: dict[int, Sequence[TensorBytes]] = {}
 
     def append(self, entry: TensorBytes) -> None:
-        """Writes a tensor behind the others; raises `LoratoolError` where there is one of its name."""
+        """Writes a tensor behind the others; raises `LoratoolError` where the file has a tensor of that name."""
         self._enter(entry.name, entry.dtype, entry.shape, len(entry.raw))
         self._writer.write(entry.raw, self._end - len(entry.raw))
 
     def copy(self, name: str, descriptor: int, nbytes: int) -> None:
-        """Copies the first bytes of an open file, as a tensor of that many."""
+        """Copies the first `nbytes` of an open file, as a tensor of bytes."""
         self._enter(name, "U8", (nbytes,), nbytes)
         self._writer.copy(descriptor, 0, nbytes, self._end - nbytes)
 
     def in_turn(self, number: int, entries: Sequence[TensorBytes]) -> None:
-        """Appends what has this number as soon as all before it are there, from whatever thread and in whatever order they
-        come: equal runs write equal bytes."""
+        """Appends the entries of this `number` as soon as those of all lower numbers are there, from whatever thread and in
+        whatever order they come: equal runs write equal bytes."""
+        # Whoever brings the next number also writes all that waited for it, alone, since each moves the file's end.
         with self._lock:
             self._waiting[number] = entries
             while self._next in self._waiting:
@@ -127,7 +134,8 @@ class SafetensorsAppender:
                 self._next += 1
 
     def finish(self, metadata: Mapping[str, str]) -> int:
-        """Writes the header, and returns the size of the file."""
+        """Writes the header into the room kept for it, and returns the size of the file."""
+        # Padded to the whole room, since the format allows no gap between the header and the first tensor.
         raw = encode_header(self._infos, metadata, self._room)
         if len(raw) != self._room:
             raise AssertionError(f"the header takes {len(raw)} bytes, {self._room} were kept for it")
@@ -146,13 +154,15 @@ def _copy_some(source: int, target: int, count: int, start: int, offset: int) ->
         try:
             return os.copy_file_range(source, target, count, start, offset)
         except OSError as error:
+            # Linux before 5.3 copies only within one file system, and some file systems refuse altogether.
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
                 raise
+    # Through memory, 1 MiB at a time, so that a copy of gigabytes takes no room.
     return os.pwrite(target, os.pread(source, min(count, 1 << 20), start), offset)
 
 
 def _allocate(descriptor: int, nbytes: int) -> None:
-    """Takes the disk space at once, so that a full disk is met before the work and not at its end."""
+    """Reserves disk space for `nbytes` at once, so that a full disk is met before the work and not at its end."""
     if not nbytes:
         return
     try:
@@ -160,4 +170,5 @@ def _allocate(descriptor: int, nbytes: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
+        # The file gets its size all the same, as by posix_fallocate.
         os.ftruncate(descriptor, nbytes)

@@ -1,8 +1,8 @@
-"""Where numbers are computed: on the CPU, or on GPUs that several threads each keep busy.
+"""Where numbers are computed: on the CPU, or on GPUs that several threads keep busy.
 
-A GPU waits for nothing where it is fed from several threads, each with a stream and page-locked memory of its own: while
-one reads from the disk, another's numbers travel, a third's are computed and a fourth writes. Nothing here depends on CUDA:
-on the CPU the same code runs, and whatever it would send is there already.
+A GPU need not wait where several threads feed it, each with a stream and page-locked memory of its own: while one thread
+reads from the disk, another's numbers travel, a third's are computed and a fourth's are written. Nothing here depends on
+CUDA: the same code runs on the CPU, where all numbers are in place already.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from loratool.errors import LoratoolError
 
 CPU: Final = torch.device("cpu")
 AT_ONCE: Final = 1 << 30
-"""Bytes of matrices of one shape that a GPU is given at a time: a CPU, which gains nothing by it, takes one by one."""
+"""Bytes of matrices of one shape that a GPU is given at a time; a CPU gains nothing by batches and takes one by one."""
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
 
 
 def devices_named(name: str) -> tuple[torch.device, ...]:
-    """The devices to compute on: "auto" is all of CUDA's, else the CPU, "cuda" all of CUDA's, "cuda:1" one of them.
+    """The devices to compute on: "auto" is all of CUDA's or else the CPU, "cuda" all of CUDA's, "cuda:1" one of CUDA's.
 
-    Raises `LoratoolError` for one that is not there.
+    Raises `LoratoolError` for an unknown name and for a device that is not there.
     """
     cuda = tuple(torch.device("cuda", number) for number in range(torch.cuda.device_count()))
     mps = (torch.device("mps"),) if torch.backends.mps.is_available() else ()
@@ -47,11 +47,13 @@ def devices_named(name: str) -> tuple[torch.device, ...]:
 
 
 class DevicePool(threading.local):
-    """Each thread's way to a device: which one, by turns, the stream it works on, and what to do when memory runs out.
+    """Each thread's way to a device: the device, by turns, the stream to work on, and what to do when memory runs out.
 
-    `staged` says whether numbers have to travel; a test may say so of the CPU, to run the very code that a GPU would.
+    `staged` says whether numbers have to travel; a test may say so of the CPU, to run the code that a GPU would.
     """
 
+    # `threading.local` calls this again in every thread that uses the pool, with the same arguments: `turns` and `moved` are
+    # shared by all threads, while the device and the stream are the thread's own.
     def __init__(self, devices: Sequence[torch.device], turns: Iterator[int], moved: list[str], *, staged: bool) -> None:
         self.devices = devices
         self.staged = staged
@@ -61,7 +63,7 @@ class DevicePool(threading.local):
 
     @property
     def pinned(self) -> bool:
-        """Whether host memory is to be page-locked, so that it travels while something else is computed."""
+        """Whether host memory is to be page-locked, so that copies to the device overlap with computing."""
         return self.device.type == "cuda"
 
     def run_batch(
@@ -75,7 +77,7 @@ class DevicePool(threading.local):
         except torch.OutOfMemoryError:
             if self.device == CPU and not self.staged:
                 raise
-        # What the attempt held is gone once its exception is.
+        # Outside the handler, since the exception's traceback keeps the tensors of the failed attempt alive.
         if self.pinned:
             torch.cuda.empty_cache()
         if len(items) > 1:
@@ -90,7 +92,7 @@ class DevicePool(threading.local):
         return found
 
     def warnings(self) -> Iterator[str]:
-        """What a report should say of memory that ran out."""
+        """The warning for a report where a device's memory ran out, if any did."""
         if self.moved:
             count, first = len(self.moved), self.moved[0]
             yield f"{self.title} ran out of memory: {count} pieces of work were done on the CPU, the first is {first}"
@@ -105,8 +107,8 @@ class DevicePool(threading.local):
 
 
 def open_devices(name: str = "cpu", *, doubles: bool = False, staged: bool = False) -> DevicePool:
-    """The pool of the devices called `name`; for work that needs `doubles`, of those alone that compute in float64. Raises
-    `LoratoolError` where there are none."""
+    """The pool of the devices called `name`; the CPU instead of Apple's GPU for work that needs `doubles`, float64. Raises
+    `LoratoolError` where the devices are not there."""
     devices = devices_named(name)
     if doubles and devices[0].type == "mps":
         devices = (CPU,)
@@ -115,7 +117,8 @@ def open_devices(name: str = "cpu", *, doubles: bool = False, staged: bool = Fal
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Float32 products in float32: whoever calls us may have allowed TF32, whose ten bits would be our error."""
+    """Has float32 products computed in float32 within the context: the calling program may have allowed TF32, whose ten bits
+    of mantissa would then bound every result."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -125,10 +128,10 @@ def exact_products() -> Iterator[None]:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`: itself where it is there already."""
+    """`tensor` on `device`, copied without waiting from page-locked memory; the very tensor where it is there already."""
     return tensor.to(device, non_blocking=tensor.is_pinned()) if tensor.device != device else tensor
 
 
 def to_float64(tensor: Tensor) -> Tensor:
-    """`tensor` in float64, on its device where that has any: Apple's GPUs do not, and the CPU takes it over."""
+    """`tensor` in float64, on its device where that has float64; on the CPU for Apple's GPUs, which have none."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

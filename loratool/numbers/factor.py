@@ -1,4 +1,4 @@
-"""A matrix as the two factors that a file stores, and how far their product is from it, measured on what is stored."""
+"""A matrix as the two factors that a file stores, and the distance of their product from the matrix, measured as stored."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from loratool.numbers.linalg import ProductSVD, all_finite, dtype_name, effectiv
 from loratool.numbers.ranks import NUMERICAL, RankCandidate, Rule
 
 _CHUNK: Final = 1 << 19
-"""Elements of a residual that are there at a time."""
+"""Elements of a residual that are in memory at a time: 2 MiB in float32."""
+# Squares of 2^±40 leave a factor of 2^46 to float32's limits, 2^±126: for sums above, and below for entries 2^-23 as large.
 SAFE_EXPONENT: Final = 40
-"""Powers of two up to which a float32 matrix keeps its squares from over- and underflowing."""
+"""A matrix is rescaled where its largest entry is beyond 2 to this power, or below 2 to minus this power."""
 
 Split = Literal["even", "up", "down"]
+"""The factor that the singular values go to; "even" gives the root of each to both."""
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """How factors are stored: their dtype, on which side the singular values stand (the root of each on either side, if
-    "even"), and the quantile that larger entries are cut down to, as kohya's tools do (which only makes it worse)."""
+    """How factors are stored: their `dtype`, the `split` of the singular values over them, and `clamp`, the quantile that
+    larger entries are cut down to, as kohya's tools do (which only adds to the error)."""
 
     dtype: torch.dtype
     split: Split = "even"
@@ -37,8 +39,8 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class StoredFactors:
-    """`up` (m, r) and `down` (r, n) as stored, ‖D‖, `error` ‖D − up · down‖ and, of the same before it was rounded, `least`;
-    the effective rank of what was kept."""
+    """`up` (m, r) and `down` (r, n) as stored; `norm` ‖D‖; `error` ‖D − up · down‖, and `least`, that of the factors before
+    they were rounded; the effective rank of the singular values kept."""
 
     up: Tensor
     down: Tensor
@@ -52,7 +54,7 @@ class StoredFactors:
         return self.up.shape[1]
 
     def padded(self, rank: int) -> StoredFactors:
-        """The same with zeros up to `rank`."""
+        """The factors with zero columns and rows added up to `rank`, which leave their product as it is."""
         more = rank - self.rank
         if not more:
             return self
@@ -61,10 +63,10 @@ class StoredFactors:
 
 
 def factorise(dense: Tensor, rule: Rule, storage: Storage, *, noise: float = 0.0) -> StoredFactors:
-    """The best factors of `dense` (m, n) at the rank that `rule` gives, computed on its device.
+    """The best factors of `dense` (m, n) at the rank that `rule` gives, computed on the device of `dense`.
 
-    Raises `NonFinite` where they overflow the dtype, and `LoratoolError` where rounding to it alone is more than the rule's
-    largest error.
+    Raises `NonFinite` where the factors overflow the dtype, and `LoratoolError` where rounding them to it alone exceeds the
+    rule's largest error.
     """
     (found,) = factorise_batch([dense], [rule], [storage], [noise])
     if isinstance(found, LoratoolError):
@@ -75,8 +77,8 @@ def factorise(dense: Tensor, rule: Rule, storage: Storage, *, noise: float = 0.0
 def factorise_batch(
     denses: Sequence[Tensor], rules: Sequence[Rule], storages: Sequence[Storage], noises: Sequence[float]
 ) -> list[StoredFactors | LoratoolError]:
-    """`factorise` of several matrices of one shape, each by its own rule, all expecting the same rank: found together,
-    stored one by one. What it would raise of one stands in its place."""
+    """`factorise` of several matrices of one shape, each by a rule of its own, all expecting the same rank: found together,
+    stored one by one. An error of one matrix stands in the place of its factors."""
     works = [
         _Factoring(dense, rule, storage, noise)
         for dense, rule, storage, noise in zip(denses, rules, storages, noises, strict=True)
@@ -98,20 +100,20 @@ def factorise_batch(
 
 
 class _Factoring:
-    """One matrix on its way to factors, in a range where its squares are numbers."""
+    """One matrix on its way to factors, scaled to where its squares neither over- nor underflow."""
 
     def __init__(self, dense: Tensor, rule: Rule, storage: Storage, noise: float) -> None:
         matrix, exponent = rescaled_to_safe_range(dense)
         self.matrix = matrix.double() if rule.precise else matrix
         self.rule, self.storage = rule, storage
-        # Half of the exponent to either side: it is even, so that both are exact.
+        # Each factor takes half of the exponent, which is even, so that both scalings are exact.
         self.half = math.ldexp(1.0, exponent // 2)
         self.back = self.half**2
         self.noise = noise / self.back
         self.norm = math.sqrt(squared_norm(self.matrix))
 
     def meets(self, first: TruncatedSVD) -> StoredFactors:
-        """The factors that the rule asks for, `first` being what it found without rounding."""
+        """The stored factors that meet the rule, where `first` is the decomposition that the rule chose before rounding."""
 
         def attempt(rule: Rule) -> StoredFactors:
             if rule is self.rule:
@@ -122,6 +124,7 @@ class _Factoring:
 
     def _store(self, found: TruncatedSVD) -> StoredFactors:
         half, back = self.half, self.back
+        # Factors are rounded at their true size, and measured in the safe range, where the residual's squares are numbers.
         up, down = store_factors(found.up * half, found.down * half, self.storage)
         error = residual_norm(self.matrix, to_float64(up) / half, to_float64(down) / half)
         kept = effective_rank(found.spectrum.sigma[: up.shape[1]])
@@ -129,7 +132,7 @@ class _Factoring:
 
 
 def recompress(up: Tensor, down: Tensor, rule: Rule, storage: Storage) -> StoredFactors:
-    """The best factors of `up` · `down` at the rank that the rule gives, not multiplied out; raises as `factorise`."""
+    """The best factors of `up` · `down` at the rank that the rule gives, from the factors alone; raises as `factorise`."""
 
     def rank_of(rule: Rule, sigma: Tensor) -> int:
         return min(rule(Spectrum(sigma, float(sigma.square().sum()), True)) or 0, len(sigma))
@@ -147,12 +150,17 @@ def recompress(up: Tensor, down: Tensor, rule: Rule, storage: Storage) -> Stored
 
 
 def _raise_until_met(rule: Rule, storage: Storage, full: int, attempt: Callable[[Rule], StoredFactors]) -> StoredFactors:
-    """What `attempt` makes of the rule, with as much more rank as its largest error asks for once factors are rounded."""
+    """The factors that `attempt` makes of the rule, at more rank where rounding them exceeded the rule's largest error.
+
+    `full` is the largest rank of the matrix. Raises `LoratoolError` where no rank meets the rule.
+    """
     asked = rule.value
     while True:
         found = attempt(rule)
         if rule.method != "max_error" or found.error <= asked * found.norm:
             return found
+        # Rounding counts as independent of truncation: their squares add up, and truncation gets what rounding leaves over.
+        # At least one more rank each time, so that the loop ends.
         rounding = math.sqrt(max(found.error**2 - found.least**2, 0.0)) / found.norm
         if rounding >= asked or found.rank >= min(full, rule.most or full):
             raise LoratoolError(
@@ -163,15 +171,16 @@ def _raise_until_met(rule: Rule, storage: Storage, full: int, attempt: Callable[
 
 
 def candidate_of(dense: Tensor, rule: Rule, itemsize: int) -> RankCandidate:
-    """The leading singular values of `dense`, as many as `rule` wants, at what factors of `itemsize` bytes each cost."""
+    """The leading singular values of `dense`, as many as `rule` wants, and a rank's cost at `itemsize` bytes a number."""
     (offer,) = candidates_of([dense], [rule], [itemsize])
     return offer
 
 
 def candidates_of(denses: Sequence[Tensor], rules: Sequence[Rule], itemsizes: Sequence[int]) -> list[RankCandidate]:
-    """`candidate_of` of several matrices of one shape, each with its own rule, of which all expect the same rank."""
+    """`candidate_of` of several matrices of one shape, each with a rule of its own; all rules expect the same rank."""
     ranged = [rescaled_to_safe_range(dense) for dense in denses]
     backs = [math.ldexp(1.0, exponent) for _, exponent in ranged]
+    # A threshold alone is an absolute size, which the scaling changes; the values of other rules are ranks and ratios.
     limits = [
         replace(rule, value=rule.value / back) if rule.method == "threshold" else rule
         for rule, back in zip(rules, backs, strict=True)
@@ -182,22 +191,25 @@ def candidates_of(denses: Sequence[Tensor], rules: Sequence[Rule], itemsizes: Se
 
 def _candidate(found: TruncatedSVD, rule: Rule, back: float, matrix: Tensor, itemsize: int) -> RankCandidate:
     known = found.spectrum.sigma[: found.up.shape[1]].cpu()
-    # What arithmetic leaves is worth nothing.
     sigma = known[known > NUMERICAL * known[:1]]
-    # Who asked for all of them has what there is, though a matrix of these sides could hold more.
+    # Rule 'all' returns every value above noise, so nothing further is hidden; nor is anything behind a value of noise.
     settled = rule.method == "all" or len(sigma) < len(known) or len(known) >= min(matrix.shape)
+    # A rule that ended below its cap has met a value that it no longer wanted.
     settled = settled or len(known) < (rule.most or 0)
     return RankCandidate(sigma * back, settled, sum(matrix.shape) * itemsize, found.spectrum.total * back**2)
 
 
 def store_factors(up: Tensor, down: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
-    """Balanced factors in float64 as `storage` has them; raises `NonFinite` where they overflow."""
+    """Balanced factors in float64, as `storage` has them; raises `NonFinite` where they overflow the dtype."""
+    # Each column of a balanced `up` is as long as the root of its singular value. kohya clamps U · S and Vᵀ, so a clamp
+    # moves the singular values to `up`, unless they are to stand in `down`.
     if storage.split != "even" or storage.clamp is not None:
         root = torch.linalg.vector_norm(up, dim=0)
         over = torch.where(root > 0, 1 / root, 0.0)
         left, right = (root, over) if storage.split != "down" else (over, root)
         up, down = up * left, down * right[:, None]
     if storage.clamp is not None:
+        # kohya's quantile is of the signed entries of both factors; `torch.quantile` refuses more than 2^24 of them.
         limit = float(torch.cat([up.flatten(), down.flatten()]).sort().values[_index(up, down, storage.clamp)])
         up, down = up.clamp(-limit, limit), down.clamp(-limit, limit)
     up, down = up.to(storage.dtype), down.to(storage.dtype)
@@ -211,7 +223,7 @@ def _index(up: Tensor, down: Tensor, quantile: float) -> int:
 
 
 def residual_norm(dense: Tensor, up: Tensor, down: Tensor) -> float:
-    """‖D − up · down‖, some rows at a time: differences in D's dtype, their squares summed in float64."""
+    """‖D − up · down‖, a block of rows at a time: differences in D's dtype, their squares summed in float64."""
     total, ups, downs = 0.0, up.to(dense.dtype), down.to(dense.dtype)
     step = max(1, _CHUNK // max(dense.shape[1], 1))
     for rows, part in zip(torch.split(dense, step), torch.split(ups, step), strict=True):
@@ -220,7 +232,7 @@ def residual_norm(dense: Tensor, up: Tensor, down: Tensor) -> float:
 
 
 def rescaled_to_safe_range(dense: Tensor) -> tuple[Tensor, int]:
-    """`dense` divided by a power of two, an even one, where its squares would leave the range of its dtype."""
+    """`dense` divided by 2 to an even power where its squares might leave the range of float32, and that power, else 0."""
     low, high = torch.aminmax(dense)
     exponent = math.frexp(max(-float(low), float(high)))[1]
     exponent += exponent % 2

@@ -1,4 +1,4 @@
-"""Linear algebra on factors: norms and spectra of a product without forming it. Tensors in, tensors out."""
+"""Linear algebra on factors: norms, spectra and angles of products that are never multiplied out."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 _NARROW: Final = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
-"""Dtypes that torch cannot compare numbers of."""
+"""Dtypes that `torch.aminmax` does not know."""
 
 
 def row_blocks(rows: int, columns: int, numbers: int) -> Iterator[tuple[int, int]]:
-    """The first row, and the one behind the last, of each block of a matrix: as many as hold `numbers`, at least one."""
+    """The first row of each block of a matrix and the row behind its last; a block has at most `numbers` numbers, or one
+    row."""
     step = max(1, numbers // max(columns, 1))
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def bounds(tensor: Tensor) -> tuple[float, float]:
-    """The least and the greatest number of a tensor, NaN where it holds one; (0, 0) where it holds nothing."""
+    """The least and the greatest number of a tensor; both are NaN where the tensor holds NaN, and 0 where it is empty."""
     if not tensor.numel():
         return 0.0, 0.0
     low, high = torch.aminmax(tensor.float() if tensor.dtype in _NARROW else tensor)
@@ -29,12 +30,13 @@ def bounds(tensor: Tensor) -> tuple[float, float]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """What users call a dtype: float32, bfloat16."""
+    """The user's name of a dtype: float32, bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether it holds neither NaN nor Inf: the fastest of torch's ways to tell."""
+    """Whether a tensor holds neither NaN nor Inf."""
+    # NaN and Inf show in the bounds, which torch finds faster than a mask of `isfinite`.
     return all(map(math.isfinite, bounds(tensor)))
 
 
@@ -50,13 +52,14 @@ def singular_values(up: Tensor, down: Tensor) -> Tensor:
 
 
 _TOLD: Final = 1e-4
-"""A share of ‖up‖² ‖down‖² above which float32 products tell a square to a part in a thousand."""
+"""The share of ‖up‖² ‖down‖² above which float32 products give a square to a part in a thousand."""
 CANCELLED: Final = 1e-12
-"""A share of a norm's square below which float64 Gram matrices tell a difference no more, and QR is asked."""
+"""The share of a norm's square below which a difference of float64 Gram matrices has cancelled, and QR takes over."""
 
 
 def difference_norm(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
     """‖up₁ · down₁ − up₂ · down₂‖ of two pairs of factors, in float64, without multiplying them out."""
+    # The difference is one product of stacked factors, and ‖UV‖² is the sum over (UᵀU) ∘ (VVᵀ).
     ups = torch.cat([one[0].double(), -other[0].double()], dim=1)
     downs = torch.cat([one[1].double(), other[1].double()])
     products = (ups.T @ ups) * (downs @ downs.T)
@@ -69,8 +72,9 @@ def difference_norm(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) ->
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """How two matrices are related: their norms, ⟨one, other⟩, ‖one − other‖, and the principal angles, in degrees and
-    smallest first, between their column spaces (`outputs`) and between their row spaces (`inputs`)."""
+    """How two matrices are related: their norms `one` and `other`, the product `inner` ⟨one, other⟩, `difference`
+    ‖one − other‖, and the principal angles, in degrees and smallest first, between their column spaces (`outputs`) and
+    between their row spaces (`inputs`)."""
 
     one: float
     other: float
@@ -81,8 +85,8 @@ class Relation:
 
 
 def relation(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], *, angles: bool = True) -> Relation:
-    """The relation of two products, in float64, without multiplying them out: from the inner products of all columns of both
-    `up` and of all rows of both `down` (Björck and Golub 1973 for the `angles`, where they are asked for)."""
+    """The relation of two products, in float64, without multiplying them out: from the inner products of the columns of both
+    `up` and of the rows of both `down`; `angles`, where asked for, after Björck and Golub 1973."""
     ups, downs = [pair[0].double() for pair in (one, other)], [pair[1].double().T for pair in (one, other)]
     of_ups, of_downs = _Products(*ups), _Products(*downs)
     norms = [math.sqrt(max(float((of_ups.own[i] * of_downs.own[i]).sum()), 0.0)) for i in (0, 1)]
@@ -92,6 +96,7 @@ def relation(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], *, angles
     if not angles or not all(norms):
         return Relation(norms[0], norms[1], inner, difference)
     cosines = [of_ups.cosines(), of_downs.cosines()]
+    # Dependent columns span less than they number: then the spans are those of the product, by QR and SVD.
     if any(found is None for found in cosines):
         bases = [_bases(up, down.T) for up, down in zip(ups, downs, strict=True)]
         cosines = [torch.linalg.svdvals(bases[0][side].T @ bases[1][side]) for side in (0, 1)]
@@ -101,21 +106,23 @@ def relation(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], *, angles
     return Relation(norms[0], norms[1], inner, difference, outputs, inputs)
 
 
+# A pivot ratio of 1e-4 costs the cosines about 2e-16 / 1e-8; unlike in `krylov`, no second pass repairs a larger loss.
 _INDEPENDENT: Final = 1e-4
-"""Least ratio of the pivots of columns that count as independent enough to be made orthonormal by their inner products."""
+"""The least ratio of Cholesky pivots at which columns are made orthonormal by their inner products."""
 _NOISE: Final = 1e-7
-"""Singular values below so much of the largest are of directions that a product in float32 does not have."""
+"""The share of the largest singular value below which directions are no part of a product in float32."""
 
 
 class _Products:
-    """Inner products of the columns of two matrices: each with itself in `own`, with the other's in `across`."""
+    """Inner products of the columns of two matrices: `own` of each matrix with itself, `across` of one with the other."""
 
     def __init__(self, one: Tensor, other: Tensor) -> None:
         self.own = one.T @ one, other.T @ other
         self.across = one.T @ other
 
     def cosines(self) -> Tensor | None:
-        """Those of the principal angles between the two spans, largest first; None where columns are hardly independent."""
+        """The cosines of the principal angles between the two spans, largest first; None where the columns of either are
+        nearly dependent."""
         roots = []
         for gram in self.own:
             root, info = torch.linalg.cholesky_ex(gram)
@@ -123,6 +130,7 @@ class _Products:
             if int(info) or float(pivots.min()) < _INDEPENDENT * float(pivots.max()):
                 return None
             roots.append(root)
+        # L₁⁻¹ · across · L₂⁻ᵀ holds the inner products of two orthonormal bases.
         left = torch.linalg.solve_triangular(roots[0], self.across, upper=False)
         both = torch.linalg.solve_triangular(roots[1], left.T, upper=False)
         found: Tensor = torch.linalg.svdvals(both)
@@ -130,7 +138,7 @@ class _Products:
 
 
 def _bases(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal bases of the column and of the row space of a product in float64, without what is noise."""
+    """Orthonormal bases of the column space and of the row space of a product in float64, noise left out."""
     up_basis, up_core = torch.linalg.qr(up)
     down_basis, down_core = torch.linalg.qr(down.T)
     left, sigma, right = torch.linalg.svd(up_core @ down_core.T, full_matrices=False)
@@ -148,15 +156,15 @@ def effective_rank(sigma: Tensor) -> float:
 
 
 LARGE: Final = 1e15
-"""Numbers whose squares float32 adds up without leaving its range."""
+"""The largest number whose squares float32 can add up, many millions of them, without overflow."""
 
 
 class ProductSVD:
-    """The spectrum of `up @ down`, (m, r) and (r, n), `sigma` in float64, largest first, and its best factors at any rank.
+    """The spectrum of D = `up @ down`, (m, r) and (r, n): `sigma` in float64, largest first, and best factors at any rank.
 
-    QR of downᵀ, in float32, and the eigenvectors of R (upᵀ up) Rᵀ, (r, r): those are the right singular vectors V, behind
-    Q, and D Q V is up Rᵀ V, so that neither basis is formed and the factors are a projection of D however small a singular
-    value is. Products and eigenvectors in float32, which are fast, leave `sigma` exact to some 1e-4 of its largest, those in
+    From downᵀ = Q R in float32, and the eigenvectors V of R (upᵀ up) Rᵀ, (r, r). The right singular vectors of D are Q V,
+    and D Q V is up Rᵀ V: neither basis is formed, and the factors are a projection of D however small a singular value is.
+    Products and eigenvectors in float32, which are fast, leave `sigma` exact to some 1e-4 of its largest value, those in
     float64 to 1e-8.
     """
 
@@ -165,7 +173,7 @@ class ProductSVD:
         self._reflectors, self._tau = torch.geqrf(self.down.T)
         wide, triangle = self.up.to(dtype), self._reflectors[: len(self._tau)].triu().to(dtype)
         gram = wide.T @ wide
-        # Both of a size that leaves room for products of their products.
+        # Both are scaled to entries of about 1, so that products of their products stay in range.
         sizes = float(gram.diagonal().max()) or 1.0, float(triangle.abs().max()) or 1.0
         gram, scaled = gram / sizes[0], triangle / sizes[1]
         values, vectors = torch.linalg.eigh(scaled @ gram @ scaled.T)
@@ -175,7 +183,8 @@ class ProductSVD:
 
     @classmethod
     def enough(cls, up: Tensor, down: Tensor, rank_of: Callable[[Tensor], int]) -> ProductSVD:
-        """From float32 products where they tell what the rank leaves out, that `rank_of` gives a spectrum."""
+        """The decomposition from float32 products where these are exact enough for the energy that the rank leaves out, else
+        from float64; `rank_of` gives the rank for a spectrum."""
         if max(map(abs, (*bounds(up), *bounds(down)))) > LARGE:
             return cls(up, down)
         core = cls(up, down, torch.float32)
@@ -184,7 +193,7 @@ class ProductSVD:
 
     @property
     def most(self) -> float:
-        """‖up‖² ‖down‖², which ‖D‖² would be without anything that cancels."""
+        """‖up‖² ‖down‖², an upper bound of ‖D‖² and the scale of the rounding in products of the factors."""
         return float(self.up.norm()) ** 2 * float(self.down.norm()) ** 2
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
@@ -192,14 +201,15 @@ class ProductSVD:
         root = self.sigma[:rank].sqrt()
         over = torch.where(root > 0, 1 / root, 0.0)
         kept = self._right[:, :rank]
+        # LAPACK's reflectors stand for the full Q, (n, n), so V gets zeros below.
         padded = self.up.new_zeros(self.down.shape[1], rank)
         padded[: len(kept)] = kept * root
         downs = torch.ormqr(self._reflectors, self._tau, padded).T
         return self.up @ (self._turned @ kept * over).float(), downs
 
     def distance(self, up: Tensor, down: Tensor) -> float:
-        """‖D − up · down‖, for other factors: from small products in float32 where the difference is large enough for them
-        to tell it to a part in a thousand, else by `difference_norm`."""
+        """‖D − up · down‖ for other factors: from small products in float32 where these give a difference so large to a part
+        in a thousand, else by `difference_norm`."""
         ups, downs = up.float(), down.float()
         across = ((self.up.T @ ups).double() * (self.down @ downs.T).double()).sum()
         own = ((ups.T @ ups).double() * (downs @ downs.T).double()).sum()

@@ -1,4 +1,4 @@
-"""How much rank to keep: rules that look at one matrix's spectrum, and prices that share one budget over many.
+"""How much rank to keep: rules that look at one matrix's spectrum, and prices that share one budget over many matrices.
 
 Where kohya's and LyCORIS's tools have a rule of the same name, the definition is theirs and the rank the least that meets it
 (kohya sd-scripts networks/resize_lora.py, whose index is one too high; LyCORIS utils/__init__.py, extract_linear).
@@ -18,18 +18,19 @@ from loratool.errors import LoratoolError, look_up
 from loratool.numbers.krylov import Spectrum
 
 NUMERICAL: Final = 1e-6
-"""Singular values below so much of the largest are what float32 arithmetic leaves, and nothing else."""
+"""The share of the largest singular value below which others are nothing but what float32 arithmetic leaves."""
 
 
 PRECISE: Final = 1e-6
-"""Shares of ‖ΔW‖² that float32 products give to no more than some percent."""
+"""The share of ‖ΔW‖² below which float32 products are wrong by some percent, and float64 is needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankMethod:
-    """One way to choose a rank: `rank` of a value and a spectrum, None where more of it must be known.
+    """One way to choose a rank: `rank` of a value and a spectrum, or None where more of the spectrum must be known.
 
-    `lower` and `upper` bound the value; a `whole` one needs the complete spectrum; `least` is the rank it never goes below.
+    `lower` and `upper` bound the value; `whole` says that the method needs the complete spectrum; `least` is the lowest rank
+    that the method gives.
     """
 
     rank: Callable[[float, Spectrum], int | None]
@@ -44,7 +45,7 @@ def _given_rank(value: float, spectrum: Spectrum) -> int | None:
 
 
 def _within(left: float, spectrum: Spectrum) -> int | None:
-    """The least rank that leaves out at most `left` of the sum of squares."""
+    """The least rank that leaves out at most the share `left` of the sum of squares."""
     kept = torch.cumsum(spectrum.sigma.square(), 0)
     enough = torch.nonzero(spectrum.total - kept <= left * spectrum.total)
     if len(enough):
@@ -53,7 +54,8 @@ def _within(left: float, spectrum: Spectrum) -> int | None:
 
 
 def _above(limit: float, spectrum: Spectrum) -> int | None:
-    """As many as are larger than `limit`."""
+    """The number of singular values above `limit`."""
+    # A known value at or below the limit shows that no further value is above; without it, more may be hidden.
     count = int((spectrum.sigma > limit).sum())
     return count if count < len(spectrum.sigma) or spectrum.complete else None
 
@@ -81,18 +83,19 @@ RANK_METHODS: Final[Mapping[str, RankMethod]] = {
     ),
     "all": RankMethod(lambda _, spectrum: _above(NUMERICAL * _largest(spectrum), spectrum), 0, 0),
 }
-"""`rank` is given; `max_error` is of ‖ΔW‖, `energy` of ‖ΔW‖²; `sv_ratio`, `sv_fro` and `sv_cumulative` are kohya's;
-`threshold` is LyCORIS's, as are `sv_ratio` (its 1 / ratio) and `sv_cumulative` (its quantile); `auto` ends where rounding to
-the stored dtype reaches; `all` is all that is more than float32's noise."""
+"""`rank` is the value itself; `max_error` is a share of ‖ΔW‖ that is left out, `energy` a share of ‖ΔW‖² that is kept;
+`sv_ratio`, `sv_fro` and `sv_cumulative` are kohya's; `threshold` is LyCORIS's, as are `sv_ratio` (its 1 / ratio) and
+`sv_cumulative` (its quantile); `auto` keeps what rounding to the stored dtype cannot have made; `all` keeps what exceeds
+float32's noise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One of `RANK_METHODS` and its value, the rank of convolutions with a kernel where it is another, and bounds of the
-    rank.
+    """One of `RANK_METHODS` and its value; `conv`, the rank of convolutions whose kernel is larger than 1 × 1, where that
+    differs; and bounds of the rank.
 
-    A rank is raised to the next of `steps`, if there are any; with `pad`, factors get zeros for what a matrix has no
-    singular values for. Raises `LoratoolError` where the value is out of the method's range.
+    A rank is raised to the next of `steps`, if there are any; with `pad`, factors get zeros for the ranks that a matrix has
+    no singular values for. Raises `LoratoolError` where the value is out of the method's range.
     """
 
     method: str = "all"
@@ -112,24 +115,25 @@ class Rule:
 
     def of(self, shape: Sequence[int]) -> Rule:
         """The rule for a weight of `shape`: (out, in, *kernel)."""
+        # kohya and LyCORIS count convolutions of kernel 1 × 1 as linear layers.
         if self.conv is None or math.prod(shape[2:]) == 1:
             return self
         return replace(self, method="rank", value=self.conv, conv=None, least=None, most=None)
 
     @property
     def expected(self) -> int | None:
-        """The rank, where it is known before a spectrum is."""
+        """The rank, or its upper bound, where known before any spectrum: the width of the first block to compute."""
         if self.method == "rank":
             return self._raise_to_step(int(self.value))
         return self.most
 
     def padded(self, rank: int) -> int:
-        """The rank that factors of `rank` are stored at: with `pad`, what was asked for, whatever there is."""
+        """The rank that factors of `rank` are stored at: with `pad` at least the rank that was asked for."""
         asked = max(rank, self.least or 0, int(self.value) if self.method == "rank" else 0)
         return self._raise_to_step(asked) if self.pad and rank else rank
 
     def _raise_to_step(self, rank: int) -> int:
-        """The next of the steps; raises `LoratoolError` above the last."""
+        """The least of the steps that holds `rank`; raises `LoratoolError` where none does."""
         if not self.steps or not rank:
             return rank
         step = next((step for step in self.steps if step >= rank), None)
@@ -143,17 +147,17 @@ class Rule:
 
     @property
     def precise(self) -> bool:
-        """Whether it asks for more than products in float32 can tell."""
+        """Whether the rule leaves out so little that products in float32 cannot tell, and float64 is needed."""
         left = {"max_error": self.value**2, "energy": 1 - self.value, "sv_fro": 1 - self.value**2}.get(self.method, 1.0)
         return left < PRECISE
 
     def __call__(self, spectrum: Spectrum) -> int | None:
-        """The rank to keep, at most as many as there are; None where more of the spectrum must be known."""
+        """The rank to keep; None where more of the spectrum must be known. The caller cuts it to the values that exist."""
         method, found = RANK_METHODS[self.method], len(spectrum.sigma)
         least = method.least if self.least is None else self.least
         rank = method.rank(self.value, spectrum)
         if rank is None:
-            # What is known already exceeds the limit.
+            # The method wants at least the values known so far, and where those reach the cap, the cap decides.
             return self.most if self.most is not None and found >= self.most else None
         rank = max(rank, least)
         return self._raise_to_step(rank if self.most is None else min(rank, self.most))
@@ -167,8 +171,8 @@ def _range(method: RankMethod) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RankCandidate:
-    """A module whose rank is to be bought: its leading singular values, whether no other is worth anything, and the bytes
-    that each rank costs; ‖ΔW‖²."""
+    """A module whose rank is to be bought: `sigma`, its leading singular values; `complete`, whether no further value is
+    worth anything; `cost`, the bytes that each rank takes; and `total`, ‖ΔW‖²."""
 
     sigma: Tensor
     complete: bool
@@ -178,7 +182,8 @@ class RankCandidate:
 
 @dataclass(frozen=True, slots=True)
 class RankAllocation:
-    """The ranks bought; the `price`, in squares per byte, below which nothing was; the offers that may hold more."""
+    """The ranks bought; `gain_per_byte`, the gain in squares per byte of the first rank not bought (0 where all were); and
+    `unsettled`, the numbers of the offers whose unknown singular values may be worth more than that."""
 
     ranks: tuple[int, ...]
     gain_per_byte: float
@@ -194,10 +199,11 @@ def allocate_ranks(
     fixed: float = 0.0,
 ) -> RankAllocation:
     """Spends bytes where each saves most of ‖ΔW − LoRA‖², over all modules: at most `nbytes`, or until `squares` are saved.
-    The first `least` ranks of each are bought before all others; its first takes `fixed` bytes more, for its names.
+    The first `least` ranks of each module are bought before all others; a module's first rank takes `fixed` bytes more, for
+    its names.
 
-    Both are optimal but for the last step (the fractional knapsack's greedy order). What is unknown of an offer counts as
-    nothing, so that the price can only rise when more is known.
+    Either way the choice is optimal but for the last step (the fractional knapsack's greedy order). What is unknown of an
+    offer counts as nothing, so that the price of the last purchase can only rise when more is known.
     """
     if not offers:
         return RankAllocation((), 0.0, ())
@@ -205,6 +211,8 @@ def allocate_ranks(
     costs = torch.cat([torch.full((len(offer.sigma),), offer.cost, dtype=torch.float64) for offer in offers])
     owners = torch.cat([torch.full((len(offer.sigma),), index) for index, offer in enumerate(offers)])
     must = torch.cat([torch.arange(len(offer.sigma)) < least for offer in offers])
+    # Within a module gains fall and costs are equal. With a stable sort its ranks thus come in their own order, so that
+    # counting the purchases of a module gives its rank.
     rates = gains / costs
     order = torch.argsort(torch.where(must, math.inf, rates), descending=True, stable=True)
     taken = costs + fixed * torch.cat([torch.arange(len(offer.sigma)) == 0 for offer in offers])
@@ -212,6 +220,7 @@ def allocate_ranks(
     count = min(fit, int((torch.cumsum(gains[order], 0) < squares).sum()) + 1)
     price = float(rates[order[count]]) if count < len(order) else 0.0
     ranks = torch.bincount(owners[order[:count]], minlength=len(offers))
+    # An offer whose last known value still sells at this price may hide others that would.
     unsettled = [
         index
         for index, offer in enumerate(offers)
@@ -223,7 +232,8 @@ def allocate_ranks(
 @dataclass(frozen=True, slots=True)
 class Budget:
     """One bound over all modules instead of a rule for each: `nbytes` of the whole output, or the relative `error` of all
-    that changed; with bounds of each module's rank. Raises `LoratoolError` unless exactly one of the two is given."""
+    changes together; `least` and `most` bound each module's rank. Raises `LoratoolError` unless exactly one of `nbytes` and
+    `error` is given, and the error is between 0 and 1."""
 
     nbytes: int | None = None
     error: float | None = None

@@ -1,7 +1,8 @@
-"""How far stored numbers are from a guess at them, counted in numbers of their dtype that lie between, and packed.
+"""Residuals: the distances of stored numbers from a guess at them, in steps of their dtype, packed and unpacked to the bit.
 
-Most guesses are right and most others are next to it: four counts make a byte, and of those bz2 leaves little more than the
-entropy of the counts (seen of bf16 weights that a change of a hundredth of their size was taken from: 0.149 bits of 0.125).
+Most guesses are right, and most others are off by one. Four counts make a byte, and bz2 packs the bytes to little more than
+the entropy of the counts (0.149 bits a number, where the entropy is 0.125, for bf16 weights from which a change of a
+hundredth of their size was subtracted).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from loratool.errors import InvalidFile
 from loratool.numbers.rounding import from_ordered_int, to_ordered_int
 
 ESCAPE: Final = 3
-"""The two bits of a count that does not fit in two: it follows the packed ones, whole."""
+"""The two bits that stand for a count above two, which follows whole in a second stream."""
 LENGTH_BYTES: Final = 8
+"""Bytes of each stream's length."""
 _CHUNK: Final = 1 << 20
 """Numbers that are packed at a time."""
 
@@ -27,13 +29,13 @@ Integers = NDArray[np.integer]
 
 
 def pack_residual(values: Tensor, guess: Tensor) -> bytes:
-    """What leads from `guess` to `values`, of the same shape and dtype, to the bit."""
+    """The bytes that lead from `guess` to `values`, of the same shape and dtype, to the bit."""
     pairs = zip(torch.split(values.flatten(), _CHUNK), torch.split(guess.flatten(), _CHUNK), strict=True)
     return b"".join(_pack(to_ordered_int(value).numpy(), to_ordered_int(guessed).numpy()) for value, guessed in pairs)
 
 
 def unpack_residual(raw: bytes, guess: Tensor) -> Tensor:
-    """The values that `pack_residual` was given with the same guess; raises `InvalidFile` for what it never makes."""
+    """The values that `pack_residual` was given with the same guess; raises `InvalidFile` for bytes that it never writes."""
     values, start = torch.empty_like(guess).flatten(), 0
     for part, guessed in zip(torch.split(values, _CHUNK), torch.split(guess.flatten(), _CHUNK), strict=True):
         integers = to_ordered_int(guessed)
@@ -45,9 +47,10 @@ def unpack_residual(raw: bytes, guess: Tensor) -> Tensor:
 
 
 def _pack(values: Integers, guess: Integers) -> bytes:
-    """The lengths of two streams, and the streams: four counts a byte, and those that do not fit there."""
+    """The lengths of two streams, and the streams: four counts a byte, and the counts that two bits cannot hold."""
+    # Differences may wrap around at the width of the numbers, as the sum does that takes them back.
     apart = values - guess
-    # 0, −1, 1, −2 … become 0, 1, 2, 3 …
+    # 0, −1, 1, −2 … become 0, 1, 2, 3 …, so that small distances of either sign are small counts.
     counts = ((apart << 1) ^ (apart >> (8 * apart.itemsize - 1))).view(f"u{apart.itemsize}")
     codes = np.minimum(counts, ESCAPE).astype(np.uint8)
     quads = np.pad(codes, (0, -len(codes) % 4)).reshape(-1, 4)
@@ -58,7 +61,7 @@ def _pack(values: Integers, guess: Integers) -> bytes:
 
 
 def _unpack(raw: bytes, start: int, guess: Integers) -> tuple[Integers, int]:
-    """How far the values are from `guess`, from the streams that begin at `start`, and where these end."""
+    """The distances of the values from `guess`, read from the streams that begin at `start`, and the streams' end."""
     itemsize, count = guess.itemsize, len(guess)
     body = start + 2 * LENGTH_BYTES
     first, second = (int.from_bytes(raw[at : at + LENGTH_BYTES], "little") for at in (start, start + LENGTH_BYTES))
@@ -72,7 +75,8 @@ def _unpack(raw: bytes, start: int, guess: Integers) -> tuple[Integers, int]:
 
 
 def _inflate(raw: bytes, count: int) -> bytes:
-    """What was compressed, which must be `count` bytes: no more than that is ever unpacked."""
+    """The bytes that were compressed to `raw`; raises `InvalidFile` unless there are `count`."""
+    # One byte beyond shows that there are too many, and a hostile file cannot unpack to more.
     decompressor = bz2.BZ2Decompressor()
     try:
         found = decompressor.decompress(raw, max_length=count + 1)

@@ -1,7 +1,8 @@
-"""From float32 to a stored dtype, once: to the nearest value, or to one of the two neighbours by chance.
+"""Rounding from float32 to a stored dtype, by chance to one of two neighbours; ULPs, neighbours and numbers as ordered ints.
 
-Stochastic rounding keeps a small change on average where rounding to nearest would lose it. Its chance is a counter-based
-generator's (Philox, Salmon et al. 2011) at the element's own index, so a result does not depend on blocks or threads.
+Stochastic rounding keeps a small change on average where rounding to nearest would lose the change. Its draws come from a
+counter-based generator (Philox, Salmon et al. 2011) at the element's own index, so a result does not depend on blocks or
+threads.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ def max_finite(dtype: torch.dtype) -> float:
 
 
 def ulp(values: Tensor) -> Tensor:
-    """The distance of each number from its neighbours in its own dtype, in float32, or float64 where it is stored so.
+    """The ULP of each number in its dtype: the distance to the neighbour away from zero, in float32 (float64 for float64).
 
-    Rounding to that dtype was off by up to half of it, and by 1/√12 of it on average.
+    Rounding to that dtype was off by up to half an ULP, and by 1/√12 ULP on average.
     """
     dtype = values.dtype
     limits = torch.finfo(dtype)
     integers, exponent = _EXPONENTS[dtype]
     powers = (values.view(integers) & exponent).view(dtype)
+    # Subnormal numbers, whose exponent bits are all zero, are as far apart as the smallest normal ones.
     wide = powers if dtype == torch.float64 else powers.float()
     return wide.clamp_min(limits.smallest_normal) * limits.eps
 
@@ -43,41 +45,44 @@ _EXPONENTS: Final = {
     torch.float8_e4m3fn: (torch.uint8, 0x78),
     torch.float8_e5m2: (torch.uint8, 0x7C),
 }
-"""An integer of the same width, and the bits of the exponent in it: alone they are the power of two below a number."""
+"""For each dtype an integer of its width, and the mask of the exponent's bits: these alone are the power of two below a
+number."""
 
 
 INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers of the width of a number, by its bytes."""
+"""The integer dtype of a number's width, by the number's bytes."""
 
 
 def to_ordered_int(values: Tensor) -> Tensor:
-    """Numbers as integers of their width in the same order, neighbours one apart; −0 comes just before 0."""
+    """Numbers as integers of their width, in the same order and with neighbours one apart; −0 comes just before 0."""
     return _turn_sign(values.contiguous().view(INTEGERS[values.element_size()]))
 
 
 def from_ordered_int(integers: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers that `to_ordered_int` makes these integers of."""
+    """The numbers of `dtype` that `to_ordered_int` turned into these integers."""
     return _turn_sign(integers).view(dtype)
 
 
 def adjacent_values(values: Tensor) -> tuple[Tensor, Tensor]:
     """The next number of the same dtype below each, and the next above."""
     found = to_ordered_int(values)
-    # The two zeros are one number.
+    # The two zeros are one number: the neighbour of either lies beyond the other.
     below = found - 1 - (found == 0).to(found.dtype)
     above = found + 1 + (found == -1).to(found.dtype)
     return from_ordered_int(below, values.dtype), from_ordered_int(above, values.dtype)
 
 
 def _turn_sign(bits: Tensor) -> Tensor:
-    """Sign and magnitude to two's complement, and back."""
+    """Turns sign and magnitude into two's complement, and back."""
+    # The shift spreads the sign: of negative numbers all bits but the sign are turned, of others none.
     return bits ^ ((bits >> (8 * bits.element_size() - 1)) & torch.iinfo(bits.dtype).max)
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, name: str, seed: int, index: int) -> Tensor:
-    """float32 `values` rounded to one of the two neighbours in `dtype`, with a chance in proportion to nearness.
+    """The float32 `values` rounded to one of the two neighbours in `dtype`, each as likely as the value is near.
 
-    The draws are those of the tensor called `name` from element `index` on. Exact values and wide dtypes stay.
+    The draws are those of the tensor called `name` from element `index` on. Values that `dtype` holds exactly stay, and
+    dtypes as wide as float32 take all values as they are.
     """
     rounded = values.to(dtype)
     if dtype.itemsize >= values.dtype.itemsize:
@@ -88,6 +93,7 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, name: str, seed: in
     # Stored numbers are a sign and a magnitude: one step away from zero is one more in the bits, whatever the sign.
     away = (missing > 0) == ~torch.signbit(rounded.float())
     other = (bits + away * 2 - 1).to(bits.dtype).view(dtype)
+    # Where the nearest is Inf the chance is NaN, which no draw is below: an overflow stays one.
     chance = missing / (other.float() - back)
     draws = _draws(name, seed, index, values.numel()).to(values.device)
     take = (missing != 0) & (draws.reshape(values.shape) < chance)
@@ -95,7 +101,7 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, name: str, seed: in
 
 
 def _draws(name: str, seed: int, index: int, count: int) -> Tensor:
-    """`count` uniform numbers in [0, 1), multiples of 2⁻¹⁶, that belong to elements `index` on of tensor `name`."""
+    """`count` uniform numbers in [0, 1), multiples of 2⁻¹⁶, for the elements of tensor `name` from `index` on."""
     key = np.frombuffer(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest(), dtype=np.uint64)
     first, skipped = divmod(index, PER_COUNTER)
     generator = np.random.Philox(key=key, counter=[first, 0, 0, 0])

@@ -1,4 +1,4 @@
-"""Work in pieces on a few threads, ended at once by the first error; and the memory that a process takes."""
+"""Work in pieces on a few threads, ended by the first error; and the cores and memory that a process may use."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ import torch
 from loratool.numbers.devices import exact_products
 
 MOST_THREADS: Final = 8
+"""Threads that work at once at most."""
 THREAD_BYTES: Final = 512 << 20
-"""Memory that there should be for each thread, with what it holds of a model and its adapters."""
+"""Memory to reckon with for each thread, with the parts of a model and its adapters that the thread holds."""
 CGROUP_LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""The files with a container's memory limit: of Linux's control groups version 2, and version 1."""
 
 _T = TypeVar("_T")
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes done so far and all there are to do."""
+"""Called with the bytes done so far and with the total to do."""
 
 
 def peak_bytes() -> int:
@@ -35,12 +37,13 @@ def peak_bytes() -> int:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, IndexError, ValueError):
+        # macOS gives bytes, other systems KiB.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
 
 def progress_counter(total: int, progress: Progress | None) -> Callable[[int], None]:
-    """Tells `progress` of work as it is done, from one thread: call what this returns with each piece's bytes."""
+    """A function that adds a piece's bytes to those done and tells `progress`; to be called from one thread."""
     done = 0
 
     def add(nbytes: int) -> None:
@@ -53,21 +56,22 @@ def progress_counter(total: int, progress: Progress | None) -> Callable[[int], N
 
 
 def usable_cores() -> int:
-    """How many cores this process may run on."""
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_limit() -> int:
-    """The bytes that this process may take by its container's limit and its own (ulimit -v); 0 where nothing limits it."""
+    """The bytes that this process may take by its container's limit and its own (ulimit -v); 0 where there is no limit."""
     limits = [resource.getrlimit(resource.RLIMIT_AS)[0]]
     for path in CGROUP_LIMITS:
         with contextlib.suppress(OSError, ValueError):
             limits.append(int(path.read_text()))
+    # "No limit" is -1 of POSIX's limits, the word max of cgroup v2, which int refuses, and almost 2^63 of cgroup v1.
     return min((limit for limit in limits if 0 < limit < 1 << 60), default=0)
 
 
 def threads_for(limit: int) -> int:
-    """How many threads work at once where memory is limited to so many bytes, 0 being no limit."""
+    """The number of threads that work at once where memory is limited to `limit` bytes; 0 means no limit."""
     room = limit // THREAD_BYTES if limit else MOST_THREADS
     return max(1, min(MOST_THREADS, usable_cores(), room))
 
@@ -79,16 +83,17 @@ def run_all(
     *,
     threads: int | None = None,
 ) -> None:
-    """Calls every piece, and `done` with its number and result, in the order in which they end, in the calling thread.
+    """Calls every piece on a thread, and `done` in the calling thread with each piece's number and result, as pieces end.
 
-    Each thread computes with one core: pieces are too small to share, and sums must not depend on how many cores there are.
-    `stopped` is set when an error or an interruption ends it, for pieces that look.
+    Each thread computes with one core: pieces are too small to share, and sums must not depend on the number of cores.
+    `stopped` is set at the end, so that pieces that look at the event stop early after an error or an interruption.
     """
     count = threads or threads_for(memory_limit())
     before, running, numbered = torch.get_num_threads(), dict[Future[_T], int](), enumerate(pieces)
     with exact_products(), ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, 1)) as pool:
         try:
             while True:
+                # Pieces are made only as threads get to them; as many again in the queue keep every thread busy.
                 for index, piece in numbered:
                     running[pool.submit(piece)] = index
                     if len(running) >= 2 * count:
@@ -98,13 +103,14 @@ def run_all(
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     done(running.pop(future), future.result())
         finally:
+            # Before the wait: pieces that are running look at the event, and the queued ones never start.
             stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(before)
 
 
 def map_on_threads(pieces: Iterable[Callable[[], _T]]) -> list[_T]:
-    """What the pieces return, in their order, from `run_all`."""
+    """The results of the pieces, run by `run_all`, in the order of the pieces."""
     done: dict[int, _T] = {}
     run_all(pieces, done.__setitem__, threading.Event())
     return [done[number] for number in range(len(done))]

@@ -1,4 +1,4 @@
-"""`convert --to`: an adapter under another format's names, exactly, and compared with the source once it is written."""
+"""`convert --to`: an adapter in another format with exactly the same ΔW, compared with its source once it is written."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from loratool.verbs.reports import Report
 @dataclass(frozen=True, slots=True)
 class ConvertReport(Report):
     """What a conversion did: into which format, for which architecture, how many modules there were and are, how many of
-    them were cut or stacked, and the largest relative difference of a module that re-reading it found. `lowered` are the
-    modules that became LoRA first, `error` what that left out of all of them."""
+    them were cut or stacked, and the largest relative difference of a module that reading the output again found. `lowered`
+    are the modules that became LoRA first, and `error` is the relative error over them."""
 
     out: str
     format: str
@@ -57,11 +57,11 @@ def convert(
     device: str = "cpu",
     overwrite: bool = False,
 ) -> ConvertReport:
-    """Writes an adapter to `out` in the format called `to`, with the same ΔW, and compares what it wrote.
+    """Writes an adapter to `out` in the format called `to`, with the same ΔW, and compares the output with its source.
 
-    `arch` overrides what the file is detected to be for, and `source`, a format's name, narrows it to what is spelled so;
-    `base` is a checkpoint that has the modules' names. With a `rule`, what is no LoRA becomes one first. Raises
-    `LoratoolError`, and writes nothing, where a delta has no exact form or no place there.
+    `arch` overrides the architecture that is detected, and `source`, a format's name, narrows detection to architectures
+    that this format spells so; `base` is a checkpoint that has the modules' names. With a `rule`, other kinds become LoRA
+    first. Raises `LoratoolError`, and writes nothing, where a delta has no exact form or no place in the format.
     """
     with error_in_file(adapter.path if isinstance(adapter, Adapter) else adapter):
         adapter, target = open_source(adapter, allow_pickle=allow_pickle, assume=assume), format_named(to)
@@ -69,6 +69,8 @@ def convert(
         require_folder_name(target, out)
         converted: list[ApproximatedModule] = []
         weights = open_base(base)
+        # LoRA first: what has no exact form in the format can then be cut and stacked. Without a rule, a PEFT folder is
+        # copied to a PEFT folder as it is, so that kinds which only PEFT has pass too.
         if rule is not None:
             adapter, converted = approximate_adapter(adapter, rule, dtype, base=weights, device=device)
         elif target.folder and (folder := _peft_folder(adapter)):
@@ -81,6 +83,7 @@ def convert(
             report,
             arch=found.title,
             after=len({(item.prefix, item.path) for item in written.moved}),
+            # A module whose parts are together in the target too is renamed only, and not cut.
             cut=sum(len(way.read.parts) > 1 and not way.renames for way in routes.values()),
             stacked=sum(len(item.sources) > 1 for item in written.moved),
             difference=written.difference,
@@ -90,7 +93,7 @@ def convert(
 
 
 def _report(adapter: Adapter, target: Format, out: Path, nbytes: int) -> ConvertReport:
-    """Of a conversion that changed nothing."""
+    """The report of a conversion that renamed nothing; `convert` fills in what it did beyond that."""
     count = len({change.module for change in adapter.changes})
     return ConvertReport(
         str(out), target.title, "any model", count, count, 0, 0, target.alpha, 0.0, nbytes, warnings=adapter.warnings
@@ -98,18 +101,20 @@ def _report(adapter: Adapter, target: Format, out: Path, nbytes: int) -> Convert
 
 
 def _history(adapter: Adapter, target: Format, converted: Sequence[ApproximatedModule]) -> dict[str, str]:
+    """The metadata that tells of the conversion, with its error where deltas became LoRA."""
     error = {"error": f"{error_of(converted):.4e}"} if converted else {}
     return history_entry("convert", [input_record(adapter.path, adapter.file)], adapter.metadata, to=target.name, **error)
 
 
 def _peft_folder(adapter: Adapter) -> AdapterFile | None:
-    """What an adapter was read from, if that is a PEFT folder with its config."""
+    """The file that an adapter was read from, if it is a PEFT folder with its config and no pickle; else None."""
     file = adapter.file
     return file if file and file.path.is_dir() and file.config_file and not file.is_pickle else None
 
 
 def _copy_folder(adapter: Adapter, source: AdapterFile, target: Format, out: Path, *, overwrite: bool) -> ConvertReport:
-    """A PEFT folder as a PEFT folder: all its tensors and its config, whatever its kind."""
+    """Copies a PEFT folder: all its tensors and its config, whatever its kind."""
+    # Tensors go from file to file as they are, so there is nothing to read back and compare.
     with TensorFile(source.header) as file:
         tensors = {name: file.read(info) for name, info in source.header.tensors.items()}
     contents = AdapterContents(tensors, {**adapter.metadata, **_history(adapter, target, [])}, adapter.config)

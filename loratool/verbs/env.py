@@ -1,4 +1,4 @@
-"""`env`: what loratool runs on."""
+"""`env`: the versions, the machine and the devices that loratool runs on."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from loratool._version import __version__
 from loratool.numbers.threads import memory_limit, usable_cores
 
 LIBRARIES: Final = ("torch", "safetensors", "numpy", "click", "rich", "peft", "diffusers", "transformers")
-"""Those it is built on, and those whose files it writes."""
+"""The libraries that loratool is built on, and those whose files it writes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device as `--device` names it, what it is called, and its memory in bytes (0: that of the machine)."""
+    """A device: its `name` for `--device`, its `title` for people, its memory in bytes (0: the machine's own memory)."""
 
     name: str
     title: str
@@ -30,7 +30,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """Versions, the machine, its memory and devices. Sizes are in bytes; 0 where the system does not tell."""
+    """Versions, the machine, its memory and devices. Sizes are in bytes; 0 where the system does not tell them."""
 
     versions: Mapping[str, str]
     system: str
@@ -43,7 +43,7 @@ class Environment:
 
 
 def environment() -> Environment:
-    """What this process runs on."""
+    """Gathers the environment of this process."""
     meminfo = _meminfo()
     total = meminfo.get("MemTotal", 0)
     limit = memory_limit()
@@ -53,6 +53,8 @@ def environment() -> Environment:
         processor=_processor(),
         cores=usable_cores(),
         memory=total,
+        # A limit (a container's, ulimit -v) at or above the machine's memory limits nothing. Where /proc/meminfo does not
+        # tell that memory (total 0), any limit is shown.
         memory_limit=limit if limit < (total or limit + 1) else 0,
         memory_free=meminfo.get("MemAvailable", 0),
         devices=tuple(_devices()),
@@ -65,7 +67,9 @@ def _versions() -> dict[str, str]:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
+            # Extras, and the libraries whose files are written, need not be there.
             continue
+    # torch is built for one of both; ROCm's builds answer to the names of CUDA.
     built = torch.version.cuda or torch.version.hip
     return found | ({"CUDA": built} if built else {})
 
@@ -83,6 +87,7 @@ def _devices() -> list[Device]:
 def _meminfo() -> dict[str, int]:
     """Linux's /proc/meminfo in bytes; nothing elsewhere."""
     try:
+        # What the kernel calls kB are 1024 bytes. Counts of huge pages have no unit and come out wrong; nobody uses them.
         lines = Path("/proc/meminfo").read_text().splitlines()
         return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
     except (OSError, ValueError, IndexError):
@@ -94,4 +99,5 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
+        # ARM's cpuinfo has no model name, and other systems no cpuinfo.
         return platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""`hash`: every hash that people know a file by, and whether what it says of itself is true. No torch."""
+"""`hash`: every hash that people know a file by, and whether the hashes in its own metadata are true. No torch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CLAIMS: Final[Mapping[str, tuple[str, str]]] = {
     "sshs_legacy_hash": ("sshs_legacy_hash", ""),
     "modelspec.hash_sha256": ("autov3", "0x"),
 }
-"""What a file may say of its own hashes: which hash it is, and what stands before it."""
+"""Metadata keys in which a file states its own hashes: which hash the value is, and the prefix before its digits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hashes:
-    """The hashes of one file, in hexadecimal. `autov3` and kohya's are None of what is no safetensors file, and `blake3`
-    without its library. `claims` maps what the file says of its own hashes to whether that is true."""
+    """The hashes of one file, in hexadecimal. `autov3` and kohya's two are None where the file is no safetensors file, and
+    `blake3` where its library is missing. `claims` maps the metadata keys of `CLAIMS` to whether their values are true."""
 
     path: str
     size: int
@@ -41,12 +41,12 @@ class Hashes:
 
     @property
     def letters(self) -> str | None:
-        """AutoV3 as it is shown."""
+        """AutoV3 as sites show it: its first letters, in capitals."""
         return self.autov3[:LETTERS].upper() if self.autov3 else None
 
     @property
     def true(self) -> bool:
-        """Whether nothing that the file says of its hashes is wrong."""
+        """Whether no hash in the file's own metadata is wrong; true of a file that states none."""
         return all(self.claims.values())
 
 
@@ -57,15 +57,18 @@ def hash_file(path: str | Path) -> Hashes:
 
 
 def hashes_of(path: str | Path, file: Path, header: Header | None) -> Hashes:
-    """The hashes of a file whose header is known, under the name `path`; raises `InvalidFile`."""
+    """The hashes of a file whose header was read already, reported under the name `path`; raises `InvalidFile`."""
     descriptor = open_regular(file)
     try:
+        # One descriptor for all reads: every hash is of the same file, even where the name goes to another one meanwhile.
         before = identity(descriptor)
         if header and before != header.identity:
             raise InvalidFile(f"{file}: was changed while it was read")
         digests = digest_file(descriptor, header)
+        # A1111's first hash: 64 KiB from the first MiB on, of which eight digits are shown; of AutoV2 they are ten.
         old = hashlib.sha256(os.pread(descriptor, LEGACY_BYTES, LEGACY_START)).hexdigest()[:8]
         kohyas = kohya_hashes(descriptor, header, digests["autov3"]) if header else {}
+        # Written to in place while it was read: the hashes would be those of no state that the file ever had.
         if identity(descriptor) != before:
             raise InvalidFile(f"{file}: was changed while it was read")
         size = os.fstat(descriptor).st_size
@@ -79,6 +82,7 @@ def hashes_of(path: str | Path, file: Path, header: Header | None) -> Hashes:
         size=size,
         autov1=old,
         autov2=digests["sha256"][:10],
+        # Without a header `digest_file` hashes the whole file, which is no AutoV3.
         autov3=digests["autov3"] if header else None,
         sha256=digests["sha256"],
         blake3=digests.get("blake3"),
@@ -92,4 +96,5 @@ def hashes_of(path: str | Path, file: Path, header: Header | None) -> Hashes:
 def _claims(header: Header, found: Mapping[str, str]) -> Iterator[tuple[str, bool]]:
     for key, (name, prefix) in CLAIMS.items():
         if said := header.metadata.get(key):
+            # ModelSpec writes 0x before its digits, kohya does not; either case is taken.
             yield key, said.lower().removeprefix(prefix) == found[name]

@@ -1,4 +1,4 @@
-"""What reports of all verbs have in common. No torch: some verbs do without."""
+"""What the reports of all verbs have in common. No torch, which some verbs do without."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Protocol, TypeVar
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a verb did, and `warnings`: what one should know of it."""
+    """The base of all reports of what a verb did; `warnings` are sentences that the user should read."""
 
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimedReport(Report):
-    """A report of something that takes time and memory: how much of both it took, and on which device."""
+    """A report of a verb that takes time and memory: how much of both, and on which device."""
 
     seconds: float = 0.0
     peak_bytes: int = 0
@@ -28,20 +28,21 @@ AnyTimedReport = TypeVar("AnyTimedReport", bound=TimedReport)
 
 
 class Stopwatch:
-    """Runs from when it is made."""
+    """Measures the time from its creation to `stop`."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
 
     def stop(self, report: AnyTimedReport) -> AnyTimedReport:
         """The report with the seconds that have passed, and the most memory that the process has held."""
+        # Imported late, since `numbers.threads` needs torch, and reports of verbs without torch are in this module too.
         from loratool.numbers.threads import peak_bytes
 
         return replace(report, seconds=time.monotonic() - self._started, peak_bytes=peak_bytes())
 
 
 class HasError(Protocol):
-    """A module with the relative error of what became of it."""
+    """A module's figures that have a relative error."""
 
     @property
     def error(self) -> float:

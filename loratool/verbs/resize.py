@@ -1,4 +1,4 @@
-"""`convert --to-lora` and `resize`: deltas as the best LoRA of some rank or error, and what that leaves out."""
+"""`convert --to-lora` and `resize`: deltas as the best LoRA of some rank, error or size, and the error that this makes."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ from loratool.numbers.ranks import NUMERICAL, Budget, RankCandidate, Rule
 from loratool.verbs.reports import Report, worst_of
 
 LADDER: Final = (1, *(step for power in range(1, 15) for step in (2**power, 3 * 2 ** (power - 1))))
-"""The ranks of a frontier: 1, 2, 3, 4, 6, 8, 12, 16 …"""
+"""The ranks of a frontier: 1, then the powers of two and the middles between them: 2, 3, 4, 6, 8, 12, 16 …"""
 
 
 @dataclass(frozen=True, slots=True)
 class ResizeReport(Report):
-    """What a conversion did: every module that changed its kind, how many did not, and the error over all of them; `weighed`
-    is the error with each module's square divided by that of the weight it changes, where that was asked for."""
+    """What a conversion did: every module that became a LoRA or got another rank, how many were kept, and the error over
+    all modules that changed. `weighed` is the error with each module's square divided by the square of the weight's norm,
+    where that was asked for."""
 
     out: str
     modules: tuple[ApproximatedModule, ...]
@@ -66,9 +67,10 @@ def to_lora(
 ) -> ResizeReport:
     """Writes an adapter to `out` with every delta on a matrix or a kernel as a LoRA.
 
-    What is a LoRA already keeps its bytes. Kinds that depend on the weight (DoRA, OFT, (IA)³ …) need `base`. Errors are
-    those of the factors as stored. Raises `LoratoolError`.
+    A LoRA keeps its bytes. Kinds that depend on the weight (DoRA, OFT, (IA)³ …) need `base`. Errors are those of the factors
+    as stored. Raises `LoratoolError`.
     """
+    # Factors and errors are computed in float64, which Apple's GPUs lack.
     work = Approximation(
         open_source(adapter, assume=assume),
         dtype,
@@ -94,8 +96,8 @@ def resize(
     """Writes an adapter to `out` with every LoRA, and every other kind as a LoRA, of the rank that `rule` gives.
 
     The best approximation at that rank (Eckart and Young 1936), from QR of the factors and the spectrum of their small core.
-    A budget is shared over all modules; one that no rank of is worth its bytes is dropped, and has rank 0 in the report.
-    With `weigh`, a budget's errors count relative to the weights in `base` that they are errors of.
+    A budget is shared over all modules; a module of which no rank is worth its bytes is dropped, and has rank 0 in the
+    report. With `weigh`, a budget counts the error of each module relative to its weight in `base`.
     """
     devices = open_devices(device, doubles=True)
     work = Approximation(
@@ -104,6 +106,7 @@ def resize(
     report = _approximate_and_write("resize", work, rule, Path(out), overwrite=overwrite)
     if not weigh:
         return report
+    # The report's modules and the worths are both in the order of `work.numbers`. Errors are relative: norms are weighed.
     worths = work.worth.values()
     return replace(
         report,
@@ -114,7 +117,9 @@ def resize(
 def _approximate_and_write(
     command: str, work: Approximation, rule: Rule | Budget, out: Path, *, overwrite: bool
 ) -> ResizeReport:
+    """Approximates deltas by `rule`, writes the adapter in its source's own spelling, and reports."""
     adapter = work.adapter
+    # What is kept is read as it is stored, so that it keeps its bytes, and counts in a budget.
     kept, said = read_unchanged(adapter, work.kept), _history(command, adapter)
     with error_in_file(adapter.path):
         if isinstance(rule, Rule):
@@ -128,18 +133,21 @@ def _approximate_and_write(
 
 
 History = Callable[[float], dict[str, str]]
-"""The metadata that tells of a command, of the error that it made."""
+"""Gives the metadata that tells of a command, from the error that the command made."""
 
 
 def _history(command: str, adapter: Adapter) -> History:
-    """In as many letters whatever the error is; the input is hashed once, however often that is asked."""
+    """The history of `adapter` with `command` on top."""
+    # A budget asks for the metadata many times, but the input is hashed once, here. The error's width is fixed, so that a
+    # size that was found with one error holds with another.
     made_of = [input_record(adapter.path, adapter.file)]
     return lambda error: history_entry(command, made_of, adapter.metadata, error=f"{error:.4e}")
 
 
 def _contents(said: History, work: Approximation, done: ApproximatedDeltas, kept: Mapping[str, Tensor]) -> AdapterContents:
-    """What is written, and what it says of itself."""
+    """The tensors, metadata and config to write: what is kept, and the new LoRA."""
     tensors = dict(kept)
+    # PEFT scales a bias beside a LoRA as the factors. New factors have scale 1, so the old scale goes into the bias.
     tensors |= rescaled_biases(work.kept, {figures.name for figures, _ in done.values()})
     for number, (figures, delta) in done.items():
         if figures.rank:
@@ -152,8 +160,8 @@ def _contents(said: History, work: Approximation, done: ApproximatedDeltas, kept
 
 @dataclass(frozen=True, slots=True)
 class FrontierPoint:
-    """What one rank for all modules comes to: the bytes of the output, the error over all, and that of the worst module;
-    and the error over all at `shared`, where as many bytes are spent where each saves most."""
+    """What one rank for all modules comes to: the bytes of the output, the relative error over all modules, and the error of
+    the worst module. `shared` is the error over all where the same bytes are spent where each saves most."""
 
     rank: int
     nbytes: int
@@ -164,7 +172,7 @@ class FrontierPoint:
 
 @dataclass(frozen=True, slots=True)
 class FrontierReport(Report):
-    """What each size costs in error, before anything is rounded to a dtype."""
+    """The error at each size, before factors are rounded to a dtype, for an adapter of that ‖ΔW‖ (`norm`)."""
 
     modules: int
     norm: float
@@ -179,19 +187,23 @@ def frontier(
     assume: Assumptions | None = None,
     device: str = "cpu",
 ) -> FrontierReport:
-    """Size against error against rank of an adapter, for ranks from 1 to the largest that any module has. All of
-    it is in the spectra; nothing is written. Raises `LoratoolError`."""
+    """The size and error of an adapter at ranks from 1 to the largest that any module has. All figures are in the spectra;
+    nothing is written. Raises `LoratoolError`."""
     adapter = open_source(adapter, assume=assume)
     work = Approximation(adapter, dtype, keeps_its_rank, open_base(base), devices=open_devices(device, doubles=True))
     kept, said = read_unchanged(adapter, work.kept), _history("resize", adapter)
     spectra = work.offers(dict.fromkeys(work.numbers, Rule()))
+    # The allocator asks for spectra again as it goes, and gets those that are known in full; its budget sets no bound here,
+    # since `within_bytes` is told the bytes.
     market = RankAllocator(work.numbers, lambda rules: {number: spectra[number] for number in rules}, Budget(nbytes=1))
     total = math.sqrt(market.total)
 
     def size(ranks: Mapping[int, int]) -> int:
+        """The bytes of an output whose modules have these ranks."""
         return contents_size(_contents(said, work, work.placeholders(ranks), kept))
 
     def choice(rank: int) -> FrontierPoint:
+        """One rank for all modules, as far as they have so much, against a budget of the same bytes."""
         ranks = {number: min(rank, _effective(offer)) for number, offer in spectra.items()}
         left = {number: _missing_at(spectra[number], rank) for number, rank in ranks.items()}
         nbytes = size(ranks)
@@ -206,10 +218,10 @@ def frontier(
 
 
 def _effective(offer: RankCandidate) -> int:
-    """How many singular values are more than what arithmetic leaves."""
+    """How many singular values of a module are above the noise of float32 arithmetic."""
     return int((offer.sigma > NUMERICAL * offer.sigma[:1]).sum())
 
 
 def _missing_at(offer: RankCandidate, rank: int) -> float:
-    """What a module lacks at `rank`."""
+    """‖ΔW − LoRA‖ of a module at `rank`: the norm of the singular values that are left out."""
     return float(offer.sigma[rank:].norm())

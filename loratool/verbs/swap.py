@@ -1,6 +1,6 @@
-"""`swap`: one adapter out of a merged checkpoint and another in, in one pass and with one rounding.
+"""`swap`: takes adapters out of a merged checkpoint and puts others in, in one pass and with one rounding.
 
-Switching tasks so is described with LoRA itself (Hu et al. 2021, arXiv:2106.09685, section 4.2): subtract B A, add B' A'.
+The LoRA paper switches tasks in this way (Hu et al. 2021, arXiv:2106.09685, section 4.2): subtract B A, add B' A'.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ def swap(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Writes to `out`, or without it into `merged` itself, the checkpoint with the adapters `outgoing` subtracted at the
-    strengths at which they were merged, and `incoming` added: merging those into the original base, to one rounding.
+    """Writes `merged` with `outgoing` subtracted, each at the strength at which it was merged, and `incoming` added.
 
-    Raises `LoratoolError` where `outgoing` changes something that is no sum, and whatever `merge` raises.
+    The result goes to `out`, or without `out` into `merged` itself, and is a rounding away from merging `incoming` into the
+    original base. Raises `LoratoolError` where a change of `outgoing` depends on the weight, and whatever `merge` raises.
     """
     layout = open_layout(Path(merged).expanduser())
     require_weights(layout, LOST)
+    # Both go into one plan, at negated and at given strengths, so that weights are rounded once and not in between.
     negated = [weighted_adapter(source).negated() for source in outgoing]
     old = open_inputs(negated, assume=assume, allow_pickle=allow_pickle)
     for each in old:

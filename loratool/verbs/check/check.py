@@ -1,4 +1,4 @@
-"""`check`: will an adapter load in a program, and do there what it does here; and what would make it."""
+"""`check`: whether an adapter loads in a program and does there what it does here, and what would help if not."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from loratool.verbs.merge.plan import MergeInput, make_plan
 from loratool.verbs.reports import Report
 
 REFUSED: Final = "refused"
-"""It does not load."""
+"""The program does not load the adapter, or not all of it."""
 DIFFERENT: Final = "different"
-"""It loads, and does something else."""
+"""The adapter loads, and does something else than it is meant to."""
 COSTLY: Final = "costly"
-"""It loads and does the same, at a price."""
+"""The adapter loads and does the same, at a price such as memory."""
 NOTE: Final = "note"
-"""What one has to know to load it."""
+"""What the user has to know to load the adapter; nothing is wrong with it."""
 
 VERDICTS: Final = {
     REFUSED: "does not load",
     DIFFERENT: "loads, and is not the same",
     COSTLY: "loads, at a price",
 }
-"""What the gravest of all findings comes to."""
+"""The verdict that each level of finding leads to, the gravest first: the first level found decides."""
 SAME: Final = "loads, and is the same"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that a program makes of an adapter: how grave it is, what it is, which modules are concerned, what to do
-    about it, and whether --fix does that. `lost` is ‖ΔW‖ of what a fix leaves out."""
+    """One thing that a program makes of an adapter: its `level`, `what` it is, the `way` out, whether `fix` goes that way
+    (`fixable`), and the names of the modules concerned. `lost` is ‖ΔW‖ of what a fix leaves out."""
 
     level: str
     what: str
@@ -56,9 +56,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport(Report):
-    """What a program makes of an adapter, by the `source` of the program; and of a fix, what was done and its error.
+    """What a program makes of an adapter, by the program's source files (`source`); after a fix also what was `done`, its
+    relative `error`, ‖ΔW‖ of what was left out (`lost`), and the bytes written.
 
-    It is `good` where it loads as it is, does the same, and costs nothing; the verdict says so in words.
+    `good` says that the adapter loads as it is, does the same, and costs nothing; `verdict` says so in words.
     """
 
     path: str
@@ -76,7 +77,7 @@ class CheckReport(Report):
 
 @dataclass(frozen=True, slots=True)
 class CheckContext:
-    """An adapter before a program."""
+    """An adapter, the program that is to load it, and the layout of its base where one is given: what a rule looks at."""
 
     adapter: Adapter
     consumer: Consumer
@@ -91,18 +92,20 @@ class CheckContext:
         return is_language_model([change.module for change in self.adapter.changes])
 
     def loras(self) -> Iterator[tuple[Change, int, float]]:
-        """Each LoRA, its rank, and what its factors' product is multiplied by."""
+        """Each change that is a pair of factors, with its rank and its scale."""
         for change in self.adapter.changes:
             if is_pair(change.delta):
                 yield change, change.delta.rank or 0, scale_or_one(change.delta.scale)
 
 
 def check(adapter: Adapter | str | Path, target: str, *, base: str | Path | None = None) -> CheckReport:
-    """What the program `target` (see `CONSUMERS`) makes of an adapter, by rules read from its source; with `base`, whether
-    that has all of the adapter's modules. Raises `LoratoolError` where the adapter cannot be read."""
+    """Says what the program `target` (see `CONSUMERS`) makes of an adapter, by rules read from the program's source; with
+    `base`, also whether that model has all of the adapter's modules. Raises `LoratoolError` where the adapter cannot be
+    read."""
     path = adapter.path if isinstance(adapter, Adapter) else adapter
     adapter = open_source(adapter)
     report = check_adapter(adapter, path, target, open_layout(Path(base).expanduser()) if base else None)
+    # Rules look at tensors long after the header was read: a file replaced meanwhile makes the report worthless.
     require_unchanged([adapter])
     return report
 
@@ -110,6 +113,7 @@ def check(adapter: Adapter | str | Path, target: str, *, base: str | Path | None
 def check_adapter(adapter: Adapter, path: str | Path, target: str, base: Layout | None) -> CheckReport:
     """`check` of an adapter that is loaded already."""
     case = CheckContext(adapter, consumer_named(target), base)
+    # An adapter for another sort of model breaks every other rule too, and none of those findings would help.
     findings = tuple(_unlike_model(case)) or tuple(finding for rule in _RULES for finding in rule(case))
     levels = {finding.level for finding in findings}
     return CheckReport(
@@ -124,21 +128,22 @@ def check_adapter(adapter: Adapter, path: str | Path, target: str, base: Layout 
 
 
 def is_pair(delta: Delta) -> bool:
-    """Whether it is one pair of factors, which every program multiplies."""
+    """Whether a delta is one pair of factors, with one rank and one scale. Stacked experts are several."""
     return delta.rank is not None and not delta.stacked
 
 
 def norm_or_zero(change: Change) -> float:
-    """‖ΔW‖, or 0 of what is put in a weight's place."""
+    """‖ΔW‖ of a change, or 0 where that depends on the weight or replaces it."""
     return norm_of(change.delta) if change.delta.additive else 0.0
 
 
 def kind_of(change: Change) -> str:
-    """The kind of a change, as a program's row names it."""
+    """The kind of a change, as the rows of `CONSUMERS` name it."""
     return consumer_kind(change.delta.kind, change.parameter, len(change.delta.shape))
 
 
 def _unlike_model(case: CheckContext) -> Iterator[Finding]:
+    # None: the program (PEFT) loads adapters of every sort of model.
     wants = case.consumer.language
     if wants is not None and wants != case.language:
         what, other = ("an image model", "language models") if wants else ("a language model", "image and video models")
@@ -149,6 +154,7 @@ def _unlike_model(case: CheckContext) -> Iterator[Finding]:
 
 def _other_format(case: CheckContext) -> Iterator[Finding]:
     try:
+        # Keys that are in no one format are a finding here, not an error.
         own = format_of(case.adapter.keys).name
     except LoratoolError:
         own = ""
@@ -157,6 +163,7 @@ def _other_format(case: CheckContext) -> Iterator[Finding]:
         what = f"{called}, which {case.consumer.title} does not read"
         yield Finding(REFUSED, what, f"`convert(to={case.consumer.writes!r})`")
     elif case.consumer.unread and (names := case.consumer.unread.get(own)):
+        # diffusers converts kohya's names by one function per architecture, and has none for some (unread).
         mine = [arch.title for arch in archs_of_adapters([case.adapter.keys]) if arch.name in names.split()]
         if mine:
             what = f"is in {format_named(own).title}'s format, which {case.consumer.title} does not read for {mine[0]}"
@@ -175,11 +182,13 @@ def _other_kinds(case: CheckContext) -> Iterator[Finding]:
     for change in case.adapter.changes:
         if kind_of(change) not in case.consumer.kinds:
             by_kind.setdefault(kind_of(change), []).append(change)
+    # The row's kinds are those of PEFT's LoRA; a config of another peft_type has PEFT load its own tuner (LoHa, OFT …).
     own_tuner = case.consumer.name == "peft" and case.config.get("peft_type") not in (None, "LORA")
     for kind, changes in by_kind.items():
         if own_tuner:
             continue
         names = tuple(str(change) for change in changes)
+        # One change stands for all of its kind: whether a LoRA can take its place depends on the kind and the parameter.
         gone = not has_lora(changes[0].parameter, changes[0].delta)
         lost = math.hypot(*map(norm_or_zero, changes)) if gone else 0.0
         title = WORDS.get(kind, kind)
@@ -193,10 +202,12 @@ def _other_kinds(case: CheckContext) -> Iterator[Finding]:
 
 
 def _other_scales(case: CheckContext) -> Iterator[Finding]:
-    """Where the program multiplies a module by something else than this adapter means."""
+    """Finds modules whose scale in the program, by the program's own formula, is not the adapter's."""
     if case.consumer.scale not in (GLOBAL_SCALE, SHARED_SCALE) or not case.config:
         return
     config = PeftConfig.parse(case.config, str(case.adapter.path))
+    # Both programs read lora_alpha of the config alone, and no alpha_pattern. Of rsLoRA's root only vLLM knows
+    # (peft_helper.py), and a zero alpha means scale 1 to llama.cpp alone (llama-adapter.h).
     alpha, rank = config.alpha or 0.0, config.rank or 1
     rooted = case.consumer.scale == GLOBAL_SCALE and config.rslora
     wrong: list[str] = []
@@ -206,6 +217,7 @@ def _other_scales(case: CheckContext) -> Iterator[Finding]:
         theirs = alpha / per if alpha or case.consumer.scale == GLOBAL_SCALE else 1.0
         if not math.isclose(theirs, scale, rel_tol=1e-6):
             wrong.append(str(change))
+            # Both quotients, since half the strength is as wrong as twice the strength.
             worst = max(worst, theirs / scale if scale else math.inf, scale / theirs if theirs else math.inf, key=abs)
     if wrong:
         strength = f"{len(wrong)} modules act at another strength, {worst:.3g} times at worst"
@@ -214,6 +226,7 @@ def _other_scales(case: CheckContext) -> Iterator[Finding]:
 
 
 def _unread_metadata(case: CheckContext) -> Iterator[Finding]:
+    # diffusers keeps alphas in this entry; who ignores it takes a file without alpha tensors at scale 1.
     if case.consumer.ignores_metadata and "lora_adapter_metadata" in case.adapter.metadata:
         wrong = [str(change) for change, _, scale in case.loras() if scale != 1.0]
         if wrong:
@@ -230,6 +243,7 @@ def _ranks(case: CheckContext) -> Iterator[Finding]:
         what = f"has rank {largest}; {case.consumer.title} takes {case.consumer.ranks[-1]} at most"
         yield Finding(REFUSED, what, f"`resize(rule=Rule('rank', {case.consumer.ranks[-1]}))`", False)
         return
+    # --max-lora-rank takes vLLM's steps only, and memory is allotted for all of a step: what is above the rank is wasted.
     step = next(step for step in case.consumer.ranks if step >= largest)
     if largest != step and largest > case.consumer.usual_rank:
         what = f"has rank {largest}, none that --max-lora-rank takes: memory for {step} is allotted"
@@ -247,6 +261,7 @@ def _unlike_base(case: CheckContext) -> Iterator[Finding]:
     if case.base is None:
         return
     try:
+        # The plan of a merge looks for the same targets, and computes nothing.
         plan = make_plan(case.base, [MergeInput(case.adapter)], allow_unmatched=True)
     except LoratoolError as error:
         yield Finding(REFUSED, str(error), "use the base that it was made for", False)
@@ -259,9 +274,9 @@ def _unlike_base(case: CheckContext) -> Iterator[Finding]:
 _RULES: Final[tuple[Callable[[CheckContext], Iterator[Finding]], ...]] = (
     _other_arch, _other_format, _other_kinds, _other_scales, _unread_metadata, _ranks, _unlike_base,
 )  # fmt: skip
-"""What is asked of every row of `CONSUMERS` that loads such models at all."""
+"""The rules for every adapter that is of the program's sort of model; their order is that of the findings."""
 WORDS: Final = {
     "full": "full differences", "replace": "whole weights (modules_to_save)", "lora bias": "biases (lora_bias)",
     "tokens": "trained tokens", "dora": "DoRA", "bias": "biases", "norm": "norms",
 }  # fmt: skip
-"""What people call a kind."""
+"""What people call a kind, where its own name says too little."""

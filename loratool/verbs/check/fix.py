@@ -32,8 +32,9 @@ def fix(
     base: str | Path | BaseCheckpoint | None = None,
     overwrite: bool = False,
 ) -> CheckReport:
-    """Writes to `out` what `target` loads and takes as it is meant, and says what that took: other kinds become LoRA, what
-    the program has no place for is left out with its norm, scales go into the factors, ranks are filled up.
+    """Writes to `out` an adapter that the program `target` loads and takes as it is meant, and says what that took: other
+    kinds become LoRA, what the program has no place for is left out and its norm reported, scales go into the factors, ranks
+    are filled up.
 
     Raises `LoratoolError`, and writes nothing, where no such adapter can be made.
     """
@@ -42,10 +43,13 @@ def fix(
     weights = open_base(base)
     layout = weights.layout if weights else None
     report = check_adapter(adapter, path, target, layout)
+    # What no rewriting mends: another sort of model, an unknown architecture, the wrong base, too large a rank.
     final = [finding.what for finding in report.findings if finding.level == REFUSED and not finding.fixable]
     if final:
         raise LoratoolError(f"{path}: {final[0]}")
     consumer, done, lost = consumer_named(target), list[str](), 0.0
+    # Three steps in this order: leave out what no LoRA can stand for, make LoRA of what else the program lacks, and only
+    # then unify scales and ranks, since the new LoRAs have scales and ranks of their own.
     adapter, gone = _leave_out(adapter, consumer)
     if gone:
         lost = math.hypot(*map(norm_or_zero, gone))
@@ -53,6 +57,7 @@ def fix(
     odd = [change for change in adapter.changes if kind_of(change) not in consumer.kinds]
     converted: list[ApproximatedModule] = []
     if odd:
+        # Rule() keeps every singular value above float32's noise, so that only rounding is lost.
         adapter, converted = approximate_adapter(adapter, Rule(), base=weights)
         done.append(f"made LoRA of {_kinds(odd)}")
     adapter, words = _unify_scales(adapter, consumer)
@@ -73,7 +78,10 @@ def fix(
 
 
 def _leave_out(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[Change]]:
-    """The adapter without what no LoRA can stand for and the program has no place for."""
+    """The adapter without the changes that the program has no place for and no LoRA can stand for, and those changes.
+
+    Raises `LoratoolError` where nothing else is left.
+    """
     gone = [
         change
         for change in adapter.changes
@@ -82,18 +90,23 @@ def _leave_out(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[Chan
     kept = tuple(change for change in adapter.changes if change not in gone)
     if not kept:
         raise LoratoolError(f"{adapter.path}: nothing of it has a place in {consumer.title}")
+    # A loader would look for modules_to_save and biases that the config still names.
     return (replace(adapter, changes=kept, config=without_saved(adapter.config)) if gone else adapter), gone
 
 
 def _unify_scales(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[str]]:
-    """The adapter with ranks and scales as the program reads them: one scale, and one rank where it divides by that."""
+    """The adapter with ranks and scales as the program reads them (one scale, and one rank where the program divides by each
+    module's own), and what was done, in words."""
     factored = [change.delta for change in adapter.changes if is_pair(change.delta)]
     ranks, scales = {delta.rank or 0 for delta in factored}, {scale_or_one(delta.scale) for delta in factored}
     most, done = max(ranks, default=0), list[str]()
+    # Beyond vLLM's usual rank the next step is allotted anyway; below, filling up would only cost bytes.
     rank = next((step for step in consumer.ranks if step >= most > consumer.usual_rank), most)
+    # A program with one alpha for all modules can hold one scale only; 1 is the one that every module can have.
     if consumer.scale != OWN_SCALE and len(scales) > 1:
         done.append("folded alpha into the factors")
         adapter = _each(adapter, lambda delta: delta.folded().scaled(1.0))
+    # llama.cpp divides that alpha by each module's rank: only equal ranks give equal scales. Zeros change no ΔW.
     if ranks != {rank} and (consumer.scale == SHARED_SCALE or rank > most):
         done.append(f"filled ranks up to {rank}")
         adapter = _each(adapter, lambda delta: delta.padded(rank))
@@ -101,6 +114,7 @@ def _unify_scales(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[s
 
 
 def _each(adapter: Adapter, made: Callable[[Delta], Delta]) -> Adapter:
+    """The adapter with `made` of every pair of factors in its place."""
     changes = (replace(change, delta=made(change.delta)) if is_pair(change.delta) else change for change in adapter.changes)
     return replace(adapter, changes=tuple(changes))
 

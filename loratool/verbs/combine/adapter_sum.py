@@ -1,4 +1,4 @@
-"""Several adapters as one: what they change, by its place in the output's names, and what that comes to."""
+"""The sum of several adapters: their changes collected by place in the output, and combined place by place."""
 
 from __future__ import annotations
 
@@ -43,21 +43,22 @@ from loratool.numbers.threads import map_on_threads
 Described = Callable[[Adapter], Adapter]
 """Gives an adapter the output's metadata."""
 MergeAt = Callable[[Module, Sequence[int]], Merge]
-"""How terms are merged at a module, that adapters of these numbers change."""
+"""Gives the `Merge` for a module, and for the numbers of the adapters that change the module."""
 
 
 def as_sum(module: Module, owners: Sequence[int]) -> Merge:
-    """The exact sum, whatever changes what."""
+    """The exact sum, the same at every module and for all adapters."""
     return add_deltas
 
 
 OutputPlace = tuple[str, str, str]
-"""A component's prefix, a path and a parameter, as the output calls them."""
+"""Where a change goes: the component's prefix, the module's path and the parameter, as the output names them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Term:
-    """What one adapter, by its number, adds at a place: a delta of a module of its own, and how strongly."""
+    """One adapter's contribution at a place: the adapter's number (`owner`), its own name of the module, the delta, and the
+    strength (`weight`)."""
 
     owner: int
     module: Module
@@ -66,7 +67,7 @@ class _Term:
 
 
 class AdapterSum:
-    """Everything that adapters change, by the place that it has in the output."""
+    """The changes of several adapters by their place in the output: `add` each adapter, then `materialise` the sum."""
 
     def __init__(
         self,
@@ -81,12 +82,13 @@ class AdapterSum:
         self.merge, self.devices = merge, devices
         self.terms: dict[OutputPlace, list[_Term]] = {}
         self.common = 0
-        # PEFT's bias shares the scale of its module's factors, and experts that of all, which must be 1 after a sum.
+        # PEFT gives a bias the scale of its module's factors, and all stacked experts a common one: both must be 1 after a
+        # sum, whose terms had scales of their own.
         self.biased = False
         self.warnings: list[str] = []
 
     def add(self, number: int, adapter: Adapter, strength: Strength) -> None:
-        """The changes of one adapter, under the output's names."""
+        """Collects the changes of one adapter under the output's names; `number` tells the adapter from the others."""
         modules = adapter.modules
         with error_context(adapter.path):
             weights = strength.of(modules, self.arch)
@@ -95,11 +97,13 @@ class AdapterSum:
                 self.warnings.append(
                     f"{adapter.path}: {len(unnamed)} modules are in blocks that the vector has no number for: {shown}"
                 )
-            # PEFT alone can hold stacked experts, under the names that they have.
+            # A PEFT folder alone can hold stacked experts, as they are. `rename_changes` refuses changes that still list
+            # their single experts.
             together = self.target.alpha == CONFIG
             changes = [replace(change, per_expert=()) if together else change for change in adapter.changes]
             for item in rename_changes(changes, self.routes):
                 module = item.sources[0].module
+                # PEFT's (IA)³ multiplies a bias where the layer has one, which the base alone can tell.
                 if item.sources[0].optional and not (self.weights and self.weights.targets.find(module, item.parameter)):
                     continue
                 self.biased |= item.delta.shares_scale
@@ -110,20 +114,23 @@ class AdapterSum:
     def materialise(
         self, adapters: Sequence[Adapter], rule: Rule | Budget | None, dtype: str | None, described: Described
     ) -> tuple[Adapter, tuple[ApproximatedModule, ...]]:
-        """All of it as one adapter, exactly or as a rule says, and what became of each module that is approximated."""
+        """The sum as one adapter, exact or at the ranks that `rule` gives, and the figures of each approximated module."""
+        # One adapter may have several terms at a place (PEFT's saved embedding beside its LoRA), so owners are counted.
         self.common = sum(len({term.owner for term in terms}) > 1 for terms in self.terms.values())
         asked = self._adapter(adapters)
+        # The originals of terms that were dropped, or became differences, need not stay in memory while sums are computed.
         self.terms.clear()
         return self._exact(asked, dtype, described) if rule is None else self._approximate(asked, rule, dtype, described)
 
     def _adapter(self, adapters: Sequence[Adapter]) -> Adapter:
-        """All places as changes of one adapter, whose deltas are computed when they are asked for."""
+        """One adapter of all places, whose deltas are computed when they are asked for."""
         changes: list[Change] = []
         for (prefix, path, parameter), terms in self.terms.items():
             module = Module(terms[0].module.component, path, self.target.stem(prefix, path))
             with error_context(module):
                 changes += [Change(module, parameter, delta) for delta in self._combine(module, parameter, terms)]
         first = adapters[0]
+        # Extras change no weight and have no sum: each travels once, and only where all adapters agree about it.
         extras: dict[str, torch.Tensor] = {}
         for adapter in adapters:
             for name, tensor in adapter.extras.items():
@@ -138,20 +145,23 @@ class AdapterSum:
         return Adapter(first.path, tuple(changes), {}, tied, extras, config=first.config)
 
     def _combine(self, module: Module, parameter: str, terms: Sequence[_Term]) -> list[Delta]:
-        """What one place's terms come to: themselves, where one adapter alone changes it and is to be kept as it is."""
+        """The deltas that the terms of one place come to: the terms' own, where one adapter alone changes the place at
+        strength 1."""
+        # A method other than the sum sparsifies a single term too. Folding scales for PEFT changes additive deltas only.
         alone = self.merge is as_sum and len({term.owner for term in terms}) == 1
         if alone and all(term.weight == 1 and not (self.biased and term.delta.additive) for term in terms):
             return [term.delta for term in terms]
         terms = [term for term in terms if term.weight]
         if not terms:
             return []
+        # Kinds that depend on the weight (DoRA, OFT, replaced values …) have no sum, but the differences that they make do.
         deltas = [
             term.delta
             if term.delta.additive
             else effect_of(term.delta, term.module, parameter, self.weights).as_delta(parameter)
             for term in terms
         ]
-        # PEFT stores a copy of an embedding beside its LoRA, which changes nothing.
+        # PEFT saves the untouched embedding beside its LoRA: that copy is a difference of zeros by now, and is dropped.
         kept = [i for i, delta in enumerate(deltas) if not delta.stored_whole or bounds(delta.dense()) != (0, 0)]
         terms, deltas = [terms[i] for i in kept], [deltas[i] for i in kept]
         if not terms:
@@ -165,16 +175,18 @@ class AdapterSum:
         merge = self.merge(module, [term.owner for term in terms])
         if merge is add_deltas and self.biased:
             merge = partial(add_deltas, fold=True)
+        # Computed when it is asked for, by `_exact` or `Approximation`, which work on several threads.
         whole = LazySum(tuple(deltas), tuple(term.weight for term in terms), merge)
         if replaced is None or self.weights is None:
             return [whole]
+        # Readers put a replaced value (PEFT's modules_to_save) in the weight's place, so it has to include the whole sum.
         value = self.weights.of(terms[0].module, parameter).float() + whole.dense().reshape(replaced.shape)
         return [Replace(value, *replaced.leaves())]
 
     def _exact(
         self, combined: Adapter, dtype: str | None, described: Described
     ) -> tuple[Adapter, tuple[ApproximatedModule, ...]]:
-        """Every combination computed, and rounded to another dtype only where one is asked for."""
+        """The sum with every delta computed, and rounded only where a dtype is asked for."""
         narrow = DTYPES[dtype] if dtype else None
         done = map_on_threads(partial(_as_stored, change, narrow, self.target) for change in combined.changes)
         changes = [replace(change, delta=delta) for change, (delta, _) in zip(combined.changes, done, strict=True)]
@@ -184,21 +196,22 @@ class AdapterSum:
     def _approximate(
         self, combined: Adapter, rule: Rule | Budget, dtype: str | None, described: Described
     ) -> tuple[Adapter, tuple[ApproximatedModule, ...]]:
-        """Every combination at the rank that the rule gives."""
+        """The sum as LoRA of the ranks that `rule` gives."""
         work = Approximation(combined, dtype, keeps_its_rank, self.weights, devices=self.devices)
 
+        # A budget in bytes is that of the whole file: names, alignment and metadata count too.
         def size(imagined: ApproximatedDeltas) -> int:
             adapter = described(approximated_adapter(work, imagined))
             return size_in_format(adapter, self.target, self.routes_of(adapter))
 
         done = work.approximate(rule) if isinstance(rule, Rule) else work.within(rule, size)
         adapter = approximated_adapter(work, done)
-        # What was kept may be a combination too.
+        # Changes that were not approximated (biases, norms …) may still be lazy sums.
         changes = [replace(change, delta=change.delta.materialise()) for change in adapter.changes]
         return described(replace(adapter, changes=tuple(changes))), tuple(figures for figures, _ in done.values())
 
     def routes_of(self, combined: Adapter) -> dict[Module, Route]:
-        """Modules that are called in the output what they are called already."""
+        """Routes that leave every name as it is: `combined` has the output's names already."""
         routes = {}
         for change in combined.changes:
             module = change.module
@@ -208,17 +221,20 @@ class AdapterSum:
 
 
 def _flat(delta: Delta) -> tuple[int, ...]:
-    """The shape as a matrix, which a linear layer and a 1 × 1 convolution share."""
+    """The delta's shape as a matrix, (out, in · kernel), which is the same for a linear layer and a 1 × 1 convolution."""
     rows, *others = delta.shape
     return (rows, prod(others)) if others else (rows,)
 
 
 def _as_stored(change: Change, dtype: torch.dtype | None, target: Format) -> tuple[Delta, ApproximatedModule | None]:
-    """A change's delta, computed, and in another dtype with what that costs; a difference that the format has no place for
-    becomes the LoRA of all its singular values that are more than noise."""
+    """A change's delta, computed and rounded to `dtype`, and the error that this makes (None where there is none).
+
+    A difference for which the format has no leaf becomes the LoRA of all its singular values above noise.
+    """
     delta = change.delta.materialise()
     if delta.stored_whole and len(delta.shape) > 1 and not delta.leaves().keys() <= target.leaves.keys():
         with error_context(change):
+            # Rule 'all' returns every value above noise, so nothing further is hidden.
             found = factorise(delta.dense().flatten(1), Rule(), Storage(dtype or torch.float32))
         error = found.error / found.norm if found.norm else 0.0
         return as_lora(found, delta.shape), ApproximatedModule(str(change), delta.kind, found.rank, found.norm, error)
@@ -226,6 +242,7 @@ def _as_stored(change: Change, dtype: torch.dtype | None, target: Format) -> tup
     if dtype is None or narrow is None:
         return delta, None
     with error_context(change):
+        # A sum, or a factor with its scale inside, may be beyond float16's 65504 where no adapter alone is.
         if not all(map(all_finite, narrow.leaves().values())):
             raise NonFinite(f"overflows {dtype_name(dtype)}; choose `dtype='float32'` or bfloat16")
         norm, error = norm_and_distance(delta, narrow)

@@ -1,5 +1,4 @@
-"""`combine`: Σ wᵢ ΔWᵢ of several adapters as one, exactly or at a lower rank, or what a method for merging models makes of
-them."""
+"""`combine`: several adapters as one: Σ wᵢ ΔWᵢ, exact or at a lower rank, or the result of a method for merging models."""
 
 from __future__ import annotations
 
@@ -35,7 +34,8 @@ from loratool.verbs.reports import Report, worst_of
 
 @dataclass(frozen=True, slots=True)
 class CombineMethod:
-    """How terms are merged: SUM, or one of `deltas.methods` with the density and the seed of what it leaves out."""
+    """How deltas are merged: `SUM`, or a method of `deltas.methods`, the share `density` of the numbers that the method
+    keeps, and the seed of its chances."""
 
     name: str = SUM
     density: float = 0.5
@@ -47,26 +47,28 @@ class CombineMethod:
 
     @property
     def dense(self) -> bool:
-        """Whether what it makes is of full rank."""
+        """Whether the merged delta is of full rank."""
         return self.name != SUM and MERGE_METHODS[self.name].dense
 
     @property
     def history(self) -> dict[str, Any]:
-        """What the output says of it."""
+        """The method as the output's metadata records it; a sum has neither density nor seed."""
         return {"method": self.name} | ({} if self.name == SUM else {"density": self.density, "seed": self.seed})
 
     def merge_at(self, module: Module, owners: Sequence[int]) -> Merge:
-        """How terms of the adapters `owners` are merged at a module."""
+        """The merge of deltas of the adapters `owners` at a module."""
+        # Each module and adapter has its own seed: what is left out depends neither on threads nor on the order of modules.
         seeds = [f"{self.seed}/{module}/{owner}" for owner in owners]
         return partial(merge_deltas, method=self.name, density=self.density, seeds=seeds)
 
 
 @dataclass(frozen=True, slots=True)
 class CombineReport(Report):
-    """What was combined: `common` is how many modules several adapters change, `ranks` those of the output's factors.
+    """What was combined: `common` is the number of parameters that several adapters change, `ranks` counts the modules of
+    each rank in the output.
 
-    `lowered` are the modules that a rule, or a dtype, made an approximation of, and `error` what that leaves out of all of
-    them; without one the sum is exact.
+    `lowered` are the modules that a rule or a dtype approximated, and `error` is the relative error over them all; without
+    a rule and a dtype the sum is exact.
     """
 
     out: str
@@ -105,14 +107,15 @@ def combine(
     overwrite: bool = False,
 ) -> CombineReport:
     """Writes to `out` one adapter that does what `adapters` do together, each at its strength, whatever their formats,
-    ranks, kinds and dtypes are: exactly, with ranks that add, or as well as the ranks that `rule` gives allow.
+    ranks, kinds and dtypes are: exactly, with ranks that add up, or as well as the ranks that `rule` gives allow.
 
-    `method` says how they are merged: "sum", or a method of `deltas.methods`, which keeps the share `density`, by chances of
-    `seed`. `to` is a format's name (None: that of the first adapter), `arch` an architecture's where their names fit
-    several, `base` the checkpoint for kinds that are no sums.
+    `method` says how the deltas are merged: "sum", or a method of `deltas.methods`, which keeps the share `density` of the
+    numbers, with `seed` for those that keep them by chance. `to` is a format's name (None: that of the first adapter),
+    `arch` names the architecture where the adapters' names fit several, and `base` is the checkpoint for kinds that depend
+    on their weight.
 
-    Raises `LoratoolError`, and writes nothing, where they are for different models, where a kind depends on its weight and
-    there is no base, and where the output's format has no place for a sum.
+    Raises `LoratoolError`, and writes nothing, where the adapters are for different models, where a kind depends on its
+    weight and there is no base, and where the output's format has no place for a sum.
     """
     out, how, stored = Path(out).expanduser(), CombineMethod(method, density, seed), stored_dtype(dtype)
     given = [weighted_adapter(each) for each in adapters]
@@ -133,21 +136,24 @@ def combine(
         [adapter.keys for adapter in sources], target, arch, weights.layout if weights else None
     )
     at = as_sum if method == SUM else how.merge_at
+    # Sums and spectra are computed in float64, which Apple's GPUs lack.
     combining = AdapterSum(target, found, routes, at, weights, open_devices(device, doubles=True))
     for number, (adapter, strength) in enumerate(loaded):
         combining.add(number, adapter, strength)
     made_of = [input_record(adapter.path, adapter.file, strength=strength.value) for adapter, strength in loaded]
-    # Nothing is to hold their changes twice.
+    # `combining` has the changes from here on: another reference would keep every delta in memory until the end.
     sources = [replace(adapter, changes=()) for adapter in sources]
     strengths = [(str(adapter.path), strength.value) for adapter, strength in loaded]
     del loaded, given, adapter
 
     def described(adapter: Adapter, error: float = 0.0) -> Adapter:
         said = how.history | ({} if rule is None else {"error": f"{error:.4e}"})
+        # The history of one adapter goes on; several adapters have none in common.
         before = sources[0].metadata if len(sources) == 1 else {}
         return replace(adapter, metadata=_metadata(sources, adapter) | history_entry("combine", made_of, before, **said))
 
     combined, lowered = combining.materialise(sources, rule, stored, described)
+    # The error is known only now. Its width is fixed, so the size that a budget was met with still holds.
     combined = described(combined, error_of(lowered))
     inputs = files_of(sources)
     written = write_adapter(
@@ -185,10 +191,10 @@ def _report(
 
 
 def _metadata(sources: Sequence[Adapter], whole: Adapter) -> dict[str, str]:
-    """What the sources say alike, made true of the whole, without their histories."""
+    """The metadata that all sources agree on, made true of `whole`, without their histories."""
     return {key: value for key, value in common_metadata(sources, whole).items() if key != HISTORY_KEY}
 
 
 def _ranks(adapter: Adapter) -> list[int]:
-    """The ranks of its LoRA."""
+    """The rank of each LoRA in `adapter`."""
     return [change.delta.rank or 0 for change in adapter.changes if change.delta.resizable]

@@ -28,16 +28,17 @@ from loratool.numbers.linalg import Relation
 from loratool.numbers.threads import map_on_threads
 
 ModulePlace = tuple[str, str, str, bool]
-"""A component's prefix, a path, a parameter, and whether its value is replaced."""
+"""Where a delta acts: a component's prefix, a module's path, a parameter, and whether the delta replaces the value."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleComparison:
-    """One module of two adapters: ‖ΔW‖ of each, ‖ΔW_A − ΔW_B‖, that relative to the larger norm, the cosine of the two, and
-    the principal angles between what they write to (`outputs`) and read from (`inputs`), in degrees, if both have factors.
+    """One module of two adapters: ‖ΔW‖ of each, ‖ΔW_A − ΔW_B‖, absolute and relative to the larger norm, the cosine of the
+    two deltas, and, if both have factors, the principal angles in degrees between the spaces that the deltas write to
+    (`outputs`) and between those that the deltas read from (`inputs`).
 
-    `identical` says that every number is the same. Norms are 0 where one of them does not change the module, and None where
-    only the base could tell them.
+    `identical` says that every number is the same. A norm is 0 where the adapter does not change the module, and None where
+    only the base could tell it.
     """
 
     name: str
@@ -53,27 +54,29 @@ class ModuleComparison:
 
 @dataclass(frozen=True, slots=True)
 class AlignedAdapters:
-    """What several adapters change, under the names of one format; by place, for each adapter."""
+    """The changes of several adapters under the names of one format: for each adapter, the deltas by place."""
 
     format: Format
     arch: str
     changes: tuple[Mapping[ModulePlace, Delta], ...]
 
     def name(self, place: ModulePlace) -> str:
-        """What the format calls a place."""
+        """The name of a place in the format."""
         prefix, path, parameter, _ = place
         stem = self.format.stem(prefix, path)
         return stem if parameter == WEIGHT else f"{stem} ({parameter})"
 
     @property
     def places(self) -> list[ModulePlace]:
+        """The places that any of the adapters changes, each once, in order."""
         return list(dict.fromkeys(place for changes in self.changes for place in changes))
 
 
 def align_adapters(adapters: Sequence[Adapter], arch: str | None, base: BaseCheckpoint | None) -> AlignedAdapters:
-    """`adapters` under common names: those of the first one's format, or of another's where that has no place for a change.
+    """`adapters` under common names: those of the first adapter's format, or of another format where the first has no place
+    for a change.
 
-    Raises `LoratoolError` where they are for different models, or where there is no common form.
+    Raises `LoratoolError` where the adapters are for different models, or where there is no common form.
     """
     adapters = [_apart(adapter) for adapter in adapters]
     problem: Exception | None = None
@@ -84,6 +87,7 @@ def align_adapters(adapters: Sequence[Adapter], arch: str | None, base: BaseChec
             )
             moved = [rename_changes(adapter.changes, routes) for adapter in adapters]
         except Unsupported as error:
+            # If no format serves, the message is about the adapters' own format, which is tried first.
             problem = problem or error
             continue
         found = tuple(dict(_place_changes(adapter, items, base)) for adapter, items in zip(adapters, moved, strict=True))
@@ -93,12 +97,12 @@ def align_adapters(adapters: Sequence[Adapter], arch: str | None, base: BaseChec
 
 
 def _apart(adapter: Adapter) -> Adapter:
-    """The adapter with stacked experts one by one, as other formats, and some bases, have them."""
+    """`adapter` with a change for each expert in place of stacked ones, as other formats and some bases have them."""
     return replace(adapter, changes=tuple(part for change in adapter.changes for part in change.per_expert or (change,)))
 
 
 def _formats(adapters: Sequence[Adapter]) -> Iterator[Format]:
-    """The formats that may serve: the adapters' own, then diffusers', whose modules are the finest."""
+    """The formats that may serve: the adapters' own, then diffusers', whose modules are the parts of all others."""
     seen = set()
     for adapter in adapters:
         try:
@@ -115,18 +119,21 @@ def _formats(adapters: Sequence[Adapter]) -> Iterator[Format]:
 def _place_changes(
     adapter: Adapter, items: Sequence[RenamedDelta], base: BaseCheckpoint | None
 ) -> Iterator[tuple[ModulePlace, Delta]]:
-    """Each change by its place; several at one place as their sum."""
+    """The deltas of one adapter by place; several at one place become their sum."""
     found: dict[ModulePlace, list[Delta]] = {}
     for item in items:
         source = item.sources[0]
+        # PEFT's (IA)³ multiplies a bias where the layer has one, which the base alone can tell.
         if source.optional and not (base and base.targets.find(source.module, item.parameter)):
             continue
         with error_context(f"{adapter.path}: {source}"):
             delta = item.delta
+            # With a base, kinds that depend on the weight become differences, comparable with all other kinds.
             if base and not delta.additive:
                 if len(item.sources) > 1:
                     raise Unsupported("is one of several that make a stacked module, whose weight they do not have")
                 delta = effect_of(delta, source.module, item.parameter, base).as_delta(item.parameter)
+        # Beside a LoRA PEFT may save the weight itself: a value and a difference have no sum, and so no common place.
         replaces = delta.replaces
         found.setdefault((item.prefix, item.path, item.parameter, replaces), []).append(delta)
     for place, deltas in found.items():
@@ -134,7 +141,7 @@ def _place_changes(
 
 
 def compare_modules(found: AlignedAdapters, devices: DevicePool, i: int = 0, j: int = 1) -> list[ModuleComparison]:
-    """Every place that one of two of the adapters changes, in order."""
+    """The comparison of adapters `i` and `j` at every place that either changes, in order."""
     one, other = found.changes[i], found.changes[j]
 
     def at(place: ModulePlace) -> ModuleComparison:
@@ -147,15 +154,17 @@ def compare_modules(found: AlignedAdapters, devices: DevicePool, i: int = 0, j: 
 
 
 def _is_there(delta: Delta | None, device: torch.device) -> Delta | None:
-    """A delta, computed, on a device."""
+    """`delta`, computed and moved, where `device` is another than the CPU."""
     return to_device(delta.materialise(), device) if delta and device != CPU else delta
 
 
 def _compare_module(name: str, one: Delta | None, other: Delta | None) -> ModuleComparison:
+    """The comparison of two deltas at one place; raises `NeedsBase` where it depends on the weight."""
     with error_context(name):
         if one is None or other is None:
             return _alone(name, one, other)
         found = relate_deltas(one, other)
+        # Converted adapters hold the same numbers under other leaves: every equivalent form counts.
         identical = any(same_bytes(form, other) for form in one.equivalent_forms())
         if found is None:
             if not identical:
@@ -166,7 +175,7 @@ def _compare_module(name: str, one: Delta | None, other: Delta | None) -> Module
 
 
 def _alone(name: str, one: Delta | None, other: Delta | None) -> ModuleComparison:
-    """A module that only one of two adapters changes."""
+    """The comparison at a place that only one of two adapters changes: all of it is difference."""
     present = one or other
     assert present
     if not present.additive:
@@ -177,6 +186,8 @@ def _alone(name: str, one: Delta | None, other: Delta | None) -> ModuleCompariso
 
 
 def _of_relation(name: str, found: Relation, *, identical: bool) -> ModuleComparison:
+    """The comparison from norms, inner product and angles."""
+    # Where every number is the same, any difference that was computed is rounding.
     largest = max(found.one, found.other)
     product = found.one * found.other
     return ModuleComparison(
@@ -193,7 +204,7 @@ def _of_relation(name: str, found: Relation, *, identical: bool) -> ModuleCompar
 
 
 def inner_products(aligned: AlignedAdapters, devices: DevicePool) -> Tensor:
-    """⟨ΔW_i, ΔW_j⟩ of all adapters, summed over all places: (n, n) in float64."""
+    """The table of ⟨ΔW_i, ΔW_j⟩ of all pairs of adapters, summed over all places: (n, n) in float64."""
     changes = aligned.changes
 
     def one(place: ModulePlace, device: torch.device) -> Tensor:
@@ -214,10 +225,11 @@ def inner_products(aligned: AlignedAdapters, devices: DevicePool) -> Tensor:
 
 
 ChangesByPlace = tuple[Tensor, Tensor | None]
-"""Factors in float64, or the whole difference and None."""
+"""One delta as an operand of an inner product, in float64: its factors (up, down), or the whole matrix and None."""
 
 
 def _changes_at(delta: Delta) -> ChangesByPlace:
+    """The factors of a delta, or the whole matrix where a second delta of this rank would make that the lesser work."""
     factors = _factors(delta)
     if factors and 2 * factors[0].shape[1] <= min(delta.shape[0], math.prod(delta.shape[1:])):
         return factors[0].double(), factors[1].double()
@@ -225,7 +237,8 @@ def _changes_at(delta: Delta) -> ChangesByPlace:
 
 
 def _inner(one: ChangesByPlace, other: ChangesByPlace) -> Tensor:
-    """⟨one, other⟩ of two differences, of which either may be factored."""
+    """⟨one, other⟩ of two deltas, of which each is factored or whole."""
+    # With a factored delta first: ⟨UD, W⟩ is the sum of UᵀW ∘ D, and ⟨UD, VE⟩ that of UᵀV ∘ DEᵀ, which is rank by rank.
     if one[1] is None:
         one, other = other, one
     if one[1] is None:

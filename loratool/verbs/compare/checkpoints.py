@@ -1,4 +1,4 @@
-"""Two checkpoints, tensor by tensor: which differ, by how much, and in how many numbers. Read in blocks of some MiB."""
+"""Two checkpoints, tensor by tensor: which tensors differ, by how much, and in how many numbers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from loratool.numbers.threads import map_on_threads
 from loratool.verbs.reports import Report
 
 _BLOCK: Final = 1 << 20
-"""Numbers that are read of either at a time."""
+"""Numbers of each of two tensors that are read at a time: some MiB, however large the tensors are."""
 
 
 @dataclass(slots=True)
 class TensorDifference:
-    """One tensor of both: its shape and dtype in each, ‖A‖, ‖A − B‖, the cosine, how many numbers differ, the largest
-    difference of one, and of how many steps of their common dtype it is (None where they have none)."""
+    """One tensor of two checkpoints: its name, shape and dtype in each, how many numbers there are and differ, ‖A‖, ‖A − B‖,
+    the largest difference of one number, the same in ULP (None where dtypes differ or have none), and the cosine."""
 
     name: str
     other_name: str
@@ -50,7 +50,7 @@ class TensorDifference:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointComparison(Report):
-    """Two checkpoints: how many tensors are the same to the bit, those that differ, and those that only one has."""
+    """Two checkpoints: how many tensors are the same to the bit, the tensors that differ, and those that only one has."""
 
     one: str
     other: str
@@ -68,11 +68,12 @@ class CheckpointComparison(Report):
 def compare_checkpoints(
     one: BaseCheckpoint, other: BaseCheckpoint, tolerance: float, devices: DevicePool
 ) -> CheckpointComparison:
-    """Compares all tensors, under the very same names or those of two namings; `same` where nothing is missing and no
-    tensor differs by more than `tolerance` of its norm."""
+    """Compares all tensors, whose names are the same or those of two namings. The checkpoints are the `same` where nothing
+    is missing and no tensor differs by more than `tolerance` of its norm."""
     pairs, missing = [], []
     met: set[str] = set()
     for name in one.layout.tensors:
+        # The very same name first; else the places of the module, which may be several tensors, or rows of a stacked one.
         direct = other.targets.own.get(name)
         places = (direct,) if direct else other.targets.find(*module_of(name))
         if places:
@@ -102,6 +103,8 @@ def compare_checkpoints(
 
 @dataclass(slots=True)
 class _Sums:
+    """Sums over the blocks of a tensor: ‖A‖², ‖B‖², ⟨A, B⟩, ‖A − B‖², and what differs; `steps` has the most ULP of each."""
+
     own: float = 0.0
     theirs: float = 0.0
     inner: float = 0.0
@@ -114,6 +117,7 @@ class _Sums:
 def _compare_tensor(
     one: BaseCheckpoint, other: BaseCheckpoint, name: str, places: tuple[WeightRows, ...], device: torch.device
 ) -> TensorDifference:
+    """The difference of the tensor `name` of one checkpoint and of what lies at `places` in the other."""
     mine = (one.targets.own[name],)
     info, theirs = one.layout.info(name), other.layout.info(places[0].tensor)
     shapes = one.shape(mine), other.shape(places)
@@ -134,6 +138,7 @@ def _compare_tensor(
 def _blocks(
     one: BaseCheckpoint, mine: tuple[WeightRows, ...], other: BaseCheckpoint, theirs: tuple[WeightRows, ...]
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of both tensors, block by block; all at once where either cannot be read by rows."""
     shape = one.shape(mine)
     if not shape or not (one.by_rows(mine) and other.by_rows(theirs)):
         yield one.at(mine), other.at(theirs)
@@ -143,7 +148,8 @@ def _blocks(
 
 
 def _add(sums: _Sums, before: Tensor, after: Tensor) -> None:
-    """Adds a block of both; NaN counts as different from everything but the very same bits."""
+    """Adds a block of both tensors; NaN counts as different from everything but the very same bits."""
+    # Most blocks of a tuned checkpoint and its base are equal: their bits tell, before anything is widened or subtracted.
     alike = before.dtype == after.dtype
     if alike and torch.equal(_bits(before), _bits(after)):
         if before.is_floating_point():
@@ -156,16 +162,19 @@ def _add(sums: _Sums, before: Tensor, after: Tensor) -> None:
     sums.inner, sums.difference = sums.inner + float(wide @ other), sums.difference + float(gap @ gap)
     sums.changed += int((_bits(before) != _bits(after)).sum()) if alike else int((gap != 0).sum())
     sums.largest = max(sums.largest, float(gap.abs().max()))
+    # Between neighbours the integers differ by one, so a difference in ULP is exact at every size of number.
     if alike and before.is_floating_point():
         sums.steps.append(int((_ordered_bits(before) - _ordered_bits(after)).abs().max()))
 
 
 def _bits(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor as integers of the same bits."""
     return tensor.contiguous().flatten().view(rounding.INTEGERS[tensor.element_size()])
 
 
 def _ordered_bits(tensor: Tensor) -> Tensor:
     """Floating-point numbers as integers in the same order, neighbours one apart."""
     bits = _bits(tensor).long()
+    # IEEE floats are a sign and a magnitude: the magnitude of negative ones counts downwards, and both zeros become 0.
     magnitude = bits & ((1 << (8 * tensor.element_size() - 1)) - 1)
     return torch.where(bits < 0, -magnitude, magnitude)

@@ -1,4 +1,4 @@
-"""`compare`: whether adapters, checkpoints, or a merge and what it should be, are the same, and how far apart they are."""
+"""`compare`: whether adapters, checkpoints, or a merge and its sources, agree, and how far apart they are."""
 
 from __future__ import annotations
 
@@ -34,10 +34,12 @@ _TOLERANCE: Final = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class AdapterComparison(Report):
-    """Two adapters: ‖ΔW‖ of each, ‖ΔW_A − ΔW_B‖, that relative to the larger norm, and their cosine, over all `modules`.
+    """Two adapters, over all `modules`: ‖ΔW‖ of each, ‖ΔW_A − ΔW_B‖, absolute and relative to the larger norm, and the
+    cosine of the two changes.
 
-    `overlap` is the mean squared cosine of the principal angles of what they write to, and of what they read from: 1 for one
-    space inside the other, 0 for spaces at right angles. Norms are None where only a base could tell them.
+    `overlap` is the mean squared cosine of the principal angles between the spaces that the adapters write to, and between
+    those that the adapters read from: 1 for one space inside the other, 0 for spaces at right angles. Norms are None where
+    only a base could tell them.
     """
 
     one: str
@@ -62,7 +64,7 @@ class AdapterComparison(Report):
 
 @dataclass(frozen=True, slots=True)
 class MatrixComparison(Report):
-    """Several adapters: ‖ΔW‖ of each, and of each pair ‖ΔW_i − ΔW_j‖, and the cosine."""
+    """Several adapters: ‖ΔW‖ of each adapter, and ‖ΔW_i − ΔW_j‖ and the cosine of each pair."""
 
     paths: tuple[str, ...]
     norms: tuple[float, ...]
@@ -85,13 +87,14 @@ def compare(
     allow_pickle: bool = False,
     device: str = "cpu",
 ) -> Comparison:
-    """Compares two adapters, whatever their formats and kinds; more than two of them, each with each; or two checkpoints.
+    """Compares two adapters, whatever their formats and kinds; more than two adapters, each with each; or two checkpoints.
 
-    They are the same where no module, or no tensor, differs by more than `tolerance` of itself. `base` is for kinds that
-    depend on the weight, `arch` says the architecture where names fit several.
+    Inputs are the same where no module, or no tensor, differs by more than `tolerance` of its norm. `base` is for kinds that
+    depend on the weight, `arch` names the architecture where names fit several.
 
-    Raises `LoratoolError` where they are not of one sort, or for different models.
+    Raises `LoratoolError` where adapters and checkpoints are mixed, or adapters are for different models.
     """
+    # Differences are taken in float64, which Apple's GPUs lack.
     devices = open_devices(device, doubles=True)
     if len(paths) < 2:
         raise LoratoolError("name two or more adapters, or two checkpoints")
@@ -116,6 +119,7 @@ def compare(
         return compare_checkpoints(one, other, tolerance, devices)
     aligned_adapters = align_adapters(adapters, arch, open_base(base))
     report = (_matrix if len(adapters) > 2 else _pair)(adapters, aligned_adapters, tolerance, devices)
+    # No output is committed here, which would check the inputs: a file that was replaced meanwhile has to be noticed now.
     require_unchanged(adapters)
     return report
 
@@ -128,8 +132,8 @@ def compare_to(
     allow_pickle: bool = False,
     device: str = "cpu",
 ) -> MergeComparison:
-    """Compares the checkpoint `merged` with `base` and the adapters that it should be made of, number by number: they are
-    the same where none is off by more than half a step of its dtype."""
+    """Compares the checkpoint `merged`, number by number, with what merging `adapters` into `base` should make: the two are
+    the same where no number is off by more than half a step of its dtype (a whole step after stochastic rounding)."""
     layout = open_layout(Path(base).expanduser())
     require_weights(layout, "its numbers are not those that a merge adds to")
     inputs = open_inputs(adapters, allow_pickle=allow_pickle)
@@ -141,9 +145,11 @@ def compare_to(
 
 
 def _pair(adapters: Sequence[Adapter], found: AlignedAdapters, tolerance: float, devices: DevicePool) -> AdapterComparison:
+    """The comparison of two adapters, summed up from their modules."""
     names = [str(adapter.path) for adapter in adapters]
     modules = compare_modules(found, devices)
     norms = _norm(modules, "one"), _norm(modules, "other")
+    # Modules are parts of one long vector: norms add up as squares, and inner products (cosine times norms) plainly.
     difference = math.hypot(*(module.difference for module in modules))
     largest = max((norm for norm in norms if norm), default=0.0)
     product = (norms[0] or 0.0) * (norms[1] or 0.0)
@@ -160,28 +166,34 @@ def _pair(adapters: Sequence[Adapter], found: AlignedAdapters, tolerance: float,
         cosine=max(-1.0, min(1.0, inner / product)) if product else None,
         overlap=(_overlap([m.outputs for m in modules]), _overlap([m.inputs for m in modules])),
         tolerance=tolerance,
+        # Each module by itself: a small one that differs would not be seen in the total.
         same=all(module.relative <= tolerance for module in modules),
         warnings=_notes(adapters, devices),
     )
 
 
 def _norm(modules: Sequence[ModuleComparison], which: str) -> float | None:
+    """‖ΔW‖ of one adapter over all modules; None where only a base could tell a part of it."""
     norms = [getattr(module, which) for module in modules]
     return None if None in norms else math.hypot(*norms)
 
 
 def _overlap(angles: Sequence[Sequence[float]]) -> float | None:
+    """The mean squared cosine of all principal angles; None where there are none."""
     cosines = [math.cos(math.radians(angle)) ** 2 for each in angles for angle in each]
     return math.fsum(cosines) / len(cosines) if cosines else None
 
 
 def _matrix(adapters: Sequence[Adapter], found: AlignedAdapters, tolerance: float, devices: DevicePool) -> MatrixComparison:
+    """The comparison of each adapter with each, from one table of inner products."""
     table = inner_products(found, devices)
+    # A sum of products that comes to nothing may end just below 0.
     norms = table.diagonal().clamp_min(0).sqrt()
     size = range(len(adapters))
 
     def apart(i: int, j: int) -> float:
-        """From inner products where they tell it; what they cancel is found module by module."""
+        """‖ΔW_i − ΔW_j‖, from inner products, or module by module where these nearly cancel."""
+        # ‖a − b‖² = ‖a‖² + ‖b‖² − 2⟨a, b⟩ has hardly a digit left where a and b are almost equal.
         squared, whole = float(table[i, i] + table[j, j] - 2 * table[i, j]), float(table[i, i] + table[j, j])
         if i == j or squared > _TOLERANCE * whole:
             return math.sqrt(max(squared, 0.0))
@@ -200,4 +212,5 @@ def _matrix(adapters: Sequence[Adapter], found: AlignedAdapters, tolerance: floa
 
 
 def _notes(adapters: Sequence[Adapter], devices: DevicePool) -> tuple[str, ...]:
+    """The warnings of all adapters and of the devices."""
     return (*(note for adapter in adapters for note in adapter.warnings), *devices.warnings())

@@ -1,4 +1,4 @@
-"""A merged checkpoint against what base and adapters say it should be: every number, to half a step of its dtype."""
+"""A merged checkpoint against what its base and adapters say that it should be: every number, to half a step (ULP)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from loratool.verbs.merge.segments import Segment, matrix, segments_of
 from loratool.verbs.reports import Report
 
 _BLOCK: Final = 1 << 19
-"""Numbers that are computed at a time."""
+"""Numbers that are computed at a time: 4 MiB in float64."""
 ARITHMETIC: Final = 2.0**-21
-"""What float32 may be off by, relative to the numbers that are added: some of its steps."""
+"""What sums in float32 may be off by, relative to the numbers that are added: four of its steps, of 2⁻²³ each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """A tensor with numbers that are not what they should be: how many, the worst one in steps of its dtype, and where."""
+    """A tensor with wrong numbers: how many there are, and of the worst its distance in steps of the dtype and its place."""
 
     name: str
     count: int
@@ -45,8 +45,8 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True)
 class MergeComparison(Report):
-    """How a merged checkpoint compares with base + Σ w · ΔW: `checked` numbers, `worst` the largest distance in steps of the
-    stored dtype (½ is what rounding to nearest may take; `allowed` is 1 for a merge that rounded by chance)."""
+    """How a merged checkpoint compares with base + Σ strength · ΔW: how many numbers were `checked`, and the `worst`
+    distance of one, in steps of the stored dtype, of which ½ is `allowed`, or 1 for a merge that rounded by chance."""
 
     merged: str
     base: str
@@ -66,9 +66,10 @@ class MergeComparison(Report):
 def compare_merge(
     merged: BaseCheckpoint, plan: Plan, adapters: tuple[tuple[str, float], ...], devices: DevicePool
 ) -> MergeComparison:
-    """Compares every tensor of `merged` with the plan of the merge that should have made it."""
+    """Compares every tensor of `merged` with `plan`, the plan of the merge that should have made it."""
     layout = merged.layout
     names = [name for name in plan.tensors if name in layout.tensors]
+    # Rounding by chance may take the farther of two neighbours, which is up to a whole step away.
     allowed = 1.0 if rounded_by_chance(layout) else 0.5
     found = map_on_threads(
         partial(devices.run_one, name, partial(_compare_tensor, plan.layout, plan.tensors[name], layout, allowed))
@@ -97,10 +98,11 @@ def compare_merge(
 def _compare_tensor(
     base: Layout, tensor: TensorPlan, merged: Layout, allowed: float, device: torch.device
 ) -> tuple[float, Mismatch | None]:
-    """The worst distance of one tensor, and what is off in it."""
+    """The worst distance of one tensor in steps, and the mismatch where some are more than `allowed`."""
     file, info = merged.tensors[tensor.name]
     if info.shape != tensor.shape:
         raise LoratoolError(f"{tensor.name}: has shape {list(info.shape)} in {merged.root}, expected {list(tensor.shape)}")
+    # `worst` has a number's distance in steps, its flat index, the value expected and the value found.
     count, worst = 0, (0.0, 0, 0.0, 0.0)
     with TensorFile(base.files[tensor.file]) as source, TensorFile(merged.files[file]) as target:
         stored = target.read(info).reshape(matrix(info.shape)) if info.shape else target.read(info).reshape(1, 1)
@@ -124,28 +126,32 @@ def _compare_tensor(
 
 
 def _steps_beyond(found: Tensor, expected: Tensor, slack: Tensor) -> Tensor:
-    """How many steps of its dtype each number is from what it should be, past what arithmetic may be off by."""
+    """The distance of each number from the expected value, in steps of its dtype, beyond what arithmetic may be off by."""
+    # A merge copies integers and computes none: any difference is wrong.
     if not found.is_floating_point():
         return torch.zeros_like(expected).masked_fill(found.double() != expected, math.inf)
     wide = found.double()
     steps = rounding.ulp(found).double()
     gap = ((wide - expected).abs() - slack).clamp_min(0) / steps
+    # Inf and NaN have no distance: right where the very same is expected, else infinitely wrong.
     same = (wide == expected) | (wide.isnan() & expected.isnan())
     return torch.where(torch.isfinite(wide), gap, math.inf).masked_fill(same, 0.0)
 
 
 def _expected_rows(tensor: TensorPlan, source: TensorFile, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Rows of what a tensor should hold, in float64, from the first on, and by how much float32 may have missed them."""
+    """The rows that a tensor should hold, in blocks: the first row, the numbers in float64, and what float32 may miss."""
     rows, columns = matrix(tensor.shape)
     if tensor.terms and not by_blocks(tensor):
         stored = source.read(tensor.source)
         whole = send(apply_terms(tensor, stored.double())[0].reshape(rows, columns), device)
+        # Sizes of single terms are not known here: the mean stands in for those that cancel in a small number.
         yield 0, whole, ARITHMETIC * (whole.abs() + whole.abs().mean())
         return
     segments = [segment.on(device) for segment in segments_of(tensor, rows, columns)]
     base = source.read(tensor.source).reshape(rows, columns)
     for start, stop in row_blocks(rows, columns, _BLOCK):
         part = send(base[start:stop], device).double()
+        # Nothing is computed for a tensor without terms: a copy is off by no more than the rounding to another dtype.
         slack = part.abs() if tensor.terms else torch.zeros_like(part)
         for segment in segments:
             _add(segment, start, part, slack)
@@ -153,7 +159,7 @@ def _expected_rows(tensor: TensorPlan, source: TensorFile, device: torch.device)
 
 
 def _add(segment: Segment, start: int, part: Tensor, slack: Tensor) -> None:
-    """Adds what a segment changes of the rows `part`, from `start` on, and how large the numbers are that it adds."""
+    """Adds a segment's change to `part`, the rows from `start` on, and the size of the numbers that are added to `slack`."""
     first, last = max(start, segment.start), min(start + len(part), segment.stop)
     if first >= last:
         return
@@ -161,6 +167,7 @@ def _add(segment: Segment, start: int, part: Tensor, slack: Tensor) -> None:
     if segment.up is not None and segment.down is not None:
         up, down = segment.up[rows].double(), segment.down.double()
         part[here] += up @ down
+        # By Cauchy and Schwarz, no partial sum of a row times a column is larger than the product of their norms.
         slack[here] += torch.outer(up.norm(dim=1), down.norm(dim=0))
     for whole in segment.whole:
         part[here] += whole[rows].double()

@@ -33,8 +33,8 @@ from loratool.verbs.reports import Stopwatch, TimedReport
 
 @dataclass(frozen=True, slots=True)
 class DeltaReport(TimedReport):
-    """What changes: every parameter that does, in order, and how many do not; ‖ΔW‖ of all, and relative to the weights it
-    changes, where a base tells.
+    """What changes: every parameter that does, in order, and how many do not; ‖ΔW‖ over all, and the same relative to the
+    changed weights, where a base tells.
 
     Of a file that was written: its format, its bytes, the relative `error` of rounding to its dtype, and the names of what
     the format has no place for.
@@ -68,12 +68,14 @@ def delta(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DeltaReport:
-    """Measures what the adapter at `path` adds, or what the checkpoint `tuned` changes of that at `path`, and with `out`
-    writes it there, whole: a file of `diff` leaves, one parameter after the other.
+    """Measures ΔW of the adapter at `path`, or of the checkpoint `tuned` against the checkpoint at `path`. With `out`,
+    writes ΔW whole: a file of `diff` leaves, one parameter after the other.
 
-    `base` is that of an adapter whose kind depends on it; `to` and `dtype` are the format and the dtype of the file; with
-    `spectrum`, all singular values are told. Raises `LoratoolError`, and writes nothing, where a kind depends on its weight
-    and there is no base, where the checkpoints are not of one model, or a number is not finite.
+    `base` is for an adapter whose kind depends on its weight, and for relative norms; `to` and `dtype` are the format and
+    the dtype of the file; with `spectrum`, the report has all singular values.
+
+    Raises `LoratoolError`, and writes nothing, where a kind depends on its weight and there is no base, where the
+    checkpoints are not of one model, or a number is not finite.
     """
     stopwatch, devices = Stopwatch(), open_devices(device)
     source = _source(path, tuned, base, selection, devices, allow_pickle=allow_pickle)
@@ -85,6 +87,7 @@ def delta(
         with error_in_file(tuned or where):
             run.compute(progress)
         nbytes = run.finish()
+    # Where a file was written, its commit has checked the inputs before; without one, nothing has.
     for each in source.inputs:
         each.require_unchanged()
     report = run.report(f"{tuned} − {where}" if tuned else str(where))
@@ -111,6 +114,7 @@ def iter_deltas(
 
 
 def _dense(source: DeltaSource, numbers: Sequence[int], device: torch.device) -> list[Tensor | None]:
+    """ΔW of these changes on the CPU; None for what did not change."""
     effects = [source.effect(number, device) for number in numbers]
     return [effect.dense().cpu() if effect else None for effect in effects]
 
@@ -124,6 +128,7 @@ def _source(
     *,
     allow_pickle: bool,
 ) -> DeltaSource:
+    """The source that the arguments of a verb mean: an adapter, or a pair of checkpoints."""
     takes = (selection or Selection()).takes
     found = path if isinstance(path, Adapter) else open_any(Path(path).expanduser(), allow_pickle=allow_pickle)
     if tuned is not None:
@@ -139,10 +144,11 @@ def _source(
 
 
 class DeltaRun:
-    """All changes of a source, measured on a few devices and, once `open` was called, written in a dtype."""
+    """A pass over all changes of a source: each is measured and, after `open`, written in the dtype of the file."""
 
     def __init__(self, source: DeltaSource, devices: DevicePool, dtype: str, *, spectrum: bool) -> None:
         self.source, self.devices, self.dtype_name, self.spectrum = source, devices, dtype, spectrum
+        # Filled from several threads, each number by one of them, and read when all have ended.
         self.found: dict[int, ModuleMeasure] = {}
         self.before: dict[int, float] = {}
         self.lost: dict[int, float] = {}
@@ -151,11 +157,13 @@ class DeltaRun:
         self.groups = [[number] for number in range(source.count)]
 
     def open(self, out: Path, stack: ExitStack, to: str | None, arch: str | None, *, overwrite: bool) -> None:
-        """Has what is computed written to `out`, which appears when it is finished."""
+        """Prepares a file for what `compute` finds; the file appears at `out` when `finish` has completed it."""
         self.naming = naming_of(self.source, to, arch)
         self.groups = self.naming.groups(self.source)
         written = {number for group in self.groups for number in group}
+        # What the format has no place for is measured all the same, after what is written.
         self.groups += [[number] for number in range(self.source.count) if number not in written]
+        # A source counts the bytes of float32, which has 4 of them.
         nbytes = sum(self.source.nbytes(number) for number in written) * self.dtype.itemsize // 4
         if not written:
             raise LoratoolError(f"{out}: {self.naming.title} has a place for nothing of it")
@@ -173,7 +181,7 @@ class DeltaRun:
         run_all(pieces, lambda index, _: add(sizes[index]), threading.Event())
 
     def finish(self) -> int:
-        """Puts the file in its place, if there is one, and returns its size."""
+        """Completes the file and puts it in its place; returns its size, 0 where none is written."""
         if self.naming is None:
             return 0
         nbytes = self.file.finish(provenance(of=self._of(), dtype=self.dtype_name))
@@ -181,7 +189,7 @@ class DeltaRun:
         return nbytes
 
     def report(self, what: str) -> DeltaReport:
-        """What was found."""
+        """The report of all that was computed; `what` says of what."""
         squares = {number: each.norm**2 for number, each in self.found.items()}
         whole, before = math.fsum(squares.values()), math.fsum(value**2 for value in self.before.values())
         shares = {number: square / whole if whole else 0.0 for number, square in squares.items()}
@@ -192,6 +200,7 @@ class DeltaRun:
             modules=tuple(replace(self.found[number], share=shares[number]) for number in sorted(self.found)),
             unchanged=self.source.count - len(self.found),
             norm=math.sqrt(whole),
+            # Only with the weight of every change: with some of them missing, the ratio would be too large.
             relative=math.sqrt(whole / before) if before and len(self.before) == len(self.found) else None,
             device=self.devices.title,
             format=naming.title if naming else None,
@@ -201,6 +210,7 @@ class DeltaRun:
         )
 
     def _of(self) -> str:
+        """What ΔW is of, by names without folders, as the file's metadata records it."""
         source = self.source
         if isinstance(source, CheckpointDeltas):
             return f"{source.tuned.layout.root.name[:100]} - {source.base.layout.root.name[:100]}"
@@ -208,10 +218,12 @@ class DeltaRun:
         return source.adapter.path.name[:100]
 
     def _group(self, index: int) -> None:
+        """Computes one group on the device of this thread, or on the CPU where its memory runs out."""
         group = self.groups[index]
         self.devices.run_batch(self.source.name(group[0]), [index], self._compute_groups)
 
     def _compute_groups(self, indexes: Sequence[int], device: torch.device) -> list[None]:
+        """Measures the changes of groups, and writes each group's tensors once all parts of them are there."""
         for index in indexes:
             parts = []
             for number in self.groups[index]:
@@ -225,6 +237,8 @@ class DeltaRun:
                 if self.naming and module not in self.naming.reasons:
                     parts.append((module, parameter, effect.dense()))
             if self.naming:
+                # For empty groups too, since `in_turn` waits for every number; and as the last step, so that a second try,
+                # on the CPU after memory ran out, writes nothing twice.
                 held = store_parts(self.naming, parts, self.dtype)
                 self.lost[index] = held.lost
                 self.file.in_turn(index, held.entries)

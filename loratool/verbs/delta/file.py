@@ -1,4 +1,4 @@
-"""A file of full differences: ΔW of each parameter whole, under names that other tools read, one after the other."""
+"""A file of full differences: the names of the tensors, their rounding, and the room for the header."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from loratool.numbers.linalg import all_finite, dtype_name
 from loratool.verbs.delta.sources import AdapterDeltas, CheckpointDeltas, DeltaSource
 
 USUAL: Final = "kohya"
-"""The format of full differences that most tools read: LyCORIS's, ComfyUI, A1111, Forge."""
+"""The format of full differences that most programs read: LyCORIS, ComfyUI, A1111, Forge."""
 LONGER: Final = 200
-"""Bytes by which a parameter's name may be longer in one format than in another,"""
+"""Bytes by which a parameter's name may be longer in one format than in another."""
 PARTS: Final = 4
-"""and parts that a module may be cut into."""
+"""Parts into which a format may cut a module."""
 OWN_NAMES: Final = "the model's own names"
 
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """What the tensors are called: as `target` has them, each module where `ways` says, or, without one, as the model does;
-    `reasons` are why some have no place."""
+    """The names of the tensors: as `target` spells them, each module where `routes` says, or, without a target, as the model
+    names them; `reasons` say why some modules have no place."""
 
     target: Format | None
     arch: str
@@ -51,10 +51,11 @@ class Naming:
 
     @property
     def title(self) -> str:
+        """The format in words."""
         return self.target.title if self.target else OWN_NAMES
 
     def groups(self, source: DeltaSource) -> list[list[int]]:
-        """Numbers of changes that end in one tensor, and so must be at hand together; all others are alone."""
+        """Numbers of the changes to write, in groups: what becomes one tensor has to be computed together."""
         together: dict[object, list[int]] = {}
         for number in range(source.count):
             module, parameter = source.place(number)
@@ -63,7 +64,7 @@ class Naming:
         return list(together.values())
 
     def tensors(self, parts: Sequence[tuple[Module, str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors that a group's changes become."""
+        """The tensors that the changes of a group become, by name."""
         if self.target is None:
             return {f"{_path(module)}.{_leaf(parameter)}": dense for module, parameter, dense in parts}
         changes = [Change(module, parameter, Full(dense, _leaf(parameter))) for module, parameter, dense in parts]
@@ -71,14 +72,14 @@ class Naming:
         return spell_adapter(rename_changes(changes, self.routes), self.target, adapter).tensors
 
     def _whole(self, module: Module) -> object:
-        """The stacked module that a module is a part of, or whose parts' parts it is."""
+        """The stacked module in the target that takes up `module` or a part of it; None where there is none."""
         way = self.routes.get(module)
         links = [whole for whole, link in way.targets if link and len(link.parts) > 1] if way else []
         return (way.prefix, links[0]) if way and links else None
 
 
 def naming_of(source: DeltaSource, to: str | None, arch: str | None) -> Naming:
-    """How the differences are to be called; raises `LoratoolError` where the format that is asked for cannot hold them."""
+    """The names of the differences; raises `LoratoolError` where the format that is asked for cannot hold differences."""
     modules = list(dict.fromkeys(source.place(number)[0] for number in range(source.count)))
     target = format_named(to) if to else None
     if target and "diff" not in target.leaves:
@@ -88,10 +89,12 @@ def naming_of(source: DeltaSource, to: str | None, arch: str | None) -> Naming:
     assert isinstance(source, CheckpointDeltas)
     found = archs_of_base(source.base.layout, modules, arch)
     target = target or format_named(USUAL)
+    # Without a table nobody knows kohya's names of the modules, or where they are cut: they keep their own.
     if to is None and (found[0] not in ARCHS or not target.holds(found[0].name)):
         return Naming(None, found[0].title)
     chosen, routes, reasons = resolve_base_routes(modules, found, target)
-    # Names of bare parameters are read by nobody, but for Wan's modulation; and OpenCLIP's projection lies on its side.
+    # Nobody reads bare parameters under flattened names, except Wan's modulation (diff_m); and OpenCLIP stores its
+    # text_projection transposed.
     nameless = {
         pair.module: f"{target.title} has no place for a parameter of no module"
         for pair in source.pairs
@@ -101,6 +104,7 @@ def naming_of(source: DeltaSource, to: str | None, arch: str | None) -> Naming:
 
 
 def _of_adapter(source: AdapterDeltas, target: Format | None, arch: str | None) -> Naming:
+    """The names of an adapter's differences: in `target`, else in the adapter's own format if that has differences."""
     adapter = replace(source.adapter, changes=tuple(source.changes))
     if target is None:
         try:
@@ -108,6 +112,7 @@ def _of_adapter(source: AdapterDeltas, target: Format | None, arch: str | None) 
         except LoratoolError:
             own = format_named(USUAL)
         target = own if "diff" in own.leaves else format_named(USUAL)
+        # Behind PEFT's container stand the wrapped model's own names, which the differences keep.
         if own.whole is not None and any(change.module.stem.startswith(CONTAINER) for change in source.changes):
             return Naming(None, "a language model")
     found: Arch
@@ -119,14 +124,14 @@ def _of_adapter(source: AdapterDeltas, target: Format | None, arch: str | None) 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensors:
-    """The tensors of some changes as they are stored, and the square of what rounding them took."""
+    """The tensors of some changes as they are stored, and the square of what rounding lost of them."""
 
     entries: tuple[TensorBytes, ...]
     lost: float
 
 
 def store_parts(naming: Naming, parts: Sequence[tuple[Module, str, Tensor]], dtype: torch.dtype) -> StoredTensors:
-    """Changes in the dtype of the file; raises `NonFinite` where they overflow it."""
+    """The tensors of a group rounded to the dtype of the file; raises `NonFinite` where a number overflows that dtype."""
     entries, lost = [], 0.0
     for name, tensor in naming.tensors(parts).items():
         narrow = tensor.to(dtype)
@@ -140,19 +145,22 @@ def store_parts(naming: Naming, parts: Sequence[tuple[Module, str, Tensor]], dty
 
 
 def room_for_header(source: DeltaSource) -> int:
-    """Bytes of a header that has a name for every part of every change."""
+    """An upper estimate of the header's bytes, with a name for every part of every change."""
+    # The header is written last, into this room, and must fit. 4 KiB are for the metadata, which names no modules.
     stems = (source.place(number)[0].stem for number in range(source.count))
     return 4096 + sum(PARTS * (ENTRY_BYTES + LONGER + 2 * len(json.dumps(stem))) for stem in stems)
 
 
 def provenance(**said: object) -> dict[str, str]:
-    """What the file says of itself, without times or paths."""
+    """The metadata of the file, without times or paths, so that equal runs write equal bytes."""
     return history_entry("delta", (), {}, **said) | {"format": "pt"}
 
 
 def _leaf(parameter: str) -> str:
+    """The leaf of a difference to a parameter."""
     return "diff_b" if parameter == BIAS else "diff"
 
 
 def _path(module: Module) -> str:
+    """The model's own name of a module, without PEFT's container."""
     return module.stem.removeprefix(CONTAINER)

@@ -1,4 +1,4 @@
-"""How large a change is, and along how many directions: its norm, its largest singular value, and two ranks of it."""
+"""The measures of a change: its norm, its largest singular value, its stable and its effective rank, and its spectrum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loratool.numbers.krylov import spectral_norm, squared_norm, truncated_svd
 from loratool.numbers.linalg import ProductSVD, effective_rank
 
 _SMALL: Final = 512
-"""Smaller side of a matrix up to which its whole spectrum is found, whether it is asked for or not."""
+"""Smaller side of a matrix up to which the whole spectrum is found, asked for or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class ModuleMeasure:
 
 
 def measure_module(name: str, effect: Effect, *, spectrum: bool) -> ModuleMeasure:
-    """The figures of one change, but for its share, which only all of them tell."""
+    """The figures of one change, except its share, which depends on all changes."""
     sigma, norm, complete = _singular_values(effect, whole=spectrum)
     first = float(sigma[0]) if len(sigma) else 0.0
     return ModuleMeasure(
@@ -53,16 +53,17 @@ def measure_module(name: str, effect: Effect, *, spectrum: bool) -> ModuleMeasur
 
 
 def _singular_values(effect: Effect, *, whole: bool) -> tuple[Tensor, float, bool]:
-    """The leading ones, or all; ‖ΔW‖; and whether they are all there are."""
+    """The leading singular values or all of them, ‖ΔW‖, and whether the values are complete."""
     if effect.factors:
         core = ProductSVD(*effect.factors)
         return core.sigma, math.sqrt(float(core.squares.sum())), True
     dense = effect.dense()
     if dense.ndim < 2:
+        # A vector is a matrix of one row, whose only singular value is its norm.
         norm = math.sqrt(squared_norm(dense.reshape(1, -1)))
         return torch.tensor([norm], dtype=torch.float64), norm, True
     if dense.ndim == 3:
-        # Stacked experts: their matrices stand beside each other, and their singular values are those of all together.
+        # Stacked experts act each on inputs of their own, as blocks along a diagonal: the spectrum is that of all of them.
         found = [_of_matrix(expert, whole=whole) for expert in dense]
         sigma = torch.cat([part for part, *_ in found]).sort(descending=True).values
         return sigma, math.hypot(*(norm for _, norm, _ in found)), all(complete for *_, complete in found)
@@ -70,13 +71,16 @@ def _singular_values(effect: Effect, *, whole: bool) -> tuple[Tensor, float, boo
 
 
 def _of_matrix(matrix: Tensor, *, whole: bool) -> tuple[Tensor, float, bool]:
+    """`_singular_values` of one matrix: σ₁ alone where the matrix is large and nobody asked for more."""
     low, high = torch.aminmax(matrix)
     if float(low) == float(high) == 0:
         return torch.zeros(1, dtype=torch.float64), 0.0, True
+    # Squares of very large or small numbers leave float32's range. A power of two is taken out, and put back exactly.
     scaled, exponent = rescaled_to_safe_range(matrix)
     back = math.ldexp(1.0, exponent)
     if not (whole or min(matrix.shape) <= _SMALL):
         sigma = torch.tensor([spectral_norm(scaled)], dtype=torch.float64)
         return sigma * back, math.sqrt(squared_norm(scaled)) * back, False
+    # A rule of rank 0: only the spectrum is wanted, and no factors.
     found = truncated_svd(scaled, lambda spectrum: 0, whole=True).spectrum
     return found.sigma.cpu() * back, math.sqrt(found.total) * back, True

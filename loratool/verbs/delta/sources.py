@@ -1,4 +1,4 @@
-"""What changes, module by module: by an adapter, or from one checkpoint to another. Only what is asked for is held."""
+"""Sources of changes: an adapter, or two checkpoints. Each change is computed when it is asked for, and not kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _QUANTISED = "a difference to it is that of the quantisation; compare the 16-bit
 
 
 class DeltaSource(ABC):
-    """Where changes come from: `count` of them, each with a name, computed when it is asked for."""
+    """A source of `count` changes, each with a number and a name, and computed when it is asked for."""
 
     count: int
     warnings: tuple[str, ...]
@@ -31,23 +31,23 @@ class DeltaSource(ABC):
 
     @abstractmethod
     def name(self, number: int) -> str:
-        """What a change is called in reports."""
+        """The name of a change in reports."""
 
     @abstractmethod
     def place(self, number: int) -> tuple[Module, str]:
-        """The module and its parameter."""
+        """The module and the parameter that change."""
 
     @abstractmethod
     def nbytes(self, number: int) -> int:
-        """What computing a change costs, in bytes of the whole ΔW."""
+        """The bytes of the whole ΔW in float32, as a measure of the work."""
 
     @abstractmethod
     def effect(self, number: int, device: torch.device) -> Effect | None:
-        """What changes, computed on `device`; None where nothing does. Raises `LoratoolError`."""
+        """The change, computed on `device`; None where nothing changes. Raises `LoratoolError`."""
 
 
 class AdapterDeltas(DeltaSource):
-    """What an adapter adds; `weights` are those of its base, which some kinds need, and whose norms it is compared with."""
+    """The changes of an adapter; `weights` is its base, which some kinds need, and with whose norms changes are compared."""
 
     def __init__(self, adapter: Adapter, takes: Takes, weights: BaseCheckpoint | None) -> None:
         self.adapter, self.weights = adapter, weights
@@ -63,6 +63,7 @@ class AdapterDeltas(DeltaSource):
         return self.changes[number].module, self.changes[number].parameter
 
     def nbytes(self, number: int) -> int:
+        # A dimension that is left to the weight is `ANY`, −1: such a product tells nothing, and counts as 1.
         return 4 * max(math.prod(self.changes[number].delta.shape), 1)
 
     def effect(self, number: int, device: torch.device) -> Effect:
@@ -71,17 +72,19 @@ class AdapterDeltas(DeltaSource):
             return self._effect(change, device)
 
     def _is_there(self, change: Change) -> bool:
-        """Whether an optional change, of a bias that not every layer has, has something to change."""
+        """Whether a change has its target: PEFT's (IA)³ multiplies a layer's bias, which the base may lack."""
         return not change.optional or bool(self.weights and self.weights.targets.find(change.module, change.parameter))
 
     def _effect(self, change: Change, device: torch.device) -> Effect:
+        """The effect of a change on its weight in the base, with ‖W₀‖, or without either where the base lacks the module."""
+        # Only kinds that depend on their weight fail without it; all others are measured without ‖W₀‖.
         found = self.weights and self.weights.targets.find(change.module, change.parameter)
         base = self.weights if found else None
         return effect_of(change.delta, change.module, change.parameter, base, device, measure_weight=True)
 
 
 class CheckpointDeltas(DeltaSource):
-    """W' − W₀, for every parameter that both have."""
+    """The changes W' − W₀ of every parameter that two checkpoints have in common."""
 
     def __init__(self, base: Layout, tuned: Path, takes: Takes, *, pinned: bool) -> None:
         self.base, self.tuned = BaseCheckpoint(base, pinned=pinned), BaseCheckpoint(tuned, pinned=pinned)
@@ -106,4 +109,5 @@ class CheckpointDeltas(DeltaSource):
         change = difference(self.base, self.tuned, pair, device)
         if change is None:
             return None
+        # ‖W₀‖ takes a second reading of the weight, and is found only for what changed.
         return Effect(tuple(change.dense.shape), None, change.dense, weight_norm(self.base.at(pair.base)))

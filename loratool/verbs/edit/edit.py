@@ -1,4 +1,4 @@
-"""`edit`: an adapter without some of its modules, and with others at another strength; all else stays what it is."""
+"""`edit`: an adapter without some of its modules, and with others at another strength; all else keeps its bytes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from loratool.verbs.reports import Report
 
 @dataclass(frozen=True, slots=True)
 class EditRun:
-    """What an edit changes: globs of modules to `drop`, or the only ones to `keep`; globs to `scale`, with factors; a
-    `strength` for blocks and components."""
+    """What the user asks an edit to change: globs of modules to `drop`, or of the only modules to `keep`; globs to `scale`,
+    with factors; a `strength` for blocks and components."""
 
     drop: tuple[str, ...]
     keep: tuple[str, ...]
@@ -34,7 +34,7 @@ class EditRun:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What was asked for, without what was not."""
+        """The options that the user gave, by name, for the history in the metadata."""
         asked = {
             "drop": self.drop,
             "keep": self.keep,
@@ -47,7 +47,7 @@ class EditRun:
 
 @dataclass(frozen=True, slots=True)
 class EditedModule:
-    """One module: its block, ‖ΔW‖ before (None where only its weight could tell), and the factor it got: 0 if dropped."""
+    """One module: its block, ‖ΔW‖ before the edit (None where only the weight could tell), and its factor, 0 if dropped."""
 
     name: str
     block: str
@@ -57,7 +57,7 @@ class EditedModule:
 
 @dataclass(frozen=True, slots=True)
 class BlockShare:
-    """One block: how many modules it has, its share of ‖ΔW‖² before and after, and the factors of its modules."""
+    """One block: its number of modules, its share of the adapter's ‖ΔW‖² before and after, and its modules' factors."""
 
     name: str
     modules: int
@@ -68,7 +68,7 @@ class BlockShare:
 
 @dataclass(frozen=True, slots=True)
 class EditReport(Report):
-    """What an edit did, or with `dry_run` would do; `unmeasured` modules are of kinds whose norm depends on the weight."""
+    """What an edit did, or with `dry_run` would do; `unmeasured` counts modules whose ‖ΔW‖ depends on the weight."""
 
     out: str
     arch: str
@@ -99,12 +99,12 @@ def edit(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> EditReport:
-    """Writes an adapter to `out` without the modules that are dropped, and with the others at their factors.
+    """Writes to `out` an adapter without the modules that are dropped, and with the others at their factors.
 
-    `drop` are globs of modules, `keep` those of the only ones that stay, `scale` globs with factors, and `strength` weighs
-    blocks and components. A glob matches a module's name in the file, its path, or its block (IN04, OUT*). Every tensor that
-    no factor is for keeps its bytes. A factor goes into alpha, a tensor's or the config's, and where there is none into the
-    factors. Without `out`, and with `dry_run`, nothing is written.
+    `drop` are globs of modules to leave out, `keep` globs of the only modules that stay, `scale` globs with numbers, and
+    `strength` weighs blocks and components. A glob matches a module's name in the file, its path, or its block (IN04, OUT*).
+    Tensors of modules that nothing scales keep their bytes. The number goes into alpha, the file's or the config's, and
+    where there is none into the module's factors. Without `out`, and with `dry_run`, nothing is written.
 
     Raises `LoratoolError`, and writes nothing, where a glob matches no module, nothing is left, or a kind has no exact
     multiple without its base.
@@ -117,6 +117,7 @@ def edit(
     blocks = {module: block_of(found, module) for module in modules}
     factors = _factors(modules, blocks, found, run)
     report = _report(adapter, found, blocks, factors)
+    # The vectors of 12 and 17 name only blocks with attention; a LoCon has modules in the others too.
     unnamed = full.unnamed(modules, found)
     if unnamed:
         shown = first_few(map(str, unnamed), 2)
@@ -131,8 +132,11 @@ def edit(
 
 
 def _factors(modules: Sequence[Module], blocks: Mapping[Module, str], arch: Arch, run: EditRun) -> dict[Module, float]:
-    """What each module is multiplied by; 0 drops it."""
+    """The number that each module's ΔW is multiplied by; 0 drops the module."""
+    # Strengths come first and are replaced by 0 where a module is dropped; `scale` then multiplies what is left, so that
+    # the order in which a user gives options does not matter.
     factors = run.strength.of(modules, arch)
+    # Globs are matched even where their answer is not needed: one that matches nothing is a typing error.
     kept = _match_modules(modules, blocks, run.keep, "keep")
     dropped = _match_modules(modules, blocks, run.drop, "drop")
     for module in modules:
@@ -164,6 +168,7 @@ def _match_modules(
 
 
 def _report(adapter: Adapter, arch: Arch, blocks: Mapping[Module, str], factors: Mapping[Module, float]) -> EditReport:
+    # A module may have several changes (weight, bias), whose squares add up; one of them unknown makes the sum unknown.
     norms: dict[Module, float | None] = {}
     for change in adapter.changes:
         before = norms.get(change.module, 0.0)
@@ -183,7 +188,7 @@ def _report(adapter: Adapter, arch: Arch, blocks: Mapping[Module, str], factors:
 
 
 def _shares(modules: Sequence[EditedModule]) -> Iterator[BlockShare]:
-    """Blocks in the order in which they first occur by name, numbers as numbers."""
+    """The share of each block, sorted by name with numbers by their value."""
     before = math.fsum((module.norm or 0.0) ** 2 for module in modules)
     after = math.fsum(((module.norm or 0.0) * module.factor) ** 2 for module in modules)
     by_block: dict[str, list[EditedModule]] = {}

@@ -1,4 +1,4 @@
-"""An adapter at new strengths, module by module, in its own spelling: a factor goes where the scale is kept."""
+"""An adapter at new strengths, module by module, in its file's own spelling: a number goes where the scale is kept."""
 
 from __future__ import annotations
 
@@ -26,20 +26,23 @@ from loratool.names import CONTAINER, Module
 def write_edited(
     adapter: Adapter, factors: Mapping[Module, float], out: Path, history: Mapping[str, Any], *, overwrite: bool
 ) -> int:
-    """Writes `adapter` with each module at its factor, those at 0 left out, and returns the bytes; `history` says in the
-    metadata what was asked for.
+    """Writes `adapter` with each module's ΔW times its number in `factors`, modules at 0 left out, and returns the bytes;
+    `history` is what the user asked for, which the metadata keeps.
 
-    Raises `LoratoolError`, and writes nothing, where a kind has no exact multiple, or what is read back is not what it
-    should be.
+    Raises `LoratoolError`, and writes nothing, where a kind has no exact multiple, or the written file does not hold the
+    expected deltas.
     """
     kept = [change for change in adapter.changes if factors[change.module]]
+    # What the file must hold is computed on the deltas, apart from how its tensors are changed below: one checks the other.
     expected = [(change, _scale_change(change, factors[change.module])) for change in kept]
+    # Start from the file's own bytes, put each number where the scale is, then make config and metadata true again.
     tensors = read_unchanged(adapter, kept)
     config = dict(adapter.config) if adapter.config else None
     for change, factor in ((change, factors[change.module]) for change in kept):
         if factor != 1:
             with error_context(change):
                 _apply(adapter, change, factor, tensors, config)
+    # PEFT would make fresh factors for target_modules that the file no longer has.
     if config is not None and len(kept) < len(adapter.changes):
         _require_whole_wrappers(adapter, kept)
         config = with_targets_of(config, kept)
@@ -55,8 +58,8 @@ def write_edited(
 
 
 def _require_whole_wrappers(adapter: Adapter, kept: Sequence[Change]) -> None:
-    """Raises `Unsupported` where some of a module's stacked parameters go and some stay: PEFT wraps them in each other, and
-    their names say how many there are."""
+    """Raises `Unsupported` where some stacked parameters of a module go and others stay: PEFT wraps them in each other, and
+    the names of their tensors depend on how many there are."""
     parts: dict[str, set[bool]] = {}
     there = {change.module for change in kept if change.delta.stacked}
     for change in adapter.changes:
@@ -70,7 +73,7 @@ def _require_whole_wrappers(adapter: Adapter, kept: Sequence[Change]) -> None:
 
 
 def _scale_change(change: Change, factor: float) -> Delta:
-    """The delta at its factor; raises `NeedsBase` where that is no delta of its kind."""
+    """The delta of `factor` · ΔW; raises `NeedsBase` where a multiple is no delta of the same kind."""
     if factor == 1:
         return change.delta
     try:
@@ -85,7 +88,8 @@ def _scale_change(change: Change, factor: float) -> Delta:
 def _apply(
     adapter: Adapter, change: Change, factor: float, tensors: dict[str, Tensor], config: dict[str, Any] | None
 ) -> None:
-    """Puts a factor where the change's scale is kept: an alpha of its own, the config's, or else its factors."""
+    """Puts `factor` where the change keeps its scale: an alpha tensor of its own, the config, or else its factors."""
+    # An alpha of its own is tried first: changing it leaves the bytes of the factors alone.
     by_leaf = {found.leaf: key for key in change.keys if (found := parse_key(key))}
     alpha = by_leaf.get("alpha")
     # Where both sides of a LoKr are whole, alpha is ignored.
@@ -98,7 +102,8 @@ def _apply(
 
 
 def _scale_config(change: Change, factor: float, config: Mapping[str, Any]) -> dict[str, Any]:
-    """PEFT's config with the alpha of one module times a factor; its bias has the alpha of its factors."""
+    """PEFT's config with the alpha of one module times `factor`; unchanged for a module's bias."""
+    # A bias has no factors: PEFT gives it the scale of its module's, which the change of the weight sets.
     down = next((tensor for leaf, tensor in change.delta.leaves().items() if leaf.endswith("down")), None)
     if down is None or change.delta.scale is None:
         return dict(config)
@@ -107,10 +112,12 @@ def _scale_config(change: Change, factor: float, config: Mapping[str, Any]) -> d
 
 
 def _fold_scale(change: Change, factor: float, by_leaf: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors of a delta that a factor goes into."""
+    """The tensors, by key, that `factor` goes into; raises `Unsupported` where the kind has no place for one."""
     delta: Any = change.delta
     before = delta.leaves()
+    # The delta's own scale stays where the file keeps it (a config, an alpha): `factor` alone is folded in.
     after = replace(delta, scale=factor).folded().leaves() if "scale" in delta.__slots__ else {}
+    # Folding returns the same object for a leaf that it leaves alone.
     changed = {leaf: tensor for leaf, tensor in after.items() if tensor is not before[leaf]}
     if not changed or not changed.keys() <= by_leaf.keys():
         raise Unsupported(f"a delta of kind {delta.kind} has no place for a factor; `to_lora()` makes a LoRA of it")
@@ -118,10 +125,11 @@ def _fold_scale(change: Change, factor: float, by_leaf: Mapping[str, str]) -> di
 
 
 def _compare(expected: Sequence[tuple[Change, Delta]], again: LazyAdapter) -> None:
-    """Raises `InvalidAdapter` where what was written is not what it should be."""
+    """Raises `InvalidAdapter` where a delta of the written file is not the expected one."""
     for change, delta in expected:
         with error_context(change):
             back = delta_at(again, change.stem, change)
             error = difference(delta, back) if back else math.inf
+            # Not `>`: NaN is an error too.
             if not error <= EXACT:
                 raise InvalidAdapter(f"differs by {error:.2e} when it is read back: nothing is written")

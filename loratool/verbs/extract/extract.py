@@ -1,4 +1,4 @@
-"""`extract`: the best low-rank adapter of W' − W₀, its error measured, and nothing left out without a word."""
+"""`extract`: the best low-rank adapter of W' − W₀, with its error measured and everything that is left out reported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from loratool.verbs.extract.outcomes import ExtractedModule, Extraction, Outcome
 from loratool.verbs.reports import Stopwatch, TimedReport, worst_of
 
 DIFFERENCES: Final = ("diff", "diff_b", "w_norm", "b_norm")
-"""Leaves that not everybody reads."""
+"""Leaves of differences that are stored whole, which diffusers refuses and some other programs ignore."""
 SIDEWAYS: Final = ("gpt_oss", "llama4", "llama4_text")
 """Models whose stacked experts are stored as (experts, in, out), which PEFT knows by their classes (is_transposed)."""
 _QUANTISED: Final = "a difference to it is that of the quantisation; extract from the 16-bit originals"
@@ -45,7 +45,8 @@ _QUANTISED: Final = "a difference to it is that of the quantisation; extract fro
 
 @dataclass(frozen=True, slots=True)
 class OmittedChange:
-    """A change that the output does not hold: why, ‖W' − W₀‖ of it, and its share of the square of all."""
+    """A change that the output does not hold: the reason, the parameter's ‖W' − W₀‖, and its share of the sum of squares
+    over all parameters."""
 
     name: str
     why: str
@@ -55,11 +56,12 @@ class OmittedChange:
 
 @dataclass(frozen=True, slots=True)
 class ExtractReport(TimedReport):
-    """What an extraction found: every parameter that changed and how it is held, what is left out, how many did not change.
+    """What an extraction found: every parameter that changed and how the output holds the change, what is left out, and how
+    many parameters did not change.
 
-    `norm` is ‖W' − W₀‖ over all that was compared, and `error` the relative error of it with what is left out counted as
-    wholly lost. With `dry_run`, `modules` are those that would be extracted if they changed, and `nbytes` the size at most
-    (0: the rule tells no rank before it sees a spectrum).
+    `norm` is ‖W' − W₀‖ over all that was compared, and `error` the relative error of the output, which counts a change that
+    is left out as wholly lost. With `dry_run`, `modules` are those that would be extracted if they changed, and `nbytes` is
+    the largest size that the output may have (0: the rule tells no rank before it sees a spectrum).
     """
 
     out: str
@@ -98,17 +100,17 @@ def extract(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ExtractReport:
-    """Writes to `out` the adapter that makes the checkpoint `tuned` of `base`, as well as its rank allows.
+    """Writes to `out` the adapter that makes the checkpoint `tuned` of `base`, as well as the adapter's rank allows.
 
-    Each is a safetensors file, a folder of Hugging Face or one of diffusers; their names may differ by a prefix, or be those
-    of one architecture in two namings. Differences are taken in float32. The best approximation at each rank is found by
-    `krylov.truncated_svd`; `rule` says the rank of each module, or shares a budget over all. `to` is a format's name, `arch`
-    that of the base's architecture where its names fit several, `dtype` that of factors (None: as the tuned weights),
-    `split` the side of the singular values, and `clamp` a quantile that kohya's tools cut at. `resume` goes on where an
-    earlier run of the same settings was cut off.
+    Each checkpoint is a safetensors file, a folder of Hugging Face or one of diffusers; the names in both may differ by a
+    prefix, or be those of one architecture in two namings. Differences are taken in float32. The best approximation at each
+    rank is found by `krylov.truncated_svd`; `rule` says the rank of each module, or shares a budget over all. `to` is a
+    format's name, `arch` names the base's architecture where the base's names fit several, `dtype` is that of the factors
+    (None: as the tuned weights), `split` the side of the singular values, and `clamp` a quantile that kohya's tools cut at.
+    `resume` goes on where an earlier run of the same settings was cut off.
 
-    Raises `LoratoolError` and leaves nothing behind where they are not the same model, a number is not finite, nothing
-    changed, or the output cannot be written.
+    Raises `LoratoolError` and leaves nothing behind where the checkpoints are not of the same model, a number is not finite,
+    nothing changed, or the output cannot be written.
     """
     stopwatch, out, selection = Stopwatch(), Path(out).expanduser(), selection or Selection()
     devices, stored = open_devices(device), stored_dtype(dtype)
@@ -130,7 +132,7 @@ def extract(
         with error_in_file(weights[1].layout.root):
             report = _run_and_write(job, pairing, out, overwrite=overwrite)
     except LoratoolError as error:
-        # What is wrong with the input will be so the next time; a disk may have room again.
+        # An input that is wrong stays wrong, and its journal is of no use; a full disk may have room the next time.
         if journal and not isinstance(error, OutputError):
             journal.discard()
         raise
@@ -140,8 +142,10 @@ def extract(
 
 
 def _run_and_write(job: ExtractRun, pairing: Pairing, out: Path, *, overwrite: bool) -> ExtractReport:
+    """Computes all outcomes, writes the adapter that they make, and reports; raises `LoratoolError` where there is none."""
     outcomes = job.run()
     changes, lost = assemble_changes(job.items, outcomes, job.work)
+    # Before anything is written: where nothing can be, the error quotes what the report says.
     report = _report(job, pairing, out, outcomes, lost)
     inputs = job.work.base.layout, job.work.tuned.layout
     if not changes:
@@ -153,6 +157,7 @@ def _run_and_write(job: ExtractRun, pairing: Pairing, out: Path, *, overwrite: b
 
 def _journal_key(job: ExtractRun, settings: Mapping[str, object]) -> str:
     """All that outcomes depend on: the files, the rule and the settings."""
+    # A file's identity (device, inode, size, time of change) costs no second reading of both checkpoints, as a hash would.
     files = [
         [str(header.path), header.identity]
         for weights in (job.work.base, job.work.tuned)
@@ -172,13 +177,14 @@ def _plan_run(
     *,
     overwrite: bool,
 ) -> ExtractRun:
-    """What is to be done, with everything checked that can be before a tensor is read."""
+    """The run as it is planned, with everything checked that can be checked before a tensor is read."""
     base, tuned = work.base, work.tuned
+    # No format of adapters has a place for a VAE: its changes are reported as left out, and need no route.
     modules = list(dict.fromkeys(pair.module for pair in pairs if pair.module.component != VAE))
     found = archs_of_base(base.layout, modules, arch)
     target = format_named(to or _usual(found[0], base))
     if target.whole == CONTAINER and base.layout.config.get("architectures") and not arch:
-        # What transformers saved is called in PEFT what it is called there: of one CLIP, several tables say other things.
+        # PEFT uses transformers' own names. A CLIP alone fits the tables of several models, which name it differently.
         found = [
             arch_without_table(
                 modules, found[0].name, found[0].title if len(found) == 1 else f"the model in {base.layout.root.name}"
@@ -188,6 +194,7 @@ def _plan_run(
     inputs = [base.layout.root, tuned.layout.root]
     check_target(out, folder=target.folder, overwrite=overwrite, inputs=inputs)
     model, routes, reasons = resolve_base_routes(modules, found, target)
+    # A bias beside one of these weights is a layer's, and any other bias is a norm's: formats have a leaf for each.
     matrices = {pair.module.stem for pair in pairs if len(pair.shape) > 1 and pair.parameter == WEIGHT and not pair.raw}
     items = tuple(_item(base, pair, target, matrices, reasons) for pair in pairs)
     _require_alike(items, (base, tuned))
@@ -195,8 +202,8 @@ def _plan_run(
 
 
 def _usual(arch: Arch, base: BaseCheckpoint) -> str:
-    """The format that a model's users expect: PEFT for what transformers saved, and for what has no table; kohya for image
-    models in one file."""
+    """The name of the format that a model's users expect: PEFT for models that transformers saved or that have no table,
+    kohya for image models in one file, diffusers for those in a folder."""
     if arch not in ARCHS or base.layout.config.get("architectures"):
         return "peft"
     return "diffusers" if base.layout.is_folder else "kohya"
@@ -205,6 +212,7 @@ def _usual(arch: Arch, base: BaseCheckpoint) -> str:
 def _item(
     base: BaseCheckpoint, pair: Pair, target: Format, matrices: Container[str], reasons: Mapping[Module, str]
 ) -> ExtractItem:
+    """The item of one pair: the form in which `target` holds the change, or the reason why it cannot."""
     form, what = form_of(pair, target, matrices)
     if form == EXPERTS and base.layout.config.get("model_type") in SIDEWAYS:
         return ExtractItem(
@@ -216,7 +224,8 @@ def _item(
 
 
 def _require_alike(items: Sequence[ExtractItem], weights: tuple[BaseCheckpoint, BaseCheckpoint]) -> None:
-    """Raises `ShapeMismatch` for parameters of unlike shapes, but for vocabularies of unlike length."""
+    """Raises `ShapeMismatch` for parameters of unlike shapes, except for vocabularies of unlike length."""
+    # More or fewer rows alone are another vocabulary, which is saved whole; a LoRA cannot change the shape of a weight.
     unlike = [
         f"{pair} is {list(pair.shape)} in {weights[0].layout.root} and {list(pair.tuned_shape)} in {weights[1].layout.root}"
         for item in items
@@ -231,9 +240,11 @@ def _require_alike(items: Sequence[ExtractItem], weights: tuple[BaseCheckpoint, 
 def _report(
     job: ExtractRun, pairing: Pairing, out: Path, outcomes: Mapping[int, Outcome], lost: Mapping[int, str]
 ) -> ExtractReport:
+    """The report of `outcomes`, of which `lost` has the reason for each that is left out; the output's size is not in it."""
     squares = {number: outcome.figures.norm**2 for number, outcome in outcomes.items()}
     whole = math.fsum(squares.values())
     held = [outcome.figures for number, outcome in outcomes.items() if number not in lost]
+    # Errors of different parameters add up as squares: those measured on what is held, and the whole of what is left out.
     missing = math.fsum((figures.error * figures.norm) ** 2 for figures in held) + math.fsum(
         squares[number] for number in lost
     )
@@ -261,6 +272,7 @@ def _report(
 
 
 def _read_by_few(held: Sequence[ExtractedModule]) -> Iterator[str]:
+    """A warning where biases and norms are held as differences, which few programs read."""
     count = sum(figures.held in DIFFERENCES for figures in held)
     if count:
         yield (
@@ -270,21 +282,23 @@ def _read_by_few(held: Sequence[ExtractedModule]) -> Iterator[str]:
 
 
 def _dry_run_report(job: ExtractRun, pairing: Pairing, out: Path) -> ExtractReport:
-    """What would be extracted if every parameter had changed, from the headers alone."""
+    """The report of an extraction in which every parameter changed, from the headers alone."""
     outcomes = {number: job.placeholder(number, _rank(job, item)) for number, item in enumerate(job.items)}
     lost = {number: item.why for number, item in enumerate(job.items) if not item.form}
+    # Rules that look at a spectrum give no rank yet, and without every rank there is no size.
     known = all(outcome.delta for number, outcome in outcomes.items() if number not in lost)
     report = _report(job, pairing, out, outcomes, lost)
     return replace(report, nbytes=job.size(outcomes, {}) if known else 0, dry_run=True)
 
 
 def _rank(job: ExtractRun, item: ExtractItem) -> int:
-    """The rank that an item will have, where the rule tells it before it sees a spectrum; else 0."""
+    """The rank that an item will have, where the rule gives one before it sees a spectrum; else 0."""
     rule = job.rule.of(item.pair.shape) if isinstance(job.rule, Rule) else None
     return int(rule.value) if rule and rule.method == "rank" else 0
 
 
 def _nothing(report: ExtractReport, base: Path, tuned: Path) -> str:
+    """The message where there is nothing to write: nothing differs, or why nothing that differs can be held."""
     if not report.left_out:
         return f"{tuned}: nothing differs from {base} in the {report.unchanged} parameters that were compared"
     reasons: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""One extraction: what is to be done, settled before a tensor is read, and the doing of it, by a rule or within a budget."""
+"""One extraction as a job: everything settled before a tensor is read, then run by a rule or within a budget."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class ExtractRun:
-    """Every item with its form, the rule, and where each module goes in the format."""
+    """Every item with its form, the rule or the budget, and the route of each module to the format."""
 
     work: Extraction
     items: tuple[ExtractItem, ...]
@@ -50,7 +50,7 @@ class ExtractRun:
     journal: Journal | None = None
 
     def run(self) -> dict[int, Outcome]:
-        """What became of every item that changed, by its number; raises `LoratoolError`."""
+        """The outcome of every item that changed, by number; raises `LoratoolError`."""
         numbers = range(len(self.items))
         if isinstance(self.rule, Rule):
             return self._outcomes(dict.fromkeys(numbers, self.rule))
@@ -59,6 +59,8 @@ class ExtractRun:
                 "a budget cannot be shared with stacked experts; give `Rule('rank', ...)` or `Rule('max_error', ...)`, "
                 "or leave them out with `Selection(exclude=)`"
             )
+        # Within a budget, what has no rank comes first: whatever it takes is spent in any case. The allocator then looks at
+        # the spectra of all matrices, which are factorised at the ranks that it settles on.
         others = self._outcomes({number: Rule() for number in numbers if self.items[number].form != LORA})
         market = RankAllocator([number for number in numbers if self.items[number].form == LORA], self._offers, self.rule)
         if self.rule.nbytes is not None:
@@ -66,14 +68,15 @@ class ExtractRun:
         return self._within_error(others, market, self.rule.error or 0.0)
 
     def size(self, others: Mapping[int, Outcome], ranks: Mapping[int, int]) -> int:
-        """The bytes of an output whose low-rank modules have these ranks."""
+        """The bytes of an output that holds `others` and LoRA of these ranks."""
         outcomes = {**others, **{number: self.placeholder(number, rank) for number, rank in ranks.items()}}
         changes, lost = assemble_changes(self.items, outcomes, self.work)
         return size_in_format(self.adapter(changes, outcomes, lost), self.target, self.routes)
 
     def placeholder(self, number: int, rank: int) -> Outcome:
-        """What will become of an item, with sizes and without numbers; of a LoRA whose rank is 0, nothing."""
+        """The outcome of an item before it is computed: a delta with sizes and no numbers, or none for a LoRA of rank 0."""
         pair, form = self.items[number].pair, self.items[number].form
+        # One number, expanded to every shape below: sizes are counted from headers, and take no memory.
         nothing = torch.zeros(1, dtype=self.work.stored_as(pair))
         delta: Delta | None = None
         if form == LORA and rank:
@@ -86,7 +89,7 @@ class ExtractRun:
         return Outcome(delta, ExtractedModule(str(pair), form or "", rank if form == LORA else 0, 0.0, 0.0, 0.0, 0.0, None))
 
     def adapter(self, changes: Sequence[Change], outcomes: Mapping[int, Outcome], lost: Mapping[int, str]) -> Adapter:
-        """The adapter to write, with what its readers want to know."""
+        """The adapter to write, with its metadata, and with what PEFT's config says of the base."""
         layout = self.work.base.layout
         ranks = [outcome.figures.rank for number, outcome in outcomes.items() if number not in lost and outcome.figures.rank]
         metadata = self._provenance(outcomes, lost) | new_metadata(self.target, ranks)
@@ -94,8 +97,9 @@ class ExtractRun:
         return Adapter(layout.root, tuple(changes), metadata, config=about)
 
     def _within_error(self, others: Mapping[int, Outcome], market: RankAllocator, error: float) -> dict[int, Outcome]:
-        """The fewest bytes at a total error, which what is stored must meet with its rounding."""
+        """The outcomes of the fewest bytes whose total error is at most `error`, rounding included."""
         whole = market.total + math.fsum(outcome.figures.norm**2 for outcome in others.values())
+        # The rest loses this much at any rank, and leaves so much less for the matrices.
         lost = _left(others)
 
         def spent(allowed: float) -> dict[int, Outcome]:
@@ -104,13 +108,15 @@ class ExtractRun:
         return within_error(error, whole, spent, _left)
 
     def _at(self, ranks: Mapping[int, int], market: RankAllocator) -> dict[int, Outcome]:
-        """The outcomes at given ranks; what got none is only measured."""
+        """The outcomes of all matrices at these ranks; a matrix that got none is only measured."""
         return self._outcomes({number: Rule("rank", ranks[number]) if number in ranks else None for number in market.offers})
 
     def _outcomes(self, rules: Mapping[int, Rule | None]) -> dict[int, Outcome]:
+        """The outcomes by these rules, in the order of the items: from the journal where it has them, else computed."""
         kept = {number: self._kept_outcome(number, rule) for number, rule in rules.items()}
         rest = {number: rule for number, rule in rules.items() if kept[number] is None}
 
+        # Called by the thread that computed the outcome, as soon as it has: an interruption loses only work under way.
         def done(number: int, outcome: Outcome) -> None:
             if self.journal:
                 self.journal.put(_key(number, rules[number]), outcome)
@@ -119,10 +125,11 @@ class ExtractRun:
         return dict(sorted({**{number: each for number, each in kept.items() if each}, **found}.items()))
 
     def _kept_outcome(self, number: int, rule: Rule | None) -> Outcome | None:
-        """What an interrupted run left of an item."""
+        """The outcome that an interrupted run left in the journal; None without one."""
         return self.journal.get(_key(number, rule)) if self.journal else None
 
     def _offers(self, rules: Mapping[int, Rule]) -> dict[int, RankCandidate]:
+        """The spectra of items, each as far as its rule looks."""
         return self._each(rules, self.work.offers)
 
     def _each(
@@ -131,8 +138,8 @@ class ExtractRun:
         compute: Callable[[Sequence[Task], torch.device], list[_T | None]],
         done: Callable[[int, _T], None] = lambda number, result: None,
     ) -> dict[int, _T]:
-        """What `compute` makes of each item, the largest first, those of one shape together where the device gains by it; in
-        order, without those that come to nothing."""
+        """The results of `compute` by item, in the order of the items and without those that are None. Work begins with the
+        largest items, and takes those of one shape together where the device gains by it."""
         found: dict[int, _T] = {}
         sizes = {number: self.work.nbytes(self.items[number].pair) for number in rules}
         batches = self._batches(rules)
@@ -146,6 +153,7 @@ class ExtractRun:
                     done(number, result)
             return results
 
+        # `run_all` calls this from one thread alone, so neither `found` nor the counter needs a lock.
         def finished(index: int, results: list[_T | None]) -> None:
             for number, result in zip(batches[index], results, strict=True):
                 if result is not None:
@@ -156,8 +164,8 @@ class ExtractRun:
         return {number: found[number] for number in sorted(found)}
 
     def _batches(self, rules: Mapping[int, Rule | None]) -> list[list[int]]:
-        """Numbers of items, the largest first: one by one, or on a device that numbers travel to as many of one shape and
-        rule as it is given at once."""
+        """Numbers of items, the largest first: one by one, or for a device with its own memory as many of one shape and rule
+        as `AT_ONCE` allows."""
 
         def size(number: int) -> int:
             return self.work.nbytes(self.items[number].pair)
@@ -166,18 +174,21 @@ class ExtractRun:
             rule = rules[number]
             return size(number), self.items[number].pair.shape, self.items[number].form, rule and rule.expected
 
+        # The largest first, so that no thread begins the longest piece when the others end. The second key brings together
+        # what `groupby`, which only sees neighbours, is to group.
         ordered = sorted(rules, key=lambda number: (-size(number), str(alike(number))))
         batches: list[list[int]] = []
         for _, group in groupby(ordered, key=alike):
             numbers = list(group)
+            # Bytes of the difference, which is in float32.
             each = 4 * max(math.prod(self.items[numbers[0]].pair.shape), 1)
             count = max(1, AT_ONCE // each) if self.work.devices.staged else 1
             batches += [numbers[start : start + count] for start in range(0, len(numbers), count)]
         return batches
 
     def _provenance(self, outcomes: Mapping[int, Outcome], lost: Mapping[int, str]) -> dict[str, str]:
-        """A short account, without times or paths, so that equal runs write equal bytes, and with numbers of equal width, so
-        that its length is known before they are."""
+        """A short account of the run for the metadata: without times or paths, so that equal runs write equal bytes, and
+        with numbers of fixed width, so that its length is known before the numbers are."""
         held = {str(self.items[number].pair): outcome.figures for number, outcome in outcomes.items() if number not in lost}
         document = {
             "base": self.work.base.layout.root.name[:100],
@@ -194,16 +205,17 @@ class ExtractRun:
 
 
 def _key(number: int, rule: Rule | None) -> str:
-    """What an outcome is called in the journal."""
+    """The journal's key of an outcome: of one item there is an outcome for each rule that was tried."""
     return f"{number}-{rule.method if rule else 'none'}-{rule.value if rule else 0:g}"
 
 
 def _left(outcomes: Mapping[int, Outcome]) -> float:
-    """The square of what outcomes leave out."""
+    """The sum of squares that outcomes leave out."""
     return math.fsum((outcome.figures.error * outcome.figures.norm) ** 2 for outcome in outcomes.values())
 
 
 def _rule(rule: Rule | Budget) -> Iterator[tuple[str, float]]:
+    """The rule or the budget as the metadata names it."""
     if isinstance(rule, Rule):
         yield rule.method, rule.value
     elif rule.nbytes is not None:

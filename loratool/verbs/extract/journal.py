@@ -1,4 +1,4 @@
-"""Outcomes that are kept beside the output until it is complete, so that an extraction that was cut off can go on."""
+"""The journal of an extraction: outcomes kept beside the output until it is complete, so that a run can be resumed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ JOB: Final = "job.json"
 
 
 class Journal:
-    """The folder of one job's outcomes: those of an earlier run of the same `job`, if there was one, and this one's.
+    """The folder of one job's outcomes: those of an earlier run of the same `job`, if there was one, and those of this run.
 
-    `job` says all that outcomes depend on; a folder of another job is emptied. Raises `OutputError` for one of anybody else.
+    `job` is all that outcomes depend on; a folder of another job is emptied. Raises `OutputError` where the folder is not
+    one that a journal made.
     """
 
     def __init__(self, out: Path, job: str) -> None:
@@ -50,25 +51,28 @@ class Journal:
             tensors = {name: file.read(info) for name, info in header.tensors.items()}
         said = json.loads(header.metadata["outcome"])
         kind, rank = said.pop("kind"), said["figures"]["rank"]
+        # Scale and rank are not in the tensors: stacked experts cannot tell their number from their rank.
         given = Given(scale=said["scale"], rank=rank)
         delta = class_of(kind).from_leaves(tensors, given) if kind else None
         return Outcome(delta, ExtractedModule(**said["figures"]))
 
     def put(self, key: str, outcome: Outcome) -> None:
-        """Keeps an outcome, wholly or not at all."""
+        """Keeps an outcome under `key`, wholly or not at all."""
         delta, path = outcome.delta, self._path(key)
         said = {
             "kind": delta.kind if delta else "",
             "scale": delta.scale if delta else None,
             "figures": asdict(outcome.figures),
         }
+        # safetensors refuses tensors that are not contiguous, such as transposed factors.
         tensors = {name: tensor.contiguous() for name, tensor in delta.leaves().items()} if delta else {}
         beside = path.with_suffix(".tmp")
         save_file(tensors, beside, {"outcome": json.dumps(said)})
+        # POSIX renames in one step: a file under this name is always whole.
         os.replace(beside, path)
 
     def discard(self) -> None:
-        """Removes the folder and all that is kept."""
+        """Removes the folder and all outcomes in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, key: str) -> Path:

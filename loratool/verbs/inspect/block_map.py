@@ -1,4 +1,4 @@
-"""Where in a network an adapter acts: ‖ΔW‖ by block and by what its modules are called there."""
+"""Where in a network an adapter acts: ‖ΔW‖ by block and by the names of modules inside a block."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from loratool.names import Module
 from loratool.text import natural
 
 REPEATED: Final = re.compile(r".*\b(?:\w*blocks?|layers?|resnets|attentions|h|refiner)\.\d+\.")
-"""What stands before the name that a module has in every block of its sort."""
+"""The part of a path up to its last numbered block: behind that stands the name that blocks of one sort share."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockMap:
-    """‖ΔW‖ of each block (`rows`) and sort of module (`columns`); None where there is no such module. What no factor tells
-    the norm of without a base is counted as `unmeasured`."""
+    """‖ΔW‖ of each block (`rows`) and sort of module (`columns`); None where there is no such module. `unmeasured` counts
+    the changes whose norm only the base could tell."""
 
     arch: str
     rows: tuple[str, ...]
@@ -37,7 +37,8 @@ class BlockMap:
 
 
 def sort_of(arch: Arch, module: Module) -> str:
-    """What a module is called in each block that has one like it: attn1.to_q."""
+    """The name of a module inside its block, such as attn1.to_q."""
+    # diffusers' names are the finest: a fused q, k, v stands under the name of its first part.
     places = arch.readings_of(module)
     path = places[0][1].parts[0] if places else module.path
     found = REPEATED.match(path)
@@ -45,7 +46,7 @@ def sort_of(arch: Arch, module: Module) -> str:
 
 
 def block_map(adapter: Adapter) -> BlockMap:
-    """The map of an adapter, from its factors; raises `LoratoolError`."""
+    """The map of an adapter, computed from its factors; raises `LoratoolError` where they make up no delta."""
     modules = adapter.modules
     arch = architecture_of(adapter, modules)
     squares: dict[tuple[str, str], float] = {}
@@ -55,6 +56,7 @@ def block_map(adapter: Adapter) -> BlockMap:
         if norm is None:
             unmeasured += 1
             continue
+        # Squares add up over the modules of a cell; the root is taken once all are in.
         cell = block_of(arch, change.module), sort_of(arch, change.module)
         squares[cell] = squares.get(cell, 0.0) + norm**2
     return _lay_out(arch.title, squares, unmeasured)

@@ -1,4 +1,4 @@
-"""What an adapter looks like to people: whose format it is, what is odd about it, what its metadata says. No torch."""
+"""An adapter in words for people: whose format it has, what is odd about it, what its metadata says. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loratool.keys.listing import AdapterListing
 from loratool.names import CONTAINER
 
 FEW: Final = 200
-"""Longest text of one metadata value that is shown."""
+"""The characters of one metadata value that are shown."""
 
 
 def summarise_modules(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -36,9 +36,10 @@ def _summary(value: str) -> str:
 
 
 def describe_format(found: AdapterListing) -> str:
-    """Whose format it is, in words: that of the rows that every key agrees with, else how its keys are made up."""
+    """An adapter's format in words: the title of a row of `FORMATS` that all keys fit, else how its keys are made up."""
     prefixes = [prefix for prefix, _ in found.prefix_counts.most_common()]
     shown = ", ".join(prefix + "…" for prefix in prefixes if prefix)
+    # The container is PEFT's mark, whatever the names behind it are.
     if CONTAINER in prefixes:
         alone = "in a single file" if found.configs else "names without a config"
         return f"PEFT {'folder' if found.path.is_dir() else alone}"
@@ -47,6 +48,8 @@ def describe_format(found: AdapterListing) -> str:
         # Several write the same keys: the trainer's own name for them, else the best known.
         title = next((title for title in titles if title == trainer(found.header.metadata)), titles[0])
         return f"{title} ({shown})" if shown else f"{title}, bare names"
+    # No row fits: say which prefixes and whose leaves there are. A prefix of flattened names ends with an underscore, one of
+    # dotted names with a dot: no tool writes both.
     families = " and ".join(sorted({family for group in found.groups for family in group.families}))
     if len({prefix.endswith("_") for prefix in prefixes}) > 1:
         return f"a mixture of {', '.join(prefix or 'bare names' for prefix in prefixes)}, {families} leaves"
@@ -54,7 +57,7 @@ def describe_format(found: AdapterListing) -> str:
 
 
 def suspicions(found: AdapterListing) -> list[str]:
-    """What is odd about an adapter, without saying that it is wrong."""
+    """The odd things about an adapter, in words: what no program can use, what is missing, what is mixed."""
     refusals = (config.refusal for config in found.configs.values())
     odd = [why for why in (refusal(found.header.tensors), *found.problems, *refusals) if why]
     if found.unexplained:
@@ -66,15 +69,17 @@ def suspicions(found: AdapterListing) -> list[str]:
     if missing:
         which = "all" if len(missing) == len(needing) else f"{len(missing)} of {len(needing)}"
         odd.append(f"{which} modules have no alpha: their scale is 1")
+    # An alpha in another dtype than its factors is nothing odd: this tool too writes float32 beside half precision.
     dtypes = {info.dtype for leaf, info in leaves_of(found) if leaf != "alpha"}
     if len(dtypes) > 1:
         odd.append(f"mixed dtypes: {', '.join(sorted(dtypes))}")
     if found.lacks_config:
+        # Loading refuses a language model's adapter without its config, and takes others at scale 1.
         unknown = is_language_model([group.module for group in found.groups])
         odd.append(f"adapter_config.json is missing: the scale is {'unknown' if unknown else 'taken to be 1'}")
     return odd
 
 
 def leaves_of(found: AdapterListing) -> list[tuple[str, TensorInfo]]:
-    """Every leaf of every module, with its tensor."""
+    """Every leaf of every module, with what the header says of its tensor."""
     return [(leaf, info) for group in found.groups for leaf, info in group.leaves.items()]

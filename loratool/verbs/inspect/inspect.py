@@ -1,4 +1,4 @@
-"""`inspect`: what a file is and why, from its header alone. No torch, unless values are asked for."""
+"""`inspect`: what a file is, and why, from its header alone. No torch, unless values are asked for."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
-    """One delta of one module: the shape of its weight where known, its rank, alpha, and scale (alpha over
-    rank, or over its root for rsLoRA; 1 without an alpha)."""
+    """One delta of one module: the shape of the weight where the leaves tell it, rank, alpha, scale (alpha over rank, or
+    over the rank's root for rsLoRA; 1 without an alpha), and what its tensors hold (`values`), if they were read."""
 
     name: str
     component: str
@@ -45,8 +45,9 @@ class ModuleReport:
 
 @dataclass(frozen=True, slots=True)
 class AdapterReport:
-    """What `inspect` finds in an adapter. Bytes are those of tensors; `share` is of the weights it changes; `history` is
-    what loratool did to it, the last command first."""
+    """What `inspect` finds in an adapter. `nbytes` counts its tensors alone; `share` is the number of its parameters over
+    those of the weights that it changes, or of the whole base where one is given; `history` is what loratool did to the
+    file, the last command first."""
 
     path: str
     format: str
@@ -67,7 +68,7 @@ class AdapterReport:
     what: str = "adapter"
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """What the adapter is made up of, in words: its modules, kinds, ranks, alphas and bytes."""
+        """(name, text) of what the adapter is made up of: its modules, kinds, ranks, alphas and bytes."""
         yield "modules", histogram(self.components)
         yield "kinds", histogram(self.kinds)
         if self.ranks:
@@ -98,7 +99,7 @@ class CheckpointReport:
 def inspect(path: str | Path, *, values: bool = False, base: str | Path | None = None) -> AdapterReport | CheckpointReport:
     """Says what the adapter or checkpoint at `path` is; with `values`, reads its tensors too (this imports torch).
 
-    `base`, a checkpoint, makes the adapter's share of parameters one of that whole base. Raises `LoratoolError`.
+    With `base`, a checkpoint, an adapter's `share` is of all parameters of that base. Raises `LoratoolError`.
     """
     return inspect_input(open_input(Path(path)), values=values, base=base)
 
@@ -106,7 +107,7 @@ def inspect(path: str | Path, *, values: bool = False, base: str | Path | None =
 def inspect_input(
     found: AdapterListing | Layout, *, values: bool = False, base: str | Path | None = None
 ) -> AdapterReport | CheckpointReport:
-    """`inspect` of a file whose header was read already."""
+    """The report of `inspect` on an adapter or a checkpoint whose header was read already."""
     if isinstance(found, Layout):
         return _checkpoint(found)
     whole = sum(info.numel for _, info in open_layout(Path(base)).tensors.values()) if base else None
@@ -114,24 +115,26 @@ def inspect_input(
 
 
 def adapters_in(folder: Path) -> list[Path] | None:
-    """The adapters in a folder that is only where they are kept, in order; None for a model's folder, or an adapter's."""
+    """The adapters in a folder that only keeps them, by name; None for a model's folder, an adapter's, or a file."""
     if not folder.is_dir() or is_adapter_folder(folder):
         return None
     names = {entry.name for entry in folder.iterdir()}
     if names & {*SINGLE_NAMES, PIPELINE, "config.json"} or any(name.endswith(INDEX_SUFFIX) for name in names):
         return None
     found = [entry for entry in folder.iterdir() if entry.suffix == ".safetensors" or is_adapter_folder(entry)]
+    # One safetensors file alone in a folder is taken for a checkpoint's, as `open_layout` reads such a folder.
     if not found or (len(found) == 1 and found[0].is_file()):
         return None
     return sorted(found, key=lambda entry: entry.name.casefold())
 
 
 def inspect_adapter(found: AdapterListing, whole: int | None = None, *, values: bool = False) -> AdapterReport:
-    """`inspect` of an adapter whose header was read already; `whole` is how many parameters its base has."""
+    """The report of `inspect` on an adapter whose header was read already; `whole` is its base's number of parameters."""
     tensors = found.header.tensors.values()
     verdict = detect([(group.module, group.width) for group in found.groups], found.header.metadata)
     measured = _measure(found) if values else {}
     modules, problems = _modules(found, measured)
+    # An alpha is a setting and not trained, whatever tensor it stands in.
     parameters = sum(info.numel for leaf, info in leaves_of(found) if leaf != "alpha")
     touched = sum(prod(module.shape) for module in modules if module.shape)
     return AdapterReport(
@@ -155,6 +158,7 @@ def inspect_adapter(found: AdapterListing, whole: int | None = None, *, values: 
 
 
 def _measure(found: AdapterListing) -> Mapping[str, ModuleValues]:
+    # Imported here, so that looking at headers never waits for torch.
     from loratool.verbs.inspect.values import measure
 
     return measure(found)
@@ -168,6 +172,7 @@ def _modules(found: AdapterListing, measured: Mapping[str, ModuleValues]) -> tup
         try:
             parts = group.parts()
         except InvalidAdapter as error:
+            # A broken module is shown as a suspicion: `inspect` is what people ask when a file is broken.
             problems.append(f"{group.module}: {error}")
             continue
         for part in parts:
@@ -192,7 +197,7 @@ def _modules(found: AdapterListing, measured: Mapping[str, ModuleValues]) -> tup
 
 
 def _scalars(found: AdapterListing, problems: list[str]) -> dict[str, float]:
-    """The alphas that the file itself holds, by tensor name; those that are no number go to `problems`."""
+    """The finite alphas that the file itself holds, by tensor name; of the others `problems` gets a sentence each."""
     scalars = {}
     for name, value in found.alphas().items():
         if value is None or not isfinite(value):
@@ -205,7 +210,7 @@ def _scalars(found: AdapterListing, problems: list[str]) -> dict[str, float]:
 def _alpha(
     found: AdapterListing, group: ModuleLeaves, rank: int | None, scalars: Mapping[str, float]
 ) -> tuple[float | None, float | None]:
-    """(alpha, scale) of a module: the file's own alpha, else the config's; None where there is no rank to divide by."""
+    """(alpha, scale) of a module, by the file's own alpha, else by the config's; (None, None) where there is no rank."""
     info = group.leaves.get("alpha")
     if rank is None:
         return None, None
@@ -243,6 +248,7 @@ def _checkpoint(layout: Layout) -> CheckpointReport:
 def _layout_name(layout: Layout) -> str:
     if not layout.is_folder:
         return "one safetensors file"
+    # diffusers keeps each component in a folder of its own.
     if len({name.rpartition("/")[0] for name in layout.files}) > 1:
         return "diffusers folder"
     return f"{len(layout.files)} shards with an index" if layout.indexes else "folder with one safetensors file"
@@ -250,6 +256,7 @@ def _layout_name(layout: Layout) -> str:
 
 def _checkpoint_arch(layout: Layout) -> Detection:
     config = layout.config
+    # transformers writes model_type into the config.json of every model; diffusers' folders have _class_name instead.
     if isinstance(config.get("model_type"), str):
         return Detection("llm", config["model_type"], "config.json says so (model_type)")
     return detect(inputs_of(layout), _first_metadata(layout.files.values()))

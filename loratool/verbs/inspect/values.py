@@ -1,4 +1,4 @@
-"""What the tensors of an adapter hold: norms and spectra from the factors, NaN, and factors that are all zero."""
+"""What the tensors of an adapter hold: norms and spectra from the factors, NaN or Inf, and factors that are all zero."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loratool.numbers.linalg import effective_rank, singular_values
 
 @dataclass(frozen=True, slots=True)
 class ModuleValues:
-    """One delta measured: ‖ΔW‖_F, its largest singular value, its effective rank, and what is wrong with it, if anything."""
+    """One delta measured: ‖ΔW‖_F, the largest singular value of ΔW, the effective rank, and a `remark` on bad numbers."""
 
     norm: float
     largest: float
@@ -27,7 +27,7 @@ class ModuleValues:
 
 
 def measure(found: AdapterListing) -> dict[str, ModuleValues]:
-    """Reads every tensor of the adapter once, module by module; keys are names as `inspect` lists them."""
+    """Reads every tensor of the adapter once, module by module; the result's keys are the names that `inspect` lists."""
     alphas = found.alphas()
     measured = {}
     with TensorFile(found.header) as file:
@@ -41,6 +41,7 @@ def _parts(group: ModuleLeaves) -> tuple[DeltaSpec, ...]:
     try:
         return group.parts()
     except LoratoolError:
+        # `inspect` names what is wrong with the module; here there is only nothing to measure.
         return ()
 
 
@@ -48,21 +49,25 @@ def _measure_part(
     found: AdapterListing, group: ModuleLeaves, part: DeltaSpec, file: TensorFile, alphas: Mapping[str, float | None]
 ) -> ModuleValues:
     tensors = {leaf: file.read(group.leaves[leaf]) for leaf in part.leaves if leaf != "alpha"}
+    # Before any arithmetic: LAPACK's SVD fails on numbers that are not finite.
     remark = _remark(tensors)
     if remark.startswith("NaN"):
         return ModuleValues(float("nan"), float("nan"), float("nan"), remark)
     try:
         delta = build_part(part, tensors, found.given(group, part, alphas, Given()))
         factors = delta.factors()
+        # A full difference, or a LoKr of whole sides, has no pair of factors: its norm is cheap, its spectrum is not.
         if factors is None:
             return ModuleValues(float(delta.dense().double().norm()), 0.0, 0.0, remark)
     except LoratoolError as error:
         return ModuleValues(0.0, 0.0, 0.0, str(error))
+    # ‖ΔW‖ is the root of the sum of squared singular values, so one small SVD tells all three figures.
     sigma = singular_values(*factors)
     return ModuleValues(float(sigma.norm()), float(sigma.max()), effective_rank(sigma), remark)
 
 
 def _remark(tensors: Mapping[str, Tensor]) -> str:
+    # As float32: torch has no isfinite for float8 dtypes such as float8_e4m3fn.
     bad = [leaf for leaf, tensor in tensors.items() if not bool(torch.isfinite(tensor.float()).all())]
     if bad:
         return f"NaN or Inf in {', '.join(bad)}"

@@ -1,4 +1,4 @@
-"""What a plan adds to a tensor, in float64: hardly any machine's arithmetic leads to another number once it is rounded."""
+"""What a plan adds to a tensor, in float64: once it is rounded, hardly any machine's arithmetic gives another number."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from loratool.verbs.merge.plan import TensorPlan
 from loratool.verbs.merge.segments import Segment, matrix, segments_of
 
 _BLOCK: Final = 1 << 19
-"""Numbers that are computed at a time."""
+"""Numbers computed at a time: 4 MiB of float64."""
 PRODUCT: Final = 2.0**-22
-"""What a product in float32 may be off by, relative to its result."""
+"""The relative error that a float32 product is given credit for: four times that of a single rounding."""
 _SUM: Final = 2.0**-24
-"""What a sum in float32 is rounded by, relative to it."""
+"""The largest relative error of rounding a sum to float32."""
 
 
 class PlannedChange:
-    """What the terms of one tensor of a plan come to."""
+    """The change that the terms of one tensor of a plan add up to, computed in float64 when it is asked for."""
 
     def __init__(self, tensor: TensorPlan) -> None:
         self.tensor = tensor
@@ -35,8 +35,11 @@ class PlannedChange:
         self._whole: Tensor | None = None
 
     def taken_from(self, merged: Tensor, start: int) -> Tensor:
-        """What rows probably were before the plan made them `merged`, from `start` on, flattened: zeros in a tensor whose
-        shape it changed, and `merged` itself where what was added depended on the weight."""
+        """A guess, flattened, at the base's rows that the plan changed to `merged`, which begin at row `start`.
+
+        Zeros for a tensor whose shape the plan changed, `merged` itself where the change depended on the weight.
+        """
+        # The undo file keeps residuals to this guess: a bad guess makes it larger, never wrong.
         dtype = DTYPES[self.tensor.source.dtype]
         if self.tensor.shape != self.tensor.source.shape:
             return torch.zeros(self.tensor.source.numel, dtype=dtype)
@@ -46,28 +49,35 @@ class PlannedChange:
         return torch.cat(parts).flatten() if parts else merged.flatten().to(dtype)
 
     def doubtful(self, merged: Tensor, start: int, *, by_chance: bool = False) -> int:
-        """Of a plan that takes away what was added: how many numbers in the rows `merged`, from `start` on, more than one
-        number of their dtype may have led to, so that rounding may not find the right one again; `by_chance` says that they
-        were rounded to either neighbour."""
+        """How many numbers of the rows `merged`, from row `start` on, a plan that subtracts may restore wrongly.
+
+        Those are the numbers that more than one number of their dtype may have been merged to. `by_chance` says that the
+        merge rounded to either neighbour.
+        """
         count = 0
         for part, change in self._blocks(merged, start):
-            # All that rounds to a number lies between the middles to its neighbours, or between these themselves.
+            # Before it was rounded, a merged number lay between the middles to its neighbours, or between the neighbours
+            # where the merge rounded by chance. `change` is what the plan adds: −ΔW.
             reach = 1.0 if by_chance else 0.5
             stored, (below, above) = part.double(), (each.double() for each in adjacent_values(part))
+            # ΔW was a float32 product. A narrow dtype has the sum rounded twice, to float32 and then to the dtype.
             slack = PRODUCT * change.abs() + (_SUM * stored.abs() if part.element_size() < 4 else 0.0)
             lowest = stored + reach * (below - stored) + change - slack
             highest = stored + reach * (above - stored) + change + slack
+            # Doubtful where a neighbour of the number that subtraction finds may be the base's just as well.
             under, over = (each.double() for each in adjacent_values((stored + change).to(part.dtype)))
             count += int(((under >= lowest) | (over <= highest)).sum())
         return count
 
     def _blocks(self, merged: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Some rows at a time, and what the merge added to them."""
+        """Some rows of `merged` at a time, and the plan's change of them."""
         rows = merged.reshape(-1, self.columns)
         for first, last in row_blocks(len(rows), self.columns, _BLOCK):
             yield rows[first:last], self._change(start + first, last - first)
 
     def _change(self, start: int, count: int) -> Tensor:
+        """The plan's change of `count` rows from `start` on, in float64."""
+        # Only sums get here, and a sum adds the same to zeros as to the weight.
         if not by_blocks(self.tensor):
             if self._whole is None:
                 nothing = torch.zeros(self.tensor.shape, dtype=torch.float64)
@@ -86,13 +96,14 @@ class PlannedChange:
         return change
 
     def _of_rows(self) -> tuple[Segment, ...]:
+        """The tensor's segments, with factors that are not multiplied out, since that product would be in float32."""
         if self._segments is None:
             self._segments = segments_of(self.tensor, *matrix(self.tensor.shape), factored=True)
         return self._segments
 
 
 def rows_of(job: RowsJob, info: TensorInfo) -> Tensor:
-    """The rows of a job as the file it reads has them, in a tensor `info` of the shape that the plan makes."""
+    """The rows of a job, read from the job's source, where the tensor `info` has the shape that the plan makes."""
     columns = matrix(job.tensor.shape)[1]
     rows = torch.empty(job.stop - job.start, columns, dtype=DTYPES[info.dtype])
     job.source.read_into(tensor_bytes(rows), info.start + job.start * columns * rows.element_size())

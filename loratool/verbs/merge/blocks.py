@@ -1,7 +1,7 @@
 """The arithmetic of a merge, block by block: read some rows, add ΔW in float32, round once, write them where they were.
 
-Memory is a few buffers per worker, whatever the size of the model. Blocks are always the same, and every sum is taken
-in their order, so that a result depends neither on threads nor on time.
+Memory is a few buffers per worker, whatever the size of the model. A tensor is always cut into the same blocks, and sums
+over blocks are taken in block order, so that a result depends neither on threads nor on time.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from loratool.verbs.merge.segments import Segment, matrix, segments_of
 from loratool.verbs.merge.terms import Term
 
 BLOCK_BYTES: Final = 1 << 20
-"""Stored bytes computed at a time: few enough to stay in cache, enough to make little of the cost of a call."""
+"""Stored bytes in a block: few enough to stay in cache, enough to make little of the cost of a call."""
 TASK_BYTES: Final = 32 << 20
-"""Stored bytes one worker takes at a time, and a GPU computes at a time."""
+"""Stored bytes in a job, which one worker takes at a time and a GPU computes in one go."""
 SAMPLE_EVERY: Final = 16
-"""One block in so many is measured for the report,"""
+"""One block in 16 is measured for the report: measuring them all would slow a merge on the CPU."""
 ALWAYS_SAMPLED_BYTES: Final = 16 << 20
-"""and all that begins within so many bytes of a file, so that small models are measured whole."""
+"""Tensors that begin within these first bytes of a file are measured whole, and so are small models."""
 
 
 @dataclass(slots=True)
 class RoundingStats:
-    """Sums over the blocks that were measured: ⟨stored change, ΔW⟩, ‖ΔW‖², elements, and those left as they were."""
+    """Sums over the measured blocks: ⟨stored change, ΔW⟩, ‖ΔW‖², the elements, and the elements that rounding left
+    unchanged."""
 
     along: float = 0.0
     wanted: float = 0.0
@@ -46,6 +47,7 @@ class RoundingStats:
     unchanged: int = 0
 
     def add(self, other: RoundingStats) -> None:
+        """Adds the sums of other blocks to these."""
         self.along += other.along
         self.wanted += other.wanted
         self.elements += other.elements
@@ -54,13 +56,13 @@ class RoundingStats:
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """How results become stored numbers: to nearest, or by chance with a seed."""
+    """The rounding of results to a stored dtype: to nearest, or stochastic with a seed."""
 
     stochastic: bool = False
     seed: int = 0
 
     def __call__(self, values: Tensor, out: Tensor, name: str, index: int) -> Tensor:
-        """Rounds `values`, elements `index` on of the tensor `name`, into `out`."""
+        """Rounds `values`, the elements of the tensor `name` from `index` on, into `out`."""
         if self.stochastic:
             return out.copy_(rounding.round_stochastically(values, out.dtype, name, self.seed, index))
         return out.copy_(values)
@@ -68,33 +70,38 @@ class Rounding:
 
 @dataclass(slots=True)
 class BufferPool:
-    """One worker's buffers on `device`, and those of the host that numbers travel through where it is `staged`; grown to the
-    largest block it has met."""
+    """One worker's buffers on `device`, and where `staged` the host's buffers on the way to and from the device.
+
+    A buffer grows to the largest block so far, and is reused for every later block.
+    """
 
     device: torch.device = CPU
     staged: bool = False
     flat: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, use: str, dtype: torch.dtype, shape: Sequence[int], *, host: bool = False) -> Tensor:
-        """A tensor of `shape` on the device, or the host, whose contents are left over from the last use."""
+        """A tensor of `shape` on the device, or on the `host`, that holds whatever the last use left in the buffer."""
         count, key = prod(shape), f"{use} on the host" if host else use
         held = self.flat.get(key)
         if held is None or held.dtype != dtype or held.numel() < count:
+            # CUDA copies asynchronously only from and to page-locked memory; without CUDA, torch refuses to lock pages.
             device, pinned = (CPU, self.device.type == "cuda") if host else (self.device, False)
             held = self.flat[key] = torch.empty(count, dtype=dtype, device=device, pin_memory=pinned)
         return held[:count].view(*shape)
 
     def send(self, use: str, values: Tensor) -> Tensor:
-        """Host numbers on the device: the same tensor where nothing has to travel."""
+        """Copies host numbers to the device; returns `values` itself where nothing is staged."""
         if not self.staged:
             return values
+        # The source may be overwritten only once this copy is done: `fetch` waits for the stream before a block ends.
         return self.take(use, values.dtype, values.shape).copy_(values, non_blocking=True)
 
     def fetch(self, use: str, values: Tensor) -> Tensor:
-        """The device's numbers on the host, once they have arrived."""
+        """Copies the device's numbers to the host and waits for them; returns `values` itself where nothing is staged."""
         if not self.staged:
             return values
         here = self.take(use, values.dtype, values.shape, host=True).copy_(values, non_blocking=True)
+        # A copy that does not block returns before the numbers are there, and they are written to the file next.
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         return here
@@ -102,7 +109,11 @@ class BufferPool:
 
 @dataclass(frozen=True, slots=True)
 class RowsJob:
-    """Some rows of one tensor, for one worker: source and target files, and where the output's bytes begin there."""
+    """Rows `start` to `stop` of one tensor, for one worker: the source and target files, and `offset`, where the tensor
+    begins in the target.
+
+    Without `by_blocks` the rows are all of them, and the tensor is changed whole.
+    """
 
     tensor: TensorPlan
     source: TensorFile
@@ -123,14 +134,14 @@ class RowsJob:
 
 
 def jobs_of(tensor: TensorPlan, source: TensorFile, target: Writer, offset: int) -> Iterator[RowsJob]:
-    """The work on one tensor: in pieces of about `TASK_BYTES` where it is computed by blocks, else all of it at once."""
+    """The jobs of one tensor: pieces of about `TASK_BYTES` where the tensor is computed by blocks, else one job."""
     rows, columns = matrix(tensor.shape)
     if not by_blocks(tensor):
         yield RowsJob(tensor, source, target, offset, (), 0, rows, by_blocks=False)
         return
     segments = segments_of(tensor, rows, columns)
     step = max(1, TASK_BYTES // max(tensor.nbytes // max(rows, 1), 1))
-    # A whole number of blocks, so that blocks do not depend on how work is shared out.
+    # A job is a whole number of blocks, so that the blocks do not depend on how the work is shared out.
     block = _block_rows(tensor)
     step = -(-step // block) * block
     for start in range(0, rows, step):
@@ -138,21 +149,25 @@ def jobs_of(tensor: TensorPlan, source: TensorFile, target: Writer, offset: int)
 
 
 def by_blocks(tensor: TensorPlan) -> bool:
-    """Whether all terms of a tensor are sums that rows can be cut from; otherwise it is changed whole."""
+    """Whether all terms of a tensor are sums that rows can be cut from; otherwise the tensor is changed whole."""
+    # Blocks keep the stored shape, and compute in float32, where float64 weights would lose digits.
     if tensor.shape != tensor.source.shape or tensor.source.dtype == "F64":
         return False
+    # Segments are runs of whole stored rows. A kind that depends on the weight may need all of it (DoRA's norms), Meta's
+    # Llama interleaves the rows of a head's two halves (step 2), and a transposed weight has outputs as its columns.
     return all(
         term.delta.additive and term.step == 1 and (not term.transposed or _spans(term, tensor)) for term in tensor.terms
     )
 
 
 def run_job(job: RowsJob, rounded: Rounding, scratch: BufferPool, stopped: Event) -> RoundingStats:
-    """Computes and writes a job's blocks; raises `NonFinite` where a result is no number the output can hold."""
+    """Computes and writes a job's blocks; raises `NonFinite` where the output's dtype cannot hold a result."""
     measure = RoundingStats()
-    # A GPU takes all rows at once, and measures all of them: to it that is nothing.
+    # A GPU takes a whole job as one block and measures all of it: the cost there is too small to sample.
     block = job.stop - job.start if scratch.staged else _block_rows(job.tensor)
     segments = tuple(segment.on(scratch.device) for segment in job.segments)
     for first in range(job.start, job.stop, block):
+        # Another worker failed, or the run was interrupted: what is still written would be thrown away.
         if stopped.is_set():
             break
         measured = _run_block(job, segments, slice(first, min(first + block, job.stop)), rounded, scratch)
@@ -162,7 +177,7 @@ def run_job(job: RowsJob, rounded: Rounding, scratch: BufferPool, stopped: Event
 
 
 def write_whole_tensor(job: RowsJob, rounded: Rounding, device: torch.device = CPU) -> RoundingStats:
-    """Changes a tensor that cannot be cut: each term sees the base's own weight, and all their changes are added."""
+    """Changes and writes a tensor that cannot be cut: each term sees the base's weight, and the changes are added up."""
     tensor = job.tensor
     stored = job.source.read(tensor.source)
     if stored.dtype == torch.float64:
@@ -178,11 +193,13 @@ def write_whole_tensor(job: RowsJob, rounded: Rounding, device: torch.device = C
 
 
 def apply_terms(tensor: TensorPlan, base: Tensor) -> tuple[Tensor, Tensor]:
-    """What the terms of a tensor make of its widened `base`, before it is rounded; and the base in the result's shape."""
+    """The result of a tensor's terms on its widened `base`, before rounding; and the base in the result's shape."""
+    # False sorts first: a replaced weight is stored as it is given and not as W + (W' − W), and a weight
+    # that grows has its new shape before anything is added.
     result = base.clone()
     for term in sorted(tensor.terms, key=lambda term: term.delta.additive):
         if tensor.shape != base.shape:
-            # Only the term that says so knows what the weight was; the others come after it, and see its shape.
+            # The term that reshapes is given the stored weight; all later terms see a base padded to the new shape.
             result = term.delta.apply(base, term.strength)
             base = _pad_shape(base, tensor.shape)
         else:
@@ -193,13 +210,16 @@ def apply_terms(tensor: TensorPlan, base: Tensor) -> tuple[Tensor, Tensor]:
 def _run_block(
     job: RowsJob, segments: tuple[Segment, ...], rows: slice, rounded: Rounding, scratch: BufferPool
 ) -> RoundingStats:
+    """Reads, changes, rounds and writes the rows of one block, and measures them where the block is sampled."""
     tensor, columns = job.tensor, matrix(job.tensor.shape)[1]
     shape, index = (rows.stop - rows.start, columns), rows.start * columns
     source_dtype, dtype = DTYPES[tensor.source.dtype], DTYPES[tensor.dtype]
+    # Read and widen. Where nothing is staged, `before` is `raw` itself.
     raw = scratch.take("raw", source_dtype, shape, host=scratch.staged)
     job.source.read_into(tensor_bytes(raw), tensor.source.start + index * source_dtype.itemsize)
     before = scratch.send("raw", raw)
     wide = scratch.take("wide", torch.float32, shape).copy_(before)
+    # Add ΔW in float32 and round once. The check is of the float32 values, since torch may saturate (float8_e4m3fn).
     sampled = bool(tensor.terms) and (scratch.staged or _is_sampled(tensor, rows.start))
     change = _add_segments(segments, rows, wide, scratch, keep=sampled)
     narrow = rounded(wide, scratch.take("narrow", dtype, shape), tensor.name, index)
@@ -209,7 +229,7 @@ def _run_block(
 
 
 def _add_segments(segments: tuple[Segment, ...], rows: slice, wide: Tensor, scratch: BufferPool, *, keep: bool) -> Tensor:
-    """Adds to `wide`, which holds `rows`, what the segments over them say; returns the sum of it where it is to be kept."""
+    """Adds the segments over `rows` to `wide`, which holds these rows; returns ΔW, which is only there with `keep`."""
     total = scratch.take("change", torch.float32, wide.shape)
     if keep:
         total.zero_()
@@ -218,6 +238,8 @@ def _add_segments(segments: tuple[Segment, ...], rows: slice, wide: Tensor, scra
         if start >= stop:
             continue
         here = slice(start - rows.start, stop - rows.start)
+        # Where ΔW is not kept, one call multiplies and adds. The two ways may round differently in the last bit, so which
+        # blocks are sampled must be the same in every run.
         if keep or segment.whole or segment.up is None or segment.down is None:
             wide[here].add_(segment.change(start, stop, total[here]))
         else:
@@ -226,34 +248,40 @@ def _add_segments(segments: tuple[Segment, ...], rows: slice, wide: Tensor, scra
 
 
 def _measure_rows(before: Tensor, change: Tensor, narrow: Tensor, scratch: BufferPool) -> RoundingStats:
+    """Compares the stored change of a block, `narrow` − `before`, with the ΔW that was to be added."""
     stored = scratch.take("stored", torch.float32, narrow.shape).copy_(narrow)
-    # torch has no arithmetic on numbers of 8 bits.
+    # torch has no arithmetic on 8-bit floats.
     got, wanted = stored.sub_(before.float() if before.element_size() == 1 else before).flatten(), change.flatten()
-    # numpy's is the faster one on a CPU.
+    # On a CPU numpy counts faster than torch.
     changed = np.count_nonzero(got.numpy()) if got.device == CPU else torch.count_nonzero(got)
     return RoundingStats(_dot(got, wanted), _dot(wanted, wanted), got.numel(), got.numel() - int(changed))
 
 
 def _dot(one: Tensor, other: Tensor) -> float:
+    """⟨one, other⟩ of two vectors, in their own dtype: infinite or NaN where the sum overflows."""
     if one.device != CPU:
         return float(torch.dot(one, other))
+    # An overflow is an answer and no mishap: `_check_range` then looks at every number.
     with np.errstate(over="ignore", invalid="ignore"):
         return float(np.dot(one.numpy(), other.numpy()))
 
 
 def _check_range(tensor: TensorPlan, wide: Tensor, dtype: torch.dtype) -> None:
-    """Whether every result fits the output's dtype. One dot product shows it nearly always: no square exceeds the sum."""
+    """Raises `NonFinite` unless the output's dtype can hold every result."""
+    # One dot product settles nearly every block: no square exceeds the sum of squares.
     values, limit = wide.flatten(), rounding.max_finite(dtype)
     total = _dot(values, values)
     if total < limit * limit and total < float("inf"):
         return
     if bool((wide.abs() <= limit).all()):
         return
+    # A tensor without terms keeps the NaN or Inf that the base holds, unless its dtype becomes narrower.
     if tensor.terms or dtype.itemsize < DTYPES[tensor.source.dtype].itemsize:
         raise NonFinite(_overflow_message(tensor, wide))
 
 
 def _overflow_message(tensor: TensorPlan, result: Tensor) -> str:
+    """The message of `NonFinite`: how many values are NaN or Inf, or else how many overflow the dtype."""
     finite = result.isfinite()
     beyond = int((finite & (result.abs() > rounding.max_finite(DTYPES[tensor.dtype]))).sum())
     bad = int((~finite).sum())
@@ -263,15 +291,16 @@ def _overflow_message(tensor: TensorPlan, result: Tensor) -> str:
 
 
 def _apply(term: Term, base: Tensor, result: Tensor) -> None:
-    """Adds to `result` what one term changes of `base`; rows that nothing changed yet become just what it makes of them."""
+    """Adds one term's change of `base` to `result`."""
     rows = slice(term.start, term.stop, term.step)
     before, after = (base.T[rows], result.T[rows]) if term.transposed else (base[rows], result[rows])
     changed = term.delta.apply(before, term.strength)
+    # Rows that no term has changed yet take the term's result itself, without the rounding of a difference and a sum.
     after.copy_(changed if torch.equal(after, before) else after + (changed - before))
 
 
 def _pad_shape(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A weight with zeros for what it lacks of `shape`, cut where it exceeds it."""
+    """`weight` in `shape`: filled up with zeros where `shape` is larger, cut where `shape` is smaller."""
     padded = weight.new_zeros(shape)
     common = tuple(slice(min(old, new)) for old, new in zip(weight.shape, shape, strict=True))
     padded[common] = weight[common]
@@ -279,12 +308,16 @@ def _pad_shape(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _block_rows(tensor: TensorPlan) -> int:
+    """The rows of a tensor that make a block of about `BLOCK_BYTES`."""
     columns = matrix(tensor.shape)[1]
     return max(1, BLOCK_BYTES // max(columns * DTYPES[tensor.source.dtype].itemsize, 1))
 
 
 def _is_sampled(tensor: TensorPlan, row: int) -> bool:
-    """Chosen by where the block lies in its file: the same in every run, and spread over large and small tensors alike."""
+    """Whether the block that begins at `row` is measured.
+
+    The choice depends on the block's place in its file alone: the same in every run, and spread over tensors of all sizes.
+    """
     return (
         tensor.source.start < ALWAYS_SAMPLED_BYTES
         or (tensor.source.start // BLOCK_BYTES + row // _block_rows(tensor)) % SAMPLE_EVERY == 0
@@ -292,4 +325,5 @@ def _is_sampled(tensor: TensorPlan, row: int) -> bool:
 
 
 def _spans(term: Term, tensor: TensorPlan) -> bool:
+    """Whether a term changes every output of a matrix that is stored transposed, as (in, out)."""
     return len(tensor.shape) == 2 and term.start == 0 and term.stop == tensor.shape[1]

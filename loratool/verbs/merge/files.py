@@ -1,4 +1,4 @@
-"""Writes the files of a checkpoint that a plan changes: what is untouched is copied, the rest computed, by a few threads."""
+"""Writes the files of a checkpoint that a plan changes: untouched tensors are copied, the others computed, on threads."""
 
 from __future__ import annotations
 
@@ -24,25 +24,28 @@ from loratool.verbs.merge.blocks import BufferPool, Rounding, RoundingStats, Row
 from loratool.verbs.merge.plan import Plan, TensorPlan
 
 COPY_TASK_BYTES: Final = 256 << 20
+"""Bytes of untouched tensors after which a copy ends and the next begins, which another thread may take."""
 PROVENANCE_BYTES: Final = 16384
-"""Room that a header keeps for the provenance, which is only known at the end."""
+"""Room in a header for the provenance, which is only known at the end: it tells what rounding left of the adapters."""
 
 KNOWN_TO_MPS: Final = frozenset({"F32", "F16", "BF16"})
-"""Dtypes of weights that Apple's GPUs compute with."""
+"""Dtypes of weights that Apple's GPUs (MPS) compute with."""
 
 AfterJob = Callable[[RowsJob, PlannedChange], Callable[[], None]]
-"""Given each job in order, before any is done, and what the plan adds to its tensor: what to do, on the thread that did it,
-once it is."""
+"""Called with each job, in order and before the job is done, and the change planned for its tensor; the function that it
+returns is called once the job is done, on the same thread."""
 
 
 def rounded_by_chance(layout: Layout) -> bool:
-    """Whether a checkpoint says of itself that its merge rounded stochastically."""
+    """Whether the history in a checkpoint's metadata says that its merge rounded stochastically."""
     histories = (history_of(header.metadata) for header in layout.files.values())
     return any(str(history.get("round", "")).startswith("stochastic") for history in histories)
 
 
 def rewritten_files(plan: Plan) -> dict[str, list[TensorPlan]]:
-    """The files with a tensor that changes, and what is to be in them; the rest are copied as they are."""
+    """The files with a tensor that changes, each with all tensors of its output; other files are copied whole."""
+    # In the source's order, which lets neighbours be copied as one range. An untied head, whose source is the embedding,
+    # comes right behind that.
     by_file: dict[str, list[TensorPlan]] = {}
     for tensor in sorted(plan.tensors.values(), key=lambda tensor: (tensor.source.start, tensor.key != tensor.source.name)):
         by_file.setdefault(tensor.file, []).append(tensor)
@@ -54,9 +57,9 @@ def rewritten_files(plan: Plan) -> dict[str, list[TensorPlan]]:
 
 
 class OutputFile:
-    """One safetensors file on its way out, at `path`: the header first, with room for what is only known at the end.
+    """One safetensors file of the output, written at `path`: room for the header first, then the tensors.
 
-    A file that is changed `in_place` keeps its layout, and only what changes is written.
+    Of a file that is changed `in_place`, which keeps its layout, only the tensors that change are written.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class OutputFile:
         header = plan.layout.files[file]
         self.in_place = in_place
         self.follow = follow
+        # Positions count up from 0 without a gap, as safetensors demands. In place they are those of the source, since
+        # `merge` refuses to change a dtype or a shape there.
         self.infos: dict[str, TensorInfo] = {}
         position = 0
         for tensor in tensors:
@@ -88,15 +93,16 @@ class OutputFile:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that are written of its tensors."""
+        """The bytes of the tensors that are written."""
         written = {tensor.key for tensor in self.tensors if tensor.touched or not self.in_place}
         return sum(self.infos[key].nbytes for key in written)
 
     def offset(self, tensor: TensorPlan) -> int:
+        """Where a tensor begins in the output file."""
         return self.length + self.infos[tensor.key].start
 
     def work(self) -> Iterator[Callable[[Worker], tuple[int, RoundingStats]]]:
-        """Everything there is to do for this file, each piece returning the bytes it wrote."""
+        """The pieces of work on this file; each returns the bytes it wrote and what it measured."""
         for untouched, run in groupby(self.tensors, key=lambda tensor: not tensor.touched):
             if untouched:
                 yield from () if self.in_place else self._copies(list(run))
@@ -105,7 +111,7 @@ class OutputFile:
                 yield from self._computations(tensor)
 
     def _copies(self, tensors: list[TensorPlan]) -> Iterator[Callable[[Worker], tuple[int, RoundingStats]]]:
-        """Neighbours in the source that are neighbours in the output are one range."""
+        """Copies of untouched tensors that are neighbours in the output; neighbours in the source too are one range."""
         start, stop, offset = tensors[0].source.start, tensors[0].source.start, self.offset(tensors[0])
         for tensor in tensors:
             if tensor.source.start != stop or stop - start > COPY_TASK_BYTES:
@@ -122,13 +128,15 @@ class OutputFile:
         return copy
 
     def _computations(self, tensor: TensorPlan) -> Iterator[Callable[[Worker], tuple[int, RoundingStats]]]:
+        """The jobs of a touched tensor; `follow` sees them here, in order, before threads take them up in any order."""
         added = PlannedChange(tensor)
         for job in jobs_of(tensor, self.source, self.writer, self.offset(tensor)):
             yield partial(_compute_work, job, self.follow(job, added) if self.follow else None)
 
     def finish(self, provenance: str) -> bool:
-        """Writes the header, now that everything in it is known; False where it is changed in place, and
-        its header has no room."""
+        """Writes the header with the provenance; returns False, and writes nothing, where a file that is changed in place
+        has no room for it."""
+        # In place the tensors cannot move, so that the new header must fit into the old one's length with its padding.
         raw = encode_header(self.infos, {**self.metadata, HISTORY_KEY: provenance}, self.length)
         fits = len(raw) == self.length
         if not fits and not self.in_place:
@@ -139,8 +147,9 @@ class OutputFile:
 
 
 class Worker(threading.local):
-    """What each worker thread has for itself, and what stops all of them."""
+    """The buffers that each worker thread has for itself, and the event that stops all threads."""
 
+    # `threading.local` runs this anew, with the same arguments, in each thread that touches the object.
     def __init__(self, rounding: Rounding, devices: DevicePool, stopped: threading.Event) -> None:
         self.rounding = rounding
         self.devices = devices
@@ -148,9 +157,10 @@ class Worker(threading.local):
         self._scratch: dict[torch.device, BufferPool] = {}
 
     def compute(self, jobs: Sequence[RowsJob], device: torch.device) -> list[RoundingStats]:
-        """Runs jobs on a device."""
+        """Runs jobs on a device, or on the CPU where Apple's GPUs lack a job's dtype."""
         if device.type == "mps" and any({job.tensor.source.dtype, job.tensor.dtype} - KNOWN_TO_MPS for job in jobs):
             device = CPU
+        # A thread whose GPU ran out of memory computes on the CPU, where nothing is staged.
         staged = self.devices.staged and device == self.devices.device
         scratch = self._scratch.setdefault(device, BufferPool(device, staged))
         return [
@@ -162,7 +172,9 @@ class Worker(threading.local):
 
 
 def _compute_work(job: RowsJob, after: Callable[[], None] | None, worker: Worker) -> tuple[int, RoundingStats]:
+    """Runs one job, then what follows it."""
     (measure,) = worker.devices.run_batch(job.tensor.name, [job], worker.compute)
+    # A job that was stopped may have left rows unwritten, and what follows reads them back.
     if after and not worker.stopped.is_set():
         after()
     return job.nbytes, measure
@@ -171,7 +183,7 @@ def _compute_work(job: RowsJob, after: Callable[[], None] | None, worker: Worker
 def run_files(
     files: Sequence[OutputFile], rounding: Rounding, devices: DevicePool, progress: Progress | None
 ) -> RoundingStats:
-    """Runs all work on a few threads and adds up what was measured, in order."""
+    """Runs all pieces of work on a few threads; returns the sum of what the pieces measured."""
     add = progress_counter(sum(file.nbytes for file in files), progress)
     measures: dict[int, RoundingStats] = {}
     worker = Worker(rounding, devices, threading.Event())
@@ -181,6 +193,7 @@ def run_files(
         add(nbytes)
 
     run_all((partial(piece, worker) for file in files for piece in file.work()), finished, worker.stopped)
+    # Pieces end in any order, and a sum of floats depends on its order: add up by number.
     measure = RoundingStats()
     for index in sorted(measures):
         measure.add(measures[index])

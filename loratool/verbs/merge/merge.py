@@ -21,16 +21,17 @@ from loratool.verbs.merge.write import MergeRun, open_inputs
 from loratool.verbs.reports import Stopwatch, TimedReport
 
 LOST: Final = "an adapter added to it would be lost in rounding: merge into the 16-bit original, then quantise that once"
+"""What to do instead of merging into a quantised checkpoint, for messages."""
 WEAK: Final = 0.9
-"""Realised strength under which rounding has taken so much of an adapter that it is worth a warning."""
+"""The realised strength below which a warning tells that rounding took a part of the adapters."""
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport(TimedReport):
     """What a merge did, or with `dry_run` would do.
 
-    `realised_strength` is ⟨stored change, ΔW⟩ / ‖ΔW‖², `unchanged` the share of touched weights that rounding left as
-    they were; both come from the share `sampled` of the touched weights, and are None when nothing was computed.
+    `realised_strength` is ⟨stored change, ΔW⟩ / ‖ΔW‖², `unchanged` the share of touched weights that rounding left
+    unchanged; both come from the share `sampled` of the touched weights, and are None when nothing was computed.
     """
 
     out: str
@@ -67,11 +68,11 @@ def merge(
 ) -> MergeReport:
     """Merges `adapters` into the checkpoint `base` and writes the result to `out`.
 
-    `base` is a safetensors file, or a folder of Hugging Face or diffusers; `out` becomes of the same make, with every
-    other file of the folder beside it. Without `out`, `base` itself is changed: clones of its files are, and replace them
-    once they are complete. Each weight is computed in float32 and rounded once to the dtype it is stored in, or to `dtype`:
-    to the nearest number, or with `stochastic` to either neighbour by chances that `seed` gives. `undo` names a file that
-    will lead back to the base.
+    `base` is a safetensors file, or a folder of Hugging Face or diffusers; `out` becomes of the same make, with copies of
+    the folder's other files. Without `out`, `base` itself is changed: clones of its files are written to, and replace the
+    files once they are complete. Each weight is computed in float32 and rounded once to the dtype that it is stored in, or
+    to `dtype`: to the nearest number, or with `stochastic` to either neighbour, the nearer the likelier, as drawn from
+    `seed`. `undo` names a file to write, which `unmerge` restores the base from.
 
     Raises `LoratoolError` and leaves nothing behind where a module has no target, a shape does not fit, a value is not
     finite, or the output cannot be written.
@@ -110,10 +111,11 @@ def merge_inputs(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """`merge` of adapters that are loaded already, said by the output to be of `command`."""
+    """Merges adapters that are loaded already; the output's history names `command`. Options and errors as in `merge`."""
     stopwatch = Stopwatch()
     plan = make_plan(layout, inputs, dtype=stored_dtype(dtype), allow_unmatched=allow_unmatched)
     target = Path(out).expanduser() if out else layout.root
+    # Files that are changed in place keep their layout, so that tensors keep their places and sizes.
     if out is None:
         _require_same_layout(plan)
     work = MergeRun(plan, inputs, open_devices(device), command, dtype, rounding or Rounding(), undo, overwrite)
@@ -124,7 +126,7 @@ def merge_inputs(
 
 
 def _require_same_layout(plan: Plan) -> None:
-    """Raises `Unsupported` where a plan changes more than values, which cannot be done in place."""
+    """Raises `Unsupported` where a plan gives a tensor another dtype or shape, or adds one: impossible in place."""
     other = [tensor.name for tensor in plan.tensors.values() if (tensor.dtype, tensor.shape) != _kind(tensor.source)]
     other += [name for name in plan.tensors if name not in plan.layout.tensors]
     if other:
@@ -134,10 +136,12 @@ def _require_same_layout(plan: Plan) -> None:
 
 
 def _kind(info: TensorInfo) -> tuple[str, tuple[int, ...]]:
+    """The dtype and the shape of a stored tensor."""
     return info.dtype, info.shape
 
 
 def _report(plan: Plan, inputs: Sequence[MergeInput], target: Path, measure: RoundingStats, dry_run: bool) -> MergeReport:
+    """The report of a merge, but for its time, its device and the undo file."""
     touched = sum(tensor.source.numel for tensor in plan.changed)
     strength = measure.along / measure.wanted if measure.wanted else None
     unchanged = measure.unchanged / measure.elements if measure.elements else None
@@ -159,6 +163,7 @@ def _report(plan: Plan, inputs: Sequence[MergeInput], target: Path, measure: Rou
 
 
 def _warnings(plan: Plan, measure: RoundingStats, strength: float | None) -> Iterator[str]:
+    """Warnings of modules that were left out, of adapters that change nothing, and of strength lost in rounding."""
     if plan.unmatched:
         yield f"{len(plan.unmatched)} modules have no target and were left out, the first is {plan.unmatched[0]}"
     if measure.elements and not measure.wanted:

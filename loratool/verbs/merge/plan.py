@@ -1,4 +1,4 @@
-"""What a merge is going to do, settled before the first byte is written: every change has its place, or is an error."""
+"""The plan of a merge, settled before the first byte is written: every change has its place, or is an error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from loratool.verbs.merge.terms import Term, check_overlap, grows, terms_of
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """One tensor of the output: where its values come from, its new dtype and shape, and the terms it receives."""
+    """One tensor of the output: the base's tensor that its values come from, its new dtype and shape, and its terms."""
 
     name: str
     file: str
@@ -35,12 +35,13 @@ class TensorPlan:
 
     @property
     def key(self) -> str:
-        """Its name inside its file, which in a diffusers folder lacks the component's folder."""
+        """The tensor's name inside its file; `name` has the component's folder before that in a diffusers folder."""
         folder, slash, _ = self.file.rpartition("/")
         return self.name.removeprefix(folder + slash)
 
     @property
     def touched(self) -> bool:
+        """Whether the tensor's bytes are computed; otherwise they are copied."""
         return bool(self.terms) or self.dtype != self.source.dtype
 
     @property
@@ -49,12 +50,12 @@ class TensorPlan:
 
 
 CONTROL_INPUTS: Final = ("img_in", "x_embedder")
-"""FLUX's input layer in its two namings."""
+"""FLUX's input layer, in BFL's naming and in that of diffusers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A whole merge: every tensor of the output, what found no place, and what configs must say afterwards."""
+    """A whole merge: every tensor of the output, the modules without a target, and the entries that config.json gets."""
 
     layout: Layout
     tensors: Mapping[str, TensorPlan]
@@ -65,12 +66,13 @@ class Plan:
 
     @property
     def changed(self) -> tuple[TensorPlan, ...]:
+        """The tensors that receive terms."""
         return tuple(tensor for tensor in self.tensors.values() if tensor.terms)
 
 
 @dataclass(frozen=True, slots=True)
 class MergeInput:
-    """An adapter of a merge, and all that its terms depend on."""
+    """An adapter of a merge, with the strength, the selection and the assumptions that its terms depend on."""
 
     adapter: Adapter
     strength: Strength = field(default_factory=Strength)
@@ -90,15 +92,17 @@ def make_plan(
         raise UnmatchedModules(_unmatched_message(draft, adapters))
     if not draft.matched:
         raise LoratoolError("nothing to merge: `Selection(include=)` and `exclude=` leave no module of any adapter")
+    # Only now is it known which heads are untied: `tensors` adds those, and fills in `config` on the way.
     tensors = draft.tensors(dtype)
     warnings = [f"{name} is not part of the model and is left out of the output" for name in layout.left_out]
+    # Training scripts of Stable Diffusion keep averaged copies of the weights in the same file; inference reads the others.
     if any(name.startswith("model_ema.") for name in layout.tensors):
         warnings.append("the base's model_ema copies are left as they were")
     return Plan(layout, tensors, draft.matched, tuple(map(str, draft.unmatched)), draft.config, tuple(warnings))
 
 
 class _PlanDraft:
-    """Terms by tensor, as they are collected from one adapter after the other."""
+    """Terms by tensor, collected from one adapter after the other; `added` maps an untied head to its embedding."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -110,6 +114,8 @@ class _PlanDraft:
         self.config: dict[str, Any] = {}
 
     def add(self, adapter: Adapter, selection: Selection, strengths: Mapping[Module, float]) -> None:
+        """Adds the terms of one adapter, and its modules without a target to `unmatched`."""
+        # First the changes that are selected, each in the parts that the base stores; parts inherit the strength.
         taken: list[Change] = []
         by_module = dict(strengths)
         for change in adapter.changes:
@@ -117,10 +123,13 @@ class _PlanDraft:
                 stored = self._as_stored(change)
                 by_module |= dict.fromkeys((part.module for part in stored), strengths[change.module])
                 taken += stored
+        # Then the modules that the base does not know: one prefix must place all of them, as a wrapper adds or drops one.
         lost = {
             change.module for change in taken if not change.optional and not self._places(change.module, change.parameter)
         }
         renamed = self.targets.wrapped(sorted(lost)) if lost else {}
+        # At last the terms. They are collected by adapter, since `check_overlap` forbids an adapter to change a row twice
+        # while several adapters may well change the same row.
         mine: dict[str, list[Term]] = {}
         for change in self._untied(adapter, taken):
             module = renamed.get(change.module, change.module)
@@ -139,19 +148,23 @@ class _PlanDraft:
             self.terms.setdefault(name, []).extend(terms)
 
     def _fitted(self, change: Change, base: tuple[int, ...]) -> Change:
-        """FLUX's control LoRAs see twice the channels: the base's input layer is padded with zeros first, as ComfyUI does
-        (comfy/lora.py). In a folder of diffusers a config would have to say so too, and there it stays an error."""
+        """`change`, or where it is a FLUX control LoRA's on the input layer, `change` on that layer padded with zeros.
+
+        Control LoRAs see twice the channels, and ComfyUI pads the weight (comfy/lora.py). In a diffusers folder a config
+        would have to change with the shape, and a mismatch stays an error there.
+        """
         delta, inputs = change.delta, change.module.path.endswith(CONTROL_INPUTS)
         if not inputs or not delta.resizable or self.layout.is_folder or delta.shape != (base[0], 2 * base[-1]):
             return change
         return replace(change, delta=Enlarge(delta, delta.shape))
 
     def _as_stored(self, change: Change) -> tuple[Change, ...]:
-        """The change itself, or its parts where the base stores each expert's weights by themselves."""
+        """The change itself, or one change for each expert where the base stores the experts' weights one by one."""
         together = not change.per_expert or self._places(change.module, change.parameter)
         return (change,) if together else change.per_expert
 
     def tensors(self, dtype: str | None) -> dict[str, TensorPlan]:
+        """Every tensor of the output: those of the base, then the heads that were untied."""
         plans = {}
         for name, (file, info) in self.layout.tensors.items():
             plans[name] = self._tensor(name, file, info, dtype)
@@ -161,23 +174,26 @@ class _PlanDraft:
         return plans
 
     def _tensor(self, name: str, file: str, info: TensorInfo, dtype: str | None) -> TensorPlan:
+        """One tensor of the output; raises `Unsupported` where terms meet a dtype that holds no weights."""
         terms = tuple(self.terms.get(name, ()))
         if terms and info.dtype not in FLOATS:
             raise Unsupported(f"{self.layout.root}: {name} is stored as {info.dtype}; an adapter cannot be added to it")
         stored = dtype if dtype and info.dtype in FLOATS else info.dtype
         shape = next((term.delta.shape for term in terms if grows(term, info)), info.shape)
+        # Of the kinds that reshape a weight, a replaced one has grown by tokens (PEFT's modules_to_save on an embedding).
         if shape != info.shape and any(term.delta.replaces for term in terms):
             self.config["vocab_size"] = shape[0]
         return TensorPlan(name, file, info, stored, shape, terms)
 
     def _untied(self, adapter: Adapter, changes: list[Change]) -> list[Change]:
-        """Keeps tied embeddings what they were in training: the head sees no change that is the embedding's alone.
+        """The changes to apply. A change of a tied embedding unties the head, which did not see that change in training.
 
-        Where the adapter itself is tied (PEFT's ensure_weight_tying) the head's copy of the change is left out instead.
+        Where the adapter itself is tied (PEFT's ensure_weight_tying), head and embedding stay one, and the head's copy of
+        the change is left out.
         """
         for ending in EMBEDDING_STEMS:
             embedding = ending.removesuffix(".weight")
-            # Trained rows of single tokens are the head's too: PEFT ties them wherever the model does.
+            # Trained rows of single tokens act on the head too: PEFT ties them wherever the model does.
             inputs = [
                 change for change in changes if change.module.path.endswith(embedding) and not change.delta.acts_on_tied_head
             ]
@@ -192,24 +208,26 @@ class _PlanDraft:
         return changes
 
     def _places(self, module: Module, parameter: str) -> tuple[WeightRows, ...]:
-        """Where the base has `module`, a head that is not stored because it is tied to the embedding included."""
+        """The places of `module` in the base; a head that is tied, and so not stored, has one like the embedding's."""
         found = self.targets.find(module, parameter)
         embedding = self.targets.tied if not found and module.path.endswith(HEAD) else None
         return (WeightRows(f"{HEAD}.weight", 0, self.layout.info(embedding).shape[0]),) if embedding else found
 
     def _stored(self, tensor: str) -> TensorInfo:
-        """What the base says of a tensor; asking for a tied head is what unties it."""
+        """The base's header entry of a tensor. For a head that is tied, that of the embedding; the call unties the head."""
         embedding = self.targets.tied
         if tensor not in self.layout.tensors and embedding:
             self._untie(embedding)
         return self.layout.info(self.added.get(tensor, tensor))
 
     def _untie(self, embedding: str) -> None:
+        """Has the output store a head of its own, which begins as a copy of the embedding."""
         self.added[f"{HEAD}.weight"] = embedding
         self.config["tie_word_embeddings"] = False
 
 
 def _unmatched_message(draft: _PlanDraft, adapters: Sequence[Adapter]) -> str:
+    """The message of `UnmatchedModules`: the modules with their nearest names, and the adapter's likely architecture."""
     count = len(draft.unmatched)
     pairs = []
     for module in draft.unmatched[:5]:

@@ -1,4 +1,4 @@
-"""The terms on one tensor as sums over its rows: factors that share rows are stacked, and become one product."""
+"""The terms on one tensor as sums over its rows: the factors of terms that share rows are stacked into one product."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loratool.verbs.merge.terms import Term
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Rows `start` to `stop` of a tensor, all changed by the same sum: up · down, and differences stored whole."""
+    """Rows `start` to `stop` of a tensor, all changed by the same sum: up · down, plus the differences in `whole`."""
 
     start: int
     stop: int
@@ -25,18 +25,18 @@ class Segment:
     whole: tuple[Tensor, ...]
 
     def cut(self, first: int, last: int) -> Segment:
-        """The same change to rows `first` to `last` alone."""
+        """The part of this segment on rows `first` to `last`."""
         rows = slice(first - self.start, last - self.start)
         up = None if self.up is None else self.up[rows]
         return Segment(first, last, up, self.down, tuple(difference[rows] for difference in self.whole))
 
     def on(self, device: torch.device) -> Segment:
-        """The same on a device."""
+        """This segment with its tensors on `device`."""
         up, down = (None if factor is None else send(factor, device) for factor in (self.up, self.down))
         return replace(self, up=up, down=down, whole=tuple(send(difference, device) for difference in self.whole))
 
     def change(self, first: int, last: int, out: Tensor) -> Tensor:
-        """ΔW of rows `first` to `last` in float32."""
+        """ΔW of rows `first` to `last`, written to `out` in float32."""
         rows = slice(first - self.start, last - self.start)
         if self.up is not None and self.down is not None:
             torch.mm(self.up[rows], self.down, out=out)
@@ -48,14 +48,15 @@ class Segment:
 
 
 def segments_of(tensor: TensorPlan, rows: int, columns: int, *, factored: bool = False) -> tuple[Segment, ...]:
-    """Cuts the rows where terms begin and end, and stacks the factors of those that share a piece: one product each.
+    """Cuts a tensor's rows where terms begin and end, and stacks the factors of the terms on each piece into one product.
 
-    With `factored`, factors stay what they are, however many.
+    With `factored`, terms that have factors are never multiplied out, whatever their rank.
     """
     pieces = [_as_stored(term, rows, columns, factored=factored) for term in tensor.terms]
     edges = sorted({edge for piece in pieces for edge in (piece.start, piece.stop)})
     segments = []
     for first, last in pairwise(edges):
+        # A term begins and ends at edges, so it covers a piece wholly or not at all.
         over = [piece.cut(first, last) for piece in pieces if piece.start <= first < piece.stop]
         if over:
             segments.append(_stack_segments(over, first, last))
@@ -63,6 +64,8 @@ def segments_of(tensor: TensorPlan, rows: int, columns: int, *, factored: bool =
 
 
 def _stack_segments(pieces: list[Segment], first: int, last: int) -> Segment:
+    """One segment of all that change the same rows."""
+    # [U₁ U₂] · [D₁; D₂] = U₁ D₁ + U₂ D₂: one product instead of a sum of several.
     ups = [piece.up for piece in pieces if piece.up is not None]
     downs = [piece.down for piece in pieces if piece.down is not None]
     up, down = (torch.cat(ups, dim=1), torch.cat(downs)) if ups else (None, None)
@@ -70,14 +73,16 @@ def _stack_segments(pieces: list[Segment], first: int, last: int) -> Segment:
 
 
 def _as_stored(term: Term, rows: int, columns: int, *, factored: bool) -> Segment:
-    """One term, its strength inside, in the rows and columns that the weight is stored in."""
+    """One term as a segment, with its strength inside, in the rows and columns that the weight is stored in."""
     start, stop = (0, rows) if term.transposed else (term.start, term.stop)
     factors = term.delta.factors()
     if factors is None or (4 * factors[0].shape[1] > min(rows, columns) > 64 and not factored):
-        # Without factors, or with so many of them (LoHa's ranks multiply) that the product is dearer than its result.
+        # Without factors, or of so high a rank (LoHa's ranks multiply) that a product for each block costs more than ΔW
+        # once. Kernels are flattened, as blocks see them.
         dense = term.delta.dense().mul_(term.strength)
         flat = dense.reshape(dense.shape[0], -1) if dense.ndim > 1 else dense.reshape(-1, columns)
         return Segment(start, stop, None, None, (flat.T if term.transposed else flat,))
+    # Strength goes into one factor in float32, before the product. A weight stored as (in, out) takes (U D)ᵀ = Dᵀ Uᵀ.
     up, down = factors[0] * term.strength, factors[1]
     if term.transposed:
         up, down = down.T, up.T
@@ -85,5 +90,5 @@ def _as_stored(term: Term, rows: int, columns: int, *, factored: bool) -> Segmen
 
 
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(rows, columns) of a weight as blocks see it; vectors are columns of one."""
+    """(rows, columns) of a weight as blocks see it: kernels are flattened, a vector has one column, a number one row."""
     return (shape[0] if shape else 1), prod(shape[1:])

@@ -1,4 +1,4 @@
-"""One change cut to its places in the base: nothing is broadcast, and what does not fit is an error."""
+"""A change cut to its places in the base: nothing is broadcast, and a change that does not fit is an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from loratool.keys.places import WeightRows
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One delta, or a part of one, on output rows `start` to `stop` by `step` of a tensor."""
+    """One delta, or a part of one, on output rows `start` to `stop` by `step` of a tensor.
+
+    With `transposed` the tensor is stored as (in, out), and its columns are the output rows.
+    """
 
     change: str
     delta: Delta
@@ -32,9 +35,11 @@ def terms_of(
     base: tuple[int, ...], change: Change, places: tuple[WeightRows, ...], strength: float
 ) -> Iterable[tuple[str, Term]]:
     """A change cut to its places in tensors of shape `base`; raises `ShapeMismatch` unless it fits them exactly."""
+    # A module's rows may be spread over several tensors, or over row ranges of one, in this order.
     rows = sum(place.rows for place in places)
     delta, shape = change.delta, change.delta.shape
     wanted = (rows, *base[1:]) if not places[0].transposed else (rows, *base[:1])
+    # Kinds that may give the weight another shape (a grown vocabulary, a padded input layer) need no exact fit.
     if len(places) == 1 and delta.may_reshape(base):
         return [(places[0].tensor, Term(str(change), delta, strength, 0, shape[0], transposed=False))]
     if not _fits(delta, wanted):
@@ -50,11 +55,13 @@ def terms_of(
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:
+    """A shape in words, for messages."""
     return "[" + ", ".join("any" if size == ANY else str(size) for size in shape) + "]"
 
 
 def _fits(delta: Delta, wanted: tuple[int, ...]) -> bool:
     """Whether a delta can change a weight of exactly the shape `wanted`; nothing is ever broadcast."""
+    # `ANY` leaves a side to the weight. An input may be counted with its kernel or without, depending on the kind.
     if ANY in delta.shape:
         inputs = (wanted[1], prod(wanted[1:])) if len(wanted) > 1 else (1,)
         return delta.shape[0] in (ANY, wanted[0]) and (delta.shape[1] == ANY or delta.shape[1] in inputs)
@@ -64,11 +71,12 @@ def _fits(delta: Delta, wanted: tuple[int, ...]) -> bool:
 
 
 def _same_but_ones(one: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether two shapes differ at most in trailing dimensions of 1: a linear layer, and a 1×1 convolution."""
+    """Whether two shapes differ at most in trailing dimensions of 1, as a linear layer and a 1×1 convolution do."""
     return _without_ones(one) == _without_ones(other)
 
 
 def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without trailing dimensions of 1 behind the first two."""
     kept = list(shape)
     while len(kept) > 2 and kept[-1] == 1:
         kept.pop()
@@ -81,7 +89,8 @@ def grows(term: Term, info: TensorInfo) -> bool:
 
 
 def check_overlap(adapter: Adapter, name: str, terms: list[Term]) -> None:
-    """One adapter changes no row twice, but for a replaced weight that receives a LoRA on top."""
+    """Raises `LoratoolError` where one adapter adds to a row twice; a replaced weight may receive a LoRA on top."""
+    # Two names of one weight (dotted and kohya's, parts and whole) may lead here; parts of one change may interleave.
     added = sorted((term for term in terms if not term.delta.replaces), key=lambda term: term.start)
     for one, other in pairwise(added):
         if other.start < one.stop and one.change != other.change:

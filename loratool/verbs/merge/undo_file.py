@@ -1,7 +1,8 @@
-"""The undo file of a merge: what leads back from the merged checkpoint to its base, to the bit, without the base.
+"""The undo file of a merge: with it the base is made again of the merged checkpoint, to the bit.
 
 A safetensors file that holds the adapters as they were read, the headers of the base's files, and for each piece of each
-changed tensor how far the base was from what taking the adapters away again gives: mostly nothing, since that is rounding.
+changed tensor a residual: how far the base is from what subtracting the adapters gives. Most residuals are zero, since only
+rounding makes them.
 """
 
 from __future__ import annotations
@@ -46,20 +47,24 @@ HASH_BYTES: Final = 8 << 20
 
 
 class UndoWriter:
-    """An undo file on its way out: `follow` each job of the merge, then `finish`. Use it in a `with`."""
+    """An undo file that is being written, in a `with`: pass each job of the merge to `follow`, then call `finish`."""
 
     def __init__(self, path: Path, plan: Plan, merged: Sequence[MergeInput], dtype: str | None, *, overwrite: bool) -> None:
         self.plan, self.merged, self.dtype = plan, merged, dtype
+        # An adapter that has no file of safetensors is an error now, and not after the merge.
         for each in merged:
             _file_of(each.adapter)
         inputs: list[Input] = [plan.layout, *files_of(each.adapter for each in merged)]
         self._output = NewOutput(path, folder=False, overwrite=overwrite, nbytes=0, inputs=inputs)
         self._stack = ExitStack()
         self._numbers = count()
+        # A safetensors header comes before its tensors, whose number and sizes are known only at the end: keep room for the
+        # most that it can take. 4096 bytes are for what does not grow with the model.
         pieces = [tensor for tensor in plan.tensors.values() if tensor.touched]
         self._room = 4096 + sum(_most(tensor) * (len(json.dumps(tensor.name)) + ENTRY_BYTES) for tensor in pieces)
-        # JSON inside JSON: what is escaped in one is escaped again in the other.
+        # The metadata is JSON inside JSON: what is escaped in the inner one is escaped again in the outer one.
         self._room += sum(len(json.dumps(json.dumps(self._of(each)))) + 4 * ENTRY_BYTES for each in merged)
+        # A file's name is once the name of a tensor, and once in the metadata, where escaping at most doubles it.
         self._room += sum(3 * len(json.dumps(file)) + 4 * ENTRY_BYTES for file in plan.layout.files)
 
     def __enter__(self) -> UndoWriter:
@@ -71,14 +76,17 @@ class UndoWriter:
         self._stack.__exit__(*raised)
 
     def follow(self, job: RowsJob, added: PlannedChange) -> Callable[[], None]:
-        """What is to be done once a job is: to keep what leads back from what it wrote."""
+        """Numbers a job, and returns what keeps its residual once the job is done: an `AfterJob`."""
+        # A tensor that the merge adds, an untied head, has no base to lead back to.
         if job.tensor.name not in self.plan.layout.tensors:
             return lambda: None
         return partial(self._keep, next(self._numbers), job, added)
 
     def finish(self, files: Sequence[str]) -> int:
-        """Writes all the rest, `files` being those that the merge rewrote, and returns the size. The file is complete then,
-        and takes its place with `commit`."""
+        """Writes everything but the residuals, `files` being the files that the merge rewrote, and returns the size.
+
+        The undo file is complete then; `commit` puts it in its place.
+        """
         layout = self.plan.layout
         digests = map_on_threads(partial(sha256, layout.root / file if file else layout.root) for file in files)
         of = dict(zip(files, digests, strict=True))
@@ -86,6 +94,7 @@ class UndoWriter:
             header = layout.files[file]
             with TensorFile(header) as source:
                 self._file.copy(f"header/{file}", source.descriptor, header.data_start)
+        # The indexes and the config that the merge may have rewritten; all other files are the same in its output.
         kept = [name for name in (*layout.indexes, "config.json") if layout.is_folder and (layout.root / name).is_file()]
         for name in kept:
             self._file.append(_bytes(f"file/{name}", (layout.root / name).read_bytes()))
@@ -105,19 +114,21 @@ class UndoWriter:
         return self._file.finish({HISTORY_KEY: json.dumps(document)})
 
     def commit(self) -> None:
-        """Puts the file in its place."""
+        """Puts the undo file in its place."""
         self._output.commit()
 
     def withdraw(self) -> None:
-        """Takes it away again, where the merge that it is of did not come to be."""
+        """Removes the undo file again, where the output of its merge could not take its place."""
         self._output.place.unlink(missing_ok=True)
 
     def _keep(self, number: int, job: RowsJob, added: PlannedChange) -> None:
+        """Appends the residual of a job's rows, after those of all jobs numbered before."""
         base, merged = _rows(job)
         raw = pack_residual(base.flatten(), added.taken_from(merged, job.start))
         self._file.in_turn(number, [_bytes(f"rows/{job.tensor.name}/{job.start}", raw)])
 
     def _of(self, each: MergeInput) -> dict[str, Any]:
+        """An adapter's entry in the metadata: what is needed to load it and to plan its merge again."""
         file, strength = _file_of(each.adapter), each.strength
         return {
             "name": each.adapter.path.name,
@@ -133,7 +144,7 @@ class UndoWriter:
 
 
 def _file_of(adapter: Adapter) -> AdapterFile:
-    """The file of an adapter, to be copied into the undo file; raises `Unsupported` where there is none."""
+    """The safetensors file of an adapter, to be copied into the undo file; raises `Unsupported` where there is none."""
     if adapter.file is None:
         raise Unsupported(f"{adapter.path}: was not read from a file, as an undo file holds it; save it first")
     if adapter.file.is_pickle:
@@ -142,20 +153,21 @@ def _file_of(adapter: Adapter) -> AdapterFile:
 
 
 def _bytes(name: str, raw: bytes) -> TensorBytes:
+    """Bytes as a tensor: safetensors holds nothing else."""
     return TensorBytes(name, "U8", (len(raw),), raw)
 
 
 def _most(tensor: TensorPlan) -> int:
-    """As many jobs as a tensor is ever cut into."""
+    """The most jobs that a tensor is cut into."""
     return 1 + ceil(tensor.nbytes / streaming.TASK_BYTES)
 
 
 def _rows(job: RowsJob) -> tuple[Tensor, Tensor]:
-    """The rows of a job in the base, and as they were written."""
+    """The rows of a job in the base, and as the merge wrote them."""
     tensor, columns = job.tensor, matrix(job.tensor.shape)[1]
     merged = torch.empty(job.stop - job.start, columns, dtype=DTYPES[tensor.dtype])
     job.target.read_into(tensor_bytes(merged), job.offset + job.start * job.row_bytes)
-    # What is changed whole may have another shape than it had.
+    # A tensor that is changed whole may have had another shape in the base.
     return rows_of(job, tensor.source) if job.by_blocks else job.source.read(tensor.source), merged
 
 
@@ -170,7 +182,7 @@ def sha256(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class UndoAdapter:
-    """An adapter in an undo file: what it was called, how it was merged, and whether it was a folder."""
+    """An adapter in an undo file: its name, how it was merged, and whether it was a folder."""
 
     name: str
     strength: Strength
@@ -181,8 +193,7 @@ class UndoAdapter:
 
 @dataclass(frozen=True, slots=True)
 class UndoRecord:
-    """An undo file as it was read: the dtype of the merge, the files of the base that it led away from, with their sizes and
-    hashes, and the adapters."""
+    """An undo file as it was read: the dtype of the merge, the base's files (size and SHA-256), and the adapters."""
 
     header: Header
     dtype: str | None
@@ -190,7 +201,7 @@ class UndoRecord:
     adapters: tuple[UndoAdapter, ...]
 
     def starts(self) -> dict[str, list[int]]:
-        """The first row of each piece that is kept of a tensor, in order, by its name."""
+        """By tensor, the first row of each piece whose residual the file holds, in order."""
         found: dict[str, list[int]] = {}
         for name in self.names("rows/"):
             tensor, _, row = name.rpartition("/")
@@ -199,12 +210,12 @@ class UndoRecord:
         return {tensor: sorted(rows) for tensor, rows in found.items()}
 
     def names(self, prefix: str) -> dict[str, TensorInfo]:
-        """What is kept below a prefix, by the rest of its name."""
+        """The entries whose names begin with `prefix`, by the rest of their names."""
         return {name.removeprefix(prefix): info for name, info in self.header.tensors.items() if name.startswith(prefix)}
 
 
 def read_undo(path: Path) -> UndoRecord:
-    """Reads what an undo file says of itself; raises `InvalidFile`."""
+    """Reads and checks the header of an undo file; raises `InvalidFile`."""
     header = read_header(path)
     try:
         document = strict_json(header.metadata.get(HISTORY_KEY, "{}").encode())
@@ -217,6 +228,7 @@ def read_undo(path: Path) -> UndoRecord:
     undo = UndoRecord(header, document.get("dtype"), files, adapters)
     if any(info.dtype != "U8" or len(info.shape) != 1 for info in header.tensors.values()):
         raise InvalidFile(f"{path}: is not an undo file that this version reads")
+    # An undo file may come from anybody: no name in it may lead out of the output. "" is a checkpoint of one file.
     whole = set(files) == {""}
     unsafe = [name for name in (*files, *undo.names("file/")) if not (_inside(name) or (whole and not name))]
     if unsafe:
@@ -225,11 +237,13 @@ def read_undo(path: Path) -> UndoRecord:
 
 
 def _inside(name: str) -> bool:
-    """Whether a name leads to somewhere below the folder that it is put behind."""
+    """Whether a relative path stays below the folder that it is joined to."""
+    # A backslash separates folders on Windows, and no POSIX path holds a NUL.
     return bool(name) and not {"", ".", ".."} & set(name.split("/")) and "\\" not in name and "\0" not in name
 
 
 def _adapter(said: Mapping[str, Any]) -> UndoAdapter:
+    """An adapter of the metadata, which may be damaged: every value is converted, and what cannot be raises."""
     parts = {str(name): float(factor) for name, factor in said["components"].items()}
     strength = Strength(float(said["strength"]), tuple(map(float, said.get("blocks", ()))), parts)
     selection = Selection(tuple(map(str, said["include"])), tuple(map(str, said["exclude"])))

@@ -1,5 +1,4 @@
-"""The doing of a merge, once it is planned: configs, files that are copied and files that are computed, and what leads
-back."""
+"""The writing of a planned merge: configs, copied files, computed files, and the undo file."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ def open_inputs(
     *,
     allow_pickle: bool = False,
 ) -> list[MergeInput]:
-    """Adapters as they will be merged; raises `LoratoolError`."""
+    """The adapters, read or already open, as inputs of a merge; raises `LoratoolError`."""
     selection, assume = selection or Selection(), assume or Assumptions()
     found = []
     for each in map(weighted_adapter, adapters):
@@ -45,7 +44,7 @@ def open_inputs(
 
 @dataclass(frozen=True, slots=True)
 class MergeRun:
-    """A planned merge, to be written: how its results are stored and rounded, and where to write what leads back."""
+    """A planned merge, ready to be written: the dtype and rounding of its results, and the place of the `undo` file."""
 
     plan: Plan
     merged: Sequence[MergeInput]
@@ -58,10 +57,13 @@ class MergeRun:
     follow: AfterJob | None = None
 
     def write(self, target: Path | None, progress: Progress | None) -> tuple[RoundingStats, tuple[str, ...], int | None]:
-        """Writes the output to `target`, or with None into the base itself; returns what was measured, what is to be said
-        of it, and the size of the undo file, if one was asked for."""
+        """Writes the output to `target`, or with None into the base itself.
+
+        Returns what was measured, warnings for the report, and the size of the undo file, None where none was asked for.
+        """
         plan, rewritten = self.plan, rewritten_files(self.plan)
         with ExitStack() as stack:
+            # Open both outputs before any work, so that a place that cannot be written is met at once.
             undo = None
             if self.undo:
                 dtype = stored_dtype(self.dtype)
@@ -72,6 +74,7 @@ class MergeRun:
             stack.enter_context(output)
             if not output.in_place:
                 self._copy(output, rewritten)
+            # Compute. Leaving this block closes the files, and checks that no source was changed while it was read.
             with ExitStack() as opened:
                 follow = undo.follow if undo else self.follow
                 files = [
@@ -83,6 +86,8 @@ class MergeRun:
                     measure = run_files(files, self.rounding, self.devices, progress)
                 provenance = _provenance(self.command, self.merged, self._base_history(), self.rounding, measure)
                 silent = [file for file in files if not file.finish(provenance)]
+            # The undo file takes its place first, so that there is never an output without its way back. The undo file
+            # hashes the base, which an output in place is about to replace.
             nbytes = None
             if undo:
                 nbytes = undo.finish(list(rewritten))
@@ -90,6 +95,8 @@ class MergeRun:
             try:
                 output.commit()
             except BaseException:
+                # A temporary that is gone has been renamed: the output is there, or will be completed (in place), and needs
+                # its undo file.
                 if undo and output.temporary.exists():
                     undo.withdraw()
                 raise
@@ -98,11 +105,12 @@ class MergeRun:
         return measure, (*notes, *self.devices.warnings()), nbytes
 
     def _base_history(self) -> Mapping[str, str]:
-        """What the base says of itself: its files say alike where they come from."""
+        """The metadata of the first of the base's files that has a history: its files agree on where they come from."""
         return next((header.metadata for header in self.plan.layout.files.values() if history_of(header.metadata)), {})
 
     def _output(self, target: Path) -> Destination:
         layout = self.plan.layout
+        # Beside the tensors, a megabyte stands for headers and configs.
         needed = sum(tensor.nbytes for tensor in self.plan.tensors.values()) + (1 << 20)
         return NewOutput(target, folder=layout.is_folder, overwrite=self.overwrite, nbytes=needed, inputs=self._inputs())
 
@@ -110,7 +118,7 @@ class MergeRun:
         return [self.plan.layout, *files_of(each.adapter for each in self.merged)]
 
     def _copy(self, output: Destination, rewritten: Container[str]) -> None:
-        """What does not change: other files, and configs that stay true."""
+        """Copies the files that no tensor changes in, and writes the configs."""
         layout = self.plan.layout
         for name in (*layout.other_files(), *(file for file in layout.files if file not in rewritten)):
             copy_file(layout.root / name, output.path(name))
@@ -118,7 +126,7 @@ class MergeRun:
 
 
 def _write_configs(plan: Plan, output: Destination, dtype: str | None) -> None:
-    """Rewrites the copies of shard indexes and config.json where the tensors are no longer those of the base."""
+    """Rewrites the copies of shard indexes and of config.json where the output's tensors differ from the base's."""
     layout = plan.layout
     added = {name: tensor.file for name, tensor in plan.tensors.items() if name not in layout.tensors}
     for name, index in layout.indexes.items():
@@ -126,17 +134,20 @@ def _write_configs(plan: Plan, output: Destination, dtype: str | None) -> None:
         mine = [tensor for tensor in plan.tensors.values() if tensor.file in _files_of(weight_map, name)]
         total = sum(tensor.nbytes for tensor in mine)
         if added or total != sum(tensor.source.nbytes for tensor in mine):
+            # Hugging Face's index: each tensor's shard, and the bytes of all tensors.
             document = dict(index.document)
             document["weight_map"] = dict(sorted({**weight_map, **added}.items()))
             document["metadata"] = {**(document.get("metadata") or {}), "total_size": total}
             output.path(name).write_text(json.dumps(document, indent=2) + "\n")
     config = layout.config
+    # transformers wrote `torch_dtype` before it wrote `dtype`.
     dtypes = {key: dtype for key in ("torch_dtype", "dtype") if dtype and key in config}
     if config and (plan.config or dtypes):
         output.path("config.json").write_text(json.dumps({**config, **plan.config, **dtypes}, indent=2) + "\n")
 
 
 def _files_of(weight_map: Mapping[str, str], index: str) -> set[str]:
+    """The files that a shard index names, relative to the checkpoint's root as the index's own name is."""
     folder = index.rpartition("/")[0]
     return {f"{folder}/{shard}" if folder else shard for shard in weight_map.values()}
 
@@ -144,7 +155,7 @@ def _files_of(weight_map: Mapping[str, str], index: str) -> set[str]:
 def _provenance(
     command: str, merged: Sequence[MergeInput], base: Mapping[str, str], rounding: Rounding, measure: RoundingStats
 ) -> str:
-    """A short account for the output's metadata, without times or paths, so that equal runs write equal bytes."""
+    """The history entry for the output's metadata, as JSON: without times or paths, so that equal runs write equal bytes."""
     said = history_entry(
         command,
         [_record(each) for each in merged],
@@ -157,7 +168,7 @@ def _provenance(
 
 
 def _record(each: MergeInput) -> dict[str, object]:
-    """What is said of an adapter: how strongly it was merged, and its components and blocks where these differ."""
+    """An adapter's record in the history: its strength, and the factors of components and blocks where there are any."""
     strength = each.strength
     more = {"parts": dict(strength.parts), "blocks": strength.vector}
     return input_record(
@@ -169,4 +180,5 @@ def _record(each: MergeInput) -> dict[str, object]:
 
 
 def _figure(part: float, whole: float) -> float | None:
+    """`part` / `whole` to six decimals; None where nothing was measured."""
     return round(part / whole, 6) if whole else None

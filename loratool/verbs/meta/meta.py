@@ -1,4 +1,4 @@
-"""`meta`: what a file says of itself, changed without touching a byte of its tensors. No torch."""
+"""`meta`: the metadata of a file, changed without touching a byte of its tensors. No torch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from loratool.verbs.meta.private import without_private
 from loratool.verbs.reports import Report
 
 NEEDED: Final = frozenset({PEFT_METADATA_KEY, "format", "software"})
-"""Without these readers make something else of a file: diffusers keeps alphas in one, transformers asks for another, and
-ai-toolkit's name tells a difference from a factor."""
+"""Keys without which readers make something else of a file: diffusers keeps alphas in `lora_adapter_metadata`, transformers
+asks for `format`, and ai-toolkit's name in `software` tells a difference from a factor."""
 _OWN: Final = frozenset({*HASH_LENGTHS, HISTORY, "modelspec.hash_sha256"})
-"""What is true of one file alone, and is not copied to another."""
+"""Keys whose values are true of one file alone, and are not copied to another: hashes, and the history."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +52,15 @@ def _header(path: str | Path) -> Header:
 def set_metadata(
     path: str | Path, values: Mapping[str, str], out: str | Path | None = None, *, overwrite: bool = False
 ) -> MetaReport:
-    """Gives `path`, or the copy `out` of it, these values; those of `modelspec.*` as their specification has them.
+    """Sets `values` in the metadata of the file at `path`, or of a copy `out`; those of `modelspec.*` must follow their
+    specification.
 
     Raises `LoratoolError`, and changes nothing, where a value is not allowed, or a hash is not the file's.
     """
     with error_in_file(path):
         modelspec.require_allowed(values)
         header = _header(path)
+        # The one value that can be checked against the file: it is AutoV3, the hash of all that follows the header.
         if claimed := values.get("modelspec.hash_sha256"):
             true = f"0x{hashes_of(path, header.path, header).autov3}"
             if true != claimed:
@@ -69,10 +71,12 @@ def set_metadata(
 def delete_metadata(
     path: str | Path, globs: Sequence[str], out: str | Path | None = None, *, overwrite: bool = False
 ) -> MetaReport:
-    """Takes the keys that `globs` match; raises `LoratoolError` for a glob that matches none, and for what readers need."""
+    """Deletes the keys that `globs` match; raises `LoratoolError` for a glob that matches no key, and for keys that readers
+    need."""
     header = _header(path)
     before = header.metadata
     gone = _matching_keys(path, before, globs)
+    # `format` may go: transformers refuses a file without it, but nobody reads other numbers.
     needed = sorted(gone & NEEDED - {"format"})
     if needed:
         raise LoratoolError(
@@ -90,8 +94,8 @@ def copy_metadata(
     *,
     overwrite: bool = False,
 ) -> MetaReport:
-    """Gives `path` the metadata of `source`, or what `globs` match of it; hashes and histories are each file's own, and
-    so is what readers need."""
+    """Adds the metadata of `source`, or the keys of it that `globs` match, to that of `path`; hashes, histories and the keys
+    that readers need stay each file's own."""
     theirs = read_metadata(source)
     chosen = _matching_keys(source, theirs, globs) if globs else theirs.keys()
     copied = {key: theirs[key] for key in theirs if key in chosen and key not in _OWN | NEEDED}
@@ -102,7 +106,7 @@ def copy_metadata(
 def strip_metadata(
     path: str | Path, out: str | Path | None = None, *, private: bool = False, overwrite: bool = False
 ) -> MetaReport:
-    """Takes all metadata but what readers need; or, with `private`, only paths and the names of datasets and users."""
+    """Removes all metadata but what readers need; or, with `private`, only paths and the names of datasets and users."""
     header = _header(path)
     before = header.metadata
     kept = without_private(before) if private else {key: value for key, value in before.items() if key in NEEDED}
@@ -122,16 +126,21 @@ def _matching_keys(path: str | Path, metadata: Mapping[str, str], globs: Sequenc
 def _write_change(
     path: str | Path, header: Header, metadata: dict[str, str], out: str | Path | None, *, overwrite: bool
 ) -> MetaReport:
-    """Writes the file, or in `out` its copy, with other metadata and kohya's hash of it made true."""
+    """Writes the file at `path`, or a copy `out` of it, with this metadata, in which kohya's legacy hash is made true."""
     path = Path(path).expanduser()
     target = Path(out).expanduser() if out else None
     before = header.metadata
+    # kohya's legacy hash covers the 64 KiB behind the first MiB, which a header of another length moves; sshs_model_hash is
+    # of the tensors alone and stays true.
     if "sshs_legacy_hash" in metadata:
         metadata["sshs_legacy_hash"] = legacy_hash(header, metadata)
     raw = encode_header(header.tensors, metadata)
+    # A header that is longer than the limit already may stay so long, or become shorter.
     if len(raw) > max(ADAPTER_HEADER_BYTES, header.data_start):
         raise LoratoolError(f"{path}: metadata of {len(raw)} bytes is more than readers allow ({ADAPTER_HEADER_BYTES})")
+    # In place, a change that changes nothing leaves the file alone; a copy is written all the same.
     if target is None and metadata != before:
+        # No inputs: an output refuses to take the place of one. `_write` looks itself whether the file changed meanwhile.
         _replace(header, header.path, raw, overwrite=True, inputs=[])
     elif target is not None and path.is_dir():
         _copy_folder(path, header, raw, target, overwrite=overwrite)
@@ -147,14 +156,17 @@ def _write_change(
 
 
 def _replace(header: Header, target: Path, raw: bytes, *, overwrite: bool, inputs: Sequence[Header]) -> None:
+    """Writes the file with the header `raw` to `target`, which may be the file itself."""
     nbytes = len(raw) + header.size - header.data_start
     with NewOutput(target, folder=False, overwrite=overwrite, nbytes=nbytes, inputs=inputs) as output:
         _write(header, output.path(""), raw)
+        # A new file has the permissions of the process, not those of the file whose place it takes.
         shutil.copymode(header.path, output.path(""))
         output.commit()
 
 
 def _copy_folder(path: Path, header: Header, raw: bytes, target: Path, *, overwrite: bool) -> None:
+    """Copies a PEFT folder, whose weights get the header `raw`."""
     with NewOutput(target, folder=True, overwrite=overwrite, nbytes=header.size + len(raw), inputs=[header]) as output:
         for name in _others(path, header.path.name):
             copy_file(path / name, output.path(name))
@@ -163,13 +175,14 @@ def _copy_folder(path: Path, header: Header, raw: bytes, target: Path, *, overwr
 
 
 def _others(folder: Path, weights: str) -> Iterator[str]:
+    """The names of the other files in a PEFT folder, hidden ones (a .git, a hub's cache) left out."""
     for entry in sorted(folder.iterdir()):
         if entry.name != weights and entry.is_file() and not entry.name.startswith("."):
             yield entry.name
 
 
 def _write(header: Header, path: Path, raw: bytes) -> None:
-    """The file with another header; its tensors are copied by the kernel, in their order."""
+    """Writes to `path` the header `raw` and behind it the bytes of the tensors, which the kernel copies in their order."""
     source = open_regular(header.path)
     try:
         with Writer(path, len(raw) + header.size - header.data_start) as writer:

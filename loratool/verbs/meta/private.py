@@ -17,29 +17,32 @@ DROPPED: Final = frozenset(
         "ss_pretrained_model_name_or_path", "ot_config", "modelspec.author",
     }
 )  # fmt: skip
-"""What names people, their runs or their disks as a rule."""
+"""Keys whose values, as a rule, name people, their runs or their disks."""
 BY_DATASET: Final = frozenset(
     {"ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_tag_frequency", "dataset_dirs", "tag_frequency"}
 )
-"""Objects whose keys are names of folders."""
+"""Keys of JSON objects whose own keys are names of folders."""
 NAMES_OF_DATASETS: Final = frozenset({"image_dir", "metadata_file", "conditioning_data_dir", "name_or_path", "dataset_path"})
 """Fields that name a folder or a file of a dataset."""
 _PLACES: Final = "home|Users|root|mnt|media|workspace|content|tmp|data|srv|opt|Volumes"
 PATH: Final = re.compile(rf"(?:[A-Za-z]:[\\/]|\\\\|~/|/(?:{_PLACES})/)[^\"'\s,;]*")
-"""What looks like a place on somebody's disk."""
+"""Text that looks like a path on somebody's disk: of Windows, a network share, a home, or a usual top folder."""
+# Three letters at least: a shorter name would be found in values that have nothing to do with a person.
 USER: Final = re.compile(r"(?:/home/|/Users/|[A-Za-z]:[\\/]+Users[\\/]+)([^\\/\"'\s,;]{3,})", re.IGNORECASE)
 
 
 def without_private(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata without what `DROPPED` lists, datasets under numbers, paths as the last of their names, and without
-    values that have a user's name in them which one of the paths gave away."""
+    """The metadata without the keys of `DROPPED`, with datasets under numbers and only the last name of each path, and
+    without values that hold the name of a user whom any of the paths gave away."""
     text = "\n".join(metadata.values())
+    # Names are collected before paths are cut, from all values. JSON doubles the backslashes of Windows.
     users = {match[1] for match in USER.finditer(text.replace("\\\\", "\\"))}
     clean = {key: _clean(key, value) for key, value in metadata.items() if key not in DROPPED}
     return {key: value for key, value in clean.items() if not any(_names(user, value) for user in users)}
 
 
 def _clean(key: str, value: str) -> str:
+    """One value without what is private: JSON objects and lists member by member, all else as text."""
     try:
         document = json.loads(value)
         cleaned = _clean_text(key, document) if isinstance(document, dict | list) else document
@@ -47,14 +50,18 @@ def _clean(key: str, value: str) -> str:
         return _without_paths(value)
     if not isinstance(document, dict | list):
         return _without_paths(value)
+    # A document with nothing private keeps its own spelling, and so its bytes.
     return value if cleaned == document else json.dumps(cleaned, ensure_ascii=False)
 
 
 def _clean_text(key: str, value: Any) -> Any:
+    """A part of a JSON document, the member called `key`, without what is private."""
     if isinstance(value, dict):
+        # kohya keys its counts by folder (5_my cats): numbers take the folders' place, the counts stay.
         keys = {
             name: f"dataset {place + 1}" if key in BY_DATASET else _without_paths(name) for place, name in enumerate(value)
         }
+        # A folder may be called as a field is: below a folder's name, `key` says nothing.
         return {keys[name]: _clean_text("" if key in BY_DATASET else name, item) for name, item in value.items()}
     if isinstance(value, list):
         return [_clean_text(key, item) for item in value]
@@ -64,9 +71,11 @@ def _clean_text(key: str, value: Any) -> Any:
 
 
 def _without_paths(text: str) -> str:
-    """Paths as the last of their names: a model's file name tells what an adapter is for, its folder whose disk it was."""
+    """`text` with each path cut to its last name: a model's file name tells what an adapter is for, its folder whose disk it
+    lay on."""
     return PATH.sub(lambda match: re.split(r"[\\/]+", match[0].rstrip("\\/"))[-1], text)
 
 
 def _names(user: str, value: str) -> bool:
+    """Whether a value holds a user's name as a whole word, in letters of either case."""
     return re.search(rf"(?<![A-Za-z0-9]){re.escape(user)}(?![A-Za-z0-9])", value, re.IGNORECASE) is not None

@@ -1,5 +1,5 @@
-"""Charts as SVG, drawn by matplotlib, in which the page's own colour of text stands in the place of ink: they are read in
-the light and in the dark alike."""
+"""Charts as SVG, drawn by matplotlib and inked in the page's own colour of text, so that they can be read in light and dark
+themes alike."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK: Final = "#010203"
-"""Stands for the page's colour of text; nothing else is drawn in it."""
+"""A colour that nothing else is drawn in: `_draw` puts the page's colour of text in its place."""
 BLUE, ORANGE = "#3b82f6", "#f97316"
-"""Read on white and on black."""
+"""Colours that can be read on white and on black."""
 _SHADES: Final = "viridis"
 BANDS: Final = ((0.1, 0.9, 0.15), (0.25, 0.75, 0.3))
-"""Quantiles that a band goes from and to, and how much of it is seen."""
+"""The bands of a spectrum: the quantiles from and to which each goes, and its opacity."""
 
 try:
     import matplotlib as mpl
@@ -32,18 +32,20 @@ except ImportError:
 
 
 def require_matplotlib() -> None:
-    """Raises `Unsupported` where there is none."""
+    """Raises `Unsupported` where matplotlib is not installed."""
     if mpl is None:
         raise Unsupported("a report is drawn by matplotlib: pip install 'loratool[report]'")
 
 
 def heat_map(found: BlockMap) -> str:
-    """‖ΔW‖ by block and sort of module; nothing is drawn where there is no module."""
+    """A chart of ‖ΔW‖ by block and sort of module, blank where there is no module."""
     rows, columns = len(found.rows), len(found.columns)
 
     def draw(figure: Figure, axes: Axes) -> None:
+        # matplotlib leaves NaN blank.
         cells = [[math.nan if cell is None else cell for cell in row] for row in found.cells]
         image = axes.imshow(cells, cmap=_SHADES, vmin=0, aspect="auto")
+        # Names come from files of strangers: matplotlib would read a pair of dollar signs as a formula.
         axes.set_xticks(range(columns), map(safe, found.columns), rotation=60, ha="right", parse_math=False)
         axes.set_yticks(range(rows), map(safe, found.rows), parse_math=False)
         axes.spines[:].set_visible(False)
@@ -51,13 +53,15 @@ def heat_map(found: BlockMap) -> str:
         bar.set_label("‖ΔW‖")
         bar.outline.set_visible(False)
 
+    # Inches: room for labels and the bar of colours, and so much for each cell.
     return _draw(draw, 2.6 + 0.34 * columns, 1.6 + 0.2 * rows, f"‖ΔW‖ of {rows} blocks by {columns} sorts of modules")
 
 
 def spectra(found: Sequence[Sequence[float]]) -> str:
-    """Singular values relative to each module's first: the median over modules, and bands of half and of most of them."""
+    """A chart of singular values relative to each module's first: the median over modules, and the quantiles of `BANDS`."""
     longest = max(map(len, found), default=0)
     relative = [[value / values[0] for value in values] for values in found if values and values[0]]
+    # Modules have unlike ranks: the k-th column holds only those that have a k-th value.
     columns = [sorted(values[k] for values in relative if k < len(values)) for k in range(longest)]
     columns = [column for column in columns if column]
     from matplotlib.ticker import MaxNLocator
@@ -77,7 +81,7 @@ def spectra(found: Sequence[Sequence[float]]) -> str:
 
 
 def effective_ranks(ranks: Sequence[float], stored: int) -> str:
-    """How many modules have which effective rank, beside the rank that is stored."""
+    """A histogram of the modules' effective ranks, beside the rank that is stored."""
 
     def draw(figure: Figure, axes: Axes) -> None:
         axes.hist(ranks, bins=min(40, max(8, stored)), range=(0, max(stored, 1)), color=BLUE, alpha=0.8)
@@ -90,7 +94,7 @@ def effective_ranks(ranks: Sequence[float], stored: int) -> str:
 
 
 def frontier(choices: Sequence[tuple[float, float, float, int]]) -> str:
-    """Size in MB against the error at one rank, and at ranks that share as many bytes; points are labelled by rank."""
+    """A chart of error against size in MB, at one rank for all modules and at ranks that share as many bytes by worth."""
 
     def draw(figure: Figure, axes: Axes) -> None:
         sizes = [choice[0] for choice in choices]
@@ -110,7 +114,7 @@ def frontier(choices: Sequence[tuple[float, float, float, int]]) -> str:
 
 
 def matrix(names: Sequence[str], cells: Sequence[Sequence[float | None]]) -> str:
-    """Cosines of adapters, each with each."""
+    """A chart of the cosines of adapters, each with each."""
     size = len(names)
 
     def draw(figure: Figure, axes: Axes) -> None:
@@ -121,6 +125,7 @@ def matrix(names: Sequence[str], cells: Sequence[Sequence[float | None]]) -> str
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 shown = "–" if math.isnan(value) else f"{value:.2f}"
+                # Dark figures on the pale middle of the colours, light ones on their ends.
                 dark = math.isnan(value) or abs(value) < 0.7
                 axes.text(j, i, shown, ha="center", va="center", color="#1f2937" if dark else "#f9fafb")
         axes.spines[:].set_visible(False)
@@ -129,9 +134,11 @@ def matrix(names: Sequence[str], cells: Sequence[Sequence[float | None]]) -> str
 
 
 def _draw(draw: Callable[[Figure, Axes], None], width: float, height: float, title: str) -> str:
-    """An SVG element that scales with the page, has a title for those who cannot see it, and is the same each time."""
+    """An SVG element that scales with the page, has a title for screen readers, and is the same each time."""
     from matplotlib.figure import Figure
 
+    # Text stays text (fonttype none), to be searched and in the page's font. A fixed salt gives elements the same names, and
+    # no date is written, so that equal adapters make equal pages.
     settings: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 9, "text.color": INK,
         "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
@@ -143,15 +150,18 @@ def _draw(draw: Callable[[Figure, Axes], None], width: float, height: float, tit
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = stream.getvalue()
+    # In a page there is no XML declaration, and the ink becomes whatever colour text has there.
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Its width is the page's business, at most as large as it was drawn, and not so small that nobody can read it.
+    # The page sets the width, up to that which was drawn (a CSS inch is 96 px), and not so small that nobody can read it.
     sizes = f"width:100%;max-width:{width * 96:.0f}px;min-width:{min(width * 96, 480):.0f}px"
     svg = re.sub(r'width="([\d.]+)pt" height="[\d.]+pt"', f'style="{sizes}"', svg, count=1)
+    # The first > ends the opening tag. A title is words and numbers of ours, so that nothing in it needs escaping.
     return svg.replace(">", f' role="img" aria-label="{title}"><title>{title}</title>', 1)
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:
+    """A quantile of sorted values, interpolated between the two values nearest to it."""
     place = share * (len(ordered) - 1)
     low = int(place)
     high = min(low + 1, len(ordered) - 1)

@@ -1,4 +1,4 @@
-"""What a report says of one adapter, gathered from the verbs that know it."""
+"""The facts that a report shows of one adapter, gathered from the verbs that compute them."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ _TRAINING: Final[Mapping[str, str]] = {
     "ss_noise_offset": "noise offset", "ss_mixed_precision": "precision", "ss_seed": "seed",
     "ss_training_comment": "comment",
 }  # fmt: skip
-"""What people want to know of a training, and how it is called in words."""
+"""Metadata that people ask after in a training, and its names in words, in the order of the page."""
 TAGS: Final = 60
-"""Tags in the cloud."""
+"""The number of tags in the cloud, the most frequent ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """One adapter: its file's bytes, what `inspect` says, its map, its changes with their spectra and its frontier; or why
-    one of these could not be had. `tags` are the most frequent ones of its training."""
+    """One adapter: the bytes of its file, what `inspect` says, the map of its blocks, its changes with their spectra, and
+    the frontier of size and error; of the last two the error's message where they cannot be computed. `tags` are the most
+    frequent tags of its training, with their counts."""
 
     adapter: Adapter
     report: AdapterReport
@@ -54,13 +55,14 @@ class AdapterFacts:
 
 
 def facts_of(path: Path, base: BaseCheckpoint | None) -> AdapterFacts:
-    """Reads one adapter; raises `LoratoolError` where it is none, or cannot be read."""
+    """Gathers the facts of the adapter at `path`; raises `LoratoolError` for a checkpoint, and where it cannot be read."""
     found = open_input(path)
     if isinstance(found, Layout):
         raise InvalidFile(f"{path}: is a checkpoint; a report is about adapters")
     report, metadata = inspect_adapter(found), found.header.metadata
     hashes = hashes_of(path, found.file.weights, found.header)
     adapter = load_listing(found)
+    # kohya writes what was not set too, as the text None or an empty object.
     training = [
         (name, metadata[key]) for key, name in _TRAINING.items() if metadata.get(key, "None") not in ("None", "{}", "")
     ]
@@ -72,13 +74,14 @@ def facts_of(path: Path, base: BaseCheckpoint | None) -> AdapterFacts:
         training=tuple(training),
         tags=tuple(_tags(metadata).most_common(TAGS)),
         map=block_map(adapter),
+        # Without the base these two raise for kinds that depend on the weight; the page then says so in their place.
         delta=_or_why(lambda: delta(adapter, base=base, spectrum=True)),
         frontier=_or_why(lambda: frontier(adapter, base=base)),
     )
 
 
 def _or_why(work: Any) -> Any:
-    """What `work` returns, or why it cannot."""
+    """What `work` returns, or the message of its `LoratoolError`."""
     try:
         return work()
     except LoratoolError as error:
@@ -96,12 +99,13 @@ def _about(report: AdapterReport, hashes: Hashes) -> Iterator[tuple[str, str]]:
 
 
 def _tags(metadata: Mapping[str, str]) -> Counter[str]:
-    """kohya's counts of tags, over all folders (ss_tag_frequency: folder to tag to count)."""
+    """kohya's counts of tags, summed over all folders (ss_tag_frequency: folder to tag to count)."""
     found: Counter[str] = Counter()
     try:
         document = json.loads(metadata.get("ss_tag_frequency", "{}"))
     except (ValueError, RecursionError):
         return found
+    # The document comes from strangers: what has another form is left out.
     for tags in document.values() if isinstance(document, dict) else ():
         for tag, times in tags.items() if isinstance(tags, dict) else ():
             if isinstance(times, int) and times > 0:

@@ -1,4 +1,4 @@
-"""`report`: one file that opens offline and shows what an adapter is, where it acts, and what being smaller would cost."""
+"""`report`: an HTML file that opens offline and shows what an adapter is, where it acts, and what less rank would lose."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ svg text { font-family: system-ui, sans-serif !important; }
 @media (max-width: 32rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4rem; } }
 """
 POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""What the page may do: nothing but show itself."""
+"""The page's Content-Security-Policy: no scripts and no network, only its own styles and pictures."""
 LARGEST: Final = 15
-"""Modules that a table lists."""
+"""The number of modules that a table lists, the largest changes first."""
 
 
 @dataclass(frozen=True, slots=True)
 class PageReport(Report):
-    """What was written: for which adapters, how many charts, and how many bytes."""
+    """The page that was written: its adapters, its number of charts, and its bytes."""
 
     out: str
     adapters: tuple[str, ...]
@@ -71,11 +71,13 @@ def report(
     paths: Sequence[str | Path], out: str | Path, *, base: str | Path | BaseCheckpoint | None = None, overwrite: bool = False
 ) -> PageReport:
     """Writes an HTML page about the adapters at `paths` to `out`: facts, a map of ‖ΔW‖, spectra, the frontier of size and
-    error, what its training says of itself, and for several their cosines. `base` is for kinds that depend on it.
+    error, what the metadata tells of the training, and the cosines of several adapters. `base` is for kinds whose ΔW depends
+    on the weight.
 
     The page is one file, asks nothing of the network and runs no script. Equal adapters make equal pages. Raises
     `LoratoolError`, and writes nothing, where an adapter cannot be read or matplotlib is missing.
     """
+    # What can fail at once fails before minutes of arithmetic: a missing library, a target that must not be written.
     charts.require_matplotlib()
     places, target = [Path(path).expanduser() for path in paths], Path(out).expanduser()
     check_target(target, folder=False, overwrite=overwrite, inputs=places)
@@ -83,11 +85,13 @@ def report(
     found = [facts_of(path, weights) for path in places]
     inputs = files_of(facts.adapter for facts in found)
     text = "\n".join(_page(found, weights))
+    # POSIX lets names hold bytes that are no UTF-8; Python has them as lone surrogates, which UTF-8 cannot encode.
     raw = text.encode(errors="backslashreplace")
     with NewOutput(target, folder=False, overwrite=overwrite, nbytes=len(raw), inputs=inputs) as output:
         with Writer(output.path(""), len(raw)) as writer:
             writer.write(raw, 0)
         output.commit()
+    # Adapters of one kind fail for the same reason: each reason is a warning once.
     why = [part for facts in found for part in (facts.delta, facts.frontier) if isinstance(part, str)]
     return PageReport(str(out), tuple(map(str, places)), text.count("<svg"), len(raw), warnings=tuple(dict.fromkeys(why)))
 
@@ -138,8 +142,10 @@ def _spectra(facts: AdapterFacts) -> Iterator[str]:
     if isinstance(facts.delta, str):
         yield f'<p class="note">{_text(facts.delta)}</p>'
         return
+    # A ΔW of zero has no directions, and no first singular value to relate others to.
     modules = [module for module in facts.delta.modules if module.norm]
     yield f"<p>‖ΔW‖ = {facts.delta.norm:.4g} over {len(modules)} modules.</p>"
+    # A norm's difference or a bias is a vector: one singular value makes no spectrum.
     several = [module.spectrum for module in modules if len(module.spectrum) > 1]
     if several:
         yield _figure(
@@ -191,6 +197,7 @@ def _comparison(found: Sequence[AdapterFacts], base: BaseCheckpoint | None) -> I
     except LoratoolError as error:
         yield f'<p class="note">They cannot be compared: {_text(error)}</p>'
         return
+    # Two adapters are compared module by module, three or more each with each: one cosine, or a matrix of them.
     cosines: Sequence[Sequence[float | None]] = ()
     if isinstance(result, MatrixComparison):
         cosines = result.cosines
@@ -211,10 +218,11 @@ def _list(facts: Sequence[tuple[str, str]]) -> str:
 
 
 def _cloud(tags: Sequence[tuple[str, int]]) -> str:
-    """Tags by the alphabet, the more frequent the larger."""
+    """Tags in alphabetical order, the more frequent the larger."""
     most = max(times for _, times in tags)
     words = []
     for tag, times in sorted(tags):
+        # The root, since counts differ by hundreds and sizes that people can read do not.
         height = 0.75 + 1.25 * (times / most) ** 0.5
         words.append(f'<span style="font-size:{height:.2f}rem" title="{times:,}">{_text(safe(tag, 60))}</span>')
     return f'<div class="tags">{"".join(words)}</div>'
@@ -229,5 +237,5 @@ def _name(path: Path) -> str:
 
 
 def _text(text: object) -> str:
-    """Text from outside: made safe, and no markup."""
+    """Text from outside as HTML: control characters made visible, and markup escaped."""
     return escape(message(str(text)))

@@ -1,4 +1,4 @@
-"""The base of a merge again, to the bit: its headers, what its undo file keeps, and what the merge left as it was."""
+"""Restores the base of a merge to the bit, from the merged checkpoint and the headers and residuals of an undo file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from loratool.verbs.merge.undo_file import UndoRecord, read_undo, sha256
 
 @dataclass(frozen=True, slots=True)
 class RestoreResult:
-    """What was written: the plan of the merge that is undone, its adapters, and the SHA-256 of each file that it rewrote."""
+    """What was written: the plan of the undone merge, its adapters, and the SHA-256 of each file that the merge rewrote."""
 
     plan: Plan
     adapters: tuple[tuple[str, float], ...]
@@ -39,8 +39,10 @@ class RestoreResult:
 
 
 def restore_base(merged: Path, out: Path, undo_path: Path, *, overwrite: bool, progress: Progress | None) -> RestoreResult:
-    """Writes to `out` the base that the checkpoint `merged` was made of; raises `LoratoolError`, and leaves nothing behind,
-    where the undo file is of another one."""
+    """Writes to `out` the base that the checkpoint `merged` was made of.
+
+    Raises `LoratoolError`, and leaves nothing behind, where the undo file is of another checkpoint.
+    """
     undo, layout = read_undo(undo_path), open_layout(merged)
     if ("" in undo.files) == layout.is_folder or (not layout.is_folder and undo.names("file/")):
         kind = "one file" if "" in undo.files else "a folder"
@@ -51,11 +53,15 @@ def restore_base(merged: Path, out: Path, undo_path: Path, *, overwrite: bool, p
         output = stack.enter_context(
             NewOutput(out, folder=layout.is_folder, overwrite=overwrite, nbytes=nbytes, inputs=[layout, undo.header])
         )
+        # First what the merge did not compute: other files, configs, and the headers of the files to restore.
         _copy_others(layout, undo, kept, output)
         writers = {file: stack.enter_context(_begin_file(file, undo, kept, output)) for file in undo.files}
         adapters = stack.enter_context(_adapters(undo, kept, out.parent))
+        # With headers and configs in place, the output has the layout of the base though no tensor is there yet: the plan
+        # of the merge can be made again. A module without a target now had none in the merge, which was allowed then.
         with error_context(undo_path):
             plan = make_plan(open_layout(output.temporary), adapters, dtype=undo.dtype, allow_unmatched=True)
+        # Then the tensors, and only if every hash is the base's does the output take its place.
         _fill(RestoreRun(plan, layout, undo, kept, writers), progress)
         digests = _check_hashes(merged, undo, output)
         output.commit()
@@ -64,7 +70,7 @@ def restore_base(merged: Path, out: Path, undo_path: Path, *, overwrite: bool, p
 
 
 def _check_hashes(merged: Path, undo: UndoRecord, output: NewOutput) -> dict[str, str]:
-    """The hashes of what was written; raises `LoratoolError` where they are not those of the base."""
+    """The SHA-256 of each restored file; raises `LoratoolError` where one is not that of the base's file."""
     digests = dict(zip(undo.files, map_on_threads(partial(sha256, output.path(file)) for file in undo.files), strict=True))
     for file, digest in digests.items():
         wanted = undo.files[file][1]
@@ -77,7 +83,7 @@ def _check_hashes(merged: Path, undo: UndoRecord, output: NewOutput) -> dict[str
 
 
 def _copy_others(layout: Layout, undo: UndoRecord, kept: TensorFile, output: NewOutput) -> None:
-    """What the merge copied as it was, and what it rewrote that is no tensor."""
+    """Copies the files that the merge only copied, and from the undo file the configs that the merge may have rewritten."""
     for name in (*layout.other_files(), *(file for file in layout.files if file not in undo.files)):
         copy_file(layout.root / name, output.path(name))
     for name, info in undo.names("file/").items():
@@ -88,10 +94,11 @@ def _copy_others(layout: Layout, undo: UndoRecord, kept: TensorFile, output: New
 
 
 def _begin_file(file: str, undo: UndoRecord, kept: TensorFile, output: NewOutput) -> Writer:
-    """A file of the base with its header, and room for the rest."""
+    """A file of the base with its header, and room for its tensors; raises `InvalidFile` where the undo file lacks it."""
     header = undo.header.tensors.get(f"header/{file}")
     if header is None:
         raise InvalidFile(f"{undo.header.path}: lacks the header of {file}")
+    # A damaged undo file may say a size that is too small for the header.
     writer = Writer(output.path(file), max(undo.files[file][0], header.nbytes))
     writer.copy(kept.descriptor, header.start, header.nbytes, 0)
     return writer
@@ -99,12 +106,13 @@ def _begin_file(file: str, undo: UndoRecord, kept: TensorFile, output: NewOutput
 
 @contextmanager
 def _adapters(undo: UndoRecord, kept: TensorFile, folder: Path) -> Iterator[list[MergeInput]]:
-    """The adapters that an undo file holds, read from a folder where they lie for the time."""
+    """The adapters that an undo file holds, unpacked to a temporary folder that is removed at the end."""
     place = temporary_in(folder)
     try:
         found = []
         for number, held in enumerate(undo.adapters):
             for name, info in undo.names(f"adapter/{number}/").items():
+                # A name with a folder in it could lead out of the temporary one.
                 if Path(name).name != name:
                     raise InvalidFile(f"{undo.header.path}: holds an adapter's file called {name}")
                 path = place / str(number) / name
@@ -124,7 +132,7 @@ def _adapters(undo: UndoRecord, kept: TensorFile, folder: Path) -> Iterator[list
 
 @dataclass(frozen=True, slots=True)
 class RestoreRun:
-    """The plan of the merge that is undone, the checkpoint it made, what is `kept` of the base, and where to write it."""
+    """The plan of the undone merge, the merged checkpoint, the undo file, open as `kept`, and a writer for each file."""
 
     plan: Plan
     merged: Layout
@@ -137,6 +145,7 @@ class RestoreRun:
         opened = {file: stack.enter_context(TensorFile(self.merged.files[file])) for file in self.writers}
         kept = self.undo.starts()
         for tensor in self.plan.tensors.values():
+            # A head that the merge untied is in no file of the base.
             if tensor.file not in self.writers or tensor.name not in self.plan.layout.tensors:
                 continue
             info = self._merged_rows(tensor)
@@ -146,12 +155,13 @@ class RestoreRun:
             added, starts = PlannedChange(tensor), kept.get(tensor.name, [])
             if tensor.source.nbytes and starts[:1] != [0]:
                 raise InvalidFile(f"{self.undo.header.path}: holds nothing of {tensor.name}")
+            # The pieces are those in which the undo file was written, which need not be those of a merge today.
             for start, stop in pairwise([*starts, matrix(tensor.shape)[0]]):
                 job = RowsJob(tensor, opened[tensor.file], self.writers[tensor.file], 0, (), start, stop, by_blocks(tensor))
                 yield partial(self._undo, job, info, added)
 
     def _merged_rows(self, tensor: TensorPlan) -> TensorInfo:
-        """What the merge made of a tensor; raises `InvalidFile` where the checkpoint does not hold that."""
+        """The header entry of a tensor in the merged checkpoint; raises `InvalidFile` unless it is what the merge made."""
         _, info = self.merged.tensors.get(tensor.name, (None, None))
         if info is None or (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
             there = f"is {info.dtype} {list(info.shape)}" if info else "is not there"
@@ -162,16 +172,19 @@ class RestoreRun:
         return info
 
     def _copy(self, tensor: TensorPlan, info: TensorInfo, source: TensorFile) -> int:
+        """Copies a tensor that the merge did not change."""
         self.writers[tensor.file].copy(source.descriptor, info.start, info.nbytes, tensor.source.start)
         return info.nbytes
 
     def _undo(self, job: RowsJob, info: TensorInfo, added: PlannedChange) -> int:
+        """Restores the rows of a job: the guess that `PlannedChange` makes from the merged rows, and the residual to it."""
         guess = added.taken_from(rows_of(job, info), job.start)
         kept = self.undo.header.tensors[f"rows/{job.tensor.name}/{job.start}"]
         raw = torch.empty(kept.nbytes, dtype=torch.uint8)
         self.kept.read_into(tensor_bytes(raw), kept.start)
         with error_context(f"{self.undo.header.path}: {kept.name}"):
             base = unpack_residual(raw.numpy().tobytes(), guess)
+        # The base's row may be of other bytes than the merged one: the merge may have changed dtype or shape.
         row = job.tensor.source.nbytes // max(matrix(job.tensor.source.shape)[0], 1)
         job.target.write(tensor_bytes(base), job.tensor.source.start + job.start * row)
         return base.numel() * base.element_size()

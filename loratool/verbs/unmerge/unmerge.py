@@ -1,4 +1,4 @@
-"""`unmerge`: the base again, to the bit with the undo file of the merge, and by subtraction without it."""
+"""`unmerge`: the base again, to the bit with the undo file of the merge, by subtraction without an undo file."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ from loratool.verbs.unmerge.restore import restore_base
 
 @dataclass(frozen=True, slots=True)
 class UnmergeReport(TimedReport):
-    """What an unmerge did. `exact` says that the base is there again to the bit, by the SHA-256 of its files in `sha256`;
-    otherwise `doubtful` of the `numbers` that were changed may be off by a rounding."""
+    """What an unmerge did.
+
+    `exact` says that the base is restored to the bit, as the SHA-256 of its files in `sha256` show. Otherwise `doubtful` of
+    the `numbers` in changed tensors may be off by a rounding.
+    """
 
     out: str
     adapters: tuple[tuple[str, float], ...]
@@ -55,11 +58,11 @@ def unmerge(
 ) -> UnmergeReport:
     """Writes to `out` what the checkpoint `merged` was before a merge.
 
-    With the file that `merge` wrote to its `undo`, that is the very base, checked by the hashes of its files. Without it,
-    `adapters` are subtracted, each at the strength at which it was merged.
+    With `undo`, the file that `merge` wrote to its own `undo`, the output is the base to the bit, checked by the hashes of
+    its files. Otherwise `adapters` are subtracted, each at the strength at which it was merged.
 
     Raises `LoratoolError`, and leaves nothing behind, where the undo file is of another checkpoint, or where an adapter's
-    change is no sum and cannot be subtracted.
+    change depends on the weight and cannot be subtracted.
     """
     stopwatch = Stopwatch()
     source, target = Path(merged).expanduser(), Path(out).expanduser()
@@ -70,6 +73,7 @@ def unmerge(
         report = _report(target, found.plan, found.adapters, found.nbytes, sha256=found.sha256)
     else:
         layout = open_layout(source)
+        # Subtracting is merging at the negated strengths, while the numbers that this may restore wrongly are counted.
         negated = [weighted_adapter(each).negated() for each in adapters]
         inputs = open_inputs(negated, assume=assume, allow_pickle=allow_pickle)
         plan = _plan(layout, inputs, allow_unmatched=allow_unmatched)
@@ -83,6 +87,7 @@ def unmerge(
 
 
 def _plan(layout: Layout, inputs: Sequence[MergeInput], *, allow_unmatched: bool) -> Plan:
+    """The plan that subtracts: raises `Unsupported` for adapters that cannot be."""
     for each in inputs:
         require_additive(each.adapter)
     return make_plan(layout, inputs, allow_unmatched=allow_unmatched)
@@ -120,11 +125,12 @@ def require_additive(adapter: Adapter) -> None:
 
 
 def history_disagreements(layout: Layout, adapters: Sequence[tuple[str, float]]) -> Iterator[str]:
-    """What the checkpoint says of itself, where that is not that these adapters were merged into it."""
+    """Warnings of adapters that are not among those which the checkpoint's history names, at these strengths."""
     for header in layout.files.values():
         known = history_of(header.metadata).get("adapters")
         if isinstance(known, list) and known:
             merged = {(str(each.get("name")), each.get("strength")) for each in known if isinstance(each, dict)}
+            # The history keeps 100 letters of a name (`input_record`), and is the same in every file that has one.
             for path, strength in adapters:
                 if (Path(path).name[:100], strength) not in merged:
                     listed = ", ".join(f"{name}:{at}" for name, at in sorted(merged, key=str))
@@ -133,13 +139,14 @@ def history_disagreements(layout: Layout, adapters: Sequence[tuple[str, float]])
 
 
 class _Doubt:
-    """Counts the numbers that subtraction may not have found again."""
+    """Counts, job by job, the numbers that subtraction may have restored wrongly."""
 
     def __init__(self, *, by_chance: bool) -> None:
         self.count, self.by_chance = 0, by_chance
         self._lock = threading.Lock()
 
     def follow(self, job: RowsJob, added: PlannedChange) -> Callable[[], None]:
+        """An `AfterJob`, which looks at a job's rows as they were merged."""
         return partial(self._look, job, added)
 
     def _look(self, job: RowsJob, added: PlannedChange) -> None:
