@@ -1,8 +1,8 @@
 """The blocks of models, and the vectors of block weights that Stable Diffusion's users know. No torch.
 
 Sources: hako-mikan's sd-webui-lora-block-weight (BLOCKID12, 17, 20 and 26), and sd-scripts networks/svd_merge_lora.py
-(get_lbw_block_index), which agree on what each number is for. Of blocks that a vector does not name, the first drops what an
-adapter changes, the second keeps it; so does loratool.
+(get_lbw_block_index), which agree on what each number is for. In blocks that a vector does not name, the first drops what an
+adapter changes, the second keeps the changes; so does loratool.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from loratool.errors import LoratoolError
 from loratool.names import ENCODERS, ORIGINAL, Module
 
 BASE: Final = "BASE"
-"""All text encoders."""
+"""The block of all text encoders."""
 
 
 def _block_named(inputs: Sequence[int], outputs: Sequence[int]) -> tuple[str, ...]:
@@ -29,15 +29,16 @@ VECTORS: Final[Mapping[int, tuple[str, ...]]] = {
     20: _block_named(range(9), range(9)),
     26: _block_named(range(12), range(12)),
 }
-"""The blocks that a vector of so many weights is for: 12 and 17 are those with attention, of SDXL and of SD1."""
+"""The blocks of a vector, by its length: 12 and 17 weights are for the blocks with attention, of SDXL and of SD1."""
 VECTOR_LENGTHS: Final[Mapping[str, tuple[int, ...]]] = {
     "sd1": (17, 26), "sd2": (17, 26), "sdxl": (12, 20), "ssd-1b": (12, 20), "vega": (12, 20),
 }  # fmt: skip
-"""The vectors that each architecture has."""
+"""The lengths of the vectors that each architecture has."""
 
 _EMBEDDINGS: Final = ("time_embed.", "label_emb.")
-"""What sd-scripts counts to SDXL's first block."""
+"""Modules that sd-scripts counts to SDXL's first block."""
 _NUMBERED = re.compile(r".*?(?<=\.)\d+(?=\.)")
+"""The beginning of a module path, up to its first number."""
 
 
 def block_of(arch: Arch, module: Module) -> str:
@@ -52,12 +53,14 @@ def block_of(arch: Arch, module: Module) -> str:
         return found[0] if found and component.name not in ENCODERS else component.name or spot.parts[0].partition(".")[0]
     if component.name in ENCODERS:
         return BASE
+    # Vectors count blocks as LDM's own code does; any part of a module lies in the module's block.
     whole = component.owners[ORIGINAL][spot.parts[0]].whole
     side, _, rest = whole.partition(".")
     if side in ("input_blocks", "output_blocks"):
         return f"{'IN' if side == 'input_blocks' else 'OUT'}{int(rest.partition('.')[0]):02}"
     if side == "middle_block":
         return "M00"
+    # sd-scripts counts embeddings to a block for SDXL alone, whose vectors are known by the length 20.
     return "IN00" if whole.startswith(_EMBEDDINGS) and 20 in VECTOR_LENGTHS[arch.name] else side
 
 

@@ -94,6 +94,7 @@ def flux2(doubles: int, singles: int) -> Iterator[Link]:
     }
     for i in range(doubles):
         yield from double(i, feedforward)
+    # Single blocks are stacked in both namings, so that linear1 is renamed and not cut.
     for i in range(singles):
         ours, theirs = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
         yield from rename(ours, theirs, SINGLE_ATTENTION | {"attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"})
@@ -111,6 +112,7 @@ def xlabs() -> Iterator[Link]:
         yield from rename(ours, theirs, {"attn.to_out.0": "proj_lora1", "attn.to_add_out": "proj_lora2"})
     for i in range(38):
         ours, theirs = f"single_transformer_blocks.{i}", f"single_blocks.{i}.processor"
+        # Of linear1's rows XLabs trains q, k and v alone; the link has no size for the rest, which stays as it is.
         yield fuse(ours, IMAGE, f"{theirs}.qkv_lora")
         yield from rename(ours, theirs, {"proj_out": "proj_lora"})
 

@@ -133,6 +133,7 @@ COMFY_EMBEDDERS = {
 
 def comfy(links: Iterator[Link]) -> Iterator[Link]:
     """ComfyUI's spelling of `links`: blocks' leaves as in FLUX, and embedders as it calls them."""
+    # `whole` is a name of the original: what stands before "blocks.", a number, and the leaf that ComfyUI renames.
     for link in links:
         block, _, leaf = link.whole.partition("blocks.")
         number, _, name = leaf.partition(".")

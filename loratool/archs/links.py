@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """`parts`, stacked along the output dimension in the ratio `sizes`, are `whole`.
+    """Says that `parts`, stacked along the output dimension in the ratio `sizes`, are `whole`.
 
     `parts` are module paths of diffusers or transformers, `whole` one of the original checkpoint.
     With `swapped` the two halves of the output stand in the opposite order (adaLN's scale and shift);
-    with `transposed` the original stores the weight as (in, out); with `rotary` it interleaves the two halves of each
-    attention head, as Meta's Llama does.
+    with `transposed` the original stores the weight as (in, out); with `rotary` the original interleaves the two halves of
+    each attention head, as Meta's Llama does.
     """
 
     parts: tuple[str, ...]
@@ -48,20 +48,21 @@ def swap(parts: str, whole: str) -> Link:
 
 
 def apart(links: Iterable[Link], instead: Mapping[str, str] | None = None) -> Iterator[Link]:
-    """The naming that numbers the parts of a stack behind its name: OMI's, of OneTrainer (modules/util/convert/lora).
+    """The links of OneTrainer's OMI naming, which numbers the parts of a stack behind its name (modules/util/convert/lora).
 
-    `instead` are names of wholes that it calls differently.
+    `instead` maps names of wholes to what OMI calls them.
     """
     for link in links:
         whole = (instead or {}).get(link.whole, link.whole)
         if len(link.parts) == 1:
             yield replace(link, whole=whole)
         else:
+            # Each part is a module of its own here, so that nothing is stacked, and no size or swap is left.
             yield from (Link((part,), f"{whole}.{number}") for number, part in enumerate(link.parts))
 
 
 def parts_mentioned(links: Iterable[Link]) -> tuple[set[str], set[str]]:
-    """All module paths of the one naming, and all of the other."""
+    """All module paths of the parts, and all of the wholes."""
     rows = list(links)
     return {part for link in rows for part in link.parts}, {link.whole for link in rows}
 

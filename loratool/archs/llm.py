@@ -13,6 +13,7 @@ from typing import Final
 
 from loratool.archs.links import Link, fuse, rename
 
+# Not behind `encoder.`, where the text encoders of diffusion models have layers of the same names.
 _DECODER: Final = re.compile(
     r"(?!.*\bencoder\.)(?:.*\.)?(?:layers\.\d+\.(?:self_attn|mlp|block_sparse_moe|linear_attn)|h\.\d+\.(?:attn|mlp))\..*"
     r"|(?:.*\.)?(?:lm_head|embed_tokens|wte|score)"
@@ -24,13 +25,14 @@ CONV1D: Final = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
 def mixture_of_experts(names: frozenset[str]) -> Iterator[Link]:
-    """The second names of the experts that a base with module paths `names` has, if any.
+    """The links from the names in a base with module paths `names` to the second names of its experts, if it has any.
 
     Mixtral's blocks under their names in transformers 5, and for each expert the stack of gate and up that
     transformers 5 holds in memory as one `gate_up_proj`.
     """
     for block in sorted(name.removesuffix(".gate") for name in names if name.endswith(".block_sparse_moe.gate")):
         yield Link((f"{block.replace('block_sparse_moe', 'mlp')}.gate",), f"{block}.gate")
+    # Mixtral's w1 and w3 are gate and up, in this order in the stack; other models have their names already.
     for expert in sorted({found[0] for name in names if (found := OF_EXPERT.match(name))}):
         ours = expert.replace("block_sparse_moe", "mlp")
         if f"{expert}.w1" in names:
@@ -41,13 +43,14 @@ def mixture_of_experts(names: frozenset[str]) -> Iterator[Link]:
 
 
 def fuse_rows(names: frozenset[str], heads: tuple[int, int]) -> Iterator[Link]:
-    """The stacks of q, k and v, and of gate and up, that some models have and others have apart, for a base with module
-    paths `names`. `heads` are those of queries, and of keys and values, which give a stack's ratio; (0, 0) if unknown.
+    """The links of the stacks of q, k and v, and of gate and up, which some models have and others have apart, for a base
+    with module paths `names`. `heads` are the numbers of heads of queries, and of keys and values; (0, 0) if unknown.
 
     Source: transformers models/phi3/modeling_phi3.py, vllm model_executor/models/llama.py (packed_modules_mapping).
     """
     of_queries, of_keys = heads
     for block in sorted({name.rpartition(".")[0] for name in names if name.endswith((".q_proj", ".qkv_proj"))}):
+        # A stack is cut in the ratio of its heads, and cannot be cut without; parts that are stored can be joined anyway.
         if f"{block}.q_proj" in names or of_queries:
             yield fuse(block, "q_proj k_proj v_proj", f"{block}.qkv_proj", (of_queries, of_keys, of_keys))
     for block in sorted({name.rpartition(".")[0] for name in names if name.endswith((".gate_proj", ".gate_up_proj"))}):
@@ -65,7 +68,7 @@ META_LAYER: Final = re.compile(r"layers\.(\d+)\.attention\.wq")
 
 
 def meta(names: frozenset[str]) -> Iterator[Link]:
-    """The Hugging Face names of a Llama that is stored under Meta's, if `names` are such.
+    """The links to the Hugging Face names of a Llama that is stored under Meta's names, if `names` are such.
 
     The rows of wq and wk are permuted within each head (transformers models/llama/convert_llama_weights_to_hf.py).
     """
@@ -84,13 +87,13 @@ META_NAMES: Final = re.compile(
 
 
 def is_meta(paths: Iterable[str]) -> bool:
-    """Whether module paths are those of Meta's Llama; feedforward layers alone are also called so elsewhere."""
+    """Whether module paths are those of Meta's Llama, with attention among them: others call feedforward layers so, too."""
     names = list(paths)
     return all(map(META_NAMES.fullmatch, names)) and any(".attention.w" in name for name in names)
 
 
 def is_decoder(path: str) -> bool:
-    """Whether a module path is one of a Hugging Face language model's."""
+    """Whether a module path is that of a layer of a decoder-only language model, as Hugging Face names these."""
     return _DECODER.fullmatch(path) is not None
 
 

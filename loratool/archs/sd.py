@@ -39,9 +39,9 @@ _BLOCK = (
 
 @dataclass(frozen=True, slots=True)
 class UNetShape:
-    """A U-Net's levels: `down` and `up` have the depth of the spatial transformer behind each ResNet (0: none), `widths`
-    the levels' widths in units of the first; `middle` is the depth in the middle, None where that is a single ResNet.
-    `added` embeddings are of size and crop.
+    """The levels of a U-Net: `down` and `up` have the depth of the spatial transformer behind each ResNet (0: none),
+    `widths` the levels' widths in units of the first; `middle` is the depth in the middle, None for a single ResNet.
+    `added` says that there are embeddings of size and crop.
     """
 
     down: Sequence[tuple[int, int]]
@@ -69,6 +69,8 @@ def attention(depth: int) -> dict[str, str]:
 def unet(shape: UNetShape) -> Iterator[Link]:
     """A U-Net of `shape`. A ResNet has a shortcut only where it changes the width."""
     yield from rename("", "", _TOP | (ADDED if shape.added else {}))
+    # LDM numbers all layers of a side in one row, three to a level: two ResNets and the downsampler going down, behind
+    # conv_in as number 0, and three ResNets going up.
     last = len(shape.down) - 1
     for i, depths in enumerate(shape.down):
         for j, depth in enumerate(depths):
@@ -81,14 +83,16 @@ def unet(shape: UNetShape) -> Iterator[Link]:
         yield from rename("mid_block.resnets.1", "middle_block.2", RESNET)
     for i, places in enumerate(shape.up):
         for j, depth in enumerate(places):
+            # Going up, every ResNet has the skipped features as further inputs, and so a shortcut.
             yield from _layer(f"up_blocks.{i}", j, f"output_blocks.{3 * i + j}", depth, shortcut=True)
         if i < last:
+            # An upsampler is the last part of the layer in front of it, behind the spatial transformer if there is one.
             yield Link((f"up_blocks.{i}.upsamplers.0.conv",), f"output_blocks.{3 * i + 2}.{2 if places[2] else 1}.conv")
 
 
 @cache
 def _links(shape: UNetShape) -> tuple[Link, ...]:
-    """SD1 and SD2 have the same."""
+    """The links of a U-Net of `shape`, made once for architectures that share the shape, as SD1 and SD2 do."""
     return tuple(unet(shape))
 
 

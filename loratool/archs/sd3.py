@@ -53,6 +53,7 @@ def sd3(blocks: int, dual: int = 0) -> Iterator[Link]:
         yield fuse(ours, "attn.add_q_proj attn.add_k_proj attn.add_v_proj", f"{theirs}.context_block.attn.qkv")
         if i < dual:
             yield fuse(ours, "attn2.to_q attn2.to_k attn2.to_v", f"{theirs}.x_block.attn2.qkv")
+        # The last block drops the text stream: its text side has no projection and no feedforward layers.
         if i < blocks - 1:
             yield from rename(ours, theirs, _TEXT)
         else:

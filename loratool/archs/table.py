@@ -30,7 +30,7 @@ FOLDERS: Final[Mapping[str, str]] = {
     WHOLE: "model", UNET: "transformer", CONDITIONER: "text_conditioner",
     TE1: "text_encoder", TE2: "text_encoder_2", TE3: "text_encoder_3",
 }  # fmt: skip
-"""Where diffusers' pipelines keep each component; a U-Net is in a folder of its own name."""
+"""Where diffusers' pipelines keep each component; a denoiser in another folder, such as `unet`, has that in its table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class NameReading:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The modules of the diffusers naming that it is made of."""
+        """The modules of the diffusers naming that the module is made of."""
         return self.link.parts if self.link else (self.path,)
 
 
@@ -73,7 +73,7 @@ class Component:
 
     @property
     def diffusers_folder(self) -> str:
-        """Its folder in a diffusers pipeline."""
+        """The folder of the component in a diffusers pipeline."""
         return self.folder or FOLDERS[self.name]
 
     @cached_property
@@ -87,7 +87,7 @@ class Component:
         return CHECKPOINT if CHECKPOINT in self.rows else ORIGINAL
 
     def naming(self, wanted: Sequence[str]) -> str:
-        """The first of the namings `wanted` that it has, else that of diffusers."""
+        """The first of the namings `wanted` that the component has, else that of diffusers."""
         found = next((naming for naming in wanted if naming in self.rows or naming in self.same), DIFFUSERS)
         return self.same.get(found, found)
 
@@ -95,6 +95,7 @@ class Component:
         """How the module `path`, dotted or flattened, of any naming is read; the first naming that has the name decides."""
         # Some tools leave an underscore behind the name (ComfyUI#4347).
         flattened = flat(path).rstrip("_")
+        # A name of diffusers may be a whole's name as well, for layers that are called alike: being a part comes first.
         for naming, names in self._names.items():
             if link := names().get(flattened):
                 part = next((part for part in link.parts if flat(part) == flattened), None)
@@ -102,7 +103,8 @@ class Component:
         return None
 
     def contradicts(self, path: str, width: int) -> bool:
-        """Whether an input `width` at `path` shows this to be another model."""
+        """Whether an input of `width` at `path` shows that the module is another model's."""
+        # Widths are those of diffusers' modules; the parts of a stack have the input of the whole.
         spot = self.read_name(path)
         paths = spot.parts if spot else (path,)
         return any(
@@ -113,7 +115,8 @@ class Component:
 
     @cached_property
     def _names(self) -> Mapping[str, Callable[[], Mapping[str, Link]]]:
-        """For each naming, what gives the links of its flattened names; they are built when they are first asked for."""
+        """For each naming, a function that gives the links by flattened names."""
+        # Only built when first called: a table has thousands of names, and most are for other models than the one at hand.
         return {naming: cache(partial(_by_name, rows)) for naming, rows in self.rows.items()}
 
     @cached_property
@@ -128,7 +131,8 @@ def plain(name: str, paths: Sequence[str]) -> Component:
 
 
 def _by_name(rows: Rows) -> dict[str, Link]:
-    """The links by the flattened names of both their sides."""
+    """The links of a naming by the flattened names of both their sides."""
+    # A part's name goes before a whole's where the two are alike.
     links = tuple(rows())
     return {flat(link.whole): link for link in links} | {flat(part): link for link in links for part in link.parts}
 
@@ -147,11 +151,12 @@ class Arch:
     versions: tuple[str, ...] = ()
 
     def component(self, name: str) -> Component | None:
+        """The component called `name`, None where the architecture has no such."""
         return next((component for component in self.components if component.name == name), None)
 
     def readings_of(self, module: Module) -> list[tuple[Component, NameReading]]:
-        """The components that have `module`, and how they read its name: the one that its prefix names, or else all that
-        may be meant; empty where none has it."""
+        """The components that have `module`, each with its reading of the name: the component that the prefix names, else
+        all that may be meant; empty where none has the module."""
         for name, path in candidate_names(module):
             found = [(owner, spot) for owner in self._owners(name) if (spot := owner.read_name(path))]
             if found:
@@ -159,8 +164,8 @@ class Arch:
         return []
 
     def _owners(self, name: str) -> Sequence[Component]:
-        """The components that a prefix may mean. Where a model has no such text encoder, it means another: T5 is te3 to
-        kohya in every model."""
+        """The components that the name in a prefix may mean: where the model has no such text encoder, any of its text
+        encoders, since T5 is te3 to kohya in every model."""
         if component := self.component(name):
             return (component,)
         if name == WHOLE:

@@ -1,6 +1,6 @@
-"""Text encoders: CLIP in the names of transformers and of OpenCLIP, T5, and language models that serve as one.
+"""Text encoders: CLIP in the names of transformers and of OpenCLIP, T5, and language models in the place of one.
 
-Adapters use the names of transformers everywhere; OpenCLIP's stand in checkpoints only.
+Adapters use the names of transformers everywhere; OpenCLIP's names are in checkpoints only.
 Source: open_clip's transformer.py and diffusers loaders/single_file_utils.py (convert_open_clip_checkpoint).
 """
 
@@ -30,13 +30,14 @@ _ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
 
 def clip(layers: int) -> Iterator[Link]:
     """CLIP of `layers` layers, called alike everywhere."""
+    # The same modules as OpenCLIP's, each part as a whole of its own name.
     for link in openclip(layers):
         for part in link.parts:
             yield Link((part,), part)
 
 
 def unwrap(layers: int) -> Iterator[Link]:
-    """CLIP without its `text_model.`."""
+    """CLIP of `layers` layers, without the `text_model.` of its names."""
     for link in clip(layers):
         yield Link(link.parts, link.whole.removeprefix("text_model."))
 
@@ -54,6 +55,7 @@ def openclip(layers: int) -> Iterator[Link]:
 def t5(layers: int) -> Iterator[Link]:
     """The encoder of T5 v1.1 with `layers` blocks, called alike everywhere."""
     yield from same("", "shared encoder.final_layer_norm")
+    # T5 shares the position bias of its first block with all others.
     yield from same("encoder.block.0.layer.0", "SelfAttention.relative_attention_bias")
     for i in range(layers):
         yield from same(
@@ -63,7 +65,8 @@ def t5(layers: int) -> Iterator[Link]:
 
 
 def decoder(layers: int, ours: str, theirs: str) -> Iterator[Link]:
-    """A language model of `layers` layers as a text encoder, behind `ours` to diffusers, behind `theirs` here."""
+    """A language model of `layers` layers as a text encoder: its names begin with `ours` in diffusers' naming, and with
+    `theirs` in the other."""
     attention = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj self_attn.q_norm self_attn.k_norm"
     rest = "mlp.gate_proj mlp.up_proj mlp.down_proj input_layernorm post_attention_layernorm"
     blocks = (f"layers.{i}.{name}" for i in range(layers) for name in f"{attention} {rest}".split())
@@ -83,6 +86,7 @@ def open_clip(
     layers: int, width: int, parameters: int, name: str = TE2, encoder: str = "clip_g", folder: str = "", kohya: str = ""
 ) -> Component:
     """OpenCLIP ViT-bigG with its projection (SDXL, SD3), or ViT-H without (SD2)."""
+    # transformers 5.6 renamed CLIPTextModel, which SD2 has, and left CLIPTextModelWithProjection as it was.
     plain = TRANSFORMERS_5 if encoder == "clip_h" else UNWRAPPED
     rows = {CHECKPOINT: partial(openclip, layers), plain: partial(unwrap, layers)}
     return Component(name, rows, {"q_proj": width, "fc1": width}, parameters, encoder=encoder, folder=folder, kohya=kohya)
@@ -96,8 +100,8 @@ def t5_xxl(name: str, kohya: str = "te3") -> Component:
 
 @cache
 def language_model(encoder: str, layers: int, width: int, *, with_head: bool = False) -> Component:
-    """Qwen, Llama or Gemma as a text encoder; in diffusers' pipelines a bare model, or one `with_head`, whose names begin
-    with `model.`, as ComfyUI's do for both."""
+    """Qwen, Llama or Gemma as a text encoder. In diffusers' pipelines it is a bare model, or one `with_head`, whose names
+    begin with `model.`; in ComfyUI the names of both do."""
     ours = "model." if with_head else ""
     rows = {CHECKPOINT: partial(decoder, layers, ours, "model."), UNWRAPPED: partial(decoder, layers, ours, "")}
     inputs = {"q_proj": width, "gate_proj": width}

@@ -1,4 +1,4 @@
-"""What every delta can do. A delta is one module's change to one weight, as a value that knows nothing of models.
+"""What every delta can do. A delta is one module's change to one weight: a value that knows nothing of models.
 
 Subclasses are final and frozen. All arithmetic is in float32 (float64 on weights stored so), whatever the factors are
 stored in; whoever stores a result rounds it, once. `dense` and `apply` may be slow but are right: the oracle for `factors`.
@@ -28,96 +28,96 @@ class Delta(ABC):
 
     kind: ClassVar[str]
     additive: ClassVar[bool] = True
-    """Whether it adds the same matrix to whatever weight it meets, so that deltas may be summed."""
+    """Whether the delta adds the same matrix to any weight, so that deltas may be summed."""
     replaces: ClassVar[bool] = False
-    """Whether it puts a value in the weight's place, so that what else changes the weight comes after it."""
+    """Whether the delta puts a value in the weight's place, so that other deltas on the weight must come after it."""
     reshapes: ClassVar[bool] = False
-    """Whether the weight may have another shape after it."""
+    """Whether the delta may give the weight another shape."""
     stored_whole: ClassVar[bool] = False
-    """Whether it is a difference as large as the weight."""
+    """Whether the delta is stored as a difference as large as the weight."""
     stacked: ClassVar[bool] = False
-    """Whether its weight stacks those of several experts."""
+    """Whether the delta is of a weight that stacks those of several experts."""
     of_embedding: ClassVar[bool] = False
-    """Whether its factors are those that PEFT has for embeddings."""
+    """Whether the factors are those that PEFT has for embeddings."""
     fits_lora_file: ClassVar[bool] = False
-    """Whether a file of LoRA holds it as it is."""
+    """Whether a file of LoRA can hold the delta as it is."""
     resizable: ClassVar[bool] = False
-    """Whether it is such a LoRA, and its rank may become another."""
+    """Whether the delta is a plain LoRA, whose rank may be changed."""
     becomes_lora: ClassVar[bool] = True
-    """Whether a LoRA can stand for what it does to a weight."""
+    """Whether a LoRA can stand for what the delta does to a weight."""
     acts_on_tied_head: ClassVar[bool] = False
-    """Whether PEFT applies it to the output layer too, where that is tied to the embedding it is of."""
+    """Whether PEFT applies the delta of an embedding to the output layer too, where the two are tied."""
     scaled_by_config: ClassVar[bool] = False
-    """Whether its scale is in the config of PEFT's LoRA."""
+    """Whether the scale of the delta is in the config of PEFT's LoRA."""
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight it changes."""
+        """The shape of the weight that the delta changes."""
 
     @abstractmethod
     def leaves(self) -> dict[str, Tensor]:
-        """Its tensors, by the names that `schema` has for them."""
+        """The tensors of the delta, by the names that `schema` has for them."""
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """ΔW in float32, of shape `shape`; raises `NeedsBase` where it depends on the weight."""
+        """ΔW in float32, of shape `shape`; raises `NeedsBase` where ΔW depends on the weight."""
 
     @abstractmethod
     def split(self, sizes: Sequence[int]) -> list[Delta]:
-        """The deltas of `sizes` consecutive output rows each; raises `Unsupported` where there are none without the base."""
+        """The deltas of `sizes` consecutive output rows each; raises `Unsupported` where only the base could give them."""
 
     @abstractmethod
     def scaled(self, by: float) -> Self:
-        """The delta of `by` · ΔW; raises `NeedsBase` where it is not a multiple."""
+        """The delta of `by` · ΔW; raises `NeedsBase` where the kind has no multiples."""
 
     @property
     def scale(self) -> float | None:
-        """What the product of its factors is multiplied by: alpha over rank; None where its file gives none."""
+        """The number that multiplies the product of the factors: alpha over rank; None where the file gives none."""
         return None
 
     @property
     def rank(self) -> int | None:
-        """The rank of its two factors; None of a kind that is not such a pair."""
+        """The rank of the two factors; None for a kind that is not such a pair."""
         return None
 
     @property
     def shares_scale(self) -> bool:
-        """Whether its file has one scale for it and for others, which must be 1 after a sum."""
+        """Whether the file has one scale for this delta and for others, which must be 1 after a sum."""
         return False
 
     @property
     def changes_bias(self) -> bool:
-        """Whether it does to the module's bias, if there is one, what it does to the weight."""
+        """Whether the delta does to the module's bias, if there is one, what it does to the weight."""
         return False
 
     def assumptions(self) -> tuple[str, ...]:
-        """What was taken for granted because its file does not say it, in words."""
+        """What was taken for granted, in words, because the file does not say it."""
         return ()
 
     def may_reshape(self, weight: Sequence[int]) -> bool:
-        """Whether a weight of that shape may become one of `shape`."""
+        """Whether the delta may turn a weight of the shape `weight` into one of `shape`."""
         return False
 
     def per_expert(self) -> Sequence[Delta]:
-        """The same change as one for each expert of a stacked weight; empty for others."""
+        """The same change as a delta for each expert of a stacked weight; empty for other kinds."""
         return ()
 
     def padded(self, rank: int) -> Delta:
-        """The same with zeros up to `rank`; itself where it is no pair of factors."""
+        """The same delta with zeros up to `rank`; unchanged for a kind that is no pair of factors."""
         return self
 
     def rounded(self, dtype: torch.dtype) -> Delta | None:
-        """The same in another dtype, with its scale inside and rounded once; None of a kind that is kept as it is."""
+        """The same delta in another dtype, scale included and rounded once; None for a kind that is kept as it is."""
         return None
 
     def materialise(self) -> Delta:
-        """Itself, computed where it only says so far how it is to be."""
+        """The delta itself; the result, for a delta that so far only says how to compute it."""
         return self
 
     @property
     def kernel_flattened(self) -> bool:
-        """Whether its files flatten kernels, so that only the weight knows them: `shape` is then (out, in · kernel)."""
+        """Whether files of the kind flatten kernels, which only the weight knows then: `shape` is (out, in · kernel)."""
         return False
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
@@ -125,29 +125,29 @@ class Delta(ABC):
         return to_compute_dtype(weight) + strength * self.dense().reshape(weight.shape)
 
     def equivalent_forms(self) -> Iterator[Delta]:
-        """Itself, and deltas equal to it that are made of other leaves: not every format has a place for each."""
+        """The delta itself, and equal deltas that are made of other leaves: not every format has a place for each."""
         yield self
 
     def folded(self) -> Delta:
-        """The same ΔW with its scale inside its factors, in float32 where their own dtype would round it."""
+        """The same ΔW with the scale inside the factors, in float32 where their own dtype would round the product."""
         if self.scale in (None, 1.0):
             return self
         raise Unsupported(f"a {self.kind} cannot hold its own scale")
 
     def without_zero_ranks(self) -> Delta | None:
-        """The same ΔW without ranks that add nothing; None where it adds nothing at all."""
+        """The same ΔW without ranks that add nothing; None where ΔW is zero."""
         return self
 
     def stack_with(self, parts: Sequence[Self]) -> Delta:
-        """The delta whose rows are those of `parts`, which this is one of; raises `Unsupported` where there is none."""
+        """The delta whose rows are those of `parts`, one of which is this one; raises `Unsupported` where it has no form."""
         raise Unsupported(f"a {self.kind} on the parts of a stacked weight has no common form")
 
     def nothing(self, rows: int) -> Delta:
-        """A part of `rows` rows that changes nothing, to join with this one; raises `Unsupported` where there is none."""
+        """A part of `rows` rows that changes nothing, to be stacked with this delta; raises `Unsupported` without one."""
         raise Unsupported(f"a {self.kind} on some parts of a stacked weight only has no common form")
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Exact (up, down) in float32 with the scale inside, (out, r) and (r, in · kernel); None where it has none."""
+        """Exact (up, down) in float32 with the scale inside, (out, r) and (r, in · kernel); None where there are none."""
         return None
 
 
@@ -157,14 +157,14 @@ class StoredDelta(Delta):
     @classmethod
     @abstractmethod
     def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
-        """Builds it from its tensors, and from what the file or the user says beside them; raises `InvalidAdapter` or
+        """Builds the delta from its tensors, and from what the file or the user says beside them; raises `InvalidAdapter` or
         `Unsupported`."""
 
 
 def stack(parts: Sequence[Delta]) -> Delta:
     """The delta whose output rows are those of `parts`, one after the other: the inverse of `split`, exact.
 
-    Raises `Unsupported` where they are of several kinds, or of one that has no such form.
+    Raises `Unsupported` where the parts are of several kinds, or of a kind that has no such form.
     """
     if len({type(part) for part in parts}) > 1:
         raise Unsupported(f"deltas of kind {', '.join(sorted({part.kind for part in parts}))} have no common form")
@@ -172,7 +172,7 @@ def stack(parts: Sequence[Delta]) -> Delta:
 
 
 def to_compute_dtype(weight: Tensor) -> Tensor:
-    """A weight as it is computed with: float32, or float64 where it is stored so."""
+    """A weight in the dtype of all arithmetic on it: float32, or float64 where the weight is stored so."""
     return weight if weight.dtype == torch.float64 else weight.float()
 
 
@@ -202,16 +202,18 @@ def scale_exactly(tensor: Tensor, scale: float | None) -> Tensor:
     """`tensor` multiplied by `scale`, in its own dtype where that is exact, else in float32."""
     if scale in (None, 1.0):
         return tensor
+    # By way of float64, or a scale such as 1/3 would be rounded to float32 before the product is.
     product = tensor.double().mul_(scale).float()
     if tensor.dtype == torch.float32 or abs(frexp(scale)[0]) != 0.5:
         return product
-    # A power of two: exact, but for numbers that it takes out of range.
+    # A power of two: exact in any dtype, but for numbers that the product takes out of range.
     narrow = product.to(tensor.dtype)
     return narrow if torch.equal(narrow.float(), product) else product
 
 
 def to_device(delta: Delta, device: torch.device) -> Delta:
-    """The same delta with its tensors on `device`: itself where they are."""
+    """The same delta with its tensors on `device`, those of inner deltas included."""
+    # Tensors are fields, parts of tuples, or fields of an inner delta; other fields stay as they are.
     found = {
         field.name: _to_device(value, device)
         for field in fields(delta)  # type: ignore[arg-type]
@@ -230,6 +232,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors hold the same numbers in the same dtype and shape."""
+    # torch.equal compares by value, and calls equal numbers of two dtypes the same.
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 

@@ -23,7 +23,7 @@ from loratool.errors import InvalidAdapter, NeedsBase, Unsupported
 class DoRA(StoredDelta):
     """`inner`, whose sum with the weight gives the direction, and `magnitude`, of one number per row or per column.
 
-    `leaf` is the name it is stored under; `on_input` says that it belongs to columns (the weight's dimension 1).
+    The magnitude is stored under the name `leaf`; `on_input` says that it belongs to columns (the weight's dimension 1).
     """
 
     kind: ClassVar[str] = "dora"
@@ -44,11 +44,12 @@ class DoRA(StoredDelta):
 
     @classmethod
     def wrap(cls, inner: Delta, leaf: str, magnitude: Tensor) -> Self:
-        """Settles which dimension the magnitude is of by its shape: PEFT's are of rows, but of an embedding's columns;
+        """Puts a magnitude around `inner`; its shape tells its dimension: PEFT's are of rows, or of an embedding's columns;
         LyCORIS stores (out, 1, …) or, in old files and by OneTrainer's default, (1, in, …)."""
         on_input = magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] != 1
         if leaf == "magnitude":
             on_input = inner.of_embedding
+        # Where files flatten kernels, inner.shape has in · kernel for the inputs, and only the weight can tell them.
         expected = inner.shape[1 if on_input else 0]
         if magnitude.numel() != expected and expected != ANY and not (on_input and inner.kernel_flattened):
             of = "inputs" if on_input else "outputs"
@@ -75,7 +76,9 @@ class DoRA(StoredDelta):
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         base = to_compute_dtype(weight)
+        # The direction is that of training, whatever the strength: the norm is not linear in ΔW.
         target = self.inner.apply(base)
+        # The norm runs over every axis but the one that the magnitude has a number for.
         kept = 1 if self.on_input else 0
         others = [axis for axis in range(target.ndim) if axis != kept]
         norm = torch.linalg.vector_norm(target, dim=others, keepdim=True) + torch.finfo(torch.float32).eps
@@ -83,10 +86,11 @@ class DoRA(StoredDelta):
         return full if strength == 1.0 else base + strength * (full - base)
 
     def equivalent_forms(self) -> Iterator[Delta]:
-        """With its magnitude as PEFT has it, (out,), or as LyCORIS has it, (out, 1, …); columns' is LyCORIS's alone."""
+        """The DoRA with a magnitude as PEFT has it, (out,), or as LyCORIS has it, (out, 1, …); only LyCORIS has columns'."""
         for inner in self.inner.equivalent_forms():
             yield replace(self, inner=inner)
             if not self.on_input:
+                # A convolution's magnitude is (1, out, 1, 1) in PEFT.
                 ones = (1,) * (len(self.inner.shape) - 2)
                 shape = (1, -1, *ones) if ones else (-1,)
                 yield replace(self, inner=inner, leaf="magnitude", magnitude=self.magnitude.reshape(shape))
@@ -99,14 +103,14 @@ class DoRA(StoredDelta):
         raise NeedsBase("a DoRA cannot be scaled without its base; give a strength to merge instead")
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
-        """Rows and their magnitudes; a magnitude of columns is normalised over all rows and cannot be cut."""
+        """Cuts rows together with their magnitudes; a magnitude of columns is normalised over all rows and cannot be cut."""
         if self.on_input:
             raise Unsupported("a DoRA with a magnitude for each input cannot be cut along the output without its base")
         inner, flat = self.inner.split(sizes), self.magnitude.flatten()
         return [replace(self, inner=part, magnitude=rows) for part, rows in zip(inner, split_rows(flat, sizes), strict=True)]
 
     def stack_with(self, parts: Sequence[Self]) -> DoRA:
-        """Rows and their magnitudes; columns are normalised over the rows of each part, which the whole cannot say."""
+        """Stacks rows with their magnitudes; columns are normalised over each part's rows, which a whole cannot say."""
         if any(part.on_input for part in parts):
             raise Unsupported("DoRA with a magnitude for each input, on parts of a stacked weight, has no common form")
         magnitudes = torch.cat([part.magnitude.flatten() for part in parts])

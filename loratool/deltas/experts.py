@@ -1,4 +1,4 @@
-"""LoRA on the stacked weights of a mixture of experts, one pair of factors for each (PEFT's target_parameters)."""
+"""LoRA on the stacked weights of a mixture of experts, a pair of factors for each expert (PEFT's target_parameters)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class ExpertLoRA(StoredDelta):
 
     @classmethod
     def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
-        """The factors of as many experts as the config's rank goes into; raises `InvalidAdapter` where it does not."""
+        """Builds the delta with the config's rank; raises `InvalidAdapter` where `down` has no multiple of it in rows."""
+        # The tensors have experts · rank rows and do not say which is which: only the config has the rank.
         down, up, rank = leaves["down"], leaves["up"], given.rank
         if not rank or down.shape[0] % rank:
             raise InvalidAdapter(f"its factors have {down.shape[0]} rows, no multiple of the rank {rank}")
@@ -51,17 +52,18 @@ class ExpertLoRA(StoredDelta):
 
     @property
     def shares_scale(self) -> bool:
-        """No pattern of PEFT's config can name one of them."""
+        """True: no pattern of PEFT's config can name stacked experts, which have the scale of the whole file."""
         return True
 
     def per_expert(self) -> list[LoRA]:
-        """One LoRA for each expert."""
+        """A LoRA for each expert."""
+        # PEFT orders the rows of A by expert and the columns of B by rank (ParamWrapper).
         downs = self.down.reshape(self.experts, self.rank, -1)
         ups = self.up.reshape(-1, self.rank, self.experts)
         return [LoRA(downs[e], ups[:, :, e], None, self.scale) for e in range(self.experts)]
 
     def padded(self, rank: int) -> ExpertLoRA:
-        """The same with zeros up to `rank`."""
+        """The same delta with zeros up to `rank` in every expert."""
         more = rank - self.rank
         downs = self.down.reshape(self.experts, self.rank, -1)
         ups = self.up.reshape(-1, self.rank, self.experts)
@@ -80,7 +82,8 @@ class ExpertLoRA(StoredDelta):
 
     @classmethod
     def together(cls, terms: Sequence[ExpertLoRA]) -> ExpertLoRA:
-        """The sum of several, whose ranks add, expert by expert."""
+        """The sum of several deltas, whose ranks add, expert by expert."""
+        # Unfolded to three axes, so that `cat` along the rank keeps each expert's ranks together.
         folded = [term.folded() for term in terms]
         experts = folded[0].experts
         downs = [term.down.reshape(experts, term.rank, -1) for term in folded]

@@ -1,4 +1,4 @@
-"""Changes that are stored whole: a difference to add, a value to put in the weight's place, and single rows of it."""
+"""Changes that are stored whole: a difference to add, a value in the weight's place, single rows, and a larger weight."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Full(StoredDelta):
 
     @property
     def shares_scale(self) -> bool:
-        """PEFT's bias has the scale of its module's factors."""
+        """Whether the difference is PEFT's lora_B.bias, which has the scale of its module's factors."""
         return self.leaf == "bias_up"
 
     def dense(self) -> Tensor:
@@ -56,7 +56,7 @@ class Full(StoredDelta):
         return replace(self, scale=by * scale_or_one(self.scale))
 
     def equivalent_forms(self) -> Iterator[Delta]:
-        """A LoRA's bias is a difference of the bias to those who do not know PEFT."""
+        """The difference itself; PEFT's lora_B.bias also as a plain difference of the bias, which other formats have."""
         yield self
         if self.leaf == "bias_up":
             yield replace(self.folded(), leaf="diff_b")
@@ -68,10 +68,11 @@ class Full(StoredDelta):
         return self if bool(self.difference.any()) else None
 
     def nothing(self, rows: int) -> Full:
-        """A part of `rows` rows that adds nothing, to be stacked with this one."""
+        """A part of `rows` rows that adds nothing, to be stacked with this difference."""
         return replace(self, difference=self.difference.new_zeros(rows, *self.difference.shape[1:]))
 
     def stack_with(self, parts: Sequence[Self]) -> Full:
+        # Unlike scales go into the differences; a common one stays beside them, and nothing is rounded.
         folded: Sequence[Full] = (
             parts if all(part.scale == self.scale for part in parts) else [part.folded() for part in parts]
         )
@@ -83,7 +84,7 @@ class Full(StoredDelta):
 
 @dataclass(frozen=True, slots=True)
 class Replace(StoredDelta):
-    """`value` in the weight's place: PEFT's modules_to_save and trained biases. At strength w, W + w · (value − W)."""
+    """`value` in the weight's place: PEFT's modules_to_save and trained biases. At a strength w: W + w · (value − W)."""
 
     kind: ClassVar[str] = "replace"
     additive: ClassVar[bool] = False
@@ -108,13 +109,14 @@ class Replace(StoredDelta):
         return tuple(self.value.shape)
 
     def may_reshape(self, weight: Sequence[int]) -> bool:
-        """A vocabulary may grow."""
+        """Whether the weight differs in its rows at most: a vocabulary may grow."""
         return self.shape[1:] == tuple(weight[1:])
 
     def dense(self) -> Tensor:
         raise NeedsBase("a replaced weight is no difference until the base is known")
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        # At full strength the weight does not count, and may even have another shape.
         if strength == 1.0:
             return to_compute_dtype(self.value)
         if weight.shape != self.value.shape:
@@ -126,7 +128,7 @@ class Replace(StoredDelta):
         raise NeedsBase("a replaced weight cannot be scaled without its base; give a strength to merge instead")
 
     def equivalent_forms(self) -> Iterator[Delta]:
-        """PEFT's modules_to_save, ComfyUI's set_weight, and BFL's own name for the weight of a norm."""
+        """The value itself and, for a weight, under the names of PEFT, of ComfyUI and of BFL (for the weight of a norm)."""
         yield self
         if self.leaf != "bias":
             yield from (replace(self, leaf=leaf) for leaf in ("weight", "set_weight", "scale") if leaf != self.leaf)
@@ -156,7 +158,7 @@ class TokenRows(StoredDelta):
 
     @classmethod
     def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
-        """The rows of the tokens that are given; raises `InvalidAdapter` where there is not one for each."""
+        """Builds the delta with the tokens in `given`; raises `InvalidAdapter` unless there is a row for each of them."""
         rows, tokens = leaves["token_rows"], given.tokens
         if rows.ndim != 2 or len(tokens) != len(rows):
             raise InvalidAdapter(f"holds rows of shape {list(rows.shape)} for {len(tokens)} trainable_token_indices")
@@ -173,6 +175,7 @@ class TokenRows(StoredDelta):
         raise NeedsBase("rows that are replaced are no difference until the base is known")
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        # A copy: a float32 weight is returned as it is, and would change under its owner.
         changed = to_compute_dtype(weight).clone()
         if max(self.tokens, default=0) >= len(changed):
             raise InvalidAdapter(f"trains token {max(self.tokens)}, the embedding has {len(changed)}")
@@ -189,7 +192,7 @@ class TokenRows(StoredDelta):
 
 @dataclass(frozen=True, slots=True)
 class Enlarge(StoredDelta):
-    """`inner` on a weight that is first padded with zeros to `target`: ComfyUI's reshape_weight, as FLUX control LoRAs need.
+    """`inner` on a weight that is first padded with zeros to `target`: ComfyUI's reshape_weight, for FLUX control LoRAs.
 
     Source: ComfyUI comfy/lora.py, pad_tensor_to_shape.
     """
@@ -211,7 +214,7 @@ class Enlarge(StoredDelta):
 
     @classmethod
     def wrap(cls, inner: Delta, target: Tensor) -> Self:
-        """`inner` and the shape that it changes a weight of; raises `InvalidAdapter` where they disagree."""
+        """`inner` on a weight enlarged to the shape `target`; raises `InvalidAdapter` where its shape is another."""
         shape = tuple(int(size) for size in target.flatten())
         if shape != inner.shape:
             raise InvalidAdapter(f"reshape_weight says {list(shape)}, its factors are for {list(inner.shape)}")
@@ -225,7 +228,7 @@ class Enlarge(StoredDelta):
         return self.target
 
     def may_reshape(self, weight: Sequence[int]) -> bool:
-        """A weight may grow in any dimension."""
+        """Whether the weight is no larger than the target in any dimension."""
         return len(self.shape) == len(weight) and all(new >= old for new, old in zip(self.shape, weight, strict=True))
 
     def dense(self) -> Tensor:
@@ -233,6 +236,7 @@ class Enlarge(StoredDelta):
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         base = to_compute_dtype(weight)
+        # In front, as ComfyUI pads (pad_tensor_to_shape): the stored channels come first, those of the control behind.
         padded = base.new_zeros(self.target)
         padded[tuple(slice(size) for size in base.shape)] = base
         return self.inner.apply(padded, strength)

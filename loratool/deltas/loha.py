@@ -19,7 +19,7 @@ from loratool.errors import Unsupported
 
 @dataclass(frozen=True, slots=True)
 class LoHa(StoredDelta):
-    """`w_a` (out, rank) and `w_b` (rank, in·kernel), or with cores `t` (rank, rank, *kernel): (rank, out) and (rank, in)."""
+    """`w_a` (out, rank) and `w_b` (rank, in·kernel); with cores `t` (rank, rank, *kernel), (rank, out) and (rank, in)."""
 
     kind: ClassVar[str] = "loha"
 
@@ -59,13 +59,15 @@ class LoHa(StoredDelta):
 
     def dense(self) -> Tensor:
         first, second = _product(self.w1_a, self.w1_b, self.t1), _product(self.w2_a, self.w2_b, self.t2)
+        # In place, as each of the two is as large as the weight.
         return first.mul_(second).mul_(scale_or_one(self.scale))
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Rows of one side's factors times rows of the other's (Khatri-Rao): rank r₁ · r₂."""
+        """Exact factors of rank r₁ · r₂, by products of one side's columns and rows with the other's (Khatri-Rao)."""
         if self.t1 is not None:
             return None
         scale = scale_or_one(self.scale)
+        # (Σᵢ aᵢ bᵢ)(Σⱼ cⱼ dⱼ) = Σᵢⱼ (aᵢ cⱼ)(bᵢ dⱼ) holds for every entry of ΔW: each pair (i, j) is one rank.
         up = (self.w1_a.float()[:, :, None] * self.w2_a.float()[:, None, :]).flatten(1)
         down = (self.w1_b.float()[:, None, :] * self.w2_b.float()[None, :, :]).flatten(0, 1)
         return up * scale, down
@@ -77,7 +79,7 @@ class LoHa(StoredDelta):
         return replace(self, w1_a=scale_exactly(self.w1_a, self.scale), scale=None)
 
     def stack_with(self, parts: Sequence[Self]) -> LoHa:
-        """Both left factors become block-diagonal: ranks add."""
+        """Stacks parts by making both left factors block-diagonal: ranks add."""
         if any(part.t1 is not None for part in parts):
             raise Unsupported("LoHa with Tucker cores has no common form")
         alike = all(part.scale == parts[0].scale for part in parts)
@@ -91,6 +93,7 @@ class LoHa(StoredDelta):
         )
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
+        # Rows of the weight are rows of both left factors, which are stored transposed beside a core.
         axis = 0 if self.t1 is None else 1
         pairs = zip(split_rows(self.w1_a, sizes, axis), split_rows(self.w2_a, sizes, axis), strict=True)
         return [replace(self, w1_a=one, w2_a=two) for one, two in pairs]

@@ -20,7 +20,7 @@ class LoKr(StoredDelta):
     """`w1` (o₁, i₁) or `w1_a` (o₁, r) `w1_b` (r, i₁); `w2` (o₂, i₂, *kernel) or `w2_a` (o₂, r) `w2_b` (r, i₂·kernel),
     or with a core `t2` (r, r, *kernel): `w2_a` (r, o₂), `w2_b` (r, i₂).
 
-    LyCORIS ignores alpha where both sides are whole; PEFT does not: whoever reads the file settles `scale`.
+    LyCORIS ignores alpha where both sides are whole, PEFT does not: `scale` is settled by whoever reads the file.
     """
 
     kind: ClassVar[str] = "lokr"
@@ -56,13 +56,14 @@ class LoKr(StoredDelta):
         return self._times(torch.kron(self._first(), two.flatten(1).contiguous()).reshape(self.shape))
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """(w1 ⊗ a)(1 ⊗ b) where w2 = a b, (a ⊗ 1)(b ⊗ w2) where only w1 = a b, and both at once where both are products."""
+        """Exact factors by (a b) ⊗ (c d) = (a ⊗ c)(b ⊗ d); None where neither side is a product, or where w2 has a core."""
         if self.t2 is not None:
             return None
         left, right = self._pair(self.w1, self.w1_a, self.w1_b), self._pair(self.w2, self.w2_a, self.w2_b)
         if left is None and right is None:
             return None
         one, two = self._first(), self._second().flatten(1).contiguous()
+        # A side that is whole is its own product with an identity.
         a, b = left or (one, torch.eye(one.shape[1], device=one.device))
         c, d = right or (torch.eye(two.shape[0], device=two.device), two)
         return self._times(torch.kron(a, c)), torch.kron(b, d)
@@ -74,9 +75,10 @@ class LoKr(StoredDelta):
         return self._with_left(scale_exactly(self._left, self.scale), None)
 
     def stack_with(self, parts: Sequence[Self]) -> LoKr:
-        """Parts that share all but the left factor of w1, as the pieces of one that was split do; a sum of unlike Kronecker
-        products is none."""
+        """Stacks parts that share all but the left factor of w1, as the pieces of a delta that was split do; raises
+        `Unsupported` for others, since Kronecker products of unlike w2 do not stack into one."""
         left = "lokr_w1" if self.w1 is not None else "lokr_w1_a"
+        # Equal to the last bit: `stack` is the inverse of `split`, and approximates nothing.
         mine = {leaf: tensor for leaf, tensor in self.leaves().items() if leaf != left}
         for part in parts:
             theirs = {leaf: tensor for leaf, tensor in part.leaves().items() if leaf != left}
@@ -87,7 +89,7 @@ class LoKr(StoredDelta):
 
     @property
     def _left(self) -> Tensor:
-        """The factor whose rows are blocks of the weight's rows: w1, or w1_a."""
+        """The factor whose rows are blocks of the weight's rows: `w1`, or `w1_a`."""
         left = self.w1 if self.w1 is not None else self.w1_a
         assert left is not None
         return left
@@ -96,7 +98,8 @@ class LoKr(StoredDelta):
         return replace(self, w1=left, scale=scale) if self.w1 is not None else replace(self, w1_a=left, scale=scale)
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
-        """Exact in factored form where every piece is a whole number of w2's rows; whole differences otherwise."""
+        """Pieces in factored form where each is a whole number of w2's rows; otherwise whole differences."""
+        # A row of the weight is a row of w1 times a row of w2, and the rows of w2 come round once for each of w1.
         rows = self._second_shape()[0]
         if any(size % rows for size in sizes):
             return [Full(piece) for piece in split_rows(self.dense(), sizes)]
@@ -112,6 +115,7 @@ class LoKr(StoredDelta):
 
     def _second(self) -> Tensor:
         if self.t2 is not None:
+            # Beside a core LyCORIS stores w2_a as (r, o₂), transposed (functional/general.py, rebuild_tucker).
             left, right = _leaves_given(self.w2_a), _leaves_given(self.w2_b)
             return torch.einsum("ij...,jr,ip->pr...", self.t2.float(), right, left)
         pair = self._pair(self.w2, self.w2_a, self.w2_b)

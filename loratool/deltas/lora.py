@@ -78,7 +78,7 @@ class LoRA(StoredDelta):
         return [replace(self, up=rows) for rows in split_rows(self.up, sizes)]
 
     def equivalent_forms(self) -> Iterator[Delta]:
-        """PEFT has factors of its own for embeddings."""
+        """The LoRA itself and, where it has no kernel, the same as PEFT's LoRA on an embedding."""
         yield self
         if self.mid is None and self.up.ndim == self.down.ndim == 2:
             yield Embedding(self.up.T, self.down.T, self.scale)
@@ -87,17 +87,18 @@ class LoRA(StoredDelta):
         return replace(self, up=scale_exactly(self.up, self.scale), scale=None)
 
     def padded(self, rank: int) -> LoRA:
-        """The same with zeros up to `rank`; with Tucker's core it stays what it is."""
+        """The same LoRA with zeros up to `rank`; unchanged with a Tucker core."""
         if self.mid is not None or rank == self.rank:
             return self
         return replace(self, down=with_rows(self.down, rank), up=with_columns(self.up, rank))
 
     def rounded(self, dtype: torch.dtype) -> LoRA:
+        # A Tucker core goes into `down`, whose shape is then that of a plain LoRA with a kernel.
         up, down = self.factors()
         return LoRA(down.reshape(-1, *self.shape[1:]).to(dtype), up.reshape(self.up.shape).to(dtype), None, 1.0)
 
     def without_zero_ranks(self) -> LoRA | None:
-        """Without the ranks whose column of `up` is zero: those of other parts, where a stack was cut."""
+        """The same LoRA without the ranks whose column of `up` is zero: those of other parts, where a stack was cut."""
         used = self.up.flatten(1).any(dim=0)
         if bool(used.all()) or self.mid is not None:
             return self
@@ -108,21 +109,23 @@ class LoRA(StoredDelta):
         return replace(self, down=self.down[:0], up=self.up.new_zeros(rows, 0, *self.up.shape[2:]), mid=None)
 
     def stack_with(self, parts: Sequence[Self]) -> LoRA:
-        """Parts that share `down` and the scale keep their rank. Others become block-diagonal: ranks add, and the scales of
-        parts that differ in it go into `up`, in float32 where that takes it. Scales are kept apart from ranks, so that a
-        rank that grows leaves them as they are.
+        """Stacks parts that share `down` and the scale without raising the rank. Otherwise `up` becomes block-diagonal and
+        ranks add; unlike scales go into `up`, in float32 where its dtype would round the product.
         """
         if any(part.mid is not None for part in parts):
             raise Unsupported("Tucker factors have no common form")
+        # Parts that nothing changes have rank 0, and a scale that says nothing.
         trained = [part for part in parts if part.rank]
         first = trained[0]
         alike = all(part.scale == first.scale for part in trained)
         if alike and all(part.down.shape == first.down.shape and torch.equal(part.down, first.down) for part in trained):
+            # The case of a stack that was cut before: its parts still have the whole `down`.
             ups = [part.up if part.rank else part.up.new_zeros(len(part.up), *first.up.shape[1:]) for part in parts]
             return replace(first, up=torch.cat(ups))
         ups = [part.up.flatten(1) if alike else scale_exactly(part.up, part.scale).flatten(1) for part in parts]
         up = block_diagonal(ups)
         up = up.reshape(*up.shape, *first.up.shape[2:])
+        # The scale is a number of its own and not an alpha over this rank, which is larger than that of any part.
         return LoRA(torch.cat([part.down for part in trained]), up, None, first.scale if alike else None)
 
 
@@ -158,6 +161,7 @@ class Embedding(StoredDelta):
         return self.down.shape[1], self.up.shape[0]
 
     def equivalent_forms(self) -> Iterator[Delta]:
+        # (B A)ᵀ = Aᵀ Bᵀ: the transposed factors change places in a LoRA of the same weight.
         yield self
         yield LoRA(self.up.T, self.down.T, None, self.scale)
 
@@ -229,7 +233,7 @@ class VeRA(StoredDelta):
     """ΔW = diag(b) · B · diag(d) · A, with `A` and `B` shared by all modules and cut to the size of each one's weight.
 
     `lambda_b` (out,), `lambda_d` (rank,), `shared_a` (rank, ≥ in), `shared_b` (≥ out, rank); rows of B from `first` on
-    (Kopiczko et al. 2023, arXiv:2310.11454; PEFT tuners/vera/layer.py). The weight alone knows in, so it is not additive.
+    (Kopiczko et al. 2023, arXiv:2310.11454; PEFT tuners/vera/layer.py). Only the weight knows in: the kind is not additive.
     """
 
     kind: ClassVar[str] = "vera"
@@ -267,6 +271,7 @@ class VeRA(StoredDelta):
         return replace(self, scale=by * scale_or_one(self.scale))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
+        # B is every module's, and not cut: a part begins at a later row of it.
         starts = [self.first + sum(sizes[:position]) for position in range(len(sizes))]
         return [
             replace(self, lambda_b=b, first=start) for b, start in zip(split_rows(self.lambda_b, sizes), starts, strict=True)

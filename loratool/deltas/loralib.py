@@ -1,6 +1,6 @@
-"""microsoft/loralib, the original: ΔW = (alpha / r) · B A, arranged as the layer it was trained on asks for.
+"""microsoft/loralib, the original: ΔW = (alpha / r) · B A, arranged as the layer that was trained asks for.
 
-Source: loralib/layers.py. Neither alpha nor which slots of a fused q, k, v were trained is in its files.
+Source: loralib/layers.py. Its files say neither what alpha is nor which slots of a fused q, k, v were trained.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loratool.deltas.schema import ANY, Given
 from loratool.errors import InvalidAdapter, NeedsBase, ShapeMismatch, Unsupported
 
 SLOTS: dict[int, tuple[bool, ...]] = {2: (True, False, True), 3: (True, True, True)}
-"""Slots of a fused q, k, v by the number that were trained: q and v, as in loralib's own GPT-2, or all."""
+"""The slots of a fused q, k, v that are taken to be trained, by their number: q and v, as in loralib's own GPT-2, or all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class LoRALib(StoredDelta):
 
     @classmethod
     def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
-        """With the alpha and the slots that its file lacks; raises `InvalidAdapter` where the slots do not fit."""
+        """Builds the delta with the alpha and slots that its file lacks; raises `InvalidAdapter` where slots do not fit."""
         delta = cls(leaves["loralib_a"], leaves["loralib_b"], given.alpha)
         if delta.groups == 1:
             return delta
@@ -70,7 +70,8 @@ class LoRALib(StoredDelta):
 
     @property
     def groups(self) -> int:
-        """How many slots of a fused weight the factors are for, 1 for any other layer."""
+        """The number of slots of a fused weight that the factors are for, 1 for any other layer."""
+        # MergedLinear stacks the A of all slots, (r·g, in), while B has r columns in every row.
         return max(self.a.shape[0] // self.b.shape[1], 1)
 
     @property
@@ -91,7 +92,7 @@ class LoRALib(StoredDelta):
         raise Unsupported("loralib's factors cannot be cut without the weight they are for")
 
     def equivalent_forms(self) -> Iterator[Delta]:
-        """Itself; then what it is if its layer is linear, or an embedding. A convolution's kernel only the weight knows."""
+        """The delta itself; then as it is on a linear layer and on an embedding. Only the weight knows a kernel."""
         yield self
         rank = self.b.shape[1]
         scale = None if self.alpha is None else self.alpha / rank
@@ -106,22 +107,26 @@ class LoRALib(StoredDelta):
         yield stack([next(trained) if enabled else some.nothing(rows) for enabled in self.slots])
 
     def _scale(self, shape: Sequence[int]) -> float:
+        # A convolution multiplies the rank by the side of its kernel (ConvLoRA), and scales by the rank as given.
         rank = self.b.shape[1] // (shape[2] if len(shape) > 2 else 1)
         return 1.0 if self.alpha is None else self.alpha / rank
 
     def _arrange(self, shape: Sequence[int]) -> Tensor:
+        """The product of the factors as the layer with a weight of `shape` adds it; raises `ShapeMismatch`."""
         if self.groups > 1:
             return self._in_slots(shape)
         product = self.b.float() @ self.a.float()
+        # ConvLoRA takes the product (out·k, in·k) for the weight as it lies in memory, with no axes exchanged.
         if len(shape) > 2 and product.numel() == prod(shape):
             return product.reshape(tuple(shape))
+        # An embedding's product lies transposed; a square weight, which fits both, is taken for that of a linear layer.
         for arranged in (product, product.T):
             if tuple(arranged.shape) == tuple(shape):
                 return arranged
         raise ShapeMismatch(f"A {list(self.a.shape)} and B {list(self.b.shape)} do not make up a weight of {list(shape)}")
 
     def _in_slots(self, shape: Sequence[int]) -> Tensor:
-        """The product of each slot's factors in its rows, zeros in those of slots that were not trained."""
+        """The product of each slot's factors in the rows of the slot, and zeros in slots that were not trained."""
         rows, rank = shape[0] // len(self.slots), self.b.shape[1]
         if (rows * self.groups, self.a.shape[1]) != (self.b.shape[0], shape[1]):
             raise ShapeMismatch(f"{self.groups} slots of {self.b.shape[0]} rows in all do not fit a weight of {list(shape)}")

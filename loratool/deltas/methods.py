@@ -29,23 +29,25 @@ from loratool.deltas.lora import LoRA
 from loratool.deltas.schema import MERGE_METHOD_NAMES
 
 Back = Callable[[Tensor], Delta]
-"""From coordinates to a delta."""
+"""Turns coordinates back into a delta."""
 Sparsify = Callable[[Tensor, float, torch.Generator], Tensor]
 
 _NOISE: Final = 1e-6
-"""Singular values below so much of the largest are of directions that are none."""
+"""Singular values below this share of the largest are rounding: factors come in float32, whose step is 1.2e-7."""
 
 
 def dense_space(terms: Sequence[Delta]) -> tuple[list[Tensor], Back]:
-    """ΔW itself."""
+    """The deltas as they are: their coordinates are the numbers of ΔW."""
     leaf = next((term.leaf for term in terms if isinstance(term, Full)), "diff")
     shape = terms[0].shape
     return [term.dense().reshape(shape) for term in terms], lambda merged: Full(merged, leaf)
 
 
 def knots_space(terms: Sequence[Delta]) -> tuple[list[Tensor], Back]:
-    """What each term has of the directions of all outputs: Σ Vᵢᵀ of the SVD of all ΔW side by side."""
+    """The deltas along the output directions of all of them: Σ Vᵢᵀ of the SVD of all ΔW side by side."""
     pairs = [_factors(term) for term in terms]
+    # ΔW side by side is basis · [triangle₁ down₁ … triangleₙ downₙ], so that the SVD is of a matrix with as few rows as the
+    # ranks have in sum; and Σ Vᵢᵀ is Uᵀ times that of each term.
     basis, triangle = torch.linalg.qr(torch.cat([up for up, _ in pairs], dim=1).double())
     parts = [
         part @ down.double() for part, (_, down) in zip(torch.split(triangle, _ranks(pairs), dim=1), pairs, strict=True)
@@ -56,7 +58,7 @@ def knots_space(terms: Sequence[Delta]) -> tuple[list[Tensor], Back]:
 
 
 def core_space(terms: Sequence[Delta]) -> tuple[list[Tensor], Back]:
-    """ΔW between the directions of all `up` and of all `down`: a matrix as small as the ranks together."""
+    """The deltas between the directions of all `up` and of all `down`: matrices no larger than the sum of all ranks."""
     pairs = [_factors(term) for term in terms]
     left = _leading(torch.cat([up for up, _ in pairs], dim=1).double())
     right = _leading(torch.cat([down for _, down in pairs]).double().T)
@@ -66,21 +68,23 @@ def core_space(terms: Sequence[Delta]) -> tuple[list[Tensor], Back]:
 
 
 def trim_smallest(matrix: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Without all but the share `density` of its numbers that are largest."""
+    """`matrix` with zeros for all but the largest numbers, of which the share `density` stays."""
     count = int(density * matrix.numel())
     kept = torch.zeros_like(matrix).flatten()
+    # By place and not by a threshold, which numbers of one size would pass or fail together.
     largest = matrix.abs().flatten().topk(count).indices
     kept[largest] = matrix.flatten()[largest]
     return kept.reshape(matrix.shape)
 
 
 def drop_at_random(matrix: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Each number with the chance `density`, and divided by it."""
+    """`matrix` whose numbers stay with the chance `density`, divided by that chance, and are zero otherwise."""
+    # Divided so that the expectation of every number is what the number was.
     return torch.where(torch.rand(matrix.shape, generator=generator) < density, matrix / density, 0.0)
 
 
 def elect_signs(weighted: Tensor) -> Tensor:
-    """Of each number, the mean over the terms (dimension 0) that have the sign of the sum of all; zeros have none."""
+    """For each number, the mean over the terms (dimension 0) that have the sign of the sum over all; zeros have no sign."""
     sign = torch.where(weighted.sum(dim=0) >= 0, 1.0, -1.0)
     agree = weighted.sign() == sign
     return (weighted * agree).sum(dim=0) / agree.sum(dim=0).clamp_min(1)
@@ -88,8 +92,8 @@ def elect_signs(weighted: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class MergeMethod:
-    """One method: the coordinates it works in, how it makes them sparse, and whether signs are elected; `dense` results are
-    of full rank."""
+    """A method: the coordinates of its `space`, how these are made sparse, whether signs are elected, and whether results
+    are `dense`, that is of full rank."""
 
     space: Callable[[Sequence[Delta]], tuple[list[Tensor], Back]]
     sparsify: Sparsify
@@ -115,10 +119,11 @@ MERGE_METHODS: Final[Mapping[str, MergeMethod]] = dict(
 def merge_deltas(
     terms: Sequence[Delta], weights: Sequence[float], *, method: str, density: float, seeds: Sequence[str]
 ) -> Delta:
-    """What `method` makes of the terms, each of which has the chances that its seed, any text, gives it."""
+    """Merges `terms` by `method`; the seed of a term, any text, decides what of it is dropped by chance."""
     row = MERGE_METHODS[method]
     # Vectors have no directions, and are merged as they are.
     coordinates, back = (row.space if len(terms[0].shape) > 1 else dense_space)(terms)
+    # Each term has a generator of its own, so that what it loses does not depend on the other terms.
     chances = [_generator(seed) for seed in seeds]
     sparse = [row.sparsify(matrix, density, chance) for matrix, chance in zip(coordinates, chances, strict=True)]
     weighted = torch.stack([weight * matrix for weight, matrix in zip(weights, sparse, strict=True)])
@@ -126,16 +131,18 @@ def merge_deltas(
 
 
 def _generator(text: str) -> torch.Generator:
+    # Python's own hash of a text differs from process to process. 63 bits make a seed that is never negative.
     digest = hashlib.sha256(text.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _factors(term: Delta) -> tuple[Tensor, Tensor]:
-    """Exact factors, of full rank where the kind has none."""
+    """Exact (up, down) of a delta; where its kind has none, ΔW and an identity matrix."""
     factors = term.factors()
     if factors:
         return factors
     dense = term.dense().flatten(1)
+    # On the shorter side, where the identity is smaller and the rank with it.
     one = torch.eye(min(dense.shape), device=dense.device)
     return (dense, one) if len(dense) > dense.shape[1] else (one, dense)
 
@@ -145,12 +152,13 @@ def _ranks(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
 
 
 def _leading(matrix: Tensor) -> Tensor:
-    """The left singular vectors of a float64 matrix that belong to more than noise."""
+    """The left singular vectors of a float64 matrix whose singular values are above `_NOISE`."""
     left, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)
     found: Tensor = left[:, sigma > _NOISE * sigma[:1]]
     return found
 
 
 def _as_lora(shape: tuple[int, ...], up: Tensor) -> Back:
+    """Makes a LoRA for a weight of `shape` from `up` and from coordinates that stand for `down`."""
     ones = (1,) * len(shape[2:])
     return lambda merged: LoRA(merged.reshape(-1, *shape[1:]), up.reshape(*up.shape, *ones))

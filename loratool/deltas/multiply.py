@@ -21,7 +21,7 @@ from loratool.errors import NeedsBase, Unsupported
 class IA3(StoredDelta):
     """W' = W ⊙ multiplier, with `vector` of one number per row, or per column where `on_input`.
 
-    `offset` is what the multiplier exceeds the stored vector by: 1 in LyCORIS, 0 in PEFT.
+    The multiplier is the stored vector plus `offset`: 1 in LyCORIS, 0 in PEFT.
     """
 
     kind: ClassVar[str] = "ia3"
@@ -47,7 +47,7 @@ class IA3(StoredDelta):
 
     @property
     def changes_bias(self) -> bool:
-        """PEFT multiplies the outputs, and so the bias, where there is one."""
+        """Whether the delta is PEFT's on outputs, which include the bias when they are multiplied."""
         return "ia3_l" in self.stored and not self.on_input
 
     @property
@@ -61,6 +61,7 @@ class IA3(StoredDelta):
         base = to_compute_dtype(weight)
         axis = 1 if self.on_input else 0
         view = [-1 if dimension == axis else 1 for dimension in range(base.ndim)]
+        # Less 1, so that what follows is the change alone, which the strength multiplies.
         multiplier = self.vector.to(base.dtype).flatten() + (self.offset - 1.0)
         return base + strength * base * multiplier.reshape(view)
 
@@ -108,6 +109,7 @@ class GLoRA(StoredDelta):
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         base = to_compute_dtype(weight)
         a1, a2, b1, b2 = (factor.flatten(1).to(base.dtype) for factor in (self.a1, self.a2, self.b1, self.b2))
+        # W a1 a2 runs over the inputs of each place in a kernel alike, so that the input axis must be the last one.
         times = ((base.movedim(1, -1) @ a1) @ a2).movedim(-1, 1)
         added = (b1 @ b2).reshape(base.shape)
         return base + strength * scale_or_one(self.scale) * (times + added)
@@ -116,7 +118,9 @@ class GLoRA(StoredDelta):
         return replace(self, scale=by * scale_or_one(self.scale))
 
     def folded(self) -> GLoRA:
+        # Once in each of the two products, which are added.
         return replace(self, a1=scale_exactly(self.a1, self.scale), b1=scale_exactly(self.b1, self.scale), scale=None)
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
+        # The rows of W itself are cut by whoever cuts the weight.
         return [replace(self, b1=rows) for rows in split_rows(self.b1, sizes)]

@@ -22,7 +22,7 @@ from loratool.errors import NeedsBase, ShapeMismatch, Unsupported
 class OFT(StoredDelta):
     """LyCORIS: `blocks` (n, b, b), or (m, n, b, b) for BOFT's m butterfly stages; `rescale` (out, 1, …) or None.
 
-    `constraint` bounds ‖Q‖ by constraint · out; LyCORIS stores it as alpha, and 0 is no bound.
+    ‖Q‖ is bounded by `constraint` · out, 0 for no bound; LyCORIS stores the constraint as alpha.
     """
 
     kind: ClassVar[str] = "oft"
@@ -50,6 +50,7 @@ class OFT(StoredDelta):
         base = to_compute_dtype(weight)
         rotations = self._rotations(base.dtype)
         rotated = base.flatten(1)
+        # LyCORIS contracts the first index of a block in Diag-OFT, which turns by Rᵀ, and the second in BOFT.
         if self.blocks.ndim == 3:
             rotated = torch.einsum("knm,kni->kmi", rotations, rotated.reshape(*rotations.shape[:2], -1)).flatten(0, 1)
         else:
@@ -63,7 +64,8 @@ class OFT(StoredDelta):
         raise NeedsBase("an orthogonal delta cannot be scaled; give a strength to merge instead")
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
-        """Whole blocks only; a butterfly mixes all rows."""
+        """Pieces of whole blocks; raises `Unsupported` where blocks are cut, and for a butterfly, which mixes all rows."""
+        # A constraint bounds the norm over all blocks together, which no part knows.
         width = self.blocks.shape[-1]
         if self.blocks.ndim != 3 or any(size % width for size in sizes) or self.constraint:
             raise Unsupported("its orthogonal blocks do not end where the parts of the weight do")
@@ -75,6 +77,7 @@ class OFT(StoredDelta):
         """(1 + Q)(1 − Q)⁻¹ of the skew part of each block, ‖Q‖ over all of them bounded."""
         skew = self.blocks.to(dtype) - self.blocks.to(dtype).transpose(-1, -2)
         bound = self.constraint * self.shape[0]
+        # As in LyCORIS (modules/diag_oft.py), its 1e-8 included.
         norm = torch.linalg.vector_norm(skew) + 1e-8
         if 0 < bound < norm:
             skew = skew * (bound / norm)
@@ -118,6 +121,7 @@ class InputOFT(StoredDelta):
         if base[0].numel() % width:
             raise ShapeMismatch(f"rotates inputs by {width}, its target has {base[0].numel()}")
         grouped = base.reshape(len(base), -1, width)
+        # A single block (block_share) turns every group of inputs. PEFT turns x into x R before the layer: W becomes W Rᵀ.
         rotations = self._rotations(base.dtype).expand(grouped.shape[1], width, width)
         rotated = torch.einsum("ogb,gab->oga", grouped, rotations).reshape(base.shape)
         return base + strength * (rotated - base)
@@ -126,11 +130,11 @@ class InputOFT(StoredDelta):
         raise NeedsBase("an orthogonal delta cannot be scaled; give a strength to merge instead")
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
-        """Every part of the output sees the same rotation of the input."""
+        """The same delta for every part of the output: the rotation is of the input, which they share."""
         return [self for _ in sizes]
 
     def _width(self) -> int:
-        """b, from b(b − 1)/2."""
+        """The width b of a block, from the b(b − 1)/2 numbers of its triangle."""
         return int((1 + (1 + 8 * self.vectors.shape[1]) ** 0.5) / 2)
 
     def _rotations(self, dtype: torch.dtype) -> Tensor:
@@ -182,11 +186,13 @@ class InputBOFT(StoredDelta):
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         base = to_compute_dtype(weight)
         turned = base.flatten(1)
+        # PEFT halves the skew part, which LyCORIS does not, and (1 − Q)(1 + Q)⁻¹ turns the other way from its transform.
         skew = (self.blocks.to(base.dtype) - self.blocks.to(base.dtype).transpose(-1, -2)) / 2
         one = torch.eye(skew.shape[-1], dtype=base.dtype, device=skew.device)
         rotations = (one - skew) @ torch.linalg.inv(one + skew)
         for stage, blocks in enumerate(rotations):
             order = self._order(stage)
+            # The inverse permutation before the blocks, and the permutation behind them: scattered, then gathered.
             gathered = torch.empty_like(turned)
             gathered[:, order] = turned
             grouped = gathered.reshape(len(gathered), *blocks.shape[:2])
@@ -201,14 +207,14 @@ class InputBOFT(StoredDelta):
         return [InputBOFT(self.blocks, rows) for rows in split_rows(self.scales.reshape(-1, 1), sizes)]
 
     def _order(self, stage: int) -> Tensor:
-        """Within groups of 2^stage blocks: the even half-blocks, then the odd ones."""
+        """The order of a stage's inputs: within groups of 2^stage blocks, the even half-blocks and then the odd ones."""
         half = self.blocks.shape[-1] // 2
         pieces = torch.arange(self.shape[1], device=self.blocks.device).reshape(-1, 2 ** (stage + 1), half)
         return torch.cat([pieces[:, ::2], pieces[:, 1::2]], dim=1).flatten()
 
 
 def _butterfly(rows: Tensor, blocks: Tensor, stage: int) -> Tensor:
-    """One stage of BOFT: rows that are 2^stage half-blocks apart are brought together, rotated, and put back."""
+    """One stage of BOFT on `rows`: those that are 2^stage half-blocks apart are brought together, rotated, and put back."""
     width, columns = blocks.shape[-1], rows.shape[1]
     apart = 2**stage * (width // 2)
     mixed = rows.reshape(-1, 2, apart, columns).transpose(1, 2).reshape(-1, width, columns)

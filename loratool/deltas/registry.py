@@ -1,4 +1,4 @@
-"""From a module's leaves to the delta that they make up, by the rows of `schema`."""
+"""Builds the delta that a module's leaves make up, by the rows of `schema`."""
 
 from __future__ import annotations
 
@@ -24,19 +24,22 @@ WRITERS: Final[Mapping[str, str]] = {
 
 @cache
 def class_of(kind: str) -> type[StoredDelta]:
-    """The class that computes a kind."""
+    """The class that computes the kind called `kind`."""
+    # Imported by name: the classes of kinds around another (DoRA, Enlarge) import this module in their turn.
     module, name = CLASSES[kind].split(".")
     return cast("type[StoredDelta]", getattr(import_module(f"loratool.deltas.{module}"), name))
 
 
 def build(leaves: Leaves, given: Given) -> StoredDelta:
-    """The one delta that all of `leaves` make up; raises `InvalidAdapter` where they are of several, or of none."""
+    """The one delta that all of `leaves` make up; raises `InvalidAdapter` where some belong to no kind."""
     (part,) = explain({leaf: tuple(tensor.shape) for leaf, tensor in leaves.items()})
     return build_part(part, leaves, given)
 
 
 def build_part(part: DeltaSpec, leaves: Leaves, given: Given) -> StoredDelta:
-    """The delta of one part of a module, from its leaves without an alpha; raises `InvalidAdapter` or `Unsupported`."""
+    """The delta that `part` describes, from its leaves without an alpha; raises `InvalidAdapter` or `Unsupported`."""
+    # From the outside in: ComfyUI's reshape_weight may stand around a DoRA, and a DoRA around any other kind; each takes its
+    # own leaf and builds the delta inside from the rest.
     if given.stacked:
         return class_of(STACKED).from_leaves(leaves, given)
     if "reshape_weight" in leaves:

@@ -1,4 +1,4 @@
-"""How deltas on one weight are related: norms, inner products and angles, from factors where they have them."""
+"""How deltas on one weight are related: norms, inner products and angles, from factors where the deltas have them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from loratool.numbers.linalg import Relation, difference_norm, relation
 
 
 def relate_deltas(one: Delta, other: Delta, *, angles: bool = True) -> Relation | None:
-    """How two deltas are related, from their factors where that is less work than their products; None where a weight would
-    have to be known."""
+    """How two deltas are related, from their factors where that is less work than from their products; None where only the
+    weight could tell."""
     if not (one.additive and other.additive):
         return None
     require_alike([one, other])
     factors = _factors(one), _factors(other)
     if factors[0] and factors[1]:
+        # Both ranks together below both sides of the weight: Gram matrices of factors are then the smaller ones.
         ranks = factors[0][0].shape[1], factors[1][0].shape[1]
         if sum(ranks) <= min(one.shape[0], math.prod(one.shape[1:])):
             return relation(factors[0], factors[1], angles=angles)
@@ -28,7 +29,7 @@ def relate_deltas(one: Delta, other: Delta, *, angles: bool = True) -> Relation 
 
 
 def require_alike(deltas: Sequence[Delta]) -> None:
-    """Raises `ShapeMismatch` unless all change weights of one shape, whatever kernels are flattened."""
+    """Raises `ShapeMismatch` unless all `deltas` change weights of one shape, whether or not their kernels are flattened."""
     shapes = {(delta.shape[0], math.prod(delta.shape[1:])): delta.shape for delta in deltas}
     if len(shapes) > 1:
         shown = " and of ".join(str(list(shape)) for shape in shapes.values())
@@ -36,7 +37,7 @@ def require_alike(deltas: Sequence[Delta]) -> None:
 
 
 def _factors(delta: Delta) -> tuple[Tensor, Tensor] | None:
-    """Exact factors; of a LoRA with its scale in float64, so that no change of a number is lost in it."""
+    """Exact (up, down) of a delta; for a LoRA with the scale in float64, so that no small change is rounded away."""
     made = delta.materialise()
     if isinstance(made, LoRA) and made.mid is None:
         return made.up.flatten(1).double() * scale_or_one(made.scale), made.down.flatten(1)
@@ -51,14 +52,16 @@ def _dense(one: Tensor, other: Tensor) -> Relation:
 def norm_of(delta: Delta) -> float:
     """‖ΔW‖ of an additive delta."""
     found = relate_deltas(delta, delta, angles=False)
+    # There is no result for deltas that depend on the weight, and this one is additive.
     assert found
     return found.one
 
 
 def norm_and_distance(delta: Delta, other: Delta) -> tuple[float, float]:
-    """‖ΔW‖ of an additive delta, and how far another one is from it, in float64: from factors where both have them."""
+    """‖ΔW‖ of an additive delta, and the distance of another from it, in float64: from factors where both have them."""
     factors, others = delta.factors(), other.factors()
     if factors and others:
+        # ‖ΔW‖ is the distance to a delta of rank 0.
         up, down = factors
         return difference_norm(factors, (up[:, :0], down[:0])), difference_norm(factors, others)
     dense = delta.dense().double()

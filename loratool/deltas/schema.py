@@ -19,9 +19,10 @@ Shapes = Mapping[str, Shape]
 WEIGHT: Final = "weight"
 BIAS: Final = "bias"
 ANY: Final = -1
-"""In a delta's shape: a dimension that it leaves to the weight."""
+"""In a delta's shape: a dimension that only the weight knows."""
 
 MAX_KERNEL: Final = 3
+"""The most dimensions of a kernel: three, in the convolutions of video models."""
 
 
 OVER_RANK: Final = "over rank"
@@ -34,9 +35,9 @@ IGNORED: Final = "ignored"
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind's row: which leaves it needs and may have, what their shapes say, and the class that computes it.
+    """The row of a kind: the leaves that the kind needs and may have, what their shapes say, and the class that computes it.
 
-    `shape` gives that of the weight it changes, (out, in, *kernel), or None where only the base knows;
+    `shape` gives the shape of the weight that is changed, (out, in, *kernel), or None where only the base knows;
     `rank` is None for kinds without one. Both raise `InvalidAdapter` where the leaves do not fit each other.
     `computed_by` is the module and the class in `deltas`, `alpha` what an alpha beside the leaves means, and
     `module_alpha` says that the scale is that of the module's factors. `writer` is who writes it, in words.
@@ -58,7 +59,7 @@ class Kind:
 class Given:
     """What the leaves of a module do not say, and whoever reads the file does: the same for every kind.
 
-    `scale` multiplies the product of its factors (None: the file gives none), and `alpha` is the alpha behind it. `rank` is
+    `scale` multiplies the product of the factors (None: the file gives none), and `alpha` is the alpha behind it. `rank` is
     the config's, and `stacked` says that the weight stacks experts. `tokens` are the rows that are trained, `neumann_terms`
     the length of the series that stands for a Cayley transform (None: nobody says; 0: the transform itself),
     `multiplies_inputs` whether (IA)³ acts on inputs (None: the shape tells), and `slots` which slots of a fused weight.
@@ -76,7 +77,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class DeltaSpec:
-    """One delta of one module as its leaves' shapes describe it; `leaves` are the names of those it is made of."""
+    """One delta of one module as its leaves' shapes describe it; `leaves` are the names of its leaves."""
 
     kind: Kind
     leaves: tuple[str, ...]
@@ -85,12 +86,12 @@ class DeltaSpec:
 
     @property
     def magnitude(self) -> str | None:
-        """The leaf that makes a DoRA of it, if any."""
+        """The leaf that makes a DoRA of the delta, if any."""
         return next((leaf for leaf in self.leaves if leaf in DORA.split()), None)
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """What people call such a delta."""
         if "reshape_weight" in self.leaves:
             return f"{self.kind.name} + enlarge"
         dora = self.magnitude is not None
@@ -140,6 +141,7 @@ def _lora_shape(shapes: Shapes) -> Shape:
     if prod(up[2:]) != 1:
         raise InvalidAdapter(f"up {list(up)} has a kernel; only down or mid may have one")
     mid = shapes.get("mid")
+    # Without a core the kernel is in `down` (LoCon); with one both factors are 1×1, and the kernel is in the core (Tucker).
     if mid is None:
         return (up[0], *down[1:])
     if mid[:2] != (rank, rank) or len(mid) != len(down) or prod(down[2:]) != 1:
@@ -160,7 +162,7 @@ def _embedding_shape(shapes: Shapes) -> Shape:
 
 
 def _lokr_rank(shapes: Shapes) -> int | None:
-    """LyCORIS scales by the rank of w1, else of w2; a file with both sides whole has none, and there alpha is ignored."""
+    """The rank that LyCORIS scales by: of w1, else of w2; None where both sides are whole, and alpha is ignored."""
     for leaf in ("lokr_w1_b", "lokr_w2_b"):
         if leaf in shapes:
             return shapes[leaf][0]
@@ -169,6 +171,7 @@ def _lokr_rank(shapes: Shapes) -> int | None:
 
 def _lokr_shape(shapes: Shapes) -> Shape | None:
     for side in ("lokr_w1", "lokr_w2"):
+        # Each side is either whole or a pair: having neither is as wrong as having both.
         pair = {f"{side}_a", f"{side}_b"} & shapes.keys()
         if (side in shapes) == (len(pair) == 2) or len(pair) == 1:
             raise InvalidAdapter(f"needs {side}, or {side}_a and {side}_b")
@@ -179,6 +182,7 @@ def _loha_shape(shapes: Shapes) -> Shape | None:
     if ("hada_t1" in shapes) != ("hada_t2" in shapes):
         raise InvalidAdapter("has one of hada_t1 and hada_t2 without the other")
     ranks = {shapes["hada_w1_b"][0], shapes["hada_w2_b"][0]}
+    # With Tucker cores the left factors are stored as (rank, out), without them as (out, rank).
     if "hada_t1" in shapes:
         return (shapes["hada_w1_a"][1], shapes["hada_w1_b"][1], *shapes["hada_t1"][2:])
     sides = [(shapes[f"hada_w{side}_a"], shapes[f"hada_w{side}_b"]) for side in (1, 2)]
@@ -190,7 +194,7 @@ def _loha_shape(shapes: Shapes) -> Shape | None:
 
 
 def _glora_shape(shapes: Shapes) -> Shape:
-    """Old releases of LyCORIS stored a and b transposed; those would be misread, and are refused."""
+    """The shape of a GLoRA; raises `InvalidAdapter` for old releases of LyCORIS, which stored a and b transposed."""
     rank, b1, b2 = shapes["a2"][0], shapes["b1"], shapes["b2"]
     if shapes["a1"][1] != rank or b1[1] != b2[0]:
         raise InvalidAdapter(
@@ -214,7 +218,8 @@ def _adalora_shape(shapes: Shapes) -> Shape:
 
 
 def _loralib_shape(shapes: Shapes) -> Shape | None:
-    """Only the weight tells which of loralib's layers this is; A's rows are B's columns, once or for several slots."""
+    """None, as only the weight tells which of loralib's layers this is; raises `InvalidAdapter` unless A's rows are as many
+    as B's columns, or a multiple of them."""
     a, b = shapes["loralib_a"], shapes["loralib_b"]
     if len(a) != 2 or len(b) != 2 or 0 in (*a, *b) or a[0] % b[1]:
         raise InvalidAdapter(f"ranks are unlike or zero: A {list(a)}, B {list(b)}")
@@ -222,7 +227,8 @@ def _loralib_shape(shapes: Shapes) -> Shape | None:
 
 
 def _full(leaf: str, parameter: str) -> Kind:
-    """LyCORIS writes an alpha beside full differences, where it means nothing."""
+    """The row of a full difference, stored as `leaf`."""
+    # LyCORIS writes an alpha beside these, too, and does not multiply by it.
     writer = "full differences and norms: `diff`, `diff_b`, `w_norm`, `b_norm`"
     return _kind("full", "full.Full", leaf, "alpha", shape=_of(leaf), alpha=IGNORED, parameter=parameter, writer=writer)
 
@@ -233,6 +239,7 @@ def _replace(leaf: str, parameter: str) -> Kind:
 
 
 DORA: Final = "magnitude dora_scale"
+"""The leaves that hold the magnitude of a DoRA: PEFT's and LyCORIS's."""
 
 KINDS: Final[Sequence[Kind]] = (
     _kind("lora", "lora.LoRA", "down up", f"mid alpha reshape_weight {DORA}", shape=_lora_shape, rank=_lora_rank,
@@ -245,6 +252,7 @@ KINDS: Final[Sequence[Kind]] = (
           writer="VeRA with its projections saved (PEFT)"),
     _kind("loha", "loha.LoHa", "hada_w1_a hada_w1_b hada_w2_a hada_w2_b", f"hada_t1 hada_t2 alpha {DORA}",
           shape=_loha_shape, rank=_rows("hada_w1_b"), writer="LoHa, with and without Tucker cores"),
+    # A row has no alternatives among its required leaves: w1 whole and w1 as a pair are two rows.
     *(
         _kind("lokr", "lokr.LoKr", side, f"lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 alpha {DORA}", shape=_lokr_shape,
               rank=_lokr_rank, writer="LoKr, every factored and whole combination, Tucker")
@@ -269,8 +277,8 @@ KINDS: Final[Sequence[Kind]] = (
           writer="`lora_B.bias` (PEFT)"),
     _replace("bias", BIAS),
 )  # fmt: skip
-"""A row for each set of leaves: of what changes a weight, then of what changes a bias. A module may have one delta of each,
-and a `replace` beneath another (PEFT stores the untouched embedding beside its LoRA)."""
+"""A row for each set of leaves: kinds that change a weight, then kinds that change a bias. A module may have one delta of
+each, and a `replace` beneath another kind (PEFT stores the untouched embedding beside its LoRA)."""
 
 STACKED: Final = "experts"
 """The kind of LoRA on stacked experts: its leaves are those of a LoRA, and the config alone tells them apart."""
@@ -279,18 +287,19 @@ AROUND: Final[Mapping[str, tuple[str, str]]] = {
     "enlarge": ("full.Enlarge", "`reshape_weight` (ComfyUI, FLUX control LoRAs)"),
     "dora": ("dora.DoRA", "DoRA on LoRA, LoHa or LoKr, of outputs or inputs"),
 }
-"""Kinds that are made of another one's leaves and something more: the classes that compute them, and who writes them."""
+"""Kinds made of another kind's leaves and something more: the classes that compute them, and who writes them."""
 
 PAIRS: Final[Mapping[str, str]] = {
     "down": "up", "up": "down", "embedding_down": "embedding_up", "embedding_up": "embedding_down",
     "hada_w1_a": "hada_w1_b", "hada_w1_b": "hada_w1_a", "hada_w2_a": "hada_w2_b", "hada_w2_b": "hada_w2_a",
     "loralib_a": "loralib_b", "loralib_b": "loralib_a",
 }  # fmt: skip
-"""Leaves that are worth nothing without each other."""
+"""Leaves that come in pairs, each with its partner: a half alone is an error that can be named."""
 
 
 def explain(shapes: Shapes) -> tuple[DeltaSpec, ...]:
     """The deltas that a module's leaves make up, accounting for every leaf; raises `InvalidAdapter`."""
+    # One kind after the other takes its leaves away, until no row is complete; nothing may be left then.
     left = dict(shapes)
     parts = []
     while kind := _largest(left):
@@ -304,7 +313,8 @@ def explain(shapes: Shapes) -> tuple[DeltaSpec, ...]:
 
 
 def _largest(left: Shapes) -> Kind | None:
-    """The kind that explains the most of the leaves that are left, all its required ones among them."""
+    """The kind that explains the most of the leaves in `left`; all its required leaves must be there."""
+    # The most, as kinds contain each other: AdaLoRA's leaves are loralib's and one more.
     fitting = [kind for kind in KINDS if kind.required <= left.keys()]
     return max(fitting, key=lambda kind: len((kind.required | kind.optional) & left.keys()), default=None)
 
@@ -318,4 +328,4 @@ def _leftover(left: Shapes) -> str:
 
 SUM: Final = "sum"
 MERGE_METHOD_NAMES: Final = ("ties", "dare", "dare-ties", "knots", "core")
-"""How several changes of one weight become one: their sum, or by a method of `deltas.methods`."""
+"""The names of the ways in which several changes of one weight become one: `SUM`, or a method of `deltas.methods`."""

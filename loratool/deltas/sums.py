@@ -1,5 +1,5 @@
-"""Several deltas on one weight as one, computed when it is asked for: their exact weighted sum, or what a method for merging
-models makes of them (`deltas.methods`)."""
+"""Several deltas on one weight as one, computed on demand: their exact weighted sum, or what a method for merging models
+(`deltas.methods`) makes of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Merge = Callable[[Sequence[Delta], Strengths], Delta]
 
 @dataclass(frozen=True, slots=True)
 class LazySum(Delta):
-    """`merge` of additive `terms` of one shape and their `weights`."""
+    """What `merge` makes of additive `terms` of one shape and their `weights`, computed each time that it is needed."""
 
     kind: ClassVar[str] = "combined"
 
@@ -41,7 +41,7 @@ class LazySum(Delta):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of a kernel, where some terms have it flattened."""
+        """The shape of the weight: the longest of the terms' shapes, as some kinds flatten kernels."""
         return max((term.shape for term in self.terms), key=len)
 
     @property
@@ -62,12 +62,14 @@ class LazySum(Delta):
 
 
 def add_deltas(terms: Sequence[Delta], weights: Strengths, *, fold: bool = False) -> Delta:
-    """Σ wᵢ ΔWᵢ, exactly: one term is scaled; LoRA become one whose ranks are theirs together, those with the same `down`
-    share it; kinds that have exact factors become a LoRA of these where that is smaller than the difference itself.
+    """Σ wᵢ ΔWᵢ, exactly: a single term is scaled; LoRA become one LoRA whose rank is the sum of theirs, a `down` that
+    several have counted once; kinds that have exact factors become a LoRA of these where that is smaller than the difference
+    itself.
 
     Scales go into `up`, in float32 where its own dtype would round them, unless all are the same and `fold` does not ask
     for it.
     """
+    # The first term gives the sum its shape: one that has its kernel, if any does.
     ordered = sorted(zip(terms, weights, strict=True), key=lambda pair: -len(pair[0].shape))
     scaled = [term if weight == 1 else term.scaled(weight) for term, weight in ordered]
     if fold:
@@ -80,6 +82,7 @@ def add_deltas(terms: Sequence[Delta], weights: Strengths, *, fold: bool = False
     experts = [term for term in scaled if isinstance(term, ExpertLoRA)]
     if len(experts) == len(scaled):
         return ExpertLoRA.together(experts)
+    # (B A)ᵀ = Aᵀ Bᵀ: embeddings are summed as LoRA of the same weight and turned back.
     if all(isinstance(term, Embedding) for term in scaled):
         turned = [LoRA(term.up.T, term.down.T, None, term.scale) for term in scaled if isinstance(term, Embedding)]
         whole = concatenate_factors(turned)
@@ -88,11 +91,13 @@ def add_deltas(terms: Sequence[Delta], weights: Strengths, *, fold: bool = False
 
 
 def concatenate_factors(terms: Sequence[LoRA]) -> LoRA:
-    """The sum of LoRA without Tucker cores, as one; the shape is that of the first."""
+    """The sum of LoRA without Tucker cores as one LoRA, of the shape of the first."""
+    # One scale must do for all; where it cannot, each goes into its own `up`.
     scale = terms[0].scale
     if len({term.scale for term in terms}) > 1:
         terms, scale = [term.folded() for term in terms], 1.0
     inner, ones = terms[0].down.shape[1:], terms[0].up.shape[2:]
+    # Terms with the same `down`, such as one adapter given twice, add up in `up`, and their ranks do not.
     groups: list[list[LoRA]] = []
     for term in terms:
         shared = next((group for group in groups if same_bits(group[0].down, term.down)), None)
@@ -108,6 +113,7 @@ def concatenate_factors(terms: Sequence[LoRA]) -> LoRA:
 def _of_kinds(terms: Sequence[Delta]) -> Delta:
     """The sum of deltas of several kinds: a LoRA of their exact factors, or the difference, whichever is smaller."""
     shape = terms[0].shape
+    # A bias or a norm has one dimension, and no factors.
     factors = [term.factors() for term in terms] if len(shape) > 1 else [None]
     pairs = [pair for pair in factors if pair]
     cost = sum(up.numel() + down.numel() for up, down in pairs)
@@ -116,6 +122,7 @@ def _of_kinds(terms: Sequence[Delta]) -> Delta:
         up, down = torch.cat([up for up, _ in pairs], dim=1), torch.cat([down for _, down in pairs])
         return LoRA(down.reshape(-1, *shape[1:]), up.reshape(*up.shape, *ones))
     leaf = next((term.leaf for term in terms if isinstance(term, Full)), "diff")
+    # Not by way of `dense`, which would round a float64 difference to float32 even where no scale changes it.
     if all(isinstance(term, Full) for term in terms):
         parts = [
             scale_exactly(term.difference, scale_or_one(term.scale)).reshape(shape)
@@ -127,7 +134,7 @@ def _of_kinds(terms: Sequence[Delta]) -> Delta:
 
 
 def _add(tensors: Sequence[Tensor]) -> Tensor:
-    """Their sum, in float64 and then float32; one alone is as it was."""
+    """The sum of tensors, in float64 and then rounded to float32; a single tensor stays as it is."""
     if len(tensors) == 1:
         return tensors[0]
     return torch.stack([tensor.double() for tensor in tensors]).sum(dim=0).float()

@@ -17,17 +17,19 @@ _LYCORIS: Final = _LORA | {"loha", "lokr", "glora", "full", "bias", "norm", "dor
 SD3: Final = "sd3-medium sd3.5-medium sd3.5-large"
 
 GLOBAL_SCALE: Final = "one alpha for all, divided by one rank"
-"""vLLM's scale: lora_alpha / r of the config, whatever a module's own rank is."""
+"""The scale in vLLM: lora_alpha / r of the config, whatever the rank of a module is."""
 SHARED_SCALE: Final = "one alpha for all, divided by each rank"
-"""llama.cpp's scale: lora_alpha of the config over the rank of each module's factors."""
+"""The scale in llama.cpp: lora_alpha of the config over the rank of each module's factors."""
 OWN_SCALE: Final = "each module's own"
+"""The scale of a module by its own alpha and rank, as all others have it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """A program: the formats (names of `FORMATS`) that it `reads` and the one that a fix `writes`; the kinds of deltas it
-    has; whether it is for language models; how it finds a module's scale; the ranks it takes, if not any; the
-    architectures it knows, if it does not read all that have a format; and where all that stands."""
+    """A program that loads adapters: the formats (names of `FORMATS`) that the program `reads`, and the one that a fix
+    `writes`; the `kinds` of deltas in it; whether it is for `language` models (None: for any); how it finds a module's
+    `scale`; the `ranks` and `archs` it takes, any if empty; and the `source` of all that. `usual_rank` is the largest rank
+    without a setting, `unread` has the architectures that are not read in a format."""
 
     name: str
     title: str
@@ -50,6 +52,7 @@ CONSUMERS: Final[Mapping[str, Consumer]] = {
         Consumer(
             "vllm", "vLLM", ("peft",), "peft", _LORA | {"experts"}, True, GLOBAL_SCALE,
             "vllm/lora/peft_helper.py, vllm/lora/lora_model.py, vllm/config/lora.py",
+            # vLLM takes these values of max_lora_rank and no others, 16 unless told (vllm/config/lora.py).
             ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512), usual_rank=16,
         ),
         Consumer(
@@ -82,12 +85,12 @@ CONSUMERS: Final[Mapping[str, Consumer]] = {
         ),
     )
 }  # fmt: skip
-"""What `check --for` takes."""
+"""The programs that `check --for` takes, by name."""
 
 
 def consumer_kind(kind: str, parameter: str, dimensions: int) -> str:
-    """What the rows call a kind of delta, by what it changes and the dimensions of that: programs tell differences of
-    biases, norms and matrices apart, and no two sorts of orthogonal ones."""
+    """The name that the rows have for a kind of delta, by the parameter that is changed and its number of dimensions."""
+    # Programs tell differences of biases, norms and matrices apart, but not one sort of orthogonal delta from another.
     if kind == "full":
         return "bias" if parameter == "bias" else "norm" if dimensions == 1 else "full"
     return "oft" if kind in ("input oft", "input boft") else kind

@@ -49,12 +49,12 @@ _LEAVES: Final[Mapping[str, tuple[str, str]]] = {
         "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
     )},
 }  # fmt: skip
-"""Suffix behind the module's last dot: (leaf, who writes it). Sources are named per group."""
+"""Suffixes behind a module's path: the leaf that each one spells, and the family that writes it."""
 
 _COMMON: Final[Mapping[str, str]] = {
     leaf: suffix for suffix, (leaf, family) in _LEAVES.items() if family in (_LYCORIS, _COMFYUI)
 } | {"dora_scale": "dora_scale", "ia3_weight": "weight"}
-"""LyCORIS's leaves and ComfyUI's additions, which all who read kohya's read too."""
+"""LyCORIS's leaves and ComfyUI's additions, which all programs that read kohya's leaves read too."""
 
 KOHYA_LEAVES: Final[Mapping[str, str]] = {
     "down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "alpha": "alpha", **_COMMON
@@ -66,7 +66,7 @@ PEFT_LEAVES: Final[Mapping[str, str]] = {
     "down": "lora_A.weight", "up": "lora_B.weight", "bias_up": "lora_B.bias", "magnitude": "lora_magnitude_vector",
     "embedding_down": "lora_embedding_A", "embedding_up": "lora_embedding_B", "weight": "weight", "bias": "bias",
 }  # fmt: skip
-"""What a LoRA's config lets a PEFT folder hold; other kinds keep theirs only where they come from one."""
+"""The leaves that a PEFT folder with a LoRA's config can hold; other kinds stay in a folder that they came in."""
 DIFFUSERS_LEAVES: Final[Mapping[str, str]] = {
     leaf: PEFT_LEAVES[leaf] for leaf in ("down", "up", "bias_up", "magnitude")
 }  # fmt: skip
@@ -77,7 +77,7 @@ LORALIB_LEAVES: Final[Mapping[str, str]] = {"down": "lora_A", "up": "lora_B"}
 BFL_LEAVES: Final[Mapping[str, str]] = {
     "down": "lora_A.weight", "up": "lora_B.weight", "bias_up": "lora_B.bias", "scale": "scale"
 }  # fmt: skip
-"""What each family of formats can hold, and how it spells it: leaf to suffix."""
+"""The constants `…_LEAVES` hold what each family of formats can hold, and its spelling: leaf to suffix."""
 
 ABSOLUTE: Final[Mapping[str, str]] = {
     "modules_to_save.weight": "weight", "modules_to_save.bias": "bias",
@@ -87,13 +87,13 @@ ABSOLUTE: Final[Mapping[str, str]] = {
 """PEFT's `modules_to_save`, `bias="all"` and stored base layers: values that replace those of the base."""
 
 SHARED_KEYS: Final[Mapping[str, str]] = {"base_model.vera_A": "vera_a", "base_model.vera_B": "vera_b"}
-"""Tensors that every module of a kind shares: PEFT's VeRA projections."""
+"""Tensors that all modules of a kind share: PEFT's VeRA projections."""
 
 
 SPELLED: Final = frozenset(
     {leaf for leaf, _ in _LEAVES.values()} | {*ABSOLUTE.values(), *SHARED_KEYS.values()} | {"scale", "ia3_weight"}
 )
-"""Leaves that some family spells; `scale` and `ia3_weight` by a name that alone says nothing."""
+"""Leaves that some family spells; the suffixes of `scale` and `ia3_weight` say nothing without what is around them."""
 
 _NAMED = re.compile(
     r"(.*\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save))\.(?!weight$|bias$)[^.]+(.*)"
@@ -108,7 +108,7 @@ _NORM = re.compile(r"(.*\.norm\.(?:query|key)_norm)\.scale")
 _MODULATION = re.compile(r"(.*)\.diff_m")
 """A difference of a Wan block's raw parameter `modulation` (ComfyUI#8922)."""
 _HALF_EXPORTED = re.compile(r"(.*)_lora\.(down|up)\.weight")
-"""diffusers' --output_kohya_format left these in files with a text encoder."""
+"""Keys that diffusers' --output_kohya_format left in files with a text encoder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +121,12 @@ class ParsedKey:
 
 
 def parse_key(key: str, own: Collection[str] = ()) -> ParsedKey | None:
-    """Takes a key apart, or None where no suffix is known; absolute values are known behind PEFT's container only.
+    """Takes a key apart; None where no suffix is known. `weight` and `bias` count as leaves only among PEFT's names.
 
     `own` are leaves that no family spells: their suffix is their name.
     """
+    # From the special to the general: behind PEFT's container nearly every key ends in `weight`, and a processor's
+    # `to_q_lora.down.weight` ends as half-exported keys do.
     if found := _by_pattern(key):
         return found
     named = _NAMED.fullmatch(key)
@@ -133,8 +135,9 @@ def parse_key(key: str, own: Collection[str] = ()) -> ParsedKey | None:
 
 
 def _by_pattern(key: str) -> ParsedKey | None:
-    """Of those who have more in a key than a module and a leaf."""
+    """Takes apart the key of a family that puts more into it than a module and a leaf; None for other keys."""
     if found := _PROCESSOR.fullmatch(key):
+        # to_out is a list of a layer and its dropout; the LoRA is on the layer.
         module = found[2].replace("to_out", "to_out.0")
         return ParsedKey(f"{found[1]}.{module}", found[3], DIFFUSERS_OLD)
     if found := _XLABS.fullmatch(key):
@@ -147,6 +150,7 @@ def _by_pattern(key: str) -> ParsedKey | None:
 
 def _by_suffix(key: str, own: Collection[str], *, named: bool) -> ParsedKey | None:
     parts = key.split(".")
+    # Suffixes have up to three names, as diffusers' `lora.down.weight` does.
     for count in (3, 2, 1):
         stem, suffix = ".".join(parts[:-count]), ".".join(parts[-count:])
         if stem and suffix in _LEAVES:
@@ -156,6 +160,7 @@ def _by_suffix(key: str, own: Collection[str], *, named: bool) -> ParsedKey | No
 
 
 def _absolute(key: str) -> ParsedKey | None:
+    """Takes apart a key of PEFT for a value that replaces the base's; None for other keys, a checkpoint's too."""
     if not key.startswith(CONTAINER) and ".modules_to_save." not in key and ".base_layer." not in key:
         return None
     for suffix, leaf in ABSOLUTE.items():

@@ -14,7 +14,7 @@ from loratool.errors import LoratoolError
 
 _PREFIX: Final = "modelspec."
 MUST: Final = ("sai_model_spec", "architecture", "implementation", "title")
-"""Without these a file does not follow the specification."""
+"""Keys without which a file does not follow the specification."""
 ANYTHING: Final = r"(?s:.+)"
 ISO_8601: Final = r"\d{4}-\d\d-\d\d(T\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?)?"
 _VALUES: Final[Mapping[str, tuple[str, str]]] = {
@@ -50,7 +50,7 @@ _VALUES: Final[Mapping[str, tuple[str, str]]] = {
     "language": (ANYTHING, "languages such as en/US"),
     "format_template": (ANYTHING, "a template"),
 }
-"""Each key without its prefix: a pattern for the whole of its values, and that in words."""
+"""Each key without its prefix, with a pattern for the whole value and the pattern in words."""
 
 
 def require_allowed(metadata: Mapping[str, str]) -> None:
@@ -65,7 +65,7 @@ def require_allowed(metadata: Mapping[str, str]) -> None:
 
 
 def warnings_of(metadata: Mapping[str, str]) -> Iterator[str]:
-    """What a file's metadata lacks to follow the specification, and keys that it does not know; nothing without any."""
+    """Sentences on keys that the specification asks for or does not know; none for metadata without any `modelspec.` key."""
     mine = {key.removeprefix(_PREFIX) for key in metadata if key.startswith(_PREFIX)}
     if not mine:
         return

@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json: what scale it gives each module, and what it asks for that factors do not show.
+"""PEFT's adapter_config.json: the scale of each module, and what else the factors themselves do not show.
 
 Source: PEFT tuners/lora/config.py and utils/other.py (get_pattern_key). The file comes from strangers: nothing in it
 is followed, imported or fetched, and its patterns are matched only where they cannot take exponential time.
@@ -23,16 +23,18 @@ BASE_CHANGING_INITS: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that subtract the adapter's first value from the base it is trained on."""
 
 TUNERS: Final = frozenset({"LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA", "TRAINABLE_TOKENS"})
-"""The values of peft_type whose tensors are among our kinds."""
+"""The values of peft_type whose tensors are among the kinds of delta."""
 PROMPTS: Final = frozenset(
     {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "XLORA"}
 )
+"""The values of peft_type that act on prompts or activations, and change no weight."""
 
 _REFUSED: Final[Mapping[str, str]] = {
     "layer_replication": "the base must have its layers replicated first (layer_replication)",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only and cannot be merged into weights",
     "megatron_config": "Megatron's parallel layers store factors in pieces",
 }
+"""Entries of a config that are refused where they are set, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ class PeftConfig:
 
     @classmethod
     def parse(cls, document: Mapping[str, Any], where: str) -> PeftConfig:
-        """Checks a config's document; raises `InvalidConfig`. What cannot be merged into weights is kept in `refusal`."""
+        """Checks a config's document; raises `InvalidConfig`. Why it cannot be merged, if so, is kept in `refusal`."""
+        # str() of PEFT's enumeration is PeftType.LORA, and its value LORA.
         kind = str(document.get("peft_type", "LORA")).removeprefix("PeftType.")
         adaptive = kind == "ADALORA"
         alpha = next((name for name in ("lora_alpha", "alpha") if name in document), None)
@@ -84,7 +87,7 @@ class PeftConfig:
         return None if alpha is None else _number(alpha, f"{self.where}: alpha of {path}")
 
     def rank_of(self, path: str) -> int:
-        """The rank that the config gives the module at `path`, 0 where it has none."""
+        """The rank that the config gives the module at `path`, 0 where the config has none."""
         return _rank(_first_match(self.rank_pattern, path, self.rank, self.where), f"{self.where}: rank of {path}")
 
     def tokens_of(self, path: str) -> tuple[int, ...]:
@@ -96,12 +99,13 @@ class PeftConfig:
         return any(f".{path}".endswith(f".{name}") for name in self.feedforward)
 
     def parameter_of(self, path: str) -> str | None:
-        """The path of the parameter that factors at `path` change, where target_parameters name it and it is no `weight`.
+        """The path of the parameter that factors at `path` change, if target_parameters name one that is no `weight`.
 
         Several on one module are wrapped in each other, the first that the module declares deepest, behind `base_layer`s
         (PEFT tuners/tuners_utils.py, _inject_parameters). transformers declares gate and up before down; the order in
         the file is a set's, and says nothing.
         """
+        # The outermost wrapper has no `base_layer` in its path, and belongs to the last of the sorted names.
         depth = path.count(".base_layer")
         module = path.replace(".base_layer", "")
         named = [name for name in self.parameters if f".{module}".endswith(f".{name.rpartition('.')[0]}")]
@@ -121,7 +125,7 @@ class PeftConfig:
 
 
 def wrapping(parameter: str) -> bool:
-    """Sorts the parameters of one module from the deepest wrapped to the outermost: transformers declares down last."""
+    """The sorting key of parameters of one module, from the deepest wrapped to the outermost: transformers has down last."""
     return "down" in parameter.rpartition(".")[2]
 
 
@@ -161,6 +165,7 @@ def _refusal(document: Mapping[str, Any], kind: str) -> str:
 
 def _first_match(patterns: Mapping[str, Any], path: str, default: Any, where: str) -> Any:
     """The value of the first pattern that matches `path`, by PEFT's rule: re.match(rf"(.*\\.)?({key})$", path)."""
+    # PEFT's `(.*\.)?` is tried as a start behind every dot instead, which takes no backtracking.
     for pattern, value in patterns.items():
         compiled = _compile(pattern, where)
         starts = [0, *(found.end() for found in re.finditer(r"\.", path))]
@@ -171,7 +176,9 @@ def _first_match(patterns: Mapping[str, Any], path: str, default: Any, where: st
 
 @lru_cache(maxsize=4096)
 def _compile(pattern: str, where: str) -> re.Pattern[str]:
-    """A stranger's pattern, refused where backtracking could run away: no repeated groups, at most two repetitions."""
+    """Compiles a stranger's pattern; raises `InvalidConfig` where matching it could take exponential time."""
+    # Backtracking is exponential in nested repetitions, and polynomial in those side by side: so no group may be repeated,
+    # and two repetitions are the most. Escapes and sets count as one character.
     bare = re.sub(r"\[[^\]]*\]", "c", re.sub(r"\\.", "c", pattern))
     if len(pattern) > 1000 or re.search(r"\)[*+{]|\(\?[^:]", bare) or len(re.findall(r"[*+{]", bare)) > 2:
         raise InvalidConfig(f"{where}: pattern {pattern!r} is too intricate to be matched safely; list module names instead")
@@ -182,6 +189,7 @@ def _compile(pattern: str, where: str) -> re.Pattern[str]:
 
 
 def _rank(value: object, what: str) -> int:
+    # type, not isinstance: True is an int to Python.
     if type(value) is not int or value < 0:
         raise InvalidConfig(f"{what} is {value!r}, expected a whole number")
     return value

@@ -1,6 +1,6 @@
-"""PEFT's adapter_config.json as it is written: of a LoRA, with what its tensors ask for, and of one that stays what it is.
+"""PEFT's adapter_config.json as it is written: new for a LoRA, or changed for an adapter that keeps its config.
 
-Source: PEFT tuners/lora/config.py; `peft` reads it.
+Source: PEFT tuners/lora/config.py; `peft` reads such a config.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ CARRIED: Final = (
     "base_model_name_or_path", "revision", "task_type", "bias", "lora_bias", "modules_to_save", "fan_in_fan_out",
     "trainable_token_indices", "ensure_weight_tying",
 )  # fmt: skip
-"""What a config says that holds for the same LoRA at other ranks and in other formats."""
+"""Entries of a config that stay true for the same LoRA at other ranks and in other formats."""
 OF_SAVED: Final = ("modules_to_save", "bias", "lora_bias")
-"""What a config says of values that are stored whole, and of biases."""
+"""Entries of a config on values that are stored whole, and on biases."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraFacts:
-    """What a PEFT folder of LoRA holds, by the paths of modules: their ranks (None: there are none) and scales (None: alpha
-    is the rank), the
-    parameters that stack experts and their ranks, and what is `saved` whole. `dora`, `lora_bias` and `biases` say whether
-    there are magnitudes, biases of factors and trained biases of layers; None where the config need not say so."""
+    """What a PEFT folder of LoRA holds, by the paths of modules: their ranks (None: there are none) and scales (None:
+    alpha is the rank), the parameters that stack experts and their ranks, and what is `saved` whole. `dora`, `lora_bias`
+    and `biases` say whether there are magnitudes, biases of factors and trained biases of layers; None where the config
+    need not say so."""
 
     ranks: Mapping[str, int] | None
     scales: Mapping[str, float | None]
@@ -39,12 +39,13 @@ class LoraFacts:
 
 
 def lora_document(source: Mapping[str, Any], facts: LoraFacts) -> dict[str, Any]:
-    """adapter_config.json of a LoRA; `source` is the config of the adapter that it comes from, if that has one."""
+    """The adapter_config.json of a LoRA; `source` is the config of the adapter that the LoRA comes from, if any."""
     of_modules = {} if facts.ranks is None else lora_config(facts.ranks, facts.scales)
     if facts.stacked:
         # No pattern can name stacked experts: they are all of one rank.
         (rank,) = set(facts.stacked.values())
         of_modules = {**lora_config(facts.ranks or {}, facts.scales, rank), "target_parameters": sorted(facts.stacked)}
+    # Later entries win: what the tensors show goes before what the source said.
     return {
         "bias": "none",
         **{key: source[key] for key in CARRIED if key in source},
@@ -59,13 +60,13 @@ def lora_document(source: Mapping[str, Any], facts: LoraFacts) -> dict[str, Any]
 
 
 def metadata_entry(configs: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
-    """The metadata in which diffusers keeps the same facts, by component ("" for a file that has none)."""
+    """The metadata in which diffusers keeps the facts of PEFT configs, by component ("" for a file without components)."""
     document = {f"{prefix}{key}": value for prefix, config in configs.items() for key, value in config.items()}
     return {PEFT_METADATA_KEY: json.dumps(document, sort_keys=True)}
 
 
 def base_facts(config: Mapping[str, Any], path: str) -> dict[str, str]:
-    """What a config says of the base whose own config.json is `config`."""
+    """The entries of an adapter's config on the base at `path`, whose own config.json is `config`."""
     said = {"base_model_name_or_path": config.get("_name_or_path") or path}
     if str((config.get("architectures") or [""])[0]).endswith("ForCausalLM"):
         said["task_type"] = "CAUSAL_LM"
@@ -73,14 +74,14 @@ def base_facts(config: Mapping[str, Any], path: str) -> dict[str, str]:
 
 
 def without_saved(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that no longer speaks of values that are stored whole, nor of biases."""
+    """`document` without what it says of values that are stored whole, and of biases."""
     return {key: value for key, value in document.items() if key not in OF_SAVED}
 
 
 def with_targets(
     document: Mapping[str, Any], targets: Collection[str], saved: Collection[str], stacked: Collection[str]
 ) -> dict[str, Any]:
-    """A config of these modules alone; of what is saved whole and of stacked parameters only where it spoke of such."""
+    """`document` for the modules `targets` alone; `saved` and `stacked` are named only where it named such before."""
     said: dict[str, Any] = {"target_modules": sorted(targets)}
     if document.get("modules_to_save"):
         said["modules_to_save"] = sorted(set(saved) - set(targets)) or None
@@ -90,19 +91,21 @@ def with_targets(
 
 
 def with_scale(document: Mapping[str, Any], path: str, rank: int, scale: float) -> dict[str, Any]:
-    """A config that gives the module at `path`, whose factors have `rank`, this scale, before all other patterns."""
+    """`document` with a pattern that gives the module at `path`, whose factors have `rank`, the scale `scale`."""
     before: dict[str, float] = document.get("alpha_pattern") or {}
     pattern, alpha = pattern_of(path), scale * (sqrt(rank) if document.get("use_rslora") else rank)
+    # PEFT takes the first pattern that matches, so that this one goes before all others.
     others = {key: value for key, value in before.items() if key != pattern}
     return {**document, "alpha_pattern": {pattern: whole_number(alpha), **others}}
 
 
 def lora_config(ranks: Mapping[str, int], scales: Mapping[str, float | None], usual: int | None = None) -> dict[str, object]:
-    """r, lora_alpha and their patterns for modules of these ranks and scales; without a scale, alpha is the rank. `usual` is
-    the rank of what no pattern can name."""
+    """The entries r, lora_alpha and their patterns for modules of these ranks and scales; without a scale, alpha is the
+    rank. `usual` is the rank of what no pattern can name."""
     alphas = {
         path: whole_number(rank * scale) if (scale := scales[path]) is not None else rank for path, rank in ranks.items()
     }
+    # The commonest rank and alpha are those of the file, so that as few modules as possible need a pattern.
     usual_rank = _commonest(ranks.values(), 1) if usual is None else usual
     usual_alpha = _commonest(alphas.values(), 1) if usual is None else usual
     return {
@@ -115,17 +118,18 @@ def lora_config(ranks: Mapping[str, int], scales: Mapping[str, float | None], us
 
 
 def _name_pattern(path: str) -> str:
-    """A target module's name. Without CLIP's `text_model.`, which transformers 5.6 dropped: an ending matches both ways."""
+    """A target module's name, without CLIP's `text_model.`, which transformers 5.6 dropped: an ending matches both ways."""
     return path.removeprefix("text_model.")
 
 
 def pattern_of(path: str) -> str:
-    """The pattern of one module, from its beginning on where that is sure."""
+    """The pattern of one module: of the whole path, or of the ending where the beginning depends on the version."""
     return f"^{path}" if _name_pattern(path) == path else _name_pattern(path)
 
 
 def whole_number(alpha: float) -> float:
-    """An alpha as an integer where it is one, but for the rounding of its division by the rank and back."""
+    """`alpha` as an integer where it is one up to rounding."""
+    # A scale is alpha / rank in float64, and comes back from it a few steps of 2.2e-16 away.
     return round(alpha) if abs(alpha - round(alpha)) <= 1e-12 * abs(alpha) else alpha
 
 

@@ -1,4 +1,4 @@
-"""Which tool made an adapter, and which known layouts are not ours to read. From keys and metadata alone; no torch."""
+"""Which tool made an adapter, and which known layouts are refused. From keys and metadata alone; no torch."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ _REFUSED: Final[Mapping[str, str]] = {
     ),
     r"\.lora_[ab]$": ("is in MLX's format, whose scale is not in the file; fuse it with mlx_lm.fuse, or save it as PEFT"),
 }
-"""A pattern of keys, and why files with such are refused."""
+"""Patterns of keys, and why files that have such keys are refused."""
 
 KNOWN: Final[Mapping[str, str]] = {
     "nunchaku": "4-bit factors, packed", "control-LoRA": "Stability AI's ControlNets", "MLX": "transposed, without a scale",
     "GGUF": "llama.cpp's own file type",
 }  # fmt: skip
-"""What is recognised and refused, in a word or two."""
+"""The layouts that are recognised and refused, in a word or two."""
 
 TRAINERS: Final[tuple[tuple[str, str, str], ...]] = (
+    # What loratool made stands first: its output may carry the metadata of the adapters that went in.
     ("loratool", '"command": "extract"', "nobody: extracted by loratool"),
     ("loratool", '"command": "combine"', "several: combined by loratool"),
     ("ot_branch", "", "OneTrainer"),
     ("software", "ai-toolkit", "ai-toolkit"),
+    # Trainers on top of sd-scripts write its keys too, and are told by the module that they name.
     ("ss_network_module", "lycoris", "kohya sd-scripts with LyCORIS"),
     ("ss_network_module", "networks.lora_wan", "musubi-tuner"),
     ("ss_network_module", "networks.lora_qwen_image", "musubi-tuner"),
@@ -43,18 +45,19 @@ TRAINERS: Final[tuple[tuple[str, str, str], ...]] = (
     ("modelspec.implementation", "simpletuner", "SimpleTuner"),
     (PEFT_METADATA_KEY, "", "diffusers"),
 )
-"""A metadata key, what its value has in it, and whose it is; the first that fits decides."""
+"""A metadata key, a text in its value, and the tool that writes both; the first row that fits decides."""
 
 
 def refusal(keys: Iterable[str]) -> str | None:
-    """Why a file with these keys is known and not read, if so."""
+    """The reason why a file with these keys is refused; None for files that are not."""
     names = list(keys)
     return next((why for pattern, why in _REFUSED.items() if any(re.search(pattern, name) for name in names)), None)
 
 
 def trainer(metadata: Mapping[str, str]) -> str | None:
-    """Who trained an adapter, where its metadata says it."""
+    """The tool that trained an adapter; None where the metadata does not say."""
     for key, mark, name in TRAINERS:
+        # An empty mark is in every value, so that the key itself must be there.
         if mark in metadata.get(key, "\0").lower() and key in metadata:
             return name
     return None

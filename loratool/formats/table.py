@@ -23,7 +23,7 @@ CONFIG: Final = "config"
 METADATA: Final = "metadata"
 """Alpha stands in the file's metadata, as diffusers has it (lora_adapter_metadata)."""
 FOLDED: Final = "folded"
-"""There is no place for alpha: the factors hold it."""
+"""Alpha has no place of its own, and is folded into the factors."""
 
 LLM: Final = "llm"
 """The architecture of a language model."""
@@ -33,7 +33,7 @@ LLM: Final = "llm"
 class Format:
     """One format: the name that `--to` takes, what people call it, and how it spells each part of a key.
 
-    `denoiser`, `encoder` and `whole` are prefixes of the three sorts of component, None where it has no place for one;
+    `denoiser`, `encoder` and `whole` are prefixes of the three sorts of component, None where there is no place for one;
     `{kohya}`, `{place}`, `{trainer}` and `{encoder}` in them are what the component is called. `namings` are tried in
     turn; diffusers' is the last resort. `leaves` spells the leaves it can hold. `only` are the architectures it is
     for, all if empty. A `single` one holds one component. `rewrites` are regular expressions and what they become, for keys
@@ -55,7 +55,7 @@ class Format:
     rewrites: tuple[tuple[str, str], ...] = ()
 
     def prefix(self, name: str, *, place: str, kohya: str = "", encoder: str = "", inside: str = "") -> str:
-        """What stands before the modules of a component; raises `Unsupported` where the format has no place for it."""
+        """The prefix of the modules of a component; raises `Unsupported` where the format has no place for the component."""
         template = self.whole if name == WHOLE else self.encoder if name in ENCODERS else self.denoiser
         if template is None:
             raise Unsupported(f"{self.title} has no place for a {'text encoder' if name in ENCODERS else 'model like this'}")
@@ -63,8 +63,11 @@ class Format:
             raise Unsupported(
                 f"{self.title} names text encoders, and which one this is is unknown; `arch=` says for what model"
             )
+        # kohya writes lora_unet_ for every denoiser, transformers included.
         called = kohya or (UNET if name not in ENCODERS else name)
+        # OneTrainer goes by diffusers' folders (lora_transformer_), except for a lone `te` and for Stable Cascade's prior.
         trainer = kohya if kohya in ("prior_unet", "prior_te", "te") else name if name in ENCODERS else place
+        # Only the original has the component inside its denoiser; diffusers keeps it beside the transformer.
         nested = f"{inside}{'_' if self.flat else '.'}" if inside and ORIGINAL in self.namings else ""
         return template.format(kohya=called, place=place, trainer=trainer, encoder=_short(encoder, self)) + nested
 
@@ -80,18 +83,18 @@ class Format:
         return key
 
     def spells(self, stem: str, keys: Collection[str]) -> bool:
-        """Whether all of a module's `keys` are what it would call them."""
+        """Whether all of a module's `keys` are those that the format would write."""
         return set(keys) <= {self.key(stem, leaf) for leaf in self.leaves}
 
     def holds(self, arch: str) -> bool:
-        """Whether it is a format of the architecture of that name."""
+        """Whether the format is for the architecture called `arch`."""
         if arch == LLM:
             return self.whole is not None and (not self.only or LLM in self.only)
         return self.denoiser is not None and (not self.only or arch in self.only)
 
 
 def _short(encoder: str, spelling: Format) -> str:
-    """OneTrainer's export calls T5 t5, and every first CLIP clip_l."""
+    """A text encoder's name in a format: that of ComfyUI, but OneTrainer's export has t5, and clip_l for any first CLIP."""
     return {"t5xxl": "t5", "clip_h": "clip_l"}.get(encoder, encoder) if OMI in spelling.namings else encoder
 
 
@@ -99,12 +102,13 @@ SD: Final = ("sd1", "sd2", "sdxl", "sdxl-refiner", "ssd-1b", "vega")
 WAN: Final = ("wan-1.3b", "wan-5b", "wan-14b")
 
 _MODULATION: Final = ((r"[._]modulation\.diff$", ".diff_m"),)
-"""The difference of a Wan block's raw parameter, as those who distil it write it (ComfyUI#8922)."""
+"""The difference of a Wan block's raw parameter `modulation`, as distilled models are published (ComfyUI#8922)."""
 PROCESSORS: Final = (
     (r"\.(to_[qkv]|to_out)(?:\.0)?\.lora\.(down|up)\.", r".processor.\1_lora.\2."),
     (r"^(text_encoder.*)\.lora\.(down|up)\.", r"\1.lora_linear_layer.\2."),
 )
-"""Attention's LoRA was in processors, text encoders' in layers of their own (diffusers utils/state_dict_utils.py)."""
+"""Keys of diffusers before PEFT: LoRA of attention was in processors, that of text encoders in layers of its own (diffusers
+utils/state_dict_utils.py)."""
 
 _KOHYA: Final = Format(
     "kohya",
@@ -140,6 +144,7 @@ FORMATS: Final[Sequence[Format]] = (
     replace(_KOHYA, name="lycoris", title="SimpleTuner / LyCORIS", denoiser="lycoris_", encoder=None, namings=()),
     COMFY,
     AI_TOOLKIT,
+    # The same keys as ai-toolkit's, which is the one that a file with them is named by.
     replace(AI_TOOLKIT, name="musubi", title="Musubi (--target other)"),
     DIFFUSERS_FORMAT,
     replace(
@@ -162,7 +167,7 @@ FORMATS: Final[Sequence[Format]] = (
     replace(PEFT_FOLDER, name="peft-file", title="PEFT, a single file", alpha=FOLDED, folder=False),
     Format("loralib", "loralib", None, None, leaves.LORALIB_LEAVES, FOLDED, whole="", single=True, only=(LLM,)),
 )  # fmt: skip
-"""What `--to` takes. Where two write the same keys, the first has the name."""
+"""The formats that `--to` takes. Of two that write the same keys, a file is named by the first."""
 
 
 def format_named(name: str) -> Format:

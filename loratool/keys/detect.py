@@ -32,7 +32,7 @@ class Detection:
 
 
 def detect(modules: Sequence[NamedWidth], metadata: Mapping[str, str] | None = None) -> Detection:
-    """Explains `modules` by each architecture's table; shapes, then `metadata`, break ties; what nothing decides is open."""
+    """The architecture whose table explains `modules`: by names, then shapes, then `metadata`; none where several fit."""
     if not modules:
         return Detection(None, "unknown", "there are no modules to go by")
     if verdict := _language_model([module for module, _ in modules]):
@@ -50,7 +50,7 @@ def detect(modules: Sequence[NamedWidth], metadata: Mapping[str, str] | None = N
 
 
 def matching_archs(modules: Sequence[NamedWidth]) -> tuple[list[Arch], list[Arch]]:
-    """The architectures whose tables have all the names of `modules`, and those of them that the shapes do not rule out."""
+    """The architectures whose tables have all the names of `modules`, and those among them that no shape rules out."""
     named = archs_by_name([module for module, _ in modules])
     return named, [arch for arch in named if not _is_contradicted(arch, modules)]
 
@@ -61,15 +61,18 @@ def archs_by_name(modules: Sequence[Module]) -> list[Arch]:
 
 
 def break_ties(fitting: list[Arch], modules: Sequence[NamedWidth], metadata: Mapping[str, str]) -> tuple[list[Arch], str]:
-    """Those of several `fitting` architectures that the metadata names, else those that the file has every module of."""
+    """The architectures among `fitting` that the metadata names, else those whose every module of a kind is there; with the
+    reason in words, "" where nothing was decided."""
     if len(fitting) < 2:
         return fitting, ""
     for key in VERSION_KEYS:
         said = metadata.get(key, "").lower()
+        # The longest beginning counts: what begins with FLUX.2's `flux2` begins with FLUX.1's `flux` too.
         lengths = [_longest(arch, said) for arch in fitting]
         named = [arch for arch, length in zip(fitting, lengths, strict=True) if 0 < length == max(lengths)]
         if named and len(named) < len(fitting):
             return named, f"; {key} is {said!r}"
+    # Trainers choose kinds of layers and take them in every block, so that the number of blocks tells models apart.
     covered = [arch for arch in fitting if _is_covered(arch, [module for module, _ in modules])]
     if covered and len(covered) < len(fitting):
         return covered, "; it has every module of these kinds, and no other table's"
@@ -77,7 +80,7 @@ def break_ties(fitting: list[Arch], modules: Sequence[NamedWidth], metadata: Map
 
 
 def _longest(arch: Arch, said: str) -> int:
-    """How much of what metadata says is the architecture's."""
+    """The length of the longest of the architecture's `versions` that `said` begins with, 0 without one."""
     return max((len(version) for version in arch.versions if said.startswith(version)), default=0)
 
 
@@ -99,6 +102,7 @@ def _unknown(complete: Sequence[Arch], modules: Sequence[Module]) -> Detection:
         titles = first_few([arch.title for arch in complete], 3)
         return Detection(None, "unknown", f"the names are those of {titles}, the shapes are not")
     left = {arch: [module for module in modules if not arch.readings_of(module)] for arch in ARCHS}
+    # A table that leaves most modules over shares a few common names, and would only mislead.
     closest = min(left, key=lambda arch: len(left[arch]))
     if len(left[closest]) > len(modules) / 2:
         return Detection(None, "unknown", "no architecture's table explains the module names")
@@ -107,7 +111,7 @@ def _unknown(complete: Sequence[Arch], modules: Sequence[Module]) -> Detection:
 
 
 def _is_contradicted(arch: Arch, modules: Iterable[NamedWidth]) -> bool:
-    """Whether a module's input width fits none of the components of `arch` that know its name."""
+    """Whether the input width of any module fits none of the components of `arch` that have its name."""
     for module, width in modules:
         owners = [owner for owner, _ in arch.readings_of(module)]
         if width is not None and owners and all(owner.contradicts(module.path, width) for owner in owners):
@@ -121,6 +125,7 @@ def _is_covered(arch: Arch, modules: Iterable[Module]) -> bool:
     for module in modules:
         component, spot = arch.readings_of(module)[0]
         have.setdefault((component.name, spot.naming), Counter())[_kind(spot.path)] += 1
+    # Counted in the naming that the names were read in: stacks are fewer than their parts.
     for (component_name, naming), kinds in have.items():
         whole = Counter(map(_kind, _is_named(arch, component_name, naming)))
         if any(count != whole[kind] for kind, count in kinds.items()):
@@ -129,6 +134,7 @@ def _is_covered(arch: Arch, modules: Iterable[Module]) -> bool:
 
 
 def _is_named(arch: Arch, name: str, naming: str) -> Iterable[str]:
+    """The module paths that `naming` has for the component `name`; in that of diffusers the parts of any other naming."""
     component = arch.component(name)
     assert component is not None
     links = component.links.get(naming)
@@ -138,4 +144,5 @@ def _is_named(arch: Arch, name: str, naming: str) -> Iterable[str]:
 
 
 def _kind(path: str) -> str:
+    """A module path without its numbers, alike for the same layer of all blocks."""
     return re.sub(r"\d+", "#", path)

@@ -20,41 +20,41 @@ from loratool.formats.recognise import folds_whole_weights, refusal
 from loratool.names import ADAPTER_PREFIXES, CONTAINER, Module, adapter_component
 
 OWN_LEAVES: Final = frozenset(leaf for kind in KINDS for leaf in kind.required | kind.optional) - SPELLED
-"""Leaves that no table of spellings has: a kind's files call them what its row does."""
+"""Leaves that no table of spellings has: files call these leaves what the row of their kind does."""
 WIDE: Final = ("down", "hada_w1_b", "diff", "b2")
 """Leaves whose second dimension is the input's."""
 MARKS: Final = {"LOHA": "hada_", "LOKR": "lokr_", "IA3": "ia3_", "VERA": "vera_"}
-"""How the leaves of PEFT's tuners begin, where they are no one else's."""
+"""How the leaves of PEFT's tuners begin, for tuners whose leaves no other tuner has."""
 EXTRAS: Final = ("bundle_emb.", "_aux.")
 """Tensors that travel with an adapter and change no weight: bundled textual inversions, and notes of slider tools."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleLeaves:
-    """One module of an adapter: its leaves with their tensors, and who spells them so."""
+    """A module of an adapter: its leaves with what the header says of their tensors, and the families that spell them so."""
 
     module: Module
     leaves: Mapping[str, TensorInfo]
     families: frozenset[str]
 
     def parts(self) -> tuple[DeltaSpec, ...]:
-        """The deltas these leaves make up; raises `InvalidAdapter`."""
+        """The deltas that the leaves make up; raises `InvalidAdapter`."""
         return explain({leaf: info.shape for leaf, info in self.leaves.items()})
 
     @property
     def width(self) -> int | None:
-        """The width of its weight's input, where a factor shows it."""
+        """The width of the input of the module's weight, None where no factor shows it."""
         shown = next((self.leaves[leaf] for leaf in WIDE if leaf in self.leaves), None)
         return shown.shape[1] if shown and len(shown.shape) > 1 and "hada_t1" not in self.leaves else None
 
     def name_of(self, part: DeltaSpec) -> str:
-        """What a delta of this module is called in reports."""
+        """The name of one of the module's deltas in reports."""
         return str(self.module) if part.kind.parameter == WEIGHT else f"{self.module} (bias)"
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterKeys:
-    """The names in an adapter, whoever has it: the listing of its file, or the adapter in memory.
+    """The names in an adapter, which may be a listed file or an adapter in memory.
 
     `modules` maps each module to the width of its weight's input, None where no shape tells it, and `keys` to the names of
     its tensors in the file.
@@ -69,7 +69,10 @@ class AdapterKeys:
 
 @dataclass(frozen=True, slots=True)
 class AdapterListing:
-    """An adapter as its header and config describe it."""
+    """An adapter as its header and config describe it: `groups` are its modules, `extras` tensors that change no weight,
+    `unexplained` keys that nothing reads, `problems` keys that contradict others, `configs` those of each component, or of
+    the whole folder ("").
+    """
 
     file: AdapterFile
     groups: tuple[ModuleLeaves, ...]
@@ -80,7 +83,7 @@ class AdapterListing:
 
     @property
     def path(self) -> Path:
-        """What the user named."""
+        """The file or folder that the user named."""
         return self.file.path
 
     @property
@@ -88,13 +91,13 @@ class AdapterListing:
         return self.file.header
 
     def config(self, module: Module) -> PeftConfig | None:
-        """The config that speaks of `module`: the folder's, or its component's in diffusers' metadata."""
+        """The config that speaks of `module`: the folder's, or that of the module's component in diffusers' metadata."""
         component = module.stem.partition(".")[0]
         return self.configs.get("") or self.configs.get(component)
 
     @property
     def keys(self) -> AdapterKeys:
-        """The names in the file."""
+        """The names in the file, apart from its tensors."""
         return AdapterKeys(
             self.path,
             {group.module: group.width for group in self.groups},
@@ -109,18 +112,20 @@ class AdapterListing:
         return dict(read_scalars(self.header, infos))
 
     def given(self, group: ModuleLeaves, part: DeltaSpec, alphas: Mapping[str, float | None], assume: Given) -> Given:
-        """What the file and its config say of one delta beside its leaves; what neither says is as `assume` has it.
+        """What the file and its config say of one delta beside its leaves; `assume` fills in what neither says.
 
         Raises `InvalidAdapter` where an alpha is no number, or the config's rank is not that of the tensors.
         """
         path, config = group.module.path, self.config(group.module)
         alpha = self._alpha(group, part, alphas)
+        # An assumed alpha is one over a rank; the bound of an orthogonal delta is in its file or nowhere.
         said = alpha if alpha is not None or part.kind.alpha == CONSTRAINT else assume.alpha
         # A LoRA's bias shares the scale of its module's factors.
         rank = next((each.rank for each in group.parts() if each.rank is not None), None)
         if config is None:
             scale = alpha / rank if alpha is not None and rank and part.kind.alpha == OVER_RANK else None
             return replace(assume, scale=scale, alpha=said)
+        # The factors of stacked experts have the rows of all experts, so that their size is no rank to be checked.
         stacked = config.parameter_of(path) is not None
         return replace(
             assume,
@@ -134,7 +139,7 @@ class AdapterListing:
         )
 
     def _alpha(self, group: ModuleLeaves, part: DeltaSpec, alphas: Mapping[str, float | None]) -> float | None:
-        """The alpha that the file holds beside the leaves, where it means something."""
+        """The alpha that the file holds beside the leaves; None without one, or where the kind gives it no meaning."""
         info = group.leaves.get("alpha")
         if info is None or part.kind.alpha == IGNORED:
             return None
@@ -146,20 +151,23 @@ class AdapterListing:
 
     @property
     def lacks_config(self) -> bool:
-        """Whether its names are PEFT's, whose scale stands in a config, and there is none."""
+        """Whether the names are PEFT's, which keeps the scale in a config, and there is no config."""
         return not self.configs and any(group.module.stem.startswith(CONTAINER) for group in self.groups)
 
     @property
     def prefix_counts(self) -> Counter[str]:
+        """How many modules have each prefix, "" for those without a known one."""
         return Counter(_prefix(group.module.stem) for group in self.groups)
 
 
 def _scale(part: DeltaSpec, path: str, rank: int | None, alpha: float | None, config: PeftConfig) -> float | None:
-    """What a product of `rank` is multiplied by: by the file's own alpha, else by the config."""
+    """What the product of factors of `rank` is multiplied by: by the file's own alpha, else by the config; None for kinds
+    without a scale. Raises `InvalidAdapter` where the config's rank is another."""
     if part.kind.alpha != OVER_RANK:
         return None
     if alpha is not None:
         return alpha / rank if rank else None
+    # Only a LoRA's rank must agree: the config of an AdaLoRA has the rank that its pruning began with.
     expected = config.rank_of(path)
     if rank and expected and expected != rank and config.kind == "LORA":
         raise InvalidAdapter(
@@ -169,9 +177,10 @@ def _scale(part: DeltaSpec, path: str, rank: int | None, alpha: float | None, co
 
 
 def open_input(path: Path) -> AdapterListing | Layout:
-    """What `path` is, from one look at it: an adapter, or a checkpoint; raises `LoratoolError`."""
+    """Opens `path` once, as an adapter or as a checkpoint, whichever it is; raises `LoratoolError`."""
     if (path.is_dir() and not is_adapter_folder(path)) or path.name.endswith(".index.json"):
         return open_layout(path)
+    # Only the keys tell a single file's contents: without a leaf among them it is a checkpoint, whose header is read by now.
     found = read_listing(path)
     if found.groups:
         return found
@@ -184,7 +193,7 @@ def read_listing(path: Path) -> AdapterListing:
 
 
 def list_adapter(file: AdapterFile) -> AdapterListing:
-    """Sorts the keys of a file's header into modules; what cannot be sorted is listed, not raised."""
+    """Sorts the keys of a file's header into modules; keys that cannot be sorted are listed, not raised."""
     header = file.header
     leaves: dict[str, dict[str, TensorInfo]] = {}
     families: dict[str, set[str]] = {}
@@ -200,6 +209,7 @@ def list_adapter(file: AdapterFile) -> AdapterListing:
         else:
             leaves[found.stem][found.leaf] = info
             families.setdefault(found.stem, set()).add(found.family)
+    # What a key does not say by itself, the keys of its module may.
     unexplained = [name for name in unexplained if name not in SHARED_KEYS and not _ia3_weight(name, header, leaves)]
     _complete(leaves, header)
     groups = tuple(
@@ -210,7 +220,7 @@ def list_adapter(file: AdapterFile) -> AdapterListing:
 
 
 def _complete(leaves: dict[str, dict[str, TensorInfo]], header: Header) -> None:
-    """Gives modules what their own keys do not say: projections that all share, and that a lone factor is a difference."""
+    """Adds to the leaves of modules what their own keys do not say: shared projections, and differences named as factors."""
     shared = {leaf: header.tensors[name] for name, leaf in SHARED_KEYS.items() if name in header.tensors}
     differences = folds_whole_weights(header.metadata)
     for of_module in leaves.values():
@@ -221,7 +231,8 @@ def _complete(leaves: dict[str, dict[str, TensorInfo]], header: Header) -> None:
 
 
 def _ia3_weight(name: str, header: Header, leaves: dict[str, dict[str, TensorInfo]]) -> bool:
-    """LyCORIS calls the vector of (IA)³ plainly `weight`, which only the `on_input` beside it tells from a base's."""
+    """Whether `name` is the vector of an (IA)³, which is then added to `leaves`: LyCORIS calls it plainly `weight`,
+    and only an `on_input` beside it tells it from the weight of a base."""
     stem = name.removesuffix(".weight")
     if not name.endswith(".weight") or "on_input" not in leaves.get(stem, {}):
         return False
@@ -230,7 +241,8 @@ def _ia3_weight(name: str, header: Header, leaves: dict[str, dict[str, TensorInf
 
 
 def require_adapter(found: AdapterListing) -> None:
-    """Raises `InvalidAdapter` unless every tensor is explained and there is a delta at all, `Unsupported` by the config."""
+    """Raises `Unsupported` for what the config or the keys say cannot be read, `InvalidAdapter` unless there is a delta and
+    every tensor is explained."""
     name = found.path
     for config in found.configs.values():
         if config.refusal:
@@ -251,8 +263,10 @@ def require_adapter(found: AdapterListing) -> None:
 
 
 def _configs(file: AdapterFile, groups: tuple[ModuleLeaves, ...]) -> Mapping[str, PeftConfig]:
+    """The configs of an adapter by component; raises `InvalidConfig` where a folder's config is not that of its tensors."""
     if file.config_file is None:
         return from_metadata(file.header.metadata, str(file.header.path))
+    # A config beside tensors of another tuner would lend them a wrong scale without a word.
     config = file.config_file.path
     parsed = PeftConfig.parse(file.config, str(config))
     dora = any({"magnitude", "dora_scale"} & group.leaves.keys() for group in groups)
@@ -267,6 +281,7 @@ def _configs(file: AdapterFile, groups: tuple[ModuleLeaves, ...]) -> Mapping[str
 
 
 def _prefix(stem: str) -> str:
+    """The known prefix that a stem begins with, "" without one."""
     if stem.startswith(CONTAINER):
         return CONTAINER
     return next((prefix for prefix, _ in ADAPTER_PREFIXES if stem.startswith(prefix)), "")

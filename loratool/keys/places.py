@@ -23,16 +23,18 @@ from loratool.keys.detect import NamedWidth
 from loratool.names import COMPONENTS, ENCODERS, WHOLE, Module, base_component, candidate_names, flat
 
 Key = tuple[str, str]
-"""(component, flattened module path)"""
+"""A component, and the flattened path of a module in it."""
 
 SAMPLED: Final = 64
-"""How many names of a base are tried on every table before all are tried on the best."""
+"""About how many names of a base are tried on every table, before all names are tried on the tables that explain most."""
 
 ENDINGS: Final = ((".weight", WEIGHT), (".bias", BIAS), (".scale", WEIGHT), ("_weight", WEIGHT), ("_bias", BIAS))
-"""Behind a dot for modules, behind an underscore for raw parameters like OpenCLIP's in_proj_weight."""
+"""How the names of tensors end, and which parameter each ending stands for: behind a dot for modules (BFL calls the weight
+of a norm `scale`), behind an underscore for raw parameters like OpenCLIP's in_proj_weight."""
 HEAD: Final = "lm_head"
-"""The output layer that may be tied to the input embedding, and what the embedding's weight is called."""
+"""The output layer, which may be tied to the input embedding."""
 EMBEDDING_STEMS: Final = ("embed_tokens.weight", "wte.weight")
+"""How the name of an input embedding's weight ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class WeightRows:
 
 
 class WeightIndex:
-    """The places of all modules of one base, found by `find`; `own` has each tensor's as it is stored."""
+    """The places of all modules of one base, for `find`; `own` maps each tensor's name to all of its rows, as stored."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -61,15 +63,17 @@ class WeightIndex:
         self.own: dict[str, WeightRows] = {}
         for name in layout.tensors:
             self._add(name)
+        # Links come last: they give further names to places that must be known by then.
         for component, paths in self._paths.items():
             self._add_links(component, frozenset(paths.values()))
 
     def find(self, module: Module, parameter: str = WEIGHT) -> tuple[WeightRows, ...]:
-        """The places that `module`'s weight or bias takes, in the order of its rows; empty where the base has none.
+        """The places that the weight or bias of `module` takes, in the order of its rows; empty where the base has none.
 
         Raises `LoratoolError` where two tensors of the base go by the module's name.
         """
         for key in self._readings(module):
+            # A double is an error only where it is asked for; tensors that no adapter changes may be called anything.
             if key in self._doubles:
                 one, other = self._doubles[key]
                 raise LoratoolError(f"{self._layout.root}: {one} and {other} both go by the name of {module}")
@@ -78,13 +82,13 @@ class WeightIndex:
         return ()
 
     def nearest(self, module: Module) -> str | None:
-        """The module path of the base that looks most like `module`, for messages."""
+        """The module path of the base that looks most like that of `module`, for messages; None where none comes near."""
         known = {known: path for paths in self._paths.values() for known, path in paths.items()}
         close = difflib.get_close_matches(flat(module.path), known, n=1, cutoff=0.6)
         return known[close[0]] if close else None
 
     def wrapped(self, modules: Iterable[Module]) -> dict[Module, Module]:
-        """Modules without a place, renamed by the one prefix that finds them all: wrappers move a whole model.
+        """Renames modules without a place by the one prefix that finds them all: wrappers move a whole model.
 
         A vision-language model calls `model.layers` `model.language_model.layers`; transformers 5.6 dropped `text_model.`
         from CLIP. Empty unless exactly one prefix, put before or taken away, places every module of its component.
@@ -94,18 +98,23 @@ class WeightIndex:
         for module in modules:
             by_component.setdefault(module.component, []).append(module)
         for component, lost in by_component.items():
+            # One module proposes the changes of prefix, and all modules of its component must find a place by one of them.
             found = [tried for change in self._changes(component, lost[0]) if (tried := self._all_placed(lost, change))]
+            # Of two changes that both place everything, either would be a guess.
             if len(found) == 1:
                 renamed.update(found[0])
         return renamed
 
     def _readings(self, module: Module) -> Iterator[Key]:
-        """The component and path as read first; then, for a component that the base does not tell apart, the rest."""
+        """The keys by which the base may know `module`: first as its name is read; then, where the name or the base does not
+        tell components apart, in the other components."""
         path = flat(module.path)
         yield from ((component, flat(path)) for component, path in candidate_names(module))
         if module.component == WHOLE:
             yield from ((component, path) for component in COMPONENTS if component in self._paths)
             return
+        # A base without prefixes has everything in the component WHOLE. What looks like an adapter's prefix may be part of
+        # the path there: GPT-2's names begin with `transformer.`, as those of diffusers' pipelines do.
         yield WHOLE, path
         yield WHOLE, flat(module.stem)
         if module.component in ENCODERS and module.component not in self._paths:
@@ -114,7 +123,8 @@ class WeightIndex:
 
     @cached_property
     def tied(self) -> str | None:
-        """The embedding that is the output layer too, where the model has one that is not stored."""
+        """The embedding tensor that serves as output layer too; None where the model has none, or stores its own."""
+        # Only the class in config.json tells a model with a tied head from a bare one, which has an embedding and no head.
         architectures = self._layout.config.get("architectures") or [""]
         has_head = str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
         if not has_head or any(name.endswith(f"{HEAD}.weight") for name in self._layout.tensors):
@@ -125,6 +135,7 @@ class WeightIndex:
         module, parameter = module_of(name)
         component, path = module.component, module.path
         key = component, flat(path)
+        # Flattening may make two paths one, and so may two endings that mean the same parameter.
         before = self._places[parameter].get(key)
         if before:
             self._doubles[key] = before[0].tensor, name
@@ -136,17 +147,22 @@ class WeightIndex:
         self._places[parameter][key] = (self.own[name],)
 
     def _is_conv1d(self, path: str, shape: tuple[int, ...]) -> bool:
-        """GPT-2's layers: known by name, and by a c_attn that is stored three times as wide as high."""
+        """Whether a weight is that of a GPT-2 layer, stored as (in, out): by its name, and by the shape of a c_attn."""
         block, _, leaf = path.rpartition(".")
         if leaf not in CONV1D or len(shape) != 2:
             return False
+        # The block's c_attn decides for all of its layers: it stacks q, k and v along the output, so the longer side is the
+        # output. A c_proj of attention is square, and its own shape says nothing.
         attention = block.replace(".mlp", ".attn") + ".c_attn.weight"
         stored = self._layout.tensors.get(attention)
         return stored is not None and stored[1].shape[1:] == (3 * stored[1].shape[0],)
 
     def _add_links(self, component: str, paths: frozenset[str]) -> None:
+        """Adds the names that the places of a component have in the namings that the base is not in."""
         table, naming = _best_table(component, paths)
         namings = table.links if table else {}
+        # Parts come first: a base in the original's naming then has its wholes in every other naming, such as
+        # ComfyUI's own for Hunyuan, by way of diffusers' parts.
         both = (*mixture_of_experts(paths), *fuse_rows(paths, self._heads()))
         parted = (*namings.get(naming, ()), *both, *meta(paths))
         joined = (*(link for links in namings.values() for link in links), *both)
@@ -157,11 +173,12 @@ class WeightIndex:
                 self._alias_whole(component, link, places)
 
     def _alias_parts(self, component: str, link: Link, places: dict[Key, tuple[WeightRows, ...]]) -> None:
-        """The base is spelled as the original: the parts' names are row ranges of the whole."""
+        """Gives the parts of a link their row ranges of the whole, where the base stores the whole as the original does."""
         stored = places.get((component, flat(link.whole)))
         if stored is None:
             return
         if link.rotary:
+            # Without the width of a head nobody knows which rows belong together, and the module stays without a place.
             if width := self._head_width():
                 places[component, flat(link.parts[0])] = tuple(_split_heads(stored[0], width))
             return
@@ -170,9 +187,10 @@ class WeightIndex:
             places[component, flat(part)] = _swap_halves((place,)) if link.swapped else (place,)
 
     def _alias_whole(self, component: str, link: Link, places: dict[Key, tuple[WeightRows, ...]]) -> None:
-        """The base is spelled as diffusers: the whole's name is all the parts' weights, one after the other."""
+        """Gives the whole of a link the places of its parts, in order, where the base stores them as diffusers does."""
         parts = [places.get((component, flat(part))) for part in link.parts]
         joined = tuple(place for part in parts if part for place in part)
+        # What is stored under the name of the whole goes before what its parts would make up.
         if all(parts) and not link.transposed:
             places.setdefault((component, flat(link.whole)), _swap_halves(joined) if link.swapped else joined)
 
@@ -180,7 +198,8 @@ class WeightIndex:
         return WeightRows(place.tensor, 0, self._layout.info(place.tensor).shape[-1], transposed=True)
 
     def _head_width(self) -> int:
-        """Rows in an attention head of a Llama under Meta's names: by its rope.freqs, else its params.json; 0 if unknown."""
+        """The rows of an attention head in a Llama under Meta's names: by rope.freqs, else by params.json; 0 if unknown."""
+        # Rotary embeddings have one frequency for each pair of rows.
         if "rope.freqs" in self._layout.tensors:
             return 2 * self._layout.info("rope.freqs").shape[0]
         folder = self._layout.root if self._layout.is_folder else self._layout.root.parent
@@ -189,8 +208,9 @@ class WeightIndex:
         return dim // heads if isinstance(dim, int) and isinstance(heads, int) and heads > 0 else 0
 
     def _heads(self) -> tuple[int, int]:
-        """Attention heads of queries, and of keys and values, by the base's config.json; (0, 0) if unknown."""
+        """The numbers of heads of queries, and of keys and values, by the base's config.json; (0, 0) if unknown."""
         config = self._layout.config
+        # Vision-language models keep what is said of their language model one level down.
         text = config.get("text_config", config)
         queries = text.get("num_attention_heads") if isinstance(text, dict) else None
         keys = text.get("num_key_value_heads", queries) if isinstance(text, dict) else None
@@ -199,8 +219,9 @@ class WeightIndex:
         return queries, keys
 
     def _changes(self, component: str, module: Module) -> set[tuple[str, str]]:
-        """Prefixes (to take away, to put before) that would place `module`."""
+        """The changes of prefix (one to take away, one to put before) that would give `module` a path of the base."""
         path = flat(module.path)
+        # Prefixes end where a name ends: at a dot, which is an underscore in flattened paths.
         changes = set()
         for known in self._paths.get(component, self._paths.get(WHOLE, {})):
             if known.endswith(f"_{path}"):
@@ -210,6 +231,7 @@ class WeightIndex:
         return changes
 
     def _all_placed(self, modules: list[Module], change: tuple[str, str]) -> dict[Module, Module]:
+        """`modules` renamed by one change of prefix; empty unless the change applies to all and places all."""
         away, before = change
         renamed = {
             module: replace(module, path=before + flat(module.path).removeprefix(away))
@@ -221,19 +243,20 @@ class WeightIndex:
 
 
 def module_of(name: str) -> tuple[Module, str]:
-    """The module that a base's tensor is of, and whether it is its weight or its bias."""
+    """The module that a base's tensor belongs to, and whether the tensor is the module's weight or its bias."""
     component, _, rest = base_component(name)
     ending, parameter = next(((ending, parameter) for ending, parameter in ENDINGS if rest.endswith(ending)), ("", WEIGHT))
     return Module(component, rest.removesuffix(ending), name.removesuffix(ending)), parameter
 
 
 def _best_table(component: str, paths: frozenset[str]) -> tuple[Component | None, str]:
-    """The table that explains the most of a component's module paths, and the naming that these are in: "" for that of
-    diffusers; no table if none explains any."""
+    """The table that explains the most of a component's module paths, and the naming of the paths ("" for diffusers'); no
+    table where none explains any."""
+    # Language models have no table: `archs.llm` makes their links from the paths themselves.
     if component == WHOLE and any(map(is_decoder, paths)):
         return None, ""
     candidates = [candidate for arch in ARCHS for candidate in arch.components if _may_be(component, candidate)]
-    # A sample rules most tables out.
+    # A sample rules most tables out; those that explain the most of it are compared on all paths.
     sample = sorted(paths)[:: max(1, len(paths) // SAMPLED)]
     scores = [sum(candidate.read_name(path) is not None for path in sample) for candidate in candidates]
     best: tuple[int, Component | None, str] = (0, None, "")
@@ -244,12 +267,12 @@ def _best_table(component: str, paths: frozenset[str]) -> tuple[Component | None
 
 
 def _may_be(component: str, candidate: Component) -> bool:
-    """Whether a base's component can be `candidate`; text encoders are numbered differently by different tools."""
+    """Whether a base's component can be `candidate`; tools number text encoders differently, so any may be any."""
     return component in (WHOLE, candidate.name) or {component, candidate.name} <= set(ENCODERS)
 
 
 def _explain(candidate: Component, paths: frozenset[str]) -> Iterator[tuple[int, Component, str]]:
-    """How many paths each naming of `candidate` explains."""
+    """For each naming of `candidate`, how many paths it explains, and how many the diffusers naming ("") does."""
     for naming, links in candidate.links.items():
         ours, theirs = (len(side & paths) for side in parts_mentioned(links))
         yield theirs, candidate, naming
@@ -266,7 +289,7 @@ def _cut_rows(place: WeightRows, link: Link) -> Iterator[WeightRows]:
 
 
 def _swap_halves(places: tuple[WeightRows, ...]) -> tuple[WeightRows, ...]:
-    """The two halves of a weight in the opposite order; what was exchanged before is back in its own."""
+    """The two halves of a weight in the opposite order; two places are halves that were exchanged once, and go back."""
     if len(places) == 2:
         return places[1], places[0]
     middle = places[0].start + places[0].rows // 2
@@ -274,15 +297,16 @@ def _swap_halves(places: tuple[WeightRows, ...]) -> tuple[WeightRows, ...]:
 
 
 def _split_heads(place: WeightRows, width: int) -> Iterator[WeightRows]:
-    """Where Meta's Llama has the first half of each head's rows, and the second: at even places, and at odd ones."""
+    """The rows of a weight of Meta's Llama in Hugging Face's order: of each head the even rows, then the odd ones."""
     for start in range(place.start, place.stop, width):
         for half in (0, 1):
             yield replace(place, start=start + half, stop=start + width, step=2)
 
 
 def inputs_of(layout: Layout) -> list[NamedWidth]:
-    """The modules of a base that have a weight, and the widths of their inputs."""
+    """The modules of a base that have a weight of two dimensions or more, and the widths of their inputs."""
     found: list[NamedWidth] = []
+    # No table has a VAE or the copies of an EMA, and a table must explain every module that is listed here.
     for name, (_, info) in layout.tensors.items():
         component, prefix, rest = base_component(name)
         if rest.endswith(".weight") and len(info.shape) > 1 and not prefix.startswith(("vae", "first_stage", "model_ema")):

@@ -27,8 +27,9 @@ from loratool.keys.routes import (
 from loratool.names import CONTAINER, ORIGINAL, UNET, Module
 
 OF_DIFFUSERS: Final = ("transformer.", "unet.", "prior.", CONTAINER)
+"""Prefixes that tell that modules whose architecture has no table are in the naming of diffusers."""
 OF_ORIGINALS: Final = ("diffusion_model.", "model.diffusion_model.", "net.")
-"""Prefixes that tell the naming of modules whose architecture has no table."""
+"""Prefixes that tell that such modules are in the naming of the original."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Hints:
 
 
 def resolve_routes(adapters: Sequence[AdapterKeys], target: Format, wanted: Hints) -> tuple[Arch, dict[Module, Route]]:
-    """The architecture that `adapters` are for, all the same one, and where each module goes in `target`.
+    """The one architecture that all `adapters` are for, and where each module goes in `target`.
 
     Raises `AmbiguousFile` where several architectures explain the modules and have them go different ways, and
     `LoratoolError` where there is no way.
@@ -51,6 +52,7 @@ def resolve_routes(adapters: Sequence[AdapterKeys], target: Format, wanted: Hint
     found = _candidates(adapters, modules, target, wanted)
     routes: list[tuple[Arch, dict[Module, Route]]] = []
     problems: list[LoratoolError] = []
+    # All candidates are tried: which one is right matters only where two of them rename the modules differently.
     for candidate in found:
         try:
             way = _agree(modules, candidate, target)
@@ -70,8 +72,8 @@ def resolve_routes(adapters: Sequence[AdapterKeys], target: Format, wanted: Hint
 def resolve_common_routes(
     adapters: Sequence[AdapterKeys], target: Format, arch: str | None, base: Layout | None
 ) -> tuple[Arch, dict[Module, Route]]:
-    """`resolve_routes` by the adapters' own names or, where these do not settle it, by those of a base that is there for
-    another reason."""
+    """`resolve_routes` by the adapters' own names or, where these do not settle the architecture, by the names of a base
+    that the caller has for another reason."""
     try:
         return resolve_routes(adapters, target, Hints(arch))
     except LoratoolError:
@@ -81,7 +83,8 @@ def resolve_common_routes(
 
 
 def _agree(modules: Sequence[Module], arch: Arch, target: Format) -> dict[Module, Route]:
-    """Where modules go, each under its own name where that is right, and where no two adapters have two for one module."""
+    """Where modules go: each keeps its own name if all names are right and no two of them are of one module."""
+    # Two adapters may each spell one module rightly, CLIP with and without `text_model.`; the output needs one name.
     routes, kept = route_modules(modules, arch, target), routes_keeping_names(modules, arch, target)
     names: dict[tuple[str, tuple[tuple[str, Link | None], ...]], set[str]] = {}
     for module, way in routes.items():
@@ -90,8 +93,11 @@ def _agree(modules: Sequence[Module], arch: Arch, target: Format) -> dict[Module
 
 
 def _candidates(adapters: Sequence[AdapterKeys], modules: Sequence[Module], target: Format, wanted: Hints) -> list[Arch]:
+    """The architectures to try: what the user says, else what the base is, else all whose tables explain the names; of these
+    only such as have the modules spelled as the format `wanted.source`, if there is one."""
     if wanted.arch:
         found = [arch_named(wanted.arch)]
+    # A language model has no table, so that its base could only repeat the adapter's own names.
     elif wanted.base and not is_language_model(modules):
         found = _of_base(wanted.base, modules, target)
     else:
@@ -110,11 +116,15 @@ def _candidates(adapters: Sequence[AdapterKeys], modules: Sequence[Module], targ
 def resolve_base_routes(
     modules: Sequence[Module], found: Sequence[Arch], target: Format
 ) -> tuple[Arch, dict[Module, Route], dict[Module, str]]:
-    """Of the architectures that a base may be, the one that has most of `modules`; where each goes in `target`, and why the
-    others have no place there. Raises `AmbiguousFile` where two have them go different ways."""
+    """Chooses among the architectures that a base may be the one that has most of `modules`: returns it, where each of its
+    modules goes in `target`, and why the others have no place there.
+
+    Raises `AmbiguousFile` where two architectures have as many modules and name them differently.
+    """
     routes: list[tuple[Arch, dict[Module, Route], dict[Module, str]]] = []
     for arch in found:
         reasons: dict[Module, str] = {}
+        # One by one: `route_modules` raises at the first module without a place, and each needs its own reason.
         for module in modules:
             try:
                 route_modules([module], arch, target)
@@ -131,7 +141,7 @@ def resolve_base_routes(
 
 
 def _names(routes: Mapping[Module, Route]) -> dict[Module, tuple[str, tuple[str, ...], bool]]:
-    """What modules become, whichever table says so."""
+    """What modules become in the output: equal for two architectures whose tables rename alike, whatever else they hold."""
     return {
         module: (way.prefix, tuple(path for path, _ in way.targets), way.renames and not way.swapped)
         for module, way in routes.items()
@@ -139,14 +149,15 @@ def _names(routes: Mapping[Module, Route]) -> dict[Module, tuple[str, tuple[str,
 
 
 def archs_of_base(layout: Layout, modules: Sequence[Module], wanted: str | None) -> list[Arch]:
-    """What a base may be: the architecture that is `wanted`, those that explain it, or one without a table that calls
-    `modules` what the base calls them."""
+    """The architectures that a base may be: the one `wanted`, else those that explain the base, else one without a table, in
+    which `modules` are called what they are called already."""
     if wanted:
         return [arch_named(wanted)]
     inputs = inputs_of(layout)
     if is_language_model([module for module, _ in inputs]):
         return [language_model(modules)]
     named, fitting = matching_archs(inputs)
+    # Where no shapes fit, the names still tell how to rename.
     return (
         break_ties(fitting, inputs, {})[0]
         or named
@@ -155,7 +166,7 @@ def archs_of_base(layout: Layout, modules: Sequence[Module], wanted: str | None)
 
 
 def _of_base(layout: Layout, modules: Sequence[Module], target: Format) -> list[Arch]:
-    """The base's architecture; where none explains it, its own names, which only formats of its naming can use."""
+    """The architectures of the base; where no table explains it, one of its own names, for formats of its naming only."""
     named = [module for module, _ in inputs_of(layout)]
     found = archs_of_base(layout, named, None)
     if found[0] in ARCHS:
@@ -163,6 +174,7 @@ def _of_base(layout: Layout, modules: Sequence[Module], target: Format) -> list[
     if found[0].name == LLM:
         # Norms too are called what Hugging Face calls them.
         return [arch_without_table([*modules, *named], LLM, found[0].title)]
+    # Folders have diffusers' names and single files the original's; without a table none become the others.
     if (ORIGINAL in target.namings) == layout.is_folder and any(module.component == UNET for module in named):
         raise Unsupported(
             f"{layout.root}: has no table here, and its names are {'diffusers' if layout.is_folder else 'the original'}'s, "
@@ -172,7 +184,9 @@ def _of_base(layout: Layout, modules: Sequence[Module], target: Format) -> list[
 
 
 def _without_table(adapters: Sequence[AdapterKeys], modules: Sequence[Module], target: Format) -> Arch:
-    """An architecture of the file's own names, for its own format or, if they are dotted, one of the same naming."""
+    """An architecture of the file's own names, for the format that the file is in or, if its names are dotted, one of the
+    same naming; raises `LoratoolError` where the names cannot be carried over."""
+    # Adapters that tables explain one by one, but none together, are for different models.
     alone = [(adapter.path, found[0].title) for adapter in adapters if (found := archs_of_adapters([adapter]))]
     if alone and len(adapters) > 1:
         shown = ", ".join(f"{path} is for {title}" for path, title in alone)

@@ -16,8 +16,9 @@ from loratool.names import DIFFUSERS, TRANSFORMERS_5, UNWRAPPED, Module
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a module goes: how its name is `read`, the component's `prefix`, and for each of its parts in diffusers'
-    naming the module there is of it, and the link that has it (None for the part itself)."""
+    """Where a module goes: the `prefix` of its component in the target, how its name is `read`, the target's `naming`, and
+    in `targets`, for each of the module's parts in diffusers' naming, the path of the target's module that holds the part
+    and the link between them (None where that module is the part itself)."""
 
     prefix: str
     read: NameReading
@@ -26,13 +27,15 @@ class Route:
 
     @property
     def renames(self) -> bool:
-        """Whether all that changes is the name: the same naming, or a module of the same parts in the other."""
+        """Whether nothing but the name changes: the naming stays, or the target's module is made of the same parts."""
+        # All parts must come to lie in one module, and that module must hold no other part.
         (whole, link), *others = dict.fromkeys(self.targets)
         return self.naming == self.read.naming or (not others and (link.parts if link else (whole,)) == self.read.parts)
 
     @property
     def swapped(self) -> bool:
-        """Whether the halves of its output change places on the way."""
+        """Whether the halves of the module's output change places on the way."""
+        # Exchanged on the way into diffusers' naming and again on the way out, they stand as before.
         if self.naming == self.read.naming:
             return False
         link = self.targets[0][1]
@@ -40,7 +43,7 @@ class Route:
 
 
 def route_modules(modules: Iterable[Module], arch: Arch, target: Format) -> dict[Module, Route]:
-    """Where each of `modules` goes in `target`, by the table of `arch`; raises `LoratoolError` where there is no place."""
+    """Where each of `modules` goes in `target`, by the table of `arch`; raises `LoratoolError` where one has no place."""
     if not target.holds(arch.name):
         raise Unsupported(f"{target.title} is no format for {arch.title}; `loratool formats` shows which are")
     found = {}
@@ -53,13 +56,14 @@ def route_modules(modules: Iterable[Module], arch: Arch, target: Format) -> dict
             raise Unsupported(f"{target.title} holds one model, this adapter is for {several}; `to='diffusers'` holds all")
         try:
             found[module] = route_of(component, spot, _prefix(component, target), component.naming(target.namings))
+        # A naming need not have all parts: that of XLabs is of attention alone.
         except KeyError as part:
             raise Unsupported(f"{module}: {target.title} has no name for {part.args[0]} of {arch.title}") from None
     return found
 
 
 def is_spelled_as(modules: Iterable[Module], arch: Arch, spelling: Format) -> bool:
-    """Whether every module of `arch` is called what `spelling` calls it, or what its readers take for the same."""
+    """Whether every module of `arch` has the name that `spelling` gives it, or one that its readers take for the same."""
     try:
         # One by one: most spellings fail at the first.
         return all(_is_right(module, route_modules([module], arch, spelling)[module], spelling) for module in modules)
@@ -68,8 +72,8 @@ def is_spelled_as(modules: Iterable[Module], arch: Arch, spelling: Format) -> bo
 
 
 def _is_right(module: Module, way: Route, spelling: Format) -> bool:
-    """Whether a module is called as its `way` says, or by what stands for it: CLIP's name of transformers 5, and te for the
-    first of several encoders."""
+    """Whether a module is called as its `way` says, or by a name that readers take for the same: CLIP's path in transformers
+    5, and kohya's `lora_te_` for the first of several encoders."""
     unwrapped = way.read.naming in (TRANSFORMERS_5, UNWRAPPED)
     path = way.read.path if unwrapped else way.targets[0][0]
     prefixes = {way.prefix, "lora_te_"} if way.prefix == "lora_te1_" else {way.prefix}
@@ -77,7 +81,7 @@ def _is_right(module: Module, way: Route, spelling: Format) -> bool:
 
 
 def routes_keeping_names(modules: Iterable[Module], arch: Arch, target: Format) -> dict[Module, Route]:
-    """`route_modules`, but where every module is called right already, each keeps its own name."""
+    """`route_modules`, except that each module keeps its own name where every one of them is called right already."""
     routes = route_modules(modules, arch, target)
     if not all(_is_right(module, way, target) for module, way in routes.items()):
         return routes
@@ -85,6 +89,7 @@ def routes_keeping_names(modules: Iterable[Module], arch: Arch, target: Format) 
 
 
 def _keep_name(module: Module, read: NameReading, target: Format) -> Route:
+    # The prefix is the file's own, which may be `lora_te_` where the format would write `lora_te1_`.
     prefix = module.stem.removesuffix(target.stem("", read.path))
     return Route(prefix, read, read.naming, ((read.path, read.link),))
 
@@ -101,6 +106,8 @@ def readings_in(module: Module, arch: Arch) -> list[tuple[Component, NameReading
 
 def route_of(component: Component, spot: NameReading, prefix: str, naming: str) -> Route:
     """Where a module of `component` goes in `naming`; raises `KeyError` with the part that has no name there."""
+    # A stack stays whole in its own naming, and comes apart in that of diffusers; any other naming is reached by way of the
+    # parts, which may end up in several of its modules or be a piece of one.
     if naming == spot.naming:
         return Route(prefix, spot, naming, ((spot.path, spot.link),))
     if naming == DIFFUSERS:
@@ -112,7 +119,8 @@ def route_of(component: Component, spot: NameReading, prefix: str, naming: str) 
 def _the_one(
     module: Module, places: Sequence[tuple[Component, NameReading]], target: Format
 ) -> tuple[Component, NameReading]:
-    """The component that a module is of; a name without a prefix may be of several that are spelled apart."""
+    """The one of `places` that `module` is of; raises `LoratoolError` where several remain that `target` tells apart."""
+    # Components that have the same prefix in the target need not be told apart.
     prefixes = {_prefix(component, target): (component, spot) for component, spot in places}
     if len(prefixes) > 1:
         owners = " or ".join(component.diffusers_folder for component, _ in places)
@@ -149,7 +157,7 @@ def language_model(modules: Iterable[Module]) -> Arch:
 
 
 def example(target: Format) -> str:
-    """A key as `target` spells it, to be shown: of FLUX.1's attention, or of another model that it is for."""
+    """An example of a key as `target` spells it: of FLUX.1's attention, or of another model that the format is for."""
     held = [arch for arch in (FLUX1, *ARCHS) if target.holds(arch.name)]
     if not held:
         return target.key(target.stem(target.whole or "", "model.layers.0.self_attn.q_proj"), "down")
