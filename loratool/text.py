@@ -29,7 +29,8 @@ def size(nbytes: float) -> str:
     """Bytes with a decimal unit: 85.3 MB."""
     # Thousands, as disks and download pages count.
     value, unit = float(nbytes), 0
-    while value >= 1000 and unit < len(UNITS) - 1:
+    # Three digits of 999.5 are 1000 already, which the next unit says in fewer.
+    while value >= (1000 if unit == 0 else 999.5) and unit < len(UNITS) - 1:
         value, unit = value / 1000, unit + 1
     return f"{value:.3g} {UNITS[unit]}" if unit else f"{int(value)} {UNITS[0]}"
 

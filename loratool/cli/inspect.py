@@ -165,7 +165,10 @@ def _metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 def _history(steps: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """Lines on what was done to the file, the last command first."""
     for number, step in enumerate(steps):
-        inputs = [f"{each.get('name')}{_strength(each)}{_hash(each)}" for each in step.get("adapters", ())]
+        # Metadata is a stranger's: whatever is not shaped like a list of inputs is passed over.
+        adapters = step.get("adapters")
+        known = [each for each in adapters if isinstance(each, Mapping)] if isinstance(adapters, list) else []
+        inputs = [f"{each.get('name')}{_strength(each)}{_hash(each)}" for each in known]
         about = {key: value for key, value in step.items() if key not in _TOLD and value is not None}
         # Lists and objects are too long for a line; --json has them.
         said = [f"{key} {value}" for key, value in about.items() if isinstance(value, str | int | float)]

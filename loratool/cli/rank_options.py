@@ -61,7 +61,7 @@ def rule_from_options(given: dict[str, Any], *, needed: bool = True) -> Rule | B
     values = {name: given.pop(name) for name in _RULES if name in given}
     least, most, conv = bounds = [given.pop(name) for name in BOUNDS]
     allowed, pad = given.pop("round_ranks", None) or (), given.pop("pad", False)
-    asked = [name for name, value in values.items() if value not in (None, False)]
+    asked = [name for name, value in values.items() if value is not None and value is not False]
     # Bounds alone make the exact rule with bounds: all ranks above noise, of which so many stay.
     if not asked and not needed:
         return Rule("all", 0.0, conv, least, most, allowed, pad) if any(bounds) or allowed else None

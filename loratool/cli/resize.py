@@ -133,7 +133,11 @@ def _print_frontier(
     from loratool.verbs.resize import frontier
 
     # What is left in `others` says how to write or how much to keep; -v alone would do no harm.
-    given = [name for name, value in others.items() if value not in (None, False, ()) and name != "verbose"]
+    given = [
+        name
+        for name, value in others.items()
+        if value is not None and value is not False and value != () and name != "verbose"
+    ]
     if given:
         raise click.UsageError(f"--frontier shows every rank and writes nothing; {', '.join(given)} does not go with it")
     report = frontier(adapter, dtype=dtype, base=base, assume=Assumptions(alpha, slots or ()), device=device)

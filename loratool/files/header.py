@@ -140,11 +140,11 @@ def read_header(path: Path, limit: int = BASE_HEADER_BYTES) -> Header:
     """Reads and checks the header of the file at `path`, which may take `limit` bytes; raises `InvalidFile`."""
     descriptor = open_regular(path)
     try:
-        size = os.fstat(descriptor).st_size
+        # What is written to the file from here on makes another file of it.
+        who, size = identity(descriptor), os.fstat(descriptor).st_size
         # The length is checked before it is believed: a hostile one would take 2⁶⁴ bytes of memory.
         length = _header_length(path, os.pread(descriptor, 8, 0), size, limit)
         raw = os.pread(descriptor, length, 8)
-        who = identity(descriptor)
     except LoratoolError as error:
         raise _seems_to_be(path, os.pread(descriptor, 64, 0)) or error from None
     except OSError as error:
@@ -273,6 +273,8 @@ def read_json_file(path: Path) -> JsonFile:
         document = strict_json(raw)
     except InvalidConfig as error:
         raise InvalidConfig(f"{path}: {error}") from error
+    except OSError as error:
+        raise InvalidConfig(f"{path}: {error.strerror}") from error
     finally:
         os.close(descriptor)
     if not isinstance(document, dict):

@@ -18,6 +18,8 @@ from loratool.files.hashes import short_hash
 
 HISTORY_KEY: Final = "loratool"
 """The metadata key of a history."""
+LONGEST_NAME: Final = 100
+"""Letters of an input's name."""
 _MOST: Final = 6
 """How many earlier commands a history keeps at most."""
 BYTES: Final = 6000
@@ -46,14 +48,16 @@ def history_steps(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
 
 def input_record(path: Path, file: AdapterFile | None, **said: object) -> dict[str, object]:
     """The entry of an input in a history: its name, and its hash where it was read from a file."""
-    return {"name": _name(path)[:100], "autov3": file and short_hash(file), **said}
+    return {"name": input_name(path), "autov3": file and short_hash(file), **said}
 
 
-def _name(path: Path) -> str:
-    """The name of a file or folder; of a folder in the hub's cache, whose own name is a commit, that of the repository."""
+def input_name(path: Path) -> str:
+    """The name of a file or folder, as a history keeps it; of a folder in the hub's cache, whose own name is a commit, that
+    of the repository."""
     # The cache's layout is models--ORG--NAME/snapshots/COMMIT (huggingface_hub).
     repository = path.parent.parent.name
-    return repository.removeprefix("models--").replace("--", "/") if path.parent.name == "snapshots" else path.name
+    name = repository.removeprefix("models--").replace("--", "/") if path.parent.name == "snapshots" else path.name
+    return name[:LONGEST_NAME]
 
 
 def history_entry(

@@ -201,7 +201,8 @@ def _alive(pid: int) -> bool:
     # By POSIX signal 0 is never sent, and only tells whether it could be.
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    # No process has a number that is too large for one.
+    except (ProcessLookupError, OverflowError):
         return False
     # EPERM: there is such a process, of another user.
     except OSError:

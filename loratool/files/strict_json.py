@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from loratool.errors import InvalidConfig, first_few
@@ -12,7 +13,11 @@ def strict_json(raw: bytes) -> Any:
     """Reads JSON; raises `InvalidConfig` for duplicate keys, NaN, lone surrogates, giant integers and bottomless nesting."""
     try:
         document = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_integer, parse_constant=_no_constant
+            raw.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_no_constant,
         )
         # A lone surrogate may hide behind an escape; it could be neither printed nor written again.
         if b"\\u" in raw:
@@ -43,6 +48,13 @@ def _integer(text: str) -> int | float:
     if len(text) > 20:
         raise InvalidConfig(f"has an integer of {len(text)} digits")
     return int(text)
+
+
+def _finite(text: str) -> float:
+    # Python reads 1e999 as infinity, and would write it as a word that is not JSON.
+    if math.isinf(number := float(text)):
+        raise InvalidConfig(f"has the number {text[:20]}, which is too large")
+    return number
 
 
 def _no_constant(text: str) -> float:

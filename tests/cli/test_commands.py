@@ -167,6 +167,13 @@ def test_text_from_outside_is_made_safe_and_short() -> None:
 
 
 def test_sizes_and_histograms_are_short() -> None:
+    assert [size(nbytes) for nbytes in (999, 1000, 999_499, 999_999, 999_999_999)] == [
+        "999 bytes",
+        "1 kB",
+        "999 kB",
+        "1 MB",
+        "1 GB",
+    ]
     assert [size(n) for n in (0, 999, 85_300_000, 6_940_000_000)] == ["0 bytes", "999 bytes", "85.3 MB", "6.94 GB"]
     assert histogram({16: 700, 8: 88}) == "16 ×700, 8 ×88"
 
@@ -184,3 +191,10 @@ def test_the_module_runs_like_the_command(run, tmp_path: Path) -> None:
         "stochastic",
     )
     assert load_file(tmp_path / "one.safetensors")
+
+
+def test_zero_is_an_answer(run: Run) -> None:
+    done = run("resize", FIXTURES / "style.safetensors", "-o", "a.safetensors", "--max-error", "0")
+    assert "the largest error is 0.00e+00" in done.stderr
+    done = run("resize", FIXTURES / "style.safetensors", "-o", "b.safetensors", "--total-error", "0")
+    assert "the total error is 0, expected a share between 0 and 1" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -175,3 +176,25 @@ def test_strict_json_refuses_what_two_readers_would_read_differently() -> None:
     for text in (b'{"a":1,"a":2}', b'{"x":{"a":1,"\\u0061":2}}', b"[Infinity]", b"\xff"):
         with pytest.raises(InvalidConfig):
             strict_json(text)
+
+
+def test_a_file_that_changes_while_its_header_is_read_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes((2).to_bytes(8, "little") + b"{}")
+    read = os.pread
+
+    def rewritten(descriptor: int, count: int, offset: int) -> bytes:
+        found = read(descriptor, count, offset)
+        if offset:
+            path.write_bytes((3).to_bytes(8, "little") + b"{} ")
+        return found
+
+    monkeypatch.setattr(os, "pread", rewritten)
+    header = read_header(path)
+    with pytest.raises(InvalidFile, match="was changed while it was read"):
+        header.require_unchanged()
+
+
+def test_a_number_beyond_all_floats_is_no_json() -> None:
+    with pytest.raises(InvalidConfig, match="has the number 1e999, which is too large"):
+        strict_json(b'{"a": 1e999}')

@@ -234,3 +234,11 @@ def test_a_file_system_that_cannot_preallocate_or_copy_is_written_all_the_same(
         assert (tmp_path / "out").stat().st_size == len(raw)
         writer.copy(source.fileno(), 0, len(raw), 0)
     assert (tmp_path / "out").read_bytes() == raw
+
+
+def test_a_temporary_that_names_no_process_is_swept(tmp_path: Path) -> None:
+    left = tmp_path / ".loratool-99999999999999999999-00000000.tmp"
+    left.touch()
+    with NewOutput(tmp_path / "out", folder=True, overwrite=False, nbytes=0, inputs=[]):
+        pass
+    assert not left.exists()

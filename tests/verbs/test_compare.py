@@ -321,3 +321,18 @@ def test_another_models_base_is_an_error_and_no_traceback(tmp_path: Path) -> Non
         compare(paths, base=tmp_path / "base")
     with pytest.raises(ShapeMismatch, match="is the base another model"):
         combine(paths, tmp_path / "sum", Rule("rank", 4), base=tmp_path / "base")
+
+
+def test_rows_that_only_one_checkpoint_has_are_missed(tmp_path: Path) -> None:
+    """Diffusers' q, k and v are rows of the original's qkv: a checkpoint with q alone lacks the other two."""
+    qkv = torch.randn(36, 8, generator=torch.Generator().manual_seed(3))
+    stem = "transformer_blocks.0.attn.to_"
+    parts = {f"{stem}{name}.weight": rows for name, rows in zip("qkv", qkv.split(12), strict=True)}
+    one, whole = tmp_path / "one.safetensors", tmp_path / "whole.safetensors"
+    save(whole, {"double_blocks.0.img_attn.qkv.weight": qkv})
+    save(one, {name: rows.contiguous() for name, rows in parts.items()})
+    assert compare([one, whole]).same
+    save(one, {name: rows.contiguous() for name, rows in parts.items() if name.endswith("to_q.weight")})
+    report = compare([one, whole])
+    assert not report.same
+    assert report.only_other == ("double_blocks.0.img_attn.qkv.weight",)

@@ -699,3 +699,10 @@ def test_wrong_usage_exits_with_2(tmp_path: Path, invoke, words: str) -> None:
     base, tuned = pair(tmp_path, tuned_tensors())
     done = invoke("extract", base, tuned, "-o", "out.safetensors", *words.split())
     assert done.returncode == 2, done.stdout + done.stderr
+
+
+def test_a_folder_that_a_killed_run_left_empty_is_taken_over(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path, tuned_tensors())
+    (tmp_path / "out.safetensors.partial").mkdir()
+    extract(base, tuned, tmp_path / "out.safetensors", Rule("rank", 3), resume=True, **COMFY)
+    assert not (tmp_path / "out.safetensors.partial").exists()

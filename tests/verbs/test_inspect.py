@@ -161,3 +161,10 @@ def test_inspecting_and_asking_for_help_import_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("adapters", [["a"], "a", 1, {"a": 1}, [None, {"name": "b"}]])
+def test_a_history_of_another_shape_is_passed_over(tmp_path: Path, invoke, adapters: object) -> None:
+    said = json.dumps({"command": "x", "adapters": adapters})
+    save(tmp_path / "a.safetensors", kohya({"lora_unet_a": (8, 8)}, 2, 1.0), loratool=said)
+    assert "x" in invoke("inspect", "a.safetensors").stdout

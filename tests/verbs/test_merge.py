@@ -535,3 +535,13 @@ def test_the_command_line_takes_parts(tmp_path: Path, invoke) -> None:
     strength = Strength(0.7, parts={"IN*": 0.0, "OUT*": 0.25})
     merge(SDXL, [WeightedAdapter(STYLE, strength)], tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_a_tensor_that_float16_cannot_hold_is_an_error_though_no_adapter_changes_it(tmp_path: Path) -> None:
+    """bfloat16 has as many bytes as float16, and a wider range."""
+    base = base_tensors(torch.bfloat16)
+    base["big.weight"] = torch.full((2, 3), 1e5, dtype=torch.bfloat16)
+    save(tmp_path / "base.safetensors", base)
+    save(tmp_path / "a.safetensors", kohya(STEMS, 2, 1.0))
+    with pytest.raises(NonFinite, match=r"big\.weight: 6 values of the result overflow F16"):
+        merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "o.safetensors", dtype="float16")

@@ -401,3 +401,13 @@ def test_the_base_is_the_same_whatever_sums_in_float32_come_to(tmp_path: Path) -
         f"assert loratool.unmerge({str(files.m1)!r}, {str(tmp_path / 'b.safetensors')!r}, undo={str(files.undo)!r}).exact"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_adapter_in_the_hubs_cache_goes_by_its_repository(tmp_path: Path) -> None:
+    base = save(tmp_path / "base.safetensors", base_tensors(torch.float16))
+    folder = tmp_path / "models--me--style" / "snapshots" / "0123abc"
+    folder.mkdir(parents=True)
+    adapter = save(folder / "adapter_model.safetensors", kohya(STEMS, 2, 1.0))
+    merge(base, [folder], tmp_path / "m.safetensors")
+    assert adapter.exists()
+    assert not unmerge(tmp_path / "m.safetensors", tmp_path / "b.safetensors", [folder]).warnings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,21 +72,22 @@ def compare_checkpoints(
     """Compares all tensors, whose names are the same or those of two namings. The checkpoints are the `same` where nothing
     is missing and no tensor differs by more than `tolerance` of its norm."""
     pairs, missing = [], []
-    met: set[str] = set()
+    met: Counter[str] = Counter()
     for name in one.layout.tensors:
         # The very same name first; else the places of the module, which may be several tensors, or rows of a stacked one.
         direct = other.targets.own.get(name)
         places = (direct,) if direct else other.targets.find(*module_of(name))
         if places:
             pairs.append((name, places))
-            met.update(place.tensor for place in places)
+            for place in places:
+                met[place.tensor] += place.rows
         else:
             missing.append(name)
     found = map_on_threads(
         partial(devices.run_one, name, partial(_compare_tensor, one, other, name, places)) for name, places in pairs
     )
     different = tuple(tensor for tensor in found if tensor.changed or tensor.shapes[0] != tensor.shapes[1])
-    only_other = tuple(name for name in other.layout.tensors if name not in met)
+    only_other = tuple(name for name in other.layout.tensors if met[name] < other.targets.own[name].rows)
     within = all(tensor.relative <= tolerance for tensor in different)
     return CheckpointComparison(
         str(one.layout.root),

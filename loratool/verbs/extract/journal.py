@@ -32,13 +32,14 @@ class Journal:
     def __init__(self, out: Path, job: str) -> None:
         self.folder = out.with_name(out.name + SUFFIX)
         said = self.folder / JOB
-        if self.folder.exists() and not said.is_file():
+        # An empty folder is what a run leaves that was killed before it said what it does.
+        if self.folder.exists() and not said.is_file() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise OutputError(
                 f"{self.folder}: exists and is not what an extraction left behind; move it, or choose another OUT"
             )
         if not said.is_file() or said.read_text() != job:
             self.discard()
-            self.folder.mkdir()
+            self.folder.mkdir(exist_ok=True)
             said.write_text(job)
 
     def get(self, key: str) -> Outcome | None:

@@ -100,7 +100,7 @@ class BufferPool:
         """Copies the device's numbers to the host and waits for them; returns `values` itself where nothing is staged."""
         if not self.staged:
             return values
-        here = self.take(use, values.dtype, values.shape, host=True).copy_(values, non_blocking=True)
+        here = self.take(use, values.dtype, values.shape, host=True).copy_(values, non_blocking=self.device.type == "cuda")
         # A copy that does not block returns before the numbers are there, and they are written to the file next.
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
@@ -275,8 +275,9 @@ def _check_range(tensor: TensorPlan, wide: Tensor, dtype: torch.dtype) -> None:
         return
     if bool((wide.abs() <= limit).all()):
         return
-    # A tensor without terms keeps the NaN or Inf that the base holds, unless its dtype becomes narrower.
-    if tensor.terms or dtype.itemsize < DTYPES[tensor.source.dtype].itemsize:
+    # A tensor without terms keeps the NaN or Inf that the base holds, unless its dtype's range becomes narrower: float16 is
+    # narrower than bfloat16, of as many bytes.
+    if tensor.terms or limit < rounding.max_finite(DTYPES[tensor.source.dtype]):
         raise NonFinite(_overflow_message(tensor, wide))
 
 

@@ -12,7 +12,7 @@ from loratool.adapter.adapter import Adapter
 from loratool.adapter.load import Assumptions
 from loratool.adapter.strengths import AdapterLike, weighted_adapter
 from loratool.errors import LoratoolError, Unsupported
-from loratool.files.history import history_of
+from loratool.files.history import history_of, input_name
 from loratool.files.layout import Layout, open_layout
 from loratool.numbers.devices import open_devices
 from loratool.numbers.threads import Progress
@@ -130,11 +130,12 @@ def history_disagreements(layout: Layout, adapters: Sequence[tuple[str, float]])
         known = history_of(header.metadata).get("adapters")
         if isinstance(known, list) and known:
             merged = {(str(each.get("name")), each.get("strength")) for each in known if isinstance(each, dict)}
-            # The history keeps 100 letters of a name (`input_record`), and is the same in every file that has one.
+            # The history is the same in every file that has one.
             for path, strength in adapters:
-                if (Path(path).name[:100], strength) not in merged:
+                mine = input_name(Path(path))
+                if (mine, strength) not in merged:
                     listed = ", ".join(f"{name}:{at}" for name, at in sorted(merged, key=str))
-                    yield f"{layout.root} says that {listed} was merged into it, not {Path(path).name}:{strength:g}"
+                    yield f"{layout.root} says that {listed} was merged into it, not {mine}:{strength:g}"
             return
 
 
