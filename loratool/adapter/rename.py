@@ -61,7 +61,7 @@ def rename_changes(changes: Sequence[Change], routes: Mapping[Module, Route]) ->
             # 2. Else by way of diffusers' naming, the finest: cut into its parts, each of which is a module of the
             # target, or a piece of one, which has to wait for its siblings.
             targets = dict(zip(route.read.parts, route.targets, strict=True))
-            for part, delta in _changes_of_experts(change, route):
+            for part, delta in _delta_parts(change, route):
                 whole, link = targets[part]
                 if link and len(link.parts) > 1:
                     pieces.append(_Piece(route.prefix, link, part, delta, change))
@@ -72,7 +72,7 @@ def rename_changes(changes: Sequence[Change], routes: Mapping[Module, Route]) ->
     return moved + [_stack(list(group)) for _, group in groupby(pieces, key=lambda piece: piece.place)]
 
 
-def _changes_of_experts(change: Change, route: Route) -> list[tuple[str, Delta]]:
+def _delta_parts(change: Change, route: Route) -> list[tuple[str, Delta]]:
     """The deltas of a module's parts in diffusers' naming, without parts that nothing changes where another is changed."""
     link = route.read.link
     if link is None or len(link.parts) == 1:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @click.command("merge", short_help="Merge adapters into a base checkpoint.")
 @click.argument("base", type=input_path)
-@click.argument("adapters", nargs=-1, type=input_name, required=True, metavar="ADAPTER[:STRENGTH]...")
+@click.argument("adapters", nargs=-1, type=input_name, required=True, metavar="ADAPTER[:STRENGTH[:PARTS]]...")
 @output_option("File or folder to write.", required=False)
 @in_place_option
 @click.option(
@@ -94,7 +94,8 @@ def merge_command(
     """Merge one or more ADAPTERs into BASE, each at its STRENGTH (default 1), and write the result to OUT.
 
     BASE is a safetensors file or a folder of Hugging Face or diffusers, and OUT becomes the same. Strength w adds
-    exactly w · ΔW, computed in float32 and rounded once. A module without a target is an error.
+    exactly w · ΔW, computed in float32 and rounded once. A module without a target is an error. PARTS weigh components and
+    blocks of one adapter, as in `loratool combine`: te1=0.5,OUT*=0, or a vector of block weights.
 
     \b
     Example:

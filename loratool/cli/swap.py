@@ -24,7 +24,7 @@ from loratool.cli.options import (
 )
 from loratool.cli.render import progress_bar, show_report
 
-_NAMED = "ADAPTER[:STRENGTH]"
+_NAMED = "ADAPTER[:STRENGTH[:PARTS]]"
 
 
 @click.command("swap", short_help="Take one adapter out of a merged checkpoint and put another in.")

@@ -30,7 +30,7 @@ HASHES = 8
 
 @click.command("unmerge", short_help="Undo a merge: to the bit with its undo file, by subtraction without.")
 @click.argument("merged", type=input_path)
-@click.argument("adapters", nargs=-1, type=input_name, metavar="[ADAPTER[:STRENGTH]]...")
+@click.argument("adapters", nargs=-1, type=input_name, metavar="[ADAPTER[:STRENGTH[:PARTS]]]...")
 @click.option("--undo", type=input_path, metavar="FILE", help="What `merge --undo` wrote.")
 @output_option("File or folder to write.")
 @pickle_option

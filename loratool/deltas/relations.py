@@ -19,7 +19,7 @@ def relate_deltas(one: Delta, other: Delta, *, angles: bool = True) -> Relation 
     if not (one.additive and other.additive):
         return None
     require_alike([one, other])
-    factors = _factors(one), _factors(other)
+    factors = factors_of(one), factors_of(other)
     if factors[0] and factors[1]:
         # Both ranks together below both sides of the weight: Gram matrices of factors are then the smaller ones.
         ranks = factors[0][0].shape[1], factors[1][0].shape[1]
@@ -36,7 +36,7 @@ def require_alike(deltas: Sequence[Delta]) -> None:
         raise ShapeMismatch(f"changes weights of {shown}: the adapters are for other models")
 
 
-def _factors(delta: Delta) -> tuple[Tensor, Tensor] | None:
+def factors_of(delta: Delta) -> tuple[Tensor, Tensor] | None:
     """Exact (up, down) of a delta; for a LoRA with the scale in float64, so that no small change is rounded away."""
     made = delta.materialise()
     if isinstance(made, LoRA) and made.mid is None:

@@ -63,7 +63,7 @@ class _Term:
     owner: int
     module: Module
     delta: Delta
-    weight: float
+    strength: float
 
 
 class AdapterSum:
@@ -149,9 +149,9 @@ class AdapterSum:
         strength 1."""
         # A method other than the sum sparsifies a single term too. Folding scales for PEFT changes additive deltas only.
         alone = self.merge is as_sum and len({term.owner for term in terms}) == 1
-        if alone and all(term.weight == 1 and not (self.biased and term.delta.additive) for term in terms):
+        if alone and all(term.strength == 1 and not (self.biased and term.delta.additive) for term in terms):
             return [term.delta for term in terms]
-        terms = [term for term in terms if term.weight]
+        terms = [term for term in terms if term.strength]
         if not terms:
             return []
         # Kinds that depend on the weight (DoRA, OFT, replaced values …) have no sum, but the differences that they make do.
@@ -176,7 +176,7 @@ class AdapterSum:
         if merge is add_deltas and self.biased:
             merge = partial(add_deltas, fold=True)
         # Computed when it is asked for, by `_exact` or `Approximation`, which work on several threads.
-        whole = LazySum(tuple(deltas), tuple(term.weight for term in terms), merge)
+        whole = LazySum(tuple(deltas), tuple(term.strength for term in terms), merge)
         if replaced is None or self.weights is None:
             return [whole]
         # Readers put a replaced value (PEFT's modules_to_save) in the weight's place, so it has to include the whole sum.

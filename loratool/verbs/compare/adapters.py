@@ -16,7 +16,7 @@ from loratool.adapter.verify import same_bytes
 from loratool.base.base import BaseCheckpoint
 from loratool.base.effects import effect_of
 from loratool.deltas.base import Delta, to_device
-from loratool.deltas.relations import _factors, norm_of, relate_deltas, require_alike
+from loratool.deltas.relations import factors_of, norm_of, relate_deltas, require_alike
 from loratool.deltas.schema import WEIGHT
 from loratool.deltas.sums import LazySum, add_deltas
 from loratool.errors import NeedsBase, Unsupported, error_context
@@ -212,7 +212,7 @@ def inner_products(aligned: AlignedAdapters, devices: DevicePool) -> Tensor:
         if not all(delta is None or delta.additive for delta in deltas):
             raise NeedsBase(f"{aligned.name(place)}: is of a kind that depends on the weight; pass `base=`")
         require_alike([delta for delta in deltas if delta])
-        held = [_changes_at(delta) if delta else None for delta in deltas]
+        held = [_operand(delta) if delta else None for delta in deltas]
         table = torch.zeros(len(changes), len(changes), dtype=torch.float64)
         for i, mine in enumerate(held):
             for j, theirs in enumerate(held[: i + 1]):
@@ -224,19 +224,19 @@ def inner_products(aligned: AlignedAdapters, devices: DevicePool) -> Tensor:
     return torch.stack(tables).sum(dim=0)
 
 
-ChangesByPlace = tuple[Tensor, Tensor | None]
+Operand = tuple[Tensor, Tensor | None]
 """One delta as an operand of an inner product, in float64: its factors (up, down), or the whole matrix and None."""
 
 
-def _changes_at(delta: Delta) -> ChangesByPlace:
+def _operand(delta: Delta) -> Operand:
     """The factors of a delta, or the whole matrix where a second delta of this rank would make that the lesser work."""
-    factors = _factors(delta)
+    factors = factors_of(delta)
     if factors and 2 * factors[0].shape[1] <= min(delta.shape[0], math.prod(delta.shape[1:])):
         return factors[0].double(), factors[1].double()
     return delta.dense().double().reshape(delta.shape[0], -1), None
 
 
-def _inner(one: ChangesByPlace, other: ChangesByPlace) -> Tensor:
+def _inner(one: Operand, other: Operand) -> Tensor:
     """⟨one, other⟩ of two deltas, of which each is factored or whole."""
     # With a factored delta first: ⟨UD, W⟩ is the sum of UᵀW ∘ D, and ⟨UD, VE⟩ that of UᵀV ∘ DEᵀ, which is rank by rank.
     if one[1] is None:

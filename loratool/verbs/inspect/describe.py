@@ -18,7 +18,7 @@ FEW: Final = 200
 """The characters of one metadata value that are shown."""
 
 
-def summarise_modules(metadata: Mapping[str, str]) -> dict[str, str]:
+def summarise_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """Metadata with long values cut, and JSON objects replaced by how many entries they hold."""
     return {key: _summary(value) for key, value in sorted(metadata.items())}
 

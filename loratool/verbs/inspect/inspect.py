@@ -20,7 +20,7 @@ from loratool.keys.listing import AdapterListing, ModuleLeaves, open_input
 from loratool.keys.places import inputs_of
 from loratool.names import base_component
 from loratool.text import histogram, size
-from loratool.verbs.inspect.describe import describe_format, leaves_of, summarise_modules, suspicions
+from loratool.verbs.inspect.describe import describe_format, leaves_of, summarise_metadata, suspicions
 
 if TYPE_CHECKING:
     from loratool.verbs.inspect.values import ModuleValues
@@ -150,7 +150,7 @@ def inspect_adapter(found: AdapterListing, whole: int | None = None, *, values: 
         nbytes=sum(info.nbytes for info in tensors),
         parameters=parameters,
         share=parameters / (whole or touched) if whole or touched else None,
-        metadata=summarise_modules(found.header.metadata),
+        metadata=summarise_metadata(found.header.metadata),
         history=tuple(history_steps(found.header.metadata)),
         suspicions=(*problems, *suspicions(found)),
         modules=modules,
@@ -236,7 +236,7 @@ def _checkpoint(layout: Layout) -> CheckpointReport:
         parameters=sum(info.numel for info in tensors),
         tensors=len(tensors),
         files=tuple(layout.files),
-        metadata=summarise_modules(_first_metadata(layout.files.values())),
+        metadata=summarise_metadata(_first_metadata(layout.files.values())),
         history=tuple(history_steps(_first_metadata(layout.files.values()))),
         suspicions=(
             *(why for why in [refusal(layout.tensors)] if why),
