@@ -169,7 +169,7 @@ def original_names(arch: Arch, component: str, tensors: Mapping[str, Tensor]) ->
     table = arch.component(component)
     assert table is not None
     renamed: Tensors = {}
-    for link in table.links[table.stored]:
+    for link in table.links[table.stored_naming]:
         for parameter in ("weight", "bias"):
             parts = [tensors.get(f"{part}.{parameter}") for part in link.parts]
             found = [part for part in parts if part is not None]

@@ -162,7 +162,7 @@ def _changes(
     for part in group.parts():
         # An alpha is a number that the listing has read, and reaches the delta as its scale.
         tensors = {leaf: _read(file, group.leaves[leaf]) for leaf in part.leaves if leaf != "alpha"}
-        delta = build_part(part, tensors, found.given(group, part, alphas, given))
+        delta = build_part(part, tensors, found.given_for(group, part, alphas, given))
         keys = tuple(group.leaves[leaf].name for leaf in part.leaves)
         # A product with a factor of zeros is zero, which need not be multiplied out to be seen.
         zero = delta.additive and (delta.scale == 0 or any(bounds(tensor) == (0, 0) for tensor in tensors.values()))

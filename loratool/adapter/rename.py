@@ -55,7 +55,7 @@ def rename_changes(changes: Sequence[Change], routes: Mapping[Module, Route]) ->
         with _explain_errors(change):
             # 1. Where the modules are the same, the name alone changes.
             if route.renames:
-                delta = swap_halves(change.delta) if route.swapped else change.delta
+                delta = swap_halves(change.delta) if route.swaps_halves else change.delta
                 moved.append(RenamedDelta(route.prefix, route.targets[0][0], change.parameter, delta, (change,)))
                 continue
             # 2. Else by way of diffusers' naming, the finest: cut into its parts, each of which is a module of the

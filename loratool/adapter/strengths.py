@@ -65,11 +65,11 @@ class Strength:
             found[module] = strength
         return found, used
 
-    def negated(self) -> Strength:
+    def opposite(self) -> Strength:
         """The opposite strength, which takes out of a weight what this strength put in."""
         return replace(self, value=-self.value)
 
-    def unnamed(self, modules: Iterable[Module], arch: Arch) -> list[Module]:
+    def modules_without_block(self, modules: Iterable[Module], arch: Arch) -> list[Module]:
         """The modules whose blocks have no number in `vector`, if there is a vector."""
         by_block = block_strengths(self.vector, arch) if self.vector else {}
         return [module for module in modules if by_block and block_of(arch, module) not in by_block]
@@ -92,9 +92,9 @@ class WeightedAdapter:
     def path(self) -> Path:
         return self.adapter.path if isinstance(self.adapter, Adapter) else Path(self.adapter)
 
-    def negated(self) -> WeightedAdapter:
+    def opposite(self) -> WeightedAdapter:
         """The same adapter, to be taken out."""
-        return replace(self, strength=self.full_strength.negated())
+        return replace(self, strength=self.full_strength.opposite())
 
     def times(self, parts: Mapping[str, float]) -> WeightedAdapter:
         """The same adapter with the strengths of components and blocks multiplied."""

@@ -63,7 +63,7 @@ def _bring_back(change: Change, way: Route, target: Format, again: LazyAdapter) 
     written = [delta_at(again, target.stem(way.prefix, path), change) for path, _ in way.targets]
     # The way of `rename_changes`, backwards: a name alone, else cut what was written into diffusers' parts and stack those.
     if way.renames:
-        return swap_halves(written[0]) if written[0] and way.swapped else written[0]
+        return swap_halves(written[0]) if written[0] and way.swaps_halves else written[0]
     pieces = [
         _piece_of(whole, link, part) for part, (_, link), whole in zip(way.read.parts, way.targets, written, strict=True)
     ]

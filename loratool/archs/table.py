@@ -82,7 +82,7 @@ class Component:
         return {naming: tuple(rows()) for naming, rows in self.rows.items()}
 
     @property
-    def stored(self) -> str:
+    def stored_naming(self) -> str:
         """The naming of the original's checkpoints."""
         return CHECKPOINT if CHECKPOINT in self.rows else ORIGINAL
 

@@ -104,7 +104,7 @@ class _PairingDraft:
 
     def add_lost(self) -> None:
         """Tries the tensors without a partner behind one prefix that places them all: wrappers move a whole model."""
-        renamed = self.tuned.targets.wrapped({module for module, _ in self.lost.values()})
+        renamed = self.tuned.targets.find_wrapped({module for module, _ in self.lost.values()})
         for name, (module, parameter) in list(self.lost.items()):
             theirs = self.tuned.targets.find(renamed[module], parameter) if module in renamed else ()
             if theirs:
@@ -125,7 +125,7 @@ class _PairingDraft:
 
     def add_head(self) -> None:
         """Pairs the output layers where a checkpoint, or both, has tied it to the embedding."""
-        mine, theirs = self.base.targets.tied, self.tuned.targets.tied
+        mine, theirs = self.base.targets.tied_embedding, self.tuned.targets.tied_embedding
         if not mine and not theirs:
             return
         # On the tied side the embedding stands for the head, which is not stored there.

@@ -111,7 +111,7 @@ class AdapterListing:
         infos = [group.leaves["alpha"] for group in self.groups if "alpha" in group.leaves]
         return dict(read_scalars(self.header, infos))
 
-    def given(self, group: ModuleLeaves, part: DeltaSpec, alphas: Mapping[str, float | None], assume: Given) -> Given:
+    def given_for(self, group: ModuleLeaves, part: DeltaSpec, alphas: Mapping[str, float | None], assume: Given) -> Given:
         """What the file and its config say of one delta beside its leaves; `assume` fills in what neither says.
 
         Raises `InvalidAdapter` where an alpha is no number, or the config's rank is not that of the tensors.

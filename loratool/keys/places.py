@@ -87,7 +87,7 @@ class WeightIndex:
         close = difflib.get_close_matches(flat(module.path), known, n=1, cutoff=0.6)
         return known[close[0]] if close else None
 
-    def wrapped(self, modules: Iterable[Module]) -> dict[Module, Module]:
+    def find_wrapped(self, modules: Iterable[Module]) -> dict[Module, Module]:
         """Renames modules without a place by the one prefix that finds them all: wrappers move a whole model.
 
         A vision-language model calls `model.layers` `model.language_model.layers`; transformers 5.6 dropped `text_model.`
@@ -122,7 +122,7 @@ class WeightIndex:
             yield from ((component, path) for component in ENCODERS if component in self._paths)
 
     @cached_property
-    def tied(self) -> str | None:
+    def tied_embedding(self) -> str | None:
         """The embedding tensor that serves as output layer too; None where the model has none, or stores its own."""
         # Only the class in config.json tells a model with a tied head from a bare one, which has an embedding and no head.
         architectures = self._layout.config.get("architectures") or [""]
@@ -182,7 +182,7 @@ class WeightIndex:
             if width := self._head_width():
                 places[component, flat(link.parts[0])] = tuple(_split_heads(stored[0], width))
             return
-        whole = self._transposed(stored[0]) if link.transposed else stored[0]
+        whole = self._as_transposed(stored[0]) if link.transposed else stored[0]
         for part, place in zip(link.parts, _cut_rows(whole, link), strict=True):
             places[component, flat(part)] = _swap_halves((place,)) if link.swapped else (place,)
 
@@ -194,7 +194,7 @@ class WeightIndex:
         if all(parts) and not link.transposed:
             places.setdefault((component, flat(link.whole)), _swap_halves(joined) if link.swapped else joined)
 
-    def _transposed(self, place: WeightRows) -> WeightRows:
+    def _as_transposed(self, place: WeightRows) -> WeightRows:
         return WeightRows(place.tensor, 0, self._layout.info(place.tensor).shape[-1], transposed=True)
 
     def _head_width(self) -> int:

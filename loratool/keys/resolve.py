@@ -143,7 +143,7 @@ def resolve_base_routes(
 def _names(routes: Mapping[Module, Route]) -> dict[Module, tuple[str, tuple[str, ...], bool]]:
     """What modules become in the output: equal for two architectures whose tables rename alike, whatever else they hold."""
     return {
-        module: (way.prefix, tuple(path for path, _ in way.targets), way.renames and not way.swapped)
+        module: (way.prefix, tuple(path for path, _ in way.targets), way.renames and not way.swaps_halves)
         for module, way in routes.items()
     }
 

@@ -33,7 +33,7 @@ class Route:
         return self.naming == self.read.naming or (not others and (link.parts if link else (whole,)) == self.read.parts)
 
     @property
-    def swapped(self) -> bool:
+    def swaps_halves(self) -> bool:
         """Whether the halves of the module's output change places on the way."""
         # Exchanged on the way into diffusers' naming and again on the way out, they stand as before.
         if self.naming == self.read.naming:
@@ -162,6 +162,8 @@ def example(target: Format) -> str:
     if not held:
         return target.key(target.stem(target.whole or "", "model.layers.0.self_attn.q_proj"), "down")
     component = held[0].components[0]
-    part = next(part for link in component.links[component.stored] for part in link.parts if part.endswith(("to_q", "wq")))
+    part = next(
+        part for link in component.links[component.stored_naming] for part in link.parts if part.endswith(("to_q", "wq"))
+    )
     way = route_of(component, NameReading(DIFFUSERS, part), _prefix(component, target), component.naming(target.namings))
     return target.key(target.stem(way.prefix, way.targets[0][0]), "down")

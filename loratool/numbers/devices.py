@@ -62,7 +62,7 @@ class DevicePool(threading.local):
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @property
-    def pinned(self) -> bool:
+    def pins_memory(self) -> bool:
         """Whether host memory is to be page-locked, so that copies to the device overlap with computing."""
         return self.device.type == "cuda"
 
@@ -78,7 +78,7 @@ class DevicePool(threading.local):
             if self.device == CPU and not self.staged:
                 raise
         # Outside the handler, since the exception's traceback keeps the tensors of the failed attempt alive.
-        if self.pinned:
+        if self.pins_memory:
             torch.cuda.empty_cache()
         if len(items) > 1:
             half = len(items) // 2

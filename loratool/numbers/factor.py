@@ -86,7 +86,7 @@ def factorise_batch(
     found = truncated_svd_batch(
         [work.matrix for work in works],
         rules,
-        rank=rules[0].expected,
+        rank=rules[0].expected_rank,
         noises=[work.noise for work in works],
         whole=rules[0].whole,
     )
@@ -118,7 +118,7 @@ class _Factoring:
         def attempt(rule: Rule) -> StoredFactors:
             if rule is self.rule:
                 return self._store(first)
-            return self._store(truncated_svd(self.matrix, rule, rank=rule.expected, noise=self.noise, whole=rule.whole))
+            return self._store(truncated_svd(self.matrix, rule, rank=rule.expected_rank, noise=self.noise, whole=rule.whole))
 
         return _raise_until_met(self.rule, self.storage, min(self.matrix.shape), attempt)
 
@@ -185,7 +185,9 @@ def candidates_of(denses: Sequence[Tensor], rules: Sequence[Rule], itemsizes: Se
         replace(rule, value=rule.value / back) if rule.method == "threshold" else rule
         for rule, back in zip(rules, backs, strict=True)
     ]
-    found = truncated_svd_batch([matrix for matrix, _ in ranged], limits, rank=rules[0].expected, noises=[0.0] * len(ranged))
+    found = truncated_svd_batch(
+        [matrix for matrix, _ in ranged], limits, rank=rules[0].expected_rank, noises=[0.0] * len(ranged)
+    )
     return [_candidate(*each) for each in zip(found, rules, backs, denses, itemsizes, strict=True)]
 
 

@@ -121,7 +121,7 @@ class Rule:
         return replace(self, method="rank", value=self.conv, conv=None, least=None, most=None)
 
     @property
-    def expected(self) -> int | None:
+    def expected_rank(self) -> int | None:
         """The rank, or its upper bound, where known before any spectrum: the width of the first block to compute."""
         if self.method == "rank":
             return self._raise_to_step(int(self.value))

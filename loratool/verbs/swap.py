@@ -39,7 +39,7 @@ def swap(
     layout = open_layout(Path(merged).expanduser())
     require_weights(layout, LOST)
     # Both go into one plan, at negated and at given strengths, so that weights are rounded once and not in between.
-    negated = [weighted_adapter(source).negated() for source in outgoing]
+    negated = [weighted_adapter(source).opposite() for source in outgoing]
     old = open_inputs(negated, assume=assume, allow_pickle=allow_pickle)
     for each in old:
         require_additive(each.adapter)

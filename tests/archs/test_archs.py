@@ -50,7 +50,7 @@ def test_a_name_reads_as_what_it_stands_for(component: Component, naming: str) -
 
 @pytest.mark.parametrize(("component", "naming"), LINKS)
 def test_every_naming_speaks_of_modules_of_diffusers(component: Component, naming: str) -> None:
-    parts = {part for link in component.links[component.stored] for part in link.parts}
+    parts = {part for link in component.links[component.stored_naming] for part in link.parts}
 
     assert {part for link in component.links[naming] for part in link.parts} <= parts
 
@@ -61,7 +61,7 @@ def test_the_table_covers_the_real_module_list(arch: Arch) -> None:
     table = arch.component("unet")
     assert table is not None
 
-    parts = {part for link in table.links[table.stored] for part in link.parts}
+    parts = {part for link in table.links[table.stored_naming] for part in link.parts}
     beyond = BEYOND.get(arch.name, ())
     assert names <= parts
     assert {part for part in parts if not any(name in part for name in beyond)} <= names

@@ -27,7 +27,7 @@ def base_of(arch: Arch) -> Tensors:
     component = arch.component("unet")
     assert component is not None
     rows, generator = rows_of(component), torch.Generator().manual_seed(1)
-    parts = [part for link in some_links(component, component.stored) for part in link.parts]
+    parts = [part for link in some_links(component, component.stored_naming) for part in link.parts]
     return {f"{part}.weight": torch.randn(rows.get(part, UNIT), WIDTH, generator=generator) for part in parts}
 
 

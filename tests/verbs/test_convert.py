@@ -74,7 +74,7 @@ def made_for(arch: Arch, spelling: Format, *, seed: int = 0, alpha: float | None
     naming, rows = component.naming(spelling.namings), rows_of(component)
     generator = torch.Generator().manual_seed(seed)
     tensors: Tensors = {}
-    for link in some_links(component, component.stored if naming == DIFFUSERS else naming):
+    for link in some_links(component, component.stored_naming if naming == DIFFUSERS else naming):
         names = link.parts if naming == DIFFUSERS else (link.whole,)
         for name in names:
             parts = (name,) if naming == DIFFUSERS else link.parts

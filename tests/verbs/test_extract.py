@@ -656,7 +656,7 @@ def test_both_namings_of_one_model_are_paired(tmp_path: Path, to: str) -> None:
 def test_every_architecture_is_extracted_into_every_naming_and_merges_back(tmp_path: Path, arch: Arch, to: str) -> None:
     """A part of its original modules, stacked ones too, at tiny shapes: what comes out makes the tuned one of the base."""
     component = arch.components[0]
-    links = [link for link in component.links[component.stored] if not link.transposed]
+    links = [link for link in component.links[component.stored_naming] if not link.transposed]
     generator = torch.Generator().manual_seed(0)
     base, tuned = {}, {}
     for link in links[:: max(1, len(links) // 90)]:

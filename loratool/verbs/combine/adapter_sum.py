@@ -92,7 +92,7 @@ class AdapterSum:
         modules = adapter.modules
         with error_context(adapter.path):
             weights = strength.of(modules, self.arch)
-            if unnamed := strength.unnamed(modules, self.arch):
+            if unnamed := strength.modules_without_block(modules, self.arch):
                 shown = first_few(map(str, unnamed), 2)
                 self.warnings.append(
                     f"{adapter.path}: {len(unnamed)} modules are in blocks that the vector has no number for: {shown}"

@@ -83,7 +83,7 @@ def compare_merge(
         base=str(plan.layout.root),
         adapters=adapters,
         tensors=len(names),
-        changed=len(plan.changed),
+        changed=len(plan.changed_tensors),
         checked=sum(layout.info(name).numel for name in names),
         worst=max((worst for worst, _ in found), default=0.0),
         allowed=allowed,

@@ -134,10 +134,10 @@ def _source(
     if tuned is not None:
         if isinstance(found, Adapter):
             raise LoratoolError(f"{found.path}: is an adapter; its ΔW is taken by itself, or with `base=` of its model")
-        return CheckpointDeltas(found, Path(tuned).expanduser(), takes, pinned=devices.pinned)
+        return CheckpointDeltas(found, Path(tuned).expanduser(), takes, pinned=devices.pins_memory)
     if isinstance(found, Layout):
         raise LoratoolError(f"{path}: is no adapter; name the tuned checkpoint too, to have the difference of both")
-    source = AdapterDeltas(found, takes, open_base(base, pinned=devices.pinned))
+    source = AdapterDeltas(found, takes, open_base(base, pinned=devices.pins_memory))
     if not source.count:
         raise LoratoolError(f"{found.path}: nothing is left: `Selection(include=)` and `exclude=` leave no module")
     return source

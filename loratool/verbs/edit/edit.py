@@ -33,7 +33,7 @@ class EditRun:
     strength: Strength
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def history(self) -> dict[str, Any]:
         """The options that the user gave, by name, for the history in the metadata."""
         asked = {
             "drop": self.drop,
@@ -118,7 +118,7 @@ def edit(
     factors = _factors(modules, blocks, found, run)
     report = _report(adapter, found, blocks, factors)
     # The vectors of 12 and 17 name only blocks with attention; a LoCon has modules in the others too.
-    unnamed = full.unnamed(modules, found)
+    unnamed = full.modules_without_block(modules, found)
     if unnamed:
         shown = first_few(map(str, unnamed), 2)
         note = f"{len(unnamed)} modules are in blocks that the vector has no number for, and keep their strength: {shown}"
@@ -127,7 +127,7 @@ def edit(
         return replace(report, dry_run=True)
     target = Path(out).expanduser()
     with error_in_file(adapter.path):
-        nbytes = write_edited(adapter, factors, target, run.asked, overwrite=overwrite)
+        nbytes = write_edited(adapter, factors, target, run.history, overwrite=overwrite)
     return replace(report, out=str(target), nbytes=nbytes)
 
 

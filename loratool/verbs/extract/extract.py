@@ -115,8 +115,8 @@ def extract(
     stopwatch, out, selection = Stopwatch(), Path(out).expanduser(), selection or Selection()
     devices, stored = open_devices(device), stored_dtype(dtype)
     weights = (
-        BaseCheckpoint(Path(base).expanduser(), pinned=devices.pinned),
-        BaseCheckpoint(Path(tuned).expanduser(), pinned=devices.pinned),
+        BaseCheckpoint(Path(base).expanduser(), pinned=devices.pins_memory),
+        BaseCheckpoint(Path(tuned).expanduser(), pinned=devices.pins_memory),
     )
     for each in weights:
         require_weights(each.layout, _QUANTISED)

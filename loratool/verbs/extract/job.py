@@ -172,7 +172,7 @@ class ExtractRun:
 
         def alike(number: int) -> tuple[object, ...]:
             rule = rules[number]
-            return size(number), self.items[number].pair.shape, self.items[number].form, rule and rule.expected
+            return size(number), self.items[number].pair.shape, self.items[number].form, rule and rule.expected_rank
 
         # The largest first, so that no thread begins the longest piece when the others end. The second key brings together
         # what `groupby`, which only sees neighbours, is to group.

@@ -54,7 +54,7 @@ def _measure_part(
     if remark.startswith("NaN"):
         return ModuleValues(float("nan"), float("nan"), float("nan"), remark)
     try:
-        delta = build_part(part, tensors, found.given(group, part, alphas, Given()))
+        delta = build_part(part, tensors, found.given_for(group, part, alphas, Given()))
         factors = delta.factors()
         # A full difference, or a LoKr of whole sides, has no pair of factors: its norm is cheap, its spectrum is not.
         if factors is None:

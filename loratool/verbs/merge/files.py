@@ -52,7 +52,7 @@ def rewritten_files(plan: Plan) -> dict[str, list[TensorPlan]]:
     return {
         file: tensors
         for file, tensors in sorted(by_file.items())
-        if any(tensor.touched or tensor.name not in plan.layout.tensors for tensor in tensors)
+        if any(tensor.is_touched or tensor.name not in plan.layout.tensors for tensor in tensors)
     }
 
 
@@ -94,7 +94,7 @@ class OutputFile:
     @property
     def nbytes(self) -> int:
         """The bytes of the tensors that are written."""
-        written = {tensor.key for tensor in self.tensors if tensor.touched or not self.in_place}
+        written = {tensor.key for tensor in self.tensors if tensor.is_touched or not self.in_place}
         return sum(self.infos[key].nbytes for key in written)
 
     def offset(self, tensor: TensorPlan) -> int:
@@ -103,7 +103,7 @@ class OutputFile:
 
     def work(self) -> Iterator[Callable[[Worker], tuple[int, RoundingStats]]]:
         """The pieces of work on this file; each returns the bytes it wrote and what it measured."""
-        for untouched, run in groupby(self.tensors, key=lambda tensor: not tensor.touched):
+        for untouched, run in groupby(self.tensors, key=lambda tensor: not tensor.is_touched):
             if untouched:
                 yield from () if self.in_place else self._copies(list(run))
                 continue

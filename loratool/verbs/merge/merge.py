@@ -142,7 +142,7 @@ def _kind(info: TensorInfo) -> tuple[str, tuple[int, ...]]:
 
 def _report(plan: Plan, inputs: Sequence[MergeInput], target: Path, measure: RoundingStats, dry_run: bool) -> MergeReport:
     """The report of a merge, but for its time, its device and the undo file."""
-    touched = sum(tensor.source.numel for tensor in plan.changed)
+    touched = sum(tensor.source.numel for tensor in plan.changed_tensors)
     strength = measure.along / measure.wanted if measure.wanted else None
     unchanged = measure.unchanged / measure.elements if measure.elements else None
     notes = [note for each in inputs for note in each.adapter.warnings]
@@ -151,8 +151,8 @@ def _report(plan: Plan, inputs: Sequence[MergeInput], target: Path, measure: Rou
         adapters=tuple((str(each.adapter.path), each.strength.value) for each in inputs),
         matched=plan.matched,
         unmatched=plan.unmatched,
-        changed=tuple(tensor.name for tensor in plan.changed),
-        copied=sum(not tensor.touched for tensor in plan.tensors.values()),
+        changed=tuple(tensor.name for tensor in plan.changed_tensors),
+        copied=sum(not tensor.is_touched for tensor in plan.tensors.values()),
         nbytes=sum(tensor.nbytes for tensor in plan.tensors.values()),
         realised_strength=strength,
         unchanged=unchanged,

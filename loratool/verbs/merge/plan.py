@@ -40,7 +40,7 @@ class TensorPlan:
         return self.name.removeprefix(folder + slash)
 
     @property
-    def touched(self) -> bool:
+    def is_touched(self) -> bool:
         """Whether the tensor's bytes are computed; otherwise they are copied."""
         return bool(self.terms) or self.dtype != self.source.dtype
 
@@ -65,7 +65,7 @@ class Plan:
     warnings: tuple[str, ...]
 
     @property
-    def changed(self) -> tuple[TensorPlan, ...]:
+    def changed_tensors(self) -> tuple[TensorPlan, ...]:
         """The tensors that receive terms."""
         return tuple(tensor for tensor in self.tensors.values() if tensor.terms)
 
@@ -127,11 +127,11 @@ class _PlanDraft:
         lost = {
             change.module for change in taken if not change.optional and not self._places(change.module, change.parameter)
         }
-        renamed = self.targets.wrapped(sorted(lost)) if lost else {}
+        renamed = self.targets.find_wrapped(sorted(lost)) if lost else {}
         # At last the terms. They are collected by adapter, since `check_overlap` forbids an adapter to change a row twice
         # while several adapters may well change the same row.
         mine: dict[str, list[Term]] = {}
-        for change in self._untied(adapter, taken):
+        for change in self._untied_changes(adapter, taken):
             module = renamed.get(change.module, change.module)
             places = self._places(module, change.parameter)
             if not places:
@@ -139,15 +139,15 @@ class _PlanDraft:
                     self.unmatched.append(change.module)
                 continue
             self.matched += 1
-            base = self._stored(places[0].tensor)
-            fitted = self._fitted(change, base.shape)
+            base = self._stored_info(places[0].tensor)
+            fitted = self._fit(change, base.shape)
             for name, term in terms_of(base.shape, fitted, places, by_module[change.module]):
                 mine.setdefault(name, []).append(term)
         for name, terms in mine.items():
             check_overlap(adapter, name, terms)
             self.terms.setdefault(name, []).extend(terms)
 
-    def _fitted(self, change: Change, base: tuple[int, ...]) -> Change:
+    def _fit(self, change: Change, base: tuple[int, ...]) -> Change:
         """`change`, or where it is a FLUX control LoRA's on the input layer, `change` on that layer padded with zeros.
 
         Control LoRAs see twice the channels, and ComfyUI pads the weight (comfy/lora.py). In a diffusers folder a config
@@ -185,7 +185,7 @@ class _PlanDraft:
             self.config["vocab_size"] = shape[0]
         return TensorPlan(name, file, info, stored, shape, terms)
 
-    def _untied(self, adapter: Adapter, changes: list[Change]) -> list[Change]:
+    def _untied_changes(self, adapter: Adapter, changes: list[Change]) -> list[Change]:
         """The changes to apply. A change of a tied embedding unties the head, which did not see that change in training.
 
         Where the adapter itself is tied (PEFT's ensure_weight_tying), head and embedding stay one, and the head's copy of
@@ -199,7 +199,7 @@ class _PlanDraft:
             ]
             outputs = [change for change in changes if change.module.path.endswith(HEAD)]
             places = self.targets.find(inputs[0].module) if inputs else ()
-            if not places or not self.targets.tied:
+            if not places or not self.targets.tied_embedding:
                 continue
             if adapter.tied:
                 self.matched += len(outputs)
@@ -210,12 +210,12 @@ class _PlanDraft:
     def _places(self, module: Module, parameter: str) -> tuple[WeightRows, ...]:
         """The places of `module` in the base; a head that is tied, and so not stored, has one like the embedding's."""
         found = self.targets.find(module, parameter)
-        embedding = self.targets.tied if not found and module.path.endswith(HEAD) else None
+        embedding = self.targets.tied_embedding if not found and module.path.endswith(HEAD) else None
         return (WeightRows(f"{HEAD}.weight", 0, self.layout.info(embedding).shape[0]),) if embedding else found
 
-    def _stored(self, tensor: str) -> TensorInfo:
+    def _stored_info(self, tensor: str) -> TensorInfo:
         """The base's header entry of a tensor. For a head that is tied, that of the embedding; the call unties the head."""
-        embedding = self.targets.tied
+        embedding = self.targets.tied_embedding
         if tensor not in self.layout.tensors and embedding:
             self._untie(embedding)
         return self.layout.info(self.added.get(tensor, tensor))

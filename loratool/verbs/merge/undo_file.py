@@ -60,7 +60,7 @@ class UndoWriter:
         self._numbers = count()
         # A safetensors header comes before its tensors, whose number and sizes are known only at the end: keep room for the
         # most that it can take. 4096 bytes are for what does not grow with the model.
-        pieces = [tensor for tensor in plan.tensors.values() if tensor.touched]
+        pieces = [tensor for tensor in plan.tensors.values() if tensor.is_touched]
         self._room = 4096 + sum(_most(tensor) * (len(json.dumps(tensor.name)) + ENTRY_BYTES) for tensor in pieces)
         # The metadata is JSON inside JSON: what is escaped in the inner one is escaped again in the outer one.
         self._room += sum(len(json.dumps(json.dumps(self._of(each)))) + 4 * ENTRY_BYTES for each in merged)

@@ -149,7 +149,7 @@ class RestoreRun:
             if tensor.file not in self.writers or tensor.name not in self.plan.layout.tensors:
                 continue
             info = self._merged_rows(tensor)
-            if not tensor.touched:
+            if not tensor.is_touched:
                 yield partial(self._copy, tensor, info, opened[tensor.file])
                 continue
             added, starts = PlannedChange(tensor), kept.get(tensor.name, [])

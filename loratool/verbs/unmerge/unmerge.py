@@ -74,7 +74,7 @@ def unmerge(
     else:
         layout = open_layout(source)
         # Subtracting is merging at the negated strengths, while the numbers that this may restore wrongly are counted.
-        negated = [weighted_adapter(each).negated() for each in adapters]
+        negated = [weighted_adapter(each).opposite() for each in adapters]
         inputs = open_inputs(negated, assume=assume, allow_pickle=allow_pickle)
         plan = _plan(layout, inputs, allow_unmatched=allow_unmatched)
         doubt = _Doubt(by_chance=rounded_by_chance(layout))
@@ -107,8 +107,8 @@ def _report(
         adapters=adapters,
         exact=bool(sha256),
         sha256=sha256 or {},
-        changed=len(plan.changed),
-        numbers=sum(tensor.source.numel for tensor in plan.changed),
+        changed=len(plan.changed_tensors),
+        numbers=sum(tensor.source.numel for tensor in plan.changed_tensors),
         doubtful=doubtful,
         nbytes=nbytes,
     )
