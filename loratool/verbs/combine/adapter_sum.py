@@ -40,7 +40,7 @@ from loratool.numbers.linalg import all_finite, bounds, dtype_name
 from loratool.numbers.ranks import Budget, Rule
 from loratool.numbers.threads import map_on_threads
 
-Described = Callable[[Adapter], Adapter]
+Describe = Callable[[Adapter], Adapter]
 """Gives an adapter the output's metadata."""
 MergeAt = Callable[[Module, Sequence[int]], Merge]
 """Gives the `Merge` for a module, and for the numbers of the adapters that change the module."""
@@ -112,7 +112,7 @@ class AdapterSum:
         self.warnings += adapter.warnings
 
     def materialise(
-        self, adapters: Sequence[Adapter], rule: Rule | Budget | None, dtype: str | None, described: Described
+        self, adapters: Sequence[Adapter], rule: Rule | Budget | None, dtype: str | None, describe: Describe
     ) -> tuple[Adapter, tuple[ApproximatedModule, ...]]:
         """The sum as one adapter, exact or at the ranks that `rule` gives, and the figures of each approximated module."""
         # One adapter may have several terms at a place (PEFT's saved embedding beside its LoRA), so owners are counted.
@@ -120,7 +120,7 @@ class AdapterSum:
         asked = self._adapter(adapters)
         # The originals of terms that were dropped, or became differences, need not stay in memory while sums are computed.
         self.terms.clear()
-        return self._exact(asked, dtype, described) if rule is None else self._approximate(asked, rule, dtype, described)
+        return self._exact(asked, dtype, describe) if rule is None else self._approximate(asked, rule, dtype, describe)
 
     def _adapter(self, adapters: Sequence[Adapter]) -> Adapter:
         """One adapter of all places, whose deltas are computed when they are asked for."""
@@ -184,31 +184,31 @@ class AdapterSum:
         return [Replace(value, *replaced.leaves())]
 
     def _exact(
-        self, combined: Adapter, dtype: str | None, described: Described
+        self, combined: Adapter, dtype: str | None, describe: Describe
     ) -> tuple[Adapter, tuple[ApproximatedModule, ...]]:
         """The sum with every delta computed, and rounded only where a dtype is asked for."""
         narrow = DTYPES[dtype] if dtype else None
         done = map_on_threads(partial(_as_stored, change, narrow, self.target) for change in combined.changes)
         changes = [replace(change, delta=delta) for change, (delta, _) in zip(combined.changes, done, strict=True)]
         rounded = tuple(figures for _, figures in done if figures)
-        return described(replace(combined, changes=tuple(with_one_expert_rank(changes)))), rounded
+        return describe(replace(combined, changes=tuple(with_one_expert_rank(changes)))), rounded
 
     def _approximate(
-        self, combined: Adapter, rule: Rule | Budget, dtype: str | None, described: Described
+        self, combined: Adapter, rule: Rule | Budget, dtype: str | None, describe: Describe
     ) -> tuple[Adapter, tuple[ApproximatedModule, ...]]:
         """The sum as LoRA of the ranks that `rule` gives."""
         work = Approximation(combined, dtype, keeps_its_rank, self.weights, devices=self.devices)
 
         # A budget in bytes is that of the whole file: names, alignment and metadata count too.
         def size(imagined: ApproximatedDeltas) -> int:
-            adapter = described(approximated_adapter(work, imagined))
+            adapter = describe(approximated_adapter(work, imagined))
             return size_in_format(adapter, self.target, self.routes_of(adapter))
 
         done = work.approximate(rule) if isinstance(rule, Rule) else work.within(rule, size)
         adapter = approximated_adapter(work, done)
         # Changes that were not approximated (biases, norms …) may still be lazy sums.
         changes = [replace(change, delta=change.delta.materialise()) for change in adapter.changes]
-        return described(replace(adapter, changes=tuple(changes))), tuple(figures for figures, _ in done.values())
+        return describe(replace(adapter, changes=tuple(changes))), tuple(figures for figures, _ in done.values())
 
     def routes_of(self, combined: Adapter) -> dict[Module, Route]:
         """Routes that leave every name as it is: `combined` has the output's names already."""

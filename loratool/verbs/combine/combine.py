@@ -146,15 +146,15 @@ def combine(
     strengths = [(str(adapter.path), strength.value) for adapter, strength in loaded]
     del loaded, given, adapter
 
-    def described(adapter: Adapter, error: float = 0.0) -> Adapter:
+    def describe(adapter: Adapter, error: float = 0.0) -> Adapter:
         said = how.history | ({} if rule is None else {"error": f"{error:.4e}"})
         # The history of one adapter goes on; several adapters have none in common.
         before = sources[0].metadata if len(sources) == 1 else {}
         return replace(adapter, metadata=_metadata(sources, adapter) | history_entry("combine", made_of, before, **said))
 
-    combined, lowered = combining.materialise(sources, rule, stored, described)
+    combined, lowered = combining.materialise(sources, rule, stored, describe)
     # The error is known only now. Its width is fixed, so the size that a budget was met with still holds.
-    combined = described(combined, error_of(lowered))
+    combined = describe(combined, error_of(lowered))
     inputs = files_of(sources)
     written = write_adapter(
         combined, combining.target, combining.routes_of(combined), out, inputs=inputs, overwrite=overwrite

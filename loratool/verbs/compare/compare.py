@@ -99,12 +99,12 @@ def compare(
     if len(paths) < 2:
         raise LoratoolError("name two or more adapters, or two checkpoints")
 
-    def opened(path: str | Path | Adapter) -> Adapter | Layout:
+    def open_one(path: str | Path | Adapter) -> Adapter | Layout:
         if isinstance(path, Adapter):
             return path
         return open_any(Path(path).expanduser(), allow_pickle=allow_pickle)
 
-    found = [opened(path) for path in paths]
+    found = [open_one(path) for path in paths]
     layouts = [each for each in found if isinstance(each, Layout)]
     adapters = [each for each in found if isinstance(each, Adapter)]
     if layouts and adapters:

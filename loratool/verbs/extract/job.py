@@ -154,13 +154,13 @@ class ExtractRun:
             return results
 
         # `run_all` calls this from one thread alone, so neither `found` nor the counter needs a lock.
-        def finished(index: int, results: list[_T | None]) -> None:
+        def count_batch(index: int, results: list[_T | None]) -> None:
             for number, result in zip(batches[index], results, strict=True):
                 if result is not None:
                     found[number] = result
             add(sum(sizes[number] for number in batches[index]))
 
-        run_all((partial(piece, numbers) for numbers in batches), finished, threading.Event())
+        run_all((partial(piece, numbers) for numbers in batches), count_batch, threading.Event())
         return {number: found[number] for number in sorted(found)}
 
     def _batches(self, rules: Mapping[int, Rule | None]) -> list[list[int]]:

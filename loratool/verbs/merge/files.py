@@ -188,11 +188,11 @@ def run_files(
     measures: dict[int, RoundingStats] = {}
     worker = Worker(rounding, devices, threading.Event())
 
-    def finished(index: int, result: tuple[int, RoundingStats]) -> None:
+    def count_piece(index: int, result: tuple[int, RoundingStats]) -> None:
         nbytes, measures[index] = result
         add(nbytes)
 
-    run_all((partial(piece, worker) for file in files for piece in file.work()), finished, worker.stopped)
+    run_all((partial(piece, worker) for file in files for piece in file.work()), count_piece, worker.stopped)
     # Pieces end in any order, and a sum of floats depends on its order: add up by number.
     measure = RoundingStats()
     for index in sorted(measures):
