@@ -42,7 +42,7 @@ def matrix() -> Iterator[str]:
     yield f"|---|---|{'---|' * len(FORMATS)}"
     for name, title in [*((arch.name, arch.title) for arch in ARCHS), (LLM, "language models")]:
         cells = ("✓" if row.holds(name) else "–" for row in FORMATS)
-        yield f"| {name} | {title} | {' | '.join(cells)} |"
+        yield f"| {'–' if name == LLM else name} | {title} | {' | '.join(cells)} |"
 
 
 def kinds() -> Iterator[str]:

@@ -1,9 +1,9 @@
 __version__: str
 
 from .adapter.adapter import Adapter as Adapter
+from .adapter.adapter import Assumptions as Assumptions
 from .adapter.adapter import Change as Change
 from .adapter.approximate import ApproximatedModule as ApproximatedModule
-from .adapter.load import Assumptions as Assumptions
 from .adapter.load import load as load
 from .adapter.selection import Selection as Selection
 from .adapter.strengths import Strength as Strength
@@ -32,9 +32,6 @@ from .verbs.compare.checkpoints import CheckpointComparison as CheckpointCompari
 from .verbs.compare.checkpoints import TensorDifference as TensorDifference
 from .verbs.compare.compare import (
     AdapterComparison as AdapterComparison,
-)
-from .verbs.compare.compare import (
-    Comparison as Comparison,
 )
 from .verbs.compare.compare import (
     MatrixComparison as MatrixComparison,

@@ -25,7 +25,7 @@ class InvalidAdapter(LoratoolError):
 
 
 class UnmatchedModules(LoratoolError):
-    """Modules of an adapter that have no weight in the base."""
+    """Modules of an adapter, or parameters of one checkpoint, that the other side has no weight for."""
 
 
 class ShapeMismatch(LoratoolError):
@@ -45,7 +45,8 @@ class Unsupported(LoratoolError):
 
 
 class UnknownName(LoratoolError):
-    """A name of no format, architecture, method, rule or program; the message lists the names that there are."""
+    """A format, an architecture, a method, a rule, a dtype or a program that there is not; the message lists those that
+    there are."""
 
 
 class AmbiguousFile(LoratoolError):

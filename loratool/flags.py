@@ -10,11 +10,12 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Final
 
 FLAGS: Final[Mapping[str, str]] = {
-    "out": "-o", "source": "--from", "stochastic=": "--round stochastic",
+    "out": "-o", "clamp": "--clamp-quantile", "source": "--from", "stochastic=": "--round stochastic",
     "nbytes": "--size", "error": "--total-error", "conv": "--conv-rank", "least": "--min-rank", "most": "--max-rank",
     "steps": "--round-ranks",
 }  # fmt: skip
@@ -29,35 +30,51 @@ COMMANDS: Final[Mapping[str, str]] = {
 }
 """Functions whose command is not called as they are."""
 # An argument with its equals sign, or a call; a plain name between backticks is none and stays.
+ARGUMENTS: Final = (
+    "allow_pickle", "allow_unmatched", "arch", "base", "clamp", "density", "device", "drop", "dry_run", "dtype", "exclude",
+    "include", "keep", "method", "out", "overwrite", "rule", "scale", "stochastic", "to", "undo",
+)  # fmt: skip
+"""What messages name of functions' arguments."""
+FUNCTIONS: Final = ("combine", "compare_to", "convert", "fix", "inspect", "merge", "resize", "to_lora")
+"""What messages name of functions."""
+LONGEST_REFERENCE: Final = 200
 REFERENCE: Final = re.compile(r"`(\w+(?:=[^`]*|\([^`]*\)))`")
 
 
 def in_flags(text: str) -> str:
-    """`text` with every argument and call between backticks as the command line spells it; all other text is unchanged."""
+    """`text` with every argument and call of ours between backticks in the command line's words; all else stays as it is."""
     return REFERENCE.sub(lambda found: _flags(found[1]) or found[0], text)
 
 
 def _flags(reference: str) -> str:
-    """The command line's words for one reference, empty where the text is no argument and no call."""
-    # An argument may stand without its value: an ellipsis makes Python of it. A lone argument becomes one of the call _(…).
+    """The words for one reference; none where it is something else."""
+    name = re.split(r"[=(]", reference, maxsplit=1)[0]
+    known = ARGUMENTS if reference[len(name)] == "=" else (*_VALUES, *FUNCTIONS)
+    # Our own references are short: what is longer came from a file.
+    if name not in known or len(reference) > LONGEST_REFERENCE:
+        return ""
+    # An argument may stand without its value.
     complete = re.sub(r"=(?=[,)]|$)", "=...", reference)
-    # Messages may quote a stranger's file: text that is no Python, or too deep for the parser, stays what it is.
     try:
-        call = ast.parse(complete if re.match(r"\w+\(", complete) else f"_({complete})", mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's own, about strange literals
+            call = ast.parse(complete if name in known and name not in ARGUMENTS else f"_({complete})", mode="eval").body
+        return _of_call(call) if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else ""
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ""
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-        return ""
-    name, words = call.func.id, " ".join(_of_arguments(call))
+
+
+def _of_call(call: ast.Call) -> str:
+    name, words = call.func.id if isinstance(call.func, ast.Name) else "", list(_of_arguments(call))
     if name == "_" or name in _VALUES:
-        return words
-    return f"loratool {COMMANDS.get(name, name)} {words}".rstrip()
+        return " ".join(words)
+    return " ".join(["loratool", COMMANDS.get(name, name), *words])
 
 
 def _of_arguments(call: ast.Call) -> Iterator[str]:
     """The flags and values of a call's arguments."""
     # A rule's first argument names the flag, and its second is the flag's value; a `Rule()` without any is --to-lora.
-    if isinstance(call.func, ast.Name) and call.func.id == "Rule":
+    if isinstance(call.func, ast.Name) and call.func.id == "Rule" and (call.args or not call.keywords):
         method, *words = [_text_of(argument) for argument in call.args] or ["to_lora"]
         yield " ".join([_flag(method), *(word for word in words if word)])
     for keyword in call.keywords:
@@ -79,7 +96,7 @@ def _flag(argument: str | None) -> str:
 def _text_of(value: ast.expr) -> str:
     """A value as the user types it, empty for True (a bare flag) and for an ellipsis (a value left open)."""
     if isinstance(value, ast.Constant):
-        return "" if value.value in (True, ...) else str(value.value)
+        return "" if value.value is True or value.value is ... else str(value.value)
     if isinstance(value, ast.Tuple):
         return "=".join(_text_of(each) for each in value.elts)
     if isinstance(value, ast.Attribute) and isinstance(value.value, ast.Subscript):

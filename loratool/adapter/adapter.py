@@ -49,12 +49,21 @@ def with_one_expert_rank(changes: Sequence[Change]) -> list[Change]:
 
 
 @dataclass(frozen=True, slots=True)
+class Assumptions:
+    """What some files do not say: the alpha of all modules, and which slots of a fused weight loralib trained."""
+
+    alpha: float | None = None
+    slots: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """The changes that an adapter makes, in the order in which those to one weight are to be made.
 
     `tied` says that the model's embedding and head are one (PEFT's ensure_weight_tying). `extras` are tensors that travel
     with the adapter and change no weight, `alphas` the file's own alphas, both by key. `config` is PEFT's
-    adapter_config.json, if there is one, and `file` what was read, None for an adapter that was computed.
+    adapter_config.json, if there is one, and `file` what was read, None for an adapter that was computed; `assume` is what
+    was assumed of it.
     """
 
     path: Path
@@ -66,6 +75,7 @@ class Adapter:
     warnings: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     file: AdapterFile | None = None
+    assume: Assumptions = field(default_factory=Assumptions)
 
     @property
     def modules(self) -> tuple[Module, ...]:

@@ -42,7 +42,7 @@ def keeps_its_rank(delta: Delta) -> bool:
     return delta.fits_lora_file and not delta.resizable
 
 
-NOTHING: Final = Rule("rank", 1, most=0)
+KEEP_NO_RANK: Final = Rule("rank", 1, most=0)
 """The rule that keeps nothing of a module."""
 
 
@@ -62,7 +62,7 @@ ApproximatedDeltas = dict[int, tuple[ApproximatedModule, Delta]]
 
 
 class Approximation:
-    """An adapter whose deltas become LoRA: the `numbers` of the changes to lower, and the changes that are `kept`."""
+    """An adapter whose deltas become LoRA: the `numbers` of those changes, and the changes that are `kept`."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Approximation:
             # Optional is what (IA)³ does to a bias, beside the same delta on the weight: dropped, where there is no bias.
             if change.optional:
                 with error_in_file(adapter.path):
-                    _refuse_bias(change, weights)
+                    _require_no_bias(change, weights)
             elif keep(change.delta) or change.parameter == BIAS or len(change.delta.shape) < 2:
                 self.kept.append(change)
             else:
@@ -89,7 +89,7 @@ class Approximation:
         self.worth = {number: self._worth(number) if weigh else 1.0 for number in self.numbers}
 
     def approximate(self, rule: Rule | Mapping[int, Rule]) -> ApproximatedDeltas:
-        """Lowers every delta to a LoRA, by one rule for all or by each one's own."""
+        """Approximates every delta to a LoRA, by one rule for all or by each one's own."""
 
         def one(number: int) -> tuple[ApproximatedModule, Delta]:
             change = self.adapter.changes[number]
@@ -105,7 +105,7 @@ class Approximation:
         return dict(zip(self.numbers, map_on_threads(partial(one, number) for number in self.numbers), strict=True))
 
     def within(self, budget: Budget, size: Callable[[ApproximatedDeltas], int]) -> ApproximatedDeltas:
-        """Lowers every delta to the rank that its share of the budget buys; `size` gives the bytes of the output."""
+        """Approximates every delta to the rank that its share of the budget buys; `size` gives the bytes of the output."""
         market = RankAllocator(self.numbers, self.offers, budget)
         # A size follows from ranks alone: placeholders stand in until these are settled, and only then are factors computed.
         if budget.nbytes is not None:
@@ -128,7 +128,7 @@ class Approximation:
     def _at(self, ranks: Mapping[int, int]) -> ApproximatedDeltas:
         # Ranks of 0 are left out of what the budget bought.
         rules = {number: Rule("rank", rank) for number, rank in ranks.items()}
-        return self.approximate(dict.fromkeys(self.numbers, NOTHING) | rules)
+        return self.approximate(dict.fromkeys(self.numbers, KEEP_NO_RANK) | rules)
 
     def offers(self, rules: Mapping[int, Rule]) -> dict[int, RankCandidate]:
         """The singular values of modules and the bytes that a rank of each costs, as far as each module's rule looks."""
@@ -188,7 +188,7 @@ def approximated_adapter(work: Approximation, done: ApproximatedDeltas) -> Adapt
     return replace(work.adapter, changes=tuple(changes))
 
 
-def _refuse_bias(change: Change, weights: BaseCheckpoint | None) -> None:
+def _require_no_bias(change: Change, weights: BaseCheckpoint | None) -> None:
     """Raises `Unsupported` where the layer has a bias: PEFT's (IA)³ multiplies it, which a LoRA cannot."""
     if weights is None:
         raise NeedsBase(f"{change}: may multiply a bias, which only the base can tell; pass `base=`")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+import torch
 from torch import Tensor
 
-from loratool.adapter.adapter import Adapter, Change
+from loratool.adapter.adapter import Adapter, Assumptions, Change
 from loratool.deltas.registry import build_part
 from loratool.deltas.schema import BIAS, Given
 from loratool.errors import InvalidAdapter, NonFinite, Unsupported, error_context, first_few
@@ -30,14 +31,6 @@ from loratool.numbers.threads import map_on_threads
 
 _INTEGERS: Final = (".on_input", ".reshape_weight")
 """The endings of leaves that hold whole numbers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Assumptions:
-    """What some files do not say: the alpha of all modules, and which slots of a fused weight loralib trained."""
-
-    alpha: float | None = None
-    slots: tuple[bool, ...] = ()
 
 
 def load(path: str | Path, *, allow_pickle: bool = False, assume: Assumptions | None = None) -> Adapter:
@@ -99,7 +92,28 @@ def load_listing(found: AdapterListing, assume: Assumptions | None = None) -> Ad
         notes,
         found.file.config,
         found.file,
+        assume,
     )
+
+
+def is_as_stored(adapter: Adapter) -> bool:
+    """Whether the file of an adapter in memory still holds the very changes that the adapter has; raises `LoratoolError`
+    where the file is another one by now."""
+    if adapter.file is None or adapter.file.is_pickle:
+        return False
+    adapter.file.require_unchanged()
+    stored = load(adapter.path, assume=adapter.assume)
+    if len(stored.changes) != len(adapter.changes):
+        return False
+    return all(map(_same_change, stored.changes, adapter.changes))
+
+
+def _same_change(one: Change, other: Change) -> bool:
+    if (one.module, one.parameter, one.delta.kind) != (other.module, other.parameter, other.delta.kind):
+        return False
+    mine, theirs = one.delta.leaves(), other.delta.leaves()
+    alike = one.delta.scale == other.delta.scale and mine.keys() == theirs.keys()
+    return alike and all(torch.equal(tensor, theirs[leaf]) for leaf, tensor in mine.items())
 
 
 def _all_changes(

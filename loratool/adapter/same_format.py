@@ -45,6 +45,8 @@ def read_unchanged(adapter: Adapter, kept: Sequence[Change]) -> dict[str, Tensor
     for an adapter that was computed or read from a pickle."""
     # Of a pickle the header is that of a temporary file, which is gone.
     source = adapter.file
+    if not kept:
+        return dict(adapter.extras)
     if source is None or source.is_pickle:
         raise Unsupported(f"{adapter.path}: is not a safetensors file with tensors to keep; convert it first")
     with TensorFile(source.header) as file:

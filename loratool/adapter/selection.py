@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from loratool.deltas.schema import WEIGHT
+from loratool.errors import LoratoolError
 from loratool.names import Module
 
 
@@ -16,6 +17,12 @@ class Selection:
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # The letters of a string would be globs too, and its * would match everything.
+        given: tuple[object, ...] = (self.include, self.exclude)
+        if any(isinstance(globs, str) for globs in given):
+            raise LoratoolError("`Selection(include=, exclude=)` takes several globs: a tuple, not one string")
 
     def takes(self, module: Module, parameter: str = WEIGHT) -> bool:
         """Whether the globs take this `parameter` of `module`."""

@@ -1,4 +1,4 @@
-"""Spells moved changes as the tensors of a format: each delta in a form that the format has leaves for, with its alpha
+"""Spells renamed changes as the tensors of a format: each delta in a form that the format has leaves for, with its alpha
 where the format keeps alphas."""
 
 from __future__ import annotations

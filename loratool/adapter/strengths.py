@@ -86,6 +86,8 @@ class WeightedAdapter:
     def full_strength(self) -> Strength:
         """The strength as a `Strength`; raises `LoratoolError`, naming the adapter, where a number is not finite."""
         with error_context(self.path):
+            if not isinstance(self.strength, Strength | int | float):
+                raise LoratoolError(f"the strength {self.strength!r} is no number")
             return self.strength if isinstance(self.strength, Strength) else Strength(self.strength)
 
     @property
@@ -110,6 +112,15 @@ AdapterLike = WeightedAdapter | Adapter | str | Path
 def weighted_adapter(source: AdapterLike) -> WeightedAdapter:
     """`source` with a strength, which is 1 where none is given."""
     return source if isinstance(source, WeightedAdapter) else WeightedAdapter(source)
+
+
+def weighted_adapters(sources: Sequence[AdapterLike]) -> list[WeightedAdapter]:
+    """Adapters with their strengths; raises `LoratoolError` where there is none, or where one path stands for several."""
+    if isinstance(sources, str | Path | Adapter | WeightedAdapter):
+        raise LoratoolError(f"{sources}: expected several adapters, such as a list of one")
+    if not sources:
+        raise LoratoolError("there is nothing to do: name at least one adapter")
+    return [weighted_adapter(each) for each in sources]
 
 
 def strengths_of(adapters: Sequence[tuple[Adapter, Strength]]) -> list[dict[Module, float]]:

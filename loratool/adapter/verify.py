@@ -26,7 +26,7 @@ from loratool.numbers.threads import map_on_threads
 EXACT: Final = 1e-6
 """The relative difference that rounding an alpha, or a scale's product with a factor, to float32 may make: each rounding
 is at most 2⁻²⁴, some 6e-8, and a few follow each other."""
-LIKE: Final = 1000
+UNKNOWN_WIDTH: Final = 1000
 """The width of a random weight in a dimension that the deltas leave to the weight."""
 
 
@@ -40,7 +40,7 @@ def verify_adapter(adapter: Adapter, again: LazyAdapter, routes: Mapping[Module,
         with error_context(change):
             back = _bring_back(change, routes[change.module], target, again)
             # Ranks that add nothing are left out on the way: a delta of which nothing is there is right if it was zero.
-            error = difference(change.delta, back) if back else _size(change.delta)
+            error = relative_difference(change.delta, back) if back else _size(change.delta)
             # So, and not `error > EXACT`: a NaN is refused too.
             if not error <= EXACT:
                 raise InvalidAdapter(f"differs by {error:.2e} when it is read back from {target.title}: nothing is written")
@@ -58,16 +58,16 @@ def delta_at(again: LazyAdapter, stem: str, change: Change) -> Delta | None:
     return None
 
 
-def _bring_back(change: Change, way: Route, target: Format, again: LazyAdapter) -> Delta | None:
+def _bring_back(change: Change, route: Route, target: Format, again: LazyAdapter) -> Delta | None:
     """The delta of the source's module, put together from what was written; None where nothing of it was."""
-    written = [delta_at(again, target.stem(way.prefix, path), change) for path, _ in way.targets]
+    written = [delta_at(again, target.stem(route.prefix, path), change) for path, _ in route.targets]
     # The way of `rename_changes`, backwards: a name alone, else cut what was written into diffusers' parts and stack those.
-    if way.renames:
-        return swap_halves(written[0]) if written[0] and way.swaps_halves else written[0]
+    if route.renames:
+        return swap_halves(written[0]) if written[0] and route.swaps_halves else written[0]
     pieces = [
-        _piece_of(whole, link, part) for part, (_, link), whole in zip(way.read.parts, way.targets, written, strict=True)
+        _piece_of(whole, link, part) for part, (_, link), whole in zip(route.read.parts, route.targets, written, strict=True)
     ]
-    link = way.read.link
+    link = route.read.link
     if link is None or len(link.parts) == 1:
         return cross_link(pieces[0], link) if pieces[0] else None
     return stack_parts(link, dict(zip(link.parts, pieces, strict=True)))
@@ -88,7 +88,7 @@ def _size(delta: Delta) -> float:
     return float(delta.dense().norm())
 
 
-def difference(one: Delta, other: Delta) -> float:
+def relative_difference(one: Delta, other: Delta) -> float:
     """‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖, 0 where every tensor is the same; of kinds that depend on the weight, on a random one."""
     # From the cheapest comparison to the dearest: bytes, factors, matrices, the effect on a weight.
     if same_bytes(one, other):
@@ -129,7 +129,10 @@ def _shape(deltas: Iterable[Delta]) -> tuple[int, ...]:
     # The longest has the kernel that the others flatten; each dimension is taken from whichever delta has it.
     shapes = [delta.shape for delta in deltas]
     longest = max(shapes, key=len)
-    known = (next((shape[i] for shape in shapes if i < len(shape) and shape[i] != ANY), LIKE) for i in range(len(longest)))
+    known = (
+        next((shape[i] for shape in shapes if i < len(shape) and shape[i] != ANY), UNKNOWN_WIDTH)
+        for i in range(len(longest))
+    )
     return tuple(known)
 
 

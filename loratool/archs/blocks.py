@@ -47,14 +47,14 @@ def block_of(arch: Arch, module: Module) -> str:
     places = arch.readings_of(module)
     if not places:
         return module.component or module.path.partition(".")[0]
-    component, spot = places[0]
+    component, reading = places[0]
     if arch.name not in VECTOR_LENGTHS:
-        found = _NUMBERED.match(spot.parts[0])
-        return found[0] if found and component.name not in ENCODERS else component.name or spot.parts[0].partition(".")[0]
+        found = _NUMBERED.match(reading.parts[0])
+        return found[0] if found and component.name not in ENCODERS else component.name or reading.parts[0].partition(".")[0]
     if component.name in ENCODERS:
         return BASE
     # Vectors count blocks as LDM's own code does; any part of a module lies in the module's block.
-    whole = component.owners[ORIGINAL][spot.parts[0]].whole
+    whole = component.owners[ORIGINAL][reading.parts[0]].whole
     side, _, rest = whole.partition(".")
     if side in ("input_blocks", "output_blocks"):
         return f"{'IN' if side == 'input_blocks' else 'OUT'}{int(rest.partition('.')[0]):02}"

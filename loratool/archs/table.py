@@ -105,8 +105,8 @@ class Component:
     def contradicts(self, path: str, width: int) -> bool:
         """Whether an input of `width` at `path` shows that the module is another model's."""
         # Widths are those of diffusers' modules; the parts of a stack have the input of the whole.
-        spot = self.read_name(path)
-        paths = spot.parts if spot else (path,)
+        reading = self.read_name(path)
+        paths = reading.parts if reading else (path,)
         return any(
             f".{name}".endswith(f".{ending}") and width != expected
             for ending, expected in self.inputs.items()
@@ -158,7 +158,7 @@ class Arch:
         """The components that have `module`, each with its reading of the name: the component that the prefix names, else
         all that may be meant; empty where none has the module."""
         for name, path in candidate_names(module):
-            found = [(owner, spot) for owner in self._owners(name) if (spot := owner.read_name(path))]
+            found = [(owner, reading) for owner in self._owners(name) if (reading := owner.read_name(path))]
             if found:
                 return found
         return []

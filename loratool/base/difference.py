@@ -128,8 +128,8 @@ def _blocks(base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair, size: int) 
         yield 0, base.at(pair.base).reshape(1), tuned.at(pair.tuned).reshape(1)
         return
     count = max(pair.shape[0], pair.tuned_shape[0])
-    apart = base.by_rows(pair.base) and tuned.by_rows(pair.tuned)
-    for start, stop in row_blocks(count, math.prod(pair.shape[1:]), size) if apart else [(0, count)]:
+    by_rows = base.by_rows(pair.base) and tuned.by_rows(pair.tuned)
+    for start, stop in row_blocks(count, math.prod(pair.shape[1:]), size) if by_rows else [(0, count)]:
         yield start, base.rows(pair.base, start, stop), tuned.rows(pair.tuned, start, stop)
 
 

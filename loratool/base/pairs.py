@@ -75,7 +75,7 @@ def pair_parameters(base: BaseCheckpoint, tuned: BaseCheckpoint, takes: Takes) -
     notes = (*draft.leftovers(takes), *draft.unequal())
     pairs = [pair for pair in draft.pairs if takes(pair.module, pair.parameter)]
     if not pairs:
-        raise LoratoolError("nothing to extract: `Selection(include=)` and `exclude=` leave no parameter of either")
+        raise LoratoolError("nothing is left: `Selection(include=)` and `exclude=` leave no parameter of either")
     excluded = tuple(str(pair) for pair in draft.pairs if not takes(pair.module, pair.parameter))
     return Pairing(tuple(pairs), excluded, notes)
 

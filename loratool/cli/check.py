@@ -12,7 +12,7 @@ from loratool.cli.inputs import input_path
 from loratool.cli.options import base_option, json_option, output_option, overwrite_option, quiet_option
 from loratool.cli.render import print_facts, show_report
 from loratool.formats.consumers import CONSUMERS
-from loratool.text import safe, size
+from loratool.text import message, safe, size
 
 if TYPE_CHECKING:
     from loratool.verbs.check.check import CheckReport
@@ -63,8 +63,8 @@ def _facts(report: CheckReport) -> Iterator[tuple[str, str]]:
     yield "verdict", report.verdict
     for finding in report.findings:
         lost = f" (‖ΔW‖ = {finding.lost:.4g})" if finding.lost else ""
-        yield finding.level, f"{safe(finding.what)}{lost}"
-        yield "", f"→ {safe(finding.way)}"
+        yield finding.level, f"{message(finding.what)}{lost}"
+        yield "", f"→ {message(finding.way)}"
     if report.out:
         for step in report.done:
             yield "done", step

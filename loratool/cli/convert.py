@@ -110,7 +110,7 @@ def _convert(
     verbose: bool,
     **options: Any,
 ) -> None:
-    from loratool.adapter.load import Assumptions
+    from loratool.adapter.adapter import Assumptions
     from loratool.verbs.convert import convert
 
     report = convert(adapter, out, to, assume=Assumptions(alpha, slots or ()), **options)

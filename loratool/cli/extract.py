@@ -28,7 +28,7 @@ from loratool.cli.options import (
 )
 from loratool.cli.rank_options import rank_rules, rule_from_options
 from loratool.cli.render import print_facts, print_table, progress_bar, show_report
-from loratool.text import histogram, size
+from loratool.text import histogram, message, size
 
 if TYPE_CHECKING:
     from loratool.verbs.extract.extract import ExtractReport
@@ -116,7 +116,7 @@ def _left_out(report: ExtractReport) -> Iterator[str]:
     for left in report.left_out:
         shares.setdefault(left.why, []).append(left.share)
     for why, parts in shares.items():
-        yield f"{len(parts)} with {sum(parts) ** 0.5:.2%} of ‖W' − W₀‖: {why}"
+        yield f"{len(parts)} with {sum(parts) ** 0.5:.2%} of ‖W' − W₀‖: {message(why)}"
 
 
 def _print_modules(report: ExtractReport) -> None:

@@ -13,7 +13,8 @@ from loratool.cli.inputs import expand_inputs, input_name
 from loratool.cli.options import base_option, json_option
 from loratool.cli.render import print_facts, print_json, print_table
 from loratool.errors import LoratoolError
-from loratool.text import count, histogram, safe, size
+from loratool.flags import in_flags
+from loratool.text import count, histogram, message, safe, size
 
 if TYPE_CHECKING:
     from loratool.keys.listing import AdapterListing
@@ -84,7 +85,7 @@ def _print_folder(folder: Path, paths: Iterable[Path], *, as_json: bool) -> None
             reports.append(inspect(path))
         except LoratoolError as error:
             # One broken file must not hide a folder of good ones.
-            failed.append(str(error))
+            failed.append(in_flags(str(error)))
     if as_json:
         print_json({"adapters": reports, "errors": failed})
         return
@@ -136,7 +137,7 @@ def _adapter(report: AdapterReport) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{count(report.parameters)}{share}"
     yield from _metadata(report.metadata)
     yield from _history(report.history)
-    yield from (("note", safe(line)) for line in report.suspicions)
+    yield from (("note", message(line)) for line in report.suspicions)
 
 
 def _checkpoint(report: CheckpointReport) -> Iterator[tuple[str, str]]:
@@ -149,7 +150,7 @@ def _checkpoint(report: CheckpointReport) -> Iterator[tuple[str, str]]:
         yield "files", f"{len(report.files)}: {safe(report.files[0])} to {safe(report.files[-1])}"
     yield from _metadata(report.metadata)
     yield from _history(report.history)
-    yield from (("note", safe(line)) for line in report.suspicions)
+    yield from (("note", message(line)) for line in report.suspicions)
 
 
 def _metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -102,7 +102,7 @@ def merge_command(
       loratool merge sdxl.safetensors style.safetensors:0.8 -o merged.safetensors
       loratool merge Llama-3-8B/ a/ b/:-0.3 -o merged/ --undo back.safetensors
     """
-    from loratool.adapter.load import Assumptions
+    from loratool.adapter.adapter import Assumptions
     from loratool.adapter.selection import Selection
     from loratool.verbs.merge.merge import merge
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from loratool.flags import in_flags
-from loratool.text import message, safe
+from loratool.text import LONGEST_MESSAGE, message, safe
 
 if TYPE_CHECKING:
     from loratool.verbs.reports import Report
 
 NARROWEST: Final = 40
 """The least width of a table, whatever a terminal says of itself."""
-SENTENCES: Final = ("warnings", "suspicions", "why", "way")
+SENTENCES: Final = ("warnings", "suspicions", "why", "way", "Finding.what")
 """Fields of reports that hold sentences for people, in which JSON too speaks of flags."""
 
 
@@ -57,7 +57,7 @@ def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for name, what in facts:
-        grid.add_row(Text(f"  {safe(name)}", style="dim"), Text(message(what)))
+        grid.add_row(Text(f"  {safe(name)}", style="dim"), Text(safe(what, LONGEST_MESSAGE)))
     _show(Text(safe(title), style="bold"), grid)
 
 
@@ -101,7 +101,9 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         # What reports have in common comes behind what each one says.
         fields = sorted(dataclasses.fields(value), key=lambda field: field.kw_only is True)
-        return {field.name: _in_words(field.name, _plain(getattr(value, field.name))) for field in fields}
+        return {
+            field.name: _in_words(type(value).__name__, field.name, _plain(getattr(value, field.name))) for field in fields
+        }
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -109,9 +111,9 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _in_words(name: str, value: Any) -> Any:
+def _in_words(kind: str, name: str, value: Any) -> Any:
     """The value of a field, in the command line's words where the field is one of `SENTENCES`."""
-    if name not in SENTENCES:
+    if name not in SENTENCES and f"{kind}.{name}" not in SENTENCES:
         return value
     return [in_flags(each) for each in value] if isinstance(value, list) else in_flags(value)
 

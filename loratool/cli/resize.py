@@ -129,7 +129,7 @@ def _print_frontier(
     quiet: bool,
     **others: Any,
 ) -> None:
-    from loratool.adapter.load import Assumptions
+    from loratool.adapter.adapter import Assumptions
     from loratool.verbs.resize import frontier
 
     # What is left in `others` says how to write or how much to keep; -v alone would do no harm.
@@ -166,7 +166,7 @@ def run_low_rank(
     device: str,
 ) -> None:
     """Calls `run`, the library's `to_lora` or `resize`, and prints its report; `done` is the verb in the past tense."""
-    from loratool.adapter.load import Assumptions
+    from loratool.adapter.adapter import Assumptions
 
     report = run(
         adapter,

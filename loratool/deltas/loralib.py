@@ -54,8 +54,8 @@ class LoRALib(StoredDelta):
         return replace(delta, slots=slots, guessed=not given.slots)
 
     def assumptions(self) -> tuple[str, ...]:
-        unsaid = "loralib does not store alpha; its scale is taken to be 1 (`Assumptions(alpha=)` says otherwise)"
-        scale = (unsaid,) if self.alpha is None else ()
+        assumed = "loralib does not store alpha; its scale is taken to be 1 (`Assumptions(alpha=)` says otherwise)"
+        scale = (assumed,) if self.alpha is None else ()
         if not self.guessed:
             return scale
         shown = "".join("qkv"[i] for i, enabled in enumerate(self.slots) if enabled)

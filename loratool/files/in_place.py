@@ -35,7 +35,7 @@ class InPlaceOutput(Destination):
     def __init__(self, root: Path, files: Iterable[str], inputs: Iterable[Input]) -> None:
         self.files = tuple(files)
         for file in self.files:
-            _check_plain(root / file if file else root)
+            _require_plain(root / file if file else root)
         folder = root.is_dir()
         # Clones lie on the file system of their originals: blocks are shared, and a rename moves files, within one only.
         super().__init__(root, inputs, folder=folder, beside=root if folder else root.parent)
@@ -114,7 +114,7 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def _check_plain(path: Path) -> None:
+def _require_plain(path: Path) -> None:
     """Raises `OutputError` unless `path` is a writable plain file; a link's target may be in use elsewhere."""
     if path.is_symlink():
         raise OutputError(

@@ -19,10 +19,10 @@ TEMPORARY: Final = re.compile(r"\.loratool-(\d+)-[0-9a-f]{8}\.tmp")
 """The names that `temporary_in` gives, with the number of the process that writes there."""
 
 
-def check_target(target: Path, *, folder: bool, overwrite: bool, inputs: Iterable[Path]) -> None:
+def require_target(target: Path, *, folder: bool, overwrite: bool, inputs: Iterable[Path]) -> None:
     """Raises `OutputError` where `target` cannot or must not be written, before any work is done for it."""
     try:
-        _check_target(target, folder=folder, overwrite=overwrite, inputs=inputs)
+        _require_target(target, folder=folder, overwrite=overwrite, inputs=inputs)
     # Python raises ValueError for names that no file can have: with a NUL byte, or that cannot be encoded.
     except (OSError, ValueError) as error:
         raise OutputError(f"{target}: {getattr(error, 'strerror', None) or error}") from error
@@ -121,7 +121,7 @@ class NewOutput(Destination):
     def __init__(self, target: Path, *, folder: bool, overwrite: bool, nbytes: int, inputs: Iterable[Input]) -> None:
         inputs = tuple(inputs)
         # Before the sweep, which lists the parent and so relies on its being there.
-        check_target(target, folder=folder, overwrite=overwrite, inputs=[each.path for each in inputs])
+        require_target(target, folder=folder, overwrite=overwrite, inputs=[each.path for each in inputs])
         super().__init__(target, inputs, folder=folder, beside=target.parent)
         free = shutil.disk_usage(target.parent).free
         if free < nbytes:
@@ -154,12 +154,12 @@ class NewOutput(Destination):
         remove(aside)
 
 
-def _check_target(target: Path, *, folder: bool, overwrite: bool, inputs: Iterable[Path]) -> None:
+def _require_target(target: Path, *, folder: bool, overwrite: bool, inputs: Iterable[Path]) -> None:
     if not target.parent.is_dir():
         raise OutputError(f"{target}: the folder {target.parent} does not exist")
     # Inputs before `overwrite`: passing that would not help where the target is an input.
     for path in inputs:
-        _check_apart(target, path, folder=folder)
+        _require_apart(target, path, folder=folder)
     # `exists` would follow a dangling link and find nothing in the way.
     if not os.path.lexists(target):
         return
@@ -173,7 +173,7 @@ def _check_target(target: Path, *, folder: bool, overwrite: bool, inputs: Iterab
         raise OutputError(f"{target}: is read-only")
 
 
-def _check_apart(target: Path, path: Path, *, folder: bool) -> None:
+def _require_apart(target: Path, path: Path, *, folder: bool) -> None:
     """Raises `OutputError` where writing `target` would replace the input at `path`, by whatever name either goes."""
     # By device and inode: two names, hard links and letters of either case can be one file.
     if target.exists() and path.exists() and os.path.samefile(target, path):

@@ -31,14 +31,14 @@ def open_pickle(path: Path) -> Iterator[Header]:
     """Gives the header of a temporary safetensors file with the tensors of the pickle at `path`; raises `InvalidFile`."""
     # No FIFO or device is handed to the child.
     os.close(open_regular(path))
-    _check_zip(path)
+    _require_zip(path)
     with tempfile.TemporaryDirectory(prefix="loratool-") as folder:
         converted = Path(folder, "converted.safetensors")
         _convert_in_child(path, converted)
         yield read_header(converted, ADAPTER_HEADER_BYTES)
 
 
-def _check_zip(path: Path) -> None:
+def _require_zip(path: Path) -> None:
     """Raises `InvalidFile` for an archive that inflates: torch stores members as they are, never larger than the file."""
     if not zipfile.is_zipfile(path):
         return

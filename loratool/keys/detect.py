@@ -123,17 +123,17 @@ def _is_covered(arch: Arch, modules: Iterable[Module]) -> bool:
     """Whether `modules` are all that `arch` has of their kinds, a kind being a name without its numbers."""
     have: dict[tuple[str, str], Counter[str]] = {}
     for module in modules:
-        component, spot = arch.readings_of(module)[0]
-        have.setdefault((component.name, spot.naming), Counter())[_kind(spot.path)] += 1
+        component, reading = arch.readings_of(module)[0]
+        have.setdefault((component.name, reading.naming), Counter())[_kind(reading.path)] += 1
     # Counted in the naming that the names were read in: stacks are fewer than their parts.
     for (component_name, naming), kinds in have.items():
-        whole = Counter(map(_kind, _is_named(arch, component_name, naming)))
+        whole = Counter(map(_kind, _paths_in_naming(arch, component_name, naming)))
         if any(count != whole[kind] for kind, count in kinds.items()):
             return False
     return True
 
 
-def _is_named(arch: Arch, name: str, naming: str) -> Iterable[str]:
+def _paths_in_naming(arch: Arch, name: str, naming: str) -> Iterable[str]:
     """The module paths that `naming` has for the component `name`; in that of diffusers the parts of any other naming."""
     component = arch.component(name)
     assert component is not None

@@ -55,12 +55,12 @@ def resolve_routes(adapters: Sequence[AdapterKeys], target: Format, wanted: Hint
     # All candidates are tried: which one is right matters only where two of them rename the modules differently.
     for candidate in found:
         try:
-            way = _agree(modules, candidate, target)
+            route = _agree(modules, candidate, target)
         except LoratoolError as error:
             problems.append(error)
             continue
-        if not any(way == other for _, other in routes):
-            routes.append((candidate, way))
+        if not any(route == other for _, other in routes):
+            routes.append((candidate, route))
     if not routes:
         raise problems[0]
     if len(routes) > 1:
@@ -87,8 +87,8 @@ def _agree(modules: Sequence[Module], arch: Arch, target: Format) -> dict[Module
     # Two adapters may each spell one module rightly, CLIP with and without `text_model.`; the output needs one name.
     routes, kept = route_modules(modules, arch, target), routes_keeping_names(modules, arch, target)
     names: dict[tuple[str, tuple[tuple[str, Link | None], ...]], set[str]] = {}
-    for module, way in routes.items():
-        names.setdefault((way.prefix, way.targets), set()).add(module.stem)
+    for module, route in routes.items():
+        names.setdefault((route.prefix, route.targets), set()).add(module.stem)
     return kept if all(len(stems) == 1 for stems in names.values()) else routes
 
 
@@ -130,10 +130,10 @@ def resolve_base_routes(
                 route_modules([module], arch, target)
             except LoratoolError as error:
                 reasons[module] = str(error)
-        way = route_modules([module for module in modules if module not in reasons], arch, target)
-        routes.append((arch, way, reasons))
+        route = route_modules([module for module in modules if module not in reasons], arch, target)
+        routes.append((arch, route, reasons))
     best = min(len(reasons) for *_, reasons in routes)
-    first, *others = [way for way in routes if len(way[2]) == best]
+    first, *others = [route for route in routes if len(route[2]) == best]
     if any(_names(other[1]) != _names(first[1]) for other in others):
         titles = " or ".join(f"{arch.title} (`arch={arch.name!r}`)" for arch, *_ in (first, *others))
         raise AmbiguousFile(f"the base may be {titles}, which {target.title} spells differently; choose one")
@@ -143,8 +143,8 @@ def resolve_base_routes(
 def _names(routes: Mapping[Module, Route]) -> dict[Module, tuple[str, tuple[str, ...], bool]]:
     """What modules become in the output: equal for two architectures whose tables rename alike, whatever else they hold."""
     return {
-        module: (way.prefix, tuple(path for path, _ in way.targets), way.renames and not way.swaps_halves)
-        for module, way in routes.items()
+        module: (route.prefix, tuple(path for path, _ in route.targets), route.renames and not route.swaps_halves)
+        for module, route in routes.items()
     }
 
 

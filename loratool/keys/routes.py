@@ -49,13 +49,13 @@ def route_modules(modules: Iterable[Module], arch: Arch, target: Format) -> dict
     found = {}
     components: set[str] = set()
     for module in modules:
-        component, spot = _the_one(module, readings_in(module, arch), target)
+        component, reading = _the_one(module, readings_in(module, arch), target)
         components.add(component.diffusers_folder)
         if target.single and len(components) > 1:
             several = " and ".join(sorted(components))
             raise Unsupported(f"{target.title} holds one model, this adapter is for {several}; `to='diffusers'` holds all")
         try:
-            found[module] = route_of(component, spot, _prefix(component, target), component.naming(target.namings))
+            found[module] = route_of(component, reading, _prefix(component, target), component.naming(target.namings))
         # A naming need not have all parts: that of XLabs is of attention alone.
         except KeyError as part:
             raise Unsupported(f"{module}: {target.title} has no name for {part.args[0]} of {arch.title}") from None
@@ -71,21 +71,21 @@ def is_spelled_as(modules: Iterable[Module], arch: Arch, spelling: Format) -> bo
         return False
 
 
-def _is_right(module: Module, way: Route, spelling: Format) -> bool:
+def _is_right(module: Module, route: Route, spelling: Format) -> bool:
     """Whether a module is called as its `way` says, or by a name that readers take for the same: CLIP's path in transformers
     5, and kohya's `lora_te_` for the first of several encoders."""
-    unwrapped = way.read.naming in (TRANSFORMERS_5, UNWRAPPED)
-    path = way.read.path if unwrapped else way.targets[0][0]
-    prefixes = {way.prefix, "lora_te_"} if way.prefix == "lora_te1_" else {way.prefix}
-    return way.renames and module.stem in {spelling.stem(prefix, path) for prefix in prefixes}
+    unwrapped = route.read.naming in (TRANSFORMERS_5, UNWRAPPED)
+    path = route.read.path if unwrapped else route.targets[0][0]
+    prefixes = {route.prefix, "lora_te_"} if route.prefix == "lora_te1_" else {route.prefix}
+    return route.renames and module.stem in {spelling.stem(prefix, path) for prefix in prefixes}
 
 
 def routes_keeping_names(modules: Iterable[Module], arch: Arch, target: Format) -> dict[Module, Route]:
     """`route_modules`, except that each module keeps its own name where every one of them is called right already."""
     routes = route_modules(modules, arch, target)
-    if not all(_is_right(module, way, target) for module, way in routes.items()):
+    if not all(_is_right(module, route, target) for module, route in routes.items()):
         return routes
-    return {module: _keep_name(module, way.read, target) for module, way in routes.items()}
+    return {module: _keep_name(module, route.read, target) for module, route in routes.items()}
 
 
 def _keep_name(module: Module, read: NameReading, target: Format) -> Route:
@@ -104,16 +104,16 @@ def readings_in(module: Module, arch: Arch) -> list[tuple[Component, NameReading
     return places
 
 
-def route_of(component: Component, spot: NameReading, prefix: str, naming: str) -> Route:
+def route_of(component: Component, reading: NameReading, prefix: str, naming: str) -> Route:
     """Where a module of `component` goes in `naming`; raises `KeyError` with the part that has no name there."""
     # A stack stays whole in its own naming, and comes apart in that of diffusers; any other naming is reached by way of the
     # parts, which may end up in several of its modules or be a piece of one.
-    if naming == spot.naming:
-        return Route(prefix, spot, naming, ((spot.path, spot.link),))
+    if naming == reading.naming:
+        return Route(prefix, reading, naming, ((reading.path, reading.link),))
     if naming == DIFFUSERS:
-        return Route(prefix, spot, naming, tuple((part, None) for part in spot.parts))
-    links = [component.owners[naming][part] for part in spot.parts]
-    return Route(prefix, spot, naming, tuple((link.whole, link) for link in links))
+        return Route(prefix, reading, naming, tuple((part, None) for part in reading.parts))
+    links = [component.owners[naming][part] for part in reading.parts]
+    return Route(prefix, reading, naming, tuple((link.whole, link) for link in links))
 
 
 def _the_one(
@@ -121,7 +121,7 @@ def _the_one(
 ) -> tuple[Component, NameReading]:
     """The one of `places` that `module` is of; raises `LoratoolError` where several remain that `target` tells apart."""
     # Components that have the same prefix in the target need not be told apart.
-    prefixes = {_prefix(component, target): (component, spot) for component, spot in places}
+    prefixes = {_prefix(component, target): (component, reading) for component, reading in places}
     if len(prefixes) > 1:
         owners = " or ".join(component.diffusers_folder for component, _ in places)
         raise LoratoolError(f"{module}: may be of {owners}, which {target.title} tells apart; its name does not")
@@ -165,5 +165,5 @@ def example(target: Format) -> str:
     part = next(
         part for link in component.links[component.stored_naming] for part in link.parts if part.endswith(("to_q", "wq"))
     )
-    way = route_of(component, NameReading(DIFFUSERS, part), _prefix(component, target), component.naming(target.namings))
-    return target.key(target.stem(way.prefix, way.targets[0][0]), "down")
+    route = route_of(component, NameReading(DIFFUSERS, part), _prefix(component, target), component.naming(target.namings))
+    return target.key(target.stem(route.prefix, route.targets[0][0]), "down")

@@ -176,7 +176,7 @@ def _grow(matrices: Sequence[Tensor], asked: Sequence[_Asked], width: int, seed:
         squared, turns = span.ritz()
         unsettled: dict[int, list[int]] = {}
         for place, number in enumerate(numbers):
-            settled = _is_settled(asked[number], squared[place], span.floor)
+            settled = _settle_rank(asked[number], squared[place], span.floor)
             if settled is None:
                 # Without a rank the end is not in sight, so blocks double; with a rank, further blocks only refine.
                 unsettled.setdefault(2 * width if asked[number].rank is None else width, []).append(place)
@@ -191,7 +191,7 @@ def _grow(matrices: Sequence[Tensor], asked: Sequence[_Asked], width: int, seed:
     return found
 
 
-def _is_settled(asked: _Asked, squared: Tensor, floor: float) -> tuple[int, Spectrum] | None:
+def _settle_rank(asked: _Asked, squared: Tensor, floor: float) -> tuple[int, Spectrum] | None:
     """The rank and the spectrum of a range whose singular values have the squares `squared`, or None where the range must
     grow; the gain of its last block is noted in `asked`."""
     total = asked.total

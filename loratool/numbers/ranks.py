@@ -243,5 +243,7 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.nbytes is None) == (self.error is None):
             raise LoratoolError("a budget is a number of bytes, or a relative error")
+        if self.nbytes is not None and self.nbytes < 1:
+            raise LoratoolError(f"the size is {self.nbytes} bytes, expected at least one")
         if self.error is not None and not 0 < self.error < 1:
             raise LoratoolError(f"the total error is {self.error:g}, expected a share between 0 and 1")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loratool.adapter.adapter import Adapter, files_of
+from loratool.adapter.adapter import Adapter, Assumptions, files_of
 from loratool.adapter.approximate import ApproximatedModule, approximate_adapter, error_of
-from loratool.adapter.load import Assumptions, open_source
+from loratool.adapter.load import is_as_stored, open_source
 from loratool.adapter.write import require_folder_name, write_adapter
 from loratool.base.base import BaseCheckpoint, open_base
 from loratool.errors import error_in_file
@@ -63,6 +63,7 @@ def convert(
     that this format spells so; `base` is a checkpoint that has the modules' names. With a `rule`, other kinds become LoRA
     first. Raises `LoratoolError`, and writes nothing, where a delta has no exact form or no place in the format.
     """
+    in_memory = isinstance(adapter, Adapter)
     with error_in_file(adapter.path if isinstance(adapter, Adapter) else adapter):
         adapter, target = open_source(adapter, allow_pickle=allow_pickle, assume=assume), format_named(to)
         out = Path(out).expanduser()
@@ -73,7 +74,8 @@ def convert(
         # copied to a PEFT folder as it is, so that kinds which only PEFT has pass too.
         if rule is not None:
             adapter, converted = approximate_adapter(adapter, rule, dtype, base=weights, device=device)
-        elif target.folder and (folder := _peft_folder(adapter)):
+        # What is in memory need no longer be what its file holds.
+        elif target.folder and (not in_memory or is_as_stored(adapter)) and (folder := _peft_folder(adapter)):
             return _copy_folder(adapter, folder, target, out, overwrite=overwrite)
         adapter = replace(adapter, metadata={**adapter.metadata, **_history(adapter, target, converted)})
         found, routes = resolve_routes([adapter.keys], target, Hints(arch, source, weights.layout if weights else None))
@@ -84,7 +86,7 @@ def convert(
             arch=found.title,
             after=len({(item.prefix, item.path) for item in written.moved}),
             # A module whose parts are together in the target too is renamed only, and not cut.
-            cut=sum(len(way.read.parts) > 1 and not way.renames for way in routes.values()),
+            cut=sum(len(route.read.parts) > 1 and not route.renames for route in routes.values()),
             stacked=sum(len(item.sources) > 1 for item in written.moved),
             difference=written.difference,
             lowered=tuple(converted),

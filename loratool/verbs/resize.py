@@ -10,7 +10,7 @@ from typing import Final
 
 from torch import Tensor
 
-from loratool.adapter.adapter import Adapter, Change, files_of
+from loratool.adapter.adapter import Adapter, Assumptions, Change, files_of
 from loratool.adapter.approximate import (
     ApproximatedDeltas,
     ApproximatedModule,
@@ -19,7 +19,7 @@ from loratool.adapter.approximate import (
     fits_lora_file,
     keeps_its_rank,
 )
-from loratool.adapter.load import Assumptions, open_source
+from loratool.adapter.load import open_source
 from loratool.adapter.same_format import contents_like_source, lora_tensors, read_unchanged, rescaled_biases
 from loratool.base.base import BaseCheckpoint, open_base
 from loratool.deltas.schema import WEIGHT
@@ -37,9 +37,9 @@ LADDER: Final = (1, *(step for power in range(1, 15) for step in (2**power, 3 * 
 
 @dataclass(frozen=True, slots=True)
 class ResizeReport(Report):
-    """What a conversion did: every module that became a LoRA or got another rank, how many were kept, and the error over
-    all modules that changed. `weighed` is the error with each module's square divided by the square of the weight's norm,
-    where that was asked for."""
+    """What `resize` or `to_lora` did: every module that became a LoRA or got another rank, how many were kept, and the error
+    over all modules that changed. `weighed` is the error with each module's square divided by the square of the weight's
+    norm, where that was asked for."""
 
     out: str
     modules: tuple[ApproximatedModule, ...]

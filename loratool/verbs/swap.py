@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loratool.adapter.load import Assumptions
-from loratool.adapter.strengths import AdapterLike, weighted_adapter
+from loratool.adapter.adapter import Assumptions
+from loratool.adapter.strengths import AdapterLike, weighted_adapters
 from loratool.files.layout import open_layout, require_weights
 from loratool.numbers.threads import Progress
 from loratool.verbs.merge.merge import LOST, MergeReport, merge_inputs
@@ -39,12 +39,12 @@ def swap(
     layout = open_layout(Path(merged).expanduser())
     require_weights(layout, LOST)
     # Both go into one plan, at negated and at given strengths, so that weights are rounded once and not in between.
-    negated = [weighted_adapter(source).opposite() for source in outgoing]
+    negated = [each.opposite() for each in weighted_adapters(outgoing)]
     old = open_inputs(negated, assume=assume, allow_pickle=allow_pickle)
     for each in old:
         require_additive(each.adapter)
     new = open_inputs(incoming, assume=assume, allow_pickle=allow_pickle)
-    notes = history_disagreements(layout, [(str(each.adapter.path), -each.strength.value) for each in old])
+    notes = history_disagreements(layout, old)
     report = merge_inputs(
         "swap", layout, [*old, *new], out, device=device, overwrite=overwrite, dry_run=dry_run, progress=progress
     )

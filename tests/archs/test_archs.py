@@ -43,9 +43,9 @@ def test_a_name_reads_as_what_it_stands_for(component: Component, naming: str) -
     """Dotted or flattened, and whatever other naming has the same name: it means the same parts."""
     for link in component.links[naming]:
         for name in (link.whole, flat(link.whole)):
-            spot = component.read_name(name)
-            assert spot is not None
-            assert spot.parts == link.parts
+            reading = component.read_name(name)
+            assert reading is not None
+            assert reading.parts == link.parts
 
 
 @pytest.mark.parametrize(("component", "naming"), LINKS)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratool import WeightedAdapter
+from loratool import Rule, Selection, WeightedAdapter, check, combine, convert, extract, merge, resize
 from loratool.cli.options import parse_component_strengths, parse_weighted_adapter
-from loratool.errors import LoratoolError
+from loratool.errors import LoratoolError, UnknownName
 from loratool.text import histogram, safe, size
 from tests.conftest import FIXTURES, Run
 from tests.models import kohya, save
@@ -198,3 +198,30 @@ def test_zero_is_an_answer(run: Run) -> None:
     assert "the largest error is 0.00e+00" in done.stderr
     done = run("resize", FIXTURES / "style.safetensors", "-o", "b.safetensors", "--total-error", "0")
     assert "the total error is 0, expected a share between 0 and 1" in done.stderr
+
+
+def test_one_string_is_not_several(tmp_path: Path) -> None:
+    with pytest.raises(LoratoolError, match="takes several globs"):
+        Selection(include="*q_proj*")  # type: ignore[arg-type]
+    for wrong in (str(LORA), LORA, []):
+        with pytest.raises(LoratoolError, match=r"such as a list of one|name at least one adapter"):
+            merge(LLAMA, wrong, tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(LoratoolError, match=r"the strength '0\.5' is no number"):
+        merge(LLAMA, [WeightedAdapter(LORA, "0.5")], tmp_path / "out")  # type: ignore[arg-type]
+
+
+def test_names_that_there_are_not_are_listed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for call, known in (
+        (lambda: convert(LORA, out, "peftt"), "did you mean peft"),
+        (lambda: convert(LORA, out, "kohya", arch="sdxll"), "did you mean sdxl"),
+        (lambda: combine([LORA], out, method="tie"), "there are sum, ties"),
+        (lambda: resize(LORA, out, Rule("rank", 2), dtype="F16"), "float32, float16, bfloat16"),
+        (lambda: check(LORA, "vlm"), "did you mean vllm"),
+        (lambda: Rule("rnk", 2), "did you mean rank"),
+        (lambda: extract(LLAMA, LLAMA, out, Rule("rank", 2), split="both"), "there are even, up, down"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(UnknownName, match=known):
+            call()
+    with pytest.raises(LoratoolError, match="density"):
+        combine([LORA], out, Rule("rank", 2), method="ties", density=7)

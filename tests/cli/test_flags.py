@@ -85,3 +85,24 @@ def test_the_library_speaks_of_no_flag(path: Path) -> None:
 )
 def test_what_a_reference_becomes(said: str, shown: str) -> None:
     assert in_flags(said) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "use `strength=0.8` or `print(1)`",
+        "`to=" + "-" * 500 + "1`",
+        "`to=" + "1+" * 900 + "1`",
+        "`to=0x" + "f" * 5000 + "`",
+        "`base=(`",
+        "`" * 100_000,
+    ],
+)
+def test_text_of_others_stays_what_it_is(text: str) -> None:
+    assert in_flags(text) == text
+
+
+def test_the_number_one_is_a_value_and_true_is_none() -> None:
+    assert in_flags("`resize(rule=Rule('rank', 1))`") == "loratool resize --rank 1"
+    assert in_flags("`overwrite=True`") == "--overwrite"
+    assert in_flags("add `Rule(most=)`") == "add --max-rank"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loratool.adapter.load import load
-from loratool.adapter.verify import difference
+from loratool.adapter.verify import relative_difference
 from loratool.deltas.base import Delta
 from loratool.errors import Unsupported
 from loratool.files.layout import open_layout
@@ -116,7 +116,7 @@ def _there_and_back(source: Path, row: Format, arch: str, folder: Path) -> bool:
     convert(there, back, _own(source).name, arch=arch)
     before, after = _deltas(source), _deltas(back)
     assert after.keys() == before.keys()
-    assert all(difference(before[key], after[key]) < 1e-5 for key in before)
+    assert all(relative_difference(before[key], after[key]) < 1e-5 for key in before)
     return True
 
 

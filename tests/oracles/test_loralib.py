@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loratool import LoratoolError, merge
-from loratool.adapter.load import Assumptions
+from loratool.adapter.adapter import Assumptions
 from tests.models import save
 
 RANK, ALPHA = 3, 12

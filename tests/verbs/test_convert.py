@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -446,3 +447,11 @@ def test_the_constraint_of_an_orthogonal_delta_is_kept_where_alphas_are_folded(t
     assert float(
         load_file(tmp_path / "b.safetensors")["diffusion_model.double_blocks.0.img_attn.proj.alpha"]
     ) == pytest.approx(1e-3)
+
+
+def test_an_adapter_in_memory_is_written_as_it_is_there(tmp_path: Path) -> None:
+    whole = load(FIXTURES / "llama-lora")
+    half = dataclasses.replace(whole, changes=whole.changes[:2])
+    for name, adapter in (("whole", whole), ("half", half)):
+        convert(adapter, tmp_path / name, "peft")
+        assert len(load(tmp_path / name).changes) == len(adapter.changes)

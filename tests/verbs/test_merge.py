@@ -545,3 +545,13 @@ def test_a_tensor_that_float16_cannot_hold_is_an_error_though_no_adapter_changes
     save(tmp_path / "a.safetensors", kohya(STEMS, 2, 1.0))
     with pytest.raises(NonFinite, match=r"big\.weight: 6 values of the result overflow F16"):
         merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "o.safetensors", dtype="float16")
+
+
+def test_a_history_of_many_strengths_has_room(tmp_path: Path) -> None:
+    save(tmp_path / "base.safetensors", base_tensors())
+    path = save(tmp_path / "a.safetensors", kohya(STEMS, 2, 1.0))
+    parts = {"*" * (number + 1): 1 + number / 7e9 for number in range(200)}
+    weighted = WeightedAdapter(path, Strength(0.1, parts=parts))
+    merge(tmp_path / "base.safetensors", [weighted], tmp_path / "o.safetensors")
+    (step,) = inspect(tmp_path / "o.safetensors").history
+    assert step["adapters"][0]["parts"].keys() == parts.keys()

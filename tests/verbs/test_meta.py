@@ -18,7 +18,7 @@ from loratool.files.header import read_header
 from loratool.verbs.hash import hash_file
 from loratool.verbs.meta.meta import copy_metadata, delete_metadata, read_metadata, set_metadata, strip_metadata
 from tests.conftest import FIXTURES, Run, examples
-from tests.models import kohya
+from tests.models import kohya, save
 
 LORA = FIXTURES / "llama-lora"
 TRAINED = {
@@ -183,3 +183,8 @@ def test_show_prints_all_of_it_safely(file: Path, invoke: Run) -> None:
     assert "has no metadata called nothing" in invoke("meta", "show", file, "nothing").stderr
     report = json.loads(invoke("meta", "delete", file, "ss_output_name", "--in-place", "--json").stdout)
     assert report["removed"] == ["ss_output_name"]
+
+
+def test_values_that_look_like_arguments_are_shown_as_they_are(tmp_path: Path, invoke) -> None:
+    save(tmp_path / "a.safetensors", kohya({"lora_unet_a": (8, 8)}, 2, 1.0), note="pass `base=` or `to='kohya'`")
+    assert "pass `base=` or `to='kohya'`" in invoke("meta", "show", "a.safetensors").stdout

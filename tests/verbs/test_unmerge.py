@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from loratool import Checkpoint, LoratoolError, WeightedAdapter, delta, load, merge, unmerge
+from loratool import Assumptions, Checkpoint, LoratoolError, WeightedAdapter, delta, load, merge, unmerge
 from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import Strength
 from loratool.errors import InvalidFile, OutputError, Unsupported
@@ -411,3 +412,33 @@ def test_an_adapter_in_the_hubs_cache_goes_by_its_repository(tmp_path: Path) -> 
     merge(base, [folder], tmp_path / "m.safetensors")
     assert adapter.exists()
     assert not unmerge(tmp_path / "m.safetensors", tmp_path / "b.safetensors", [folder]).warnings
+
+
+def test_block_strengths_are_compared_with_the_history(tmp_path: Path) -> None:
+    base = save(tmp_path / "base.safetensors", base_tensors(torch.float16))
+    adapter = save(tmp_path / "a.safetensors", kohya(STEMS, 2, 1.0))
+    weighed = WeightedAdapter(adapter, Strength(1.0, parts={"unet": 0.5}))
+    merge(base, [weighed], tmp_path / "m.safetensors")
+    assert not unmerge(tmp_path / "m.safetensors", tmp_path / "b.safetensors", [weighed]).warnings
+    (warning,) = unmerge(tmp_path / "m.safetensors", tmp_path / "c.safetensors", [adapter]).warnings
+    assert "says that a.safetensors:1:unet=0.5 was merged into it, not a.safetensors:1" in warning
+
+
+def test_what_is_in_memory_and_no_longer_in_its_file_cannot_be_kept(tmp_path: Path) -> None:
+    base = save(tmp_path / "base.safetensors", base_tensors(torch.float16))
+    adapter = load(save(tmp_path / "a.safetensors", kohya(STEMS, 2, 1.0)))
+    merge(base, [adapter], tmp_path / "m.safetensors", undo=tmp_path / "u")
+    assert unmerge(tmp_path / "m.safetensors", tmp_path / "b.safetensors", undo=tmp_path / "u").exact
+    half = dataclasses.replace(adapter, changes=adapter.changes[:1])
+    with pytest.raises(Unsupported, match="is in memory and not what its file holds"):
+        merge(base, [half], tmp_path / "n.safetensors", undo=tmp_path / "v")
+    assert not (tmp_path / "n.safetensors").exists()
+
+
+def test_what_was_assumed_of_an_adapter_goes_with_it(tmp_path: Path) -> None:
+    base = save(tmp_path / "base.safetensors", {"model.layers.0.self_attn.q_proj.weight": torch.randn(8, 8).half()})
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{name}.lora_A.weight": torch.randn(2, 8), f"{name}.lora_B.weight": torch.randn(8, 2)}
+    adapter = load(save(tmp_path / "a.safetensors", factors), assume=Assumptions(alpha=8.0))
+    merge(base, [adapter], tmp_path / "m.safetensors", undo=tmp_path / "u")
+    assert unmerge(tmp_path / "m.safetensors", tmp_path / "b.safetensors", undo=tmp_path / "u").exact

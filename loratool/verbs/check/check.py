@@ -112,18 +112,18 @@ def check(adapter: Adapter | str | Path, target: str, *, base: str | Path | None
 
 def check_adapter(adapter: Adapter, path: str | Path, target: str, base: Layout | None) -> CheckReport:
     """`check` of an adapter that is loaded already."""
-    case = CheckContext(adapter, consumer_named(target), base)
+    context = CheckContext(adapter, consumer_named(target), base)
     # An adapter for another sort of model breaks every other rule too, and none of those findings would help.
-    findings = tuple(_unlike_model(case)) or tuple(finding for rule in _RULES for finding in rule(case))
+    findings = tuple(_unlike_model(context)) or tuple(finding for rule in _RULES for finding in rule(context))
     levels = {finding.level for finding in findings}
     return CheckReport(
         path=str(path),
-        target=case.consumer.title,
-        source=case.consumer.source,
+        target=context.consumer.title,
+        source=context.consumer.source,
         verdict=next((words for level, words in VERDICTS.items() if level in levels), SAME),
         good=levels <= {NOTE},
         findings=findings,
-        warnings=case.adapter.warnings,
+        warnings=context.adapter.warnings,
     )
 
 
@@ -142,48 +142,48 @@ def kind_of(change: Change) -> str:
     return consumer_kind(change.delta.kind, change.parameter, len(change.delta.shape))
 
 
-def _unlike_model(case: CheckContext) -> Iterator[Finding]:
+def _unlike_model(context: CheckContext) -> Iterator[Finding]:
     # None: the program (PEFT) loads adapters of every sort of model.
-    wants = case.consumer.language
-    if wants is not None and wants != case.language:
+    wants = context.consumer.language
+    if wants is not None and wants != context.language:
         what, other = ("an image model", "language models") if wants else ("a language model", "image and video models")
         yield Finding(
-            REFUSED, f"is for {what}; {case.consumer.title} loads adapters of {other}", "use another program", False
+            REFUSED, f"is for {what}; {context.consumer.title} loads adapters of {other}", "use another program", False
         )
 
 
-def _other_format(case: CheckContext) -> Iterator[Finding]:
+def _other_format(context: CheckContext) -> Iterator[Finding]:
     try:
         # Keys that are in no one format are a finding here, not an error.
-        own = format_of(case.adapter.keys).name
+        own = format_of(context.adapter.keys).name
     except LoratoolError:
         own = ""
-    if own not in case.consumer.reads:
+    if own not in context.consumer.reads:
         called = f"is in {format_named(own).title}'s format" if own else "is in no one format"
-        what = f"{called}, which {case.consumer.title} does not read"
-        yield Finding(REFUSED, what, f"`convert(to={case.consumer.writes!r})`")
-    elif case.consumer.unread and (names := case.consumer.unread.get(own)):
+        what = f"{called}, which {context.consumer.title} does not read"
+        yield Finding(REFUSED, what, f"`convert(to={context.consumer.writes!r})`")
+    elif context.consumer.unread and (names := context.consumer.unread.get(own)):
         # diffusers converts kohya's names by one function per architecture, and has none for some (unread).
-        mine = [arch.title for arch in archs_of_adapters([case.adapter.keys]) if arch.name in names.split()]
+        mine = [arch.title for arch in archs_of_adapters([context.adapter.keys]) if arch.name in names.split()]
         if mine:
-            what = f"is in {format_named(own).title}'s format, which {case.consumer.title} does not read for {mine[0]}"
-            yield Finding(REFUSED, what, f"`convert(to={case.consumer.writes!r})`")
+            what = f"is in {format_named(own).title}'s format, which {context.consumer.title} does not read for {mine[0]}"
+            yield Finding(REFUSED, what, f"`convert(to={context.consumer.writes!r})`")
 
 
-def _other_arch(case: CheckContext) -> Iterator[Finding]:
-    found = archs_of_adapters([case.adapter.keys])
-    if case.consumer.archs and found and not any(arch.name in case.consumer.archs for arch in found):
-        what = f"is for {found[0].title}, which {case.consumer.title} does not know"
+def _other_arch(context: CheckContext) -> Iterator[Finding]:
+    found = archs_of_adapters([context.adapter.keys])
+    if context.consumer.archs and found and not any(arch.name in context.consumer.archs for arch in found):
+        what = f"is for {found[0].title}, which {context.consumer.title} does not know"
         yield Finding(REFUSED, what, "use another program", False)
 
 
-def _other_kinds(case: CheckContext) -> Iterator[Finding]:
+def _other_kinds(context: CheckContext) -> Iterator[Finding]:
     by_kind: dict[str, list[Change]] = {}
-    for change in case.adapter.changes:
-        if kind_of(change) not in case.consumer.kinds:
+    for change in context.adapter.changes:
+        if kind_of(change) not in context.consumer.kinds:
             by_kind.setdefault(kind_of(change), []).append(change)
     # The row's kinds are those of PEFT's LoRA; a config of another peft_type has PEFT load its own tuner (LoHa, OFT …).
-    own_tuner = case.consumer.name == "peft" and case.config.get("peft_type") not in (None, "LORA")
+    own_tuner = context.consumer.name == "peft" and context.config.get("peft_type") not in (None, "LORA")
     for kind, changes in by_kind.items():
         if own_tuner:
             continue
@@ -195,79 +195,79 @@ def _other_kinds(case: CheckContext) -> Iterator[Finding]:
         if gone:
             way = "leave it out"
         elif all(change.delta.additive for change in changes):
-            way = f"make LoRA of it: `convert(to={case.consumer.writes!r}, rule=Rule())`"
+            way = f"make LoRA of it: `convert(to={context.consumer.writes!r}, rule=Rule())`"
         else:
-            way = f"make LoRA of it: `convert(to={case.consumer.writes!r}, rule=Rule(), base=BASE)`"
-        yield Finding(REFUSED, f"has {title}, which {case.consumer.title} does not have", way, True, names, lost)
+            way = f"make LoRA of it: `convert(to={context.consumer.writes!r}, rule=Rule(), base=BASE)`"
+        yield Finding(REFUSED, f"has {title}, which {context.consumer.title} does not have", way, True, names, lost)
 
 
-def _other_scales(case: CheckContext) -> Iterator[Finding]:
+def _other_scales(context: CheckContext) -> Iterator[Finding]:
     """Finds modules whose scale in the program, by the program's own formula, is not the adapter's."""
-    if case.consumer.scale not in (GLOBAL_SCALE, SHARED_SCALE) or not case.config:
+    if context.consumer.scale not in (GLOBAL_SCALE, SHARED_SCALE) or not context.config:
         return
-    config = PeftConfig.parse(case.config, str(case.adapter.path))
+    config = PeftConfig.parse(context.config, str(context.adapter.path))
     # Both programs read lora_alpha of the config alone, and no alpha_pattern. Of rsLoRA's root only vLLM knows
     # (peft_helper.py), and a zero alpha means scale 1 to llama.cpp alone (llama-adapter.h).
     alpha, rank = config.alpha or 0.0, config.rank or 1
-    rooted = case.consumer.scale == GLOBAL_SCALE and config.rslora
+    rooted = context.consumer.scale == GLOBAL_SCALE and config.rslora
     wrong: list[str] = []
     worst = 1.0
-    for change, own, scale in case.loras():
-        per = math.sqrt(rank) if rooted else rank if case.consumer.scale == GLOBAL_SCALE else own
-        theirs = alpha / per if alpha or case.consumer.scale == GLOBAL_SCALE else 1.0
+    for change, own, scale in context.loras():
+        per = math.sqrt(rank) if rooted else rank if context.consumer.scale == GLOBAL_SCALE else own
+        theirs = alpha / per if alpha or context.consumer.scale == GLOBAL_SCALE else 1.0
         if not math.isclose(theirs, scale, rel_tol=1e-6):
             wrong.append(str(change))
             # Both quotients, since half the strength is as wrong as twice the strength.
             worst = max(worst, theirs / scale if scale else math.inf, scale / theirs if theirs else math.inf, key=abs)
     if wrong:
         strength = f"{len(wrong)} modules act at another strength, {worst:.3g} times at worst"
-        what = f"{case.consumer.title} takes {case.consumer.scale}: {strength}"
+        what = f"{context.consumer.title} takes {context.consumer.scale}: {strength}"
         yield Finding(DIFFERENT, what, "fold alpha into the factors, and give all one rank", True, tuple(wrong))
 
 
-def _unread_metadata(case: CheckContext) -> Iterator[Finding]:
+def _unread_metadata(context: CheckContext) -> Iterator[Finding]:
     # diffusers keeps alphas in this entry; who ignores it takes a file without alpha tensors at scale 1.
-    if case.consumer.ignores_metadata and "lora_adapter_metadata" in case.adapter.metadata:
-        wrong = [str(change) for change, _, scale in case.loras() if scale != 1.0]
+    if context.consumer.ignores_metadata and "lora_adapter_metadata" in context.adapter.metadata:
+        wrong = [str(change) for change, _, scale in context.loras() if scale != 1.0]
         if wrong:
-            what = f"{case.consumer.title} does not read alphas from metadata: {len(wrong)} modules act at strength 1"
-            yield Finding(DIFFERENT, what, f"`convert(to={case.consumer.writes!r})`", True, tuple(wrong))
+            what = f"{context.consumer.title} does not read alphas from metadata: {len(wrong)} modules act at strength 1"
+            yield Finding(DIFFERENT, what, f"`convert(to={context.consumer.writes!r})`", True, tuple(wrong))
 
 
-def _ranks(case: CheckContext) -> Iterator[Finding]:
-    ranks = {rank for _, rank, _ in case.loras()}
-    if not case.consumer.ranks or not ranks:
+def _ranks(context: CheckContext) -> Iterator[Finding]:
+    ranks = {rank for _, rank, _ in context.loras()}
+    if not context.consumer.ranks or not ranks:
         return
     largest = max(ranks)
-    if largest > case.consumer.ranks[-1]:
-        what = f"has rank {largest}; {case.consumer.title} takes {case.consumer.ranks[-1]} at most"
-        yield Finding(REFUSED, what, f"`resize(rule=Rule('rank', {case.consumer.ranks[-1]}))`", False)
+    if largest > context.consumer.ranks[-1]:
+        what = f"has rank {largest}; {context.consumer.title} takes {context.consumer.ranks[-1]} at most"
+        yield Finding(REFUSED, what, f"`resize(rule=Rule('rank', {context.consumer.ranks[-1]}))`", False)
         return
     # --max-lora-rank takes vLLM's steps only, and memory is allotted for all of a step: what is above the rank is wasted.
-    step = next(step for step in case.consumer.ranks if step >= largest)
-    if largest != step and largest > case.consumer.usual_rank:
+    step = next(step for step in context.consumer.ranks if step >= largest)
+    if largest != step and largest > context.consumer.usual_rank:
         what = f"has rank {largest}, none that --max-lora-rank takes: memory for {step} is allotted"
         yield Finding(
             COSTLY,
             what,
             f"fill it up to {step}: `resize(rule=Rule('rank', {largest}, steps=CONSUMERS['vllm'].ranks, pad=True))`",
         )
-    if step > case.consumer.usual_rank:
-        what = f"needs --max-lora-rank {step}; without it ranks end at {case.consumer.usual_rank}"
-        yield Finding(NOTE, what, f"start {case.consumer.title} with --max-lora-rank {step}", False)
+    if step > context.consumer.usual_rank:
+        what = f"needs --max-lora-rank {step}; without it ranks end at {context.consumer.usual_rank}"
+        yield Finding(NOTE, what, f"start {context.consumer.title} with --max-lora-rank {step}", False)
 
 
-def _unlike_base(case: CheckContext) -> Iterator[Finding]:
-    if case.base is None:
+def _unlike_base(context: CheckContext) -> Iterator[Finding]:
+    if context.base is None:
         return
     try:
         # The plan of a merge looks for the same targets, and computes nothing.
-        plan = make_plan(case.base, [MergeInput(case.adapter)], allow_unmatched=True)
+        plan = make_plan(context.base, [MergeInput(context.adapter)], allow_unmatched=True)
     except LoratoolError as error:
         yield Finding(REFUSED, str(error), "use the base that it was made for", False)
         return
     if plan.unmatched:
-        what = f"{len(plan.unmatched)} modules have no place in {case.base.root}: {first_few(plan.unmatched, 3)}"
+        what = f"{len(plan.unmatched)} modules have no place in {context.base.root}: {first_few(plan.unmatched, 3)}"
         yield Finding(DIFFERENT, what, "use the base that it was made for", False, plan.unmatched)
 
 

@@ -58,7 +58,7 @@ OutputPlace = tuple[str, str, str]
 @dataclass(frozen=True, slots=True)
 class _Term:
     """One adapter's contribution at a place: the adapter's number (`owner`), its own name of the module, the delta, and the
-    strength (`weight`)."""
+    strength (`strength`)."""
 
     owner: int
     module: Module

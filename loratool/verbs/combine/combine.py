@@ -12,7 +12,7 @@ from typing import Any
 from loratool.adapter.adapter import Adapter, files_of
 from loratool.adapter.approximate import ApproximatedModule, error_of
 from loratool.adapter.load import open_source
-from loratool.adapter.strengths import AdapterLike, weighted_adapter
+from loratool.adapter.strengths import AdapterLike, weighted_adapters
 from loratool.adapter.write import common_metadata, require_folder_name, write_adapter
 from loratool.base.base import BaseCheckpoint, open_base
 from loratool.deltas.methods import MERGE_METHODS, merge_deltas
@@ -21,7 +21,7 @@ from loratool.deltas.sums import Merge
 from loratool.errors import LoratoolError, look_up
 from loratool.files.header import stored_dtype
 from loratool.files.history import HISTORY_KEY, history_entry, input_record
-from loratool.files.output import check_target
+from loratool.files.output import require_target
 from loratool.formats.table import format_named
 from loratool.keys.identify import format_of
 from loratool.keys.resolve import resolve_common_routes
@@ -42,8 +42,9 @@ class CombineMethod:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.name != SUM:
-            look_up(MERGE_METHODS, self.name, "method")
+        look_up(dict.fromkeys((SUM, *MERGE_METHODS)), self.name, "method")
+        if not 0 < self.density <= 1:
+            raise LoratoolError(f"`density={self.density:g}`: expected a share above 0, at most 1")
 
     @property
     def dense(self) -> bool:
@@ -118,9 +119,7 @@ def combine(
     weight and there is no base, and where the output's format has no place for a sum.
     """
     out, how, stored = Path(out).expanduser(), CombineMethod(method, density, seed), stored_dtype(dtype)
-    given = [weighted_adapter(each) for each in adapters]
-    if not given:
-        raise LoratoolError("there is nothing to combine: name at least one adapter")
+    given = weighted_adapters(adapters)
     if how.dense and rule is None:
         raise LoratoolError(
             f"`method={method!r}` makes ΔW of full rank; say how much of it to keep: "
@@ -130,7 +129,7 @@ def combine(
     sources = [adapter for adapter, _ in loaded]
     target = format_named(to) if to else format_of(sources[0].keys)
     require_folder_name(target, out)
-    check_target(out, folder=target.folder, overwrite=overwrite, inputs=[adapter.path for adapter in sources])
+    require_target(out, folder=target.folder, overwrite=overwrite, inputs=[adapter.path for adapter in sources])
     weights = open_base(base)
     found, routes = resolve_common_routes(
         [adapter.keys for adapter in sources], target, arch, weights.layout if weights else None

@@ -147,13 +147,13 @@ def compare_modules(found: AlignedAdapters, devices: DevicePool, i: int = 0, j: 
     def at(place: ModulePlace) -> ModuleComparison:
         name, mine, theirs = found.name(place), one.get(place), other.get(place)
         return devices.run_one(
-            name, lambda device: _compare_module(name, _is_there(mine, device), _is_there(theirs, device))
+            name, lambda device: _compare_module(name, _delta_on(mine, device), _delta_on(theirs, device))
         )
 
     return map_on_threads(partial(at, place) for place in dict.fromkeys([*one, *other]))
 
 
-def _is_there(delta: Delta | None, device: torch.device) -> Delta | None:
+def _delta_on(delta: Delta | None, device: torch.device) -> Delta | None:
     """`delta`, computed and moved, where `device` is another than the CPU."""
     return to_device(delta.materialise(), device) if delta and device != CPU else delta
 
@@ -208,7 +208,7 @@ def inner_products(aligned: AlignedAdapters, devices: DevicePool) -> Tensor:
     changes = aligned.changes
 
     def one(place: ModulePlace, device: torch.device) -> Tensor:
-        deltas = [_is_there(mine.get(place), device) for mine in changes]
+        deltas = [_delta_on(mine.get(place), device) for mine in changes]
         if not all(delta is None or delta.additive for delta in deltas):
             raise NeedsBase(f"{aligned.name(place)}: is of a kind that depends on the weight; pass `base=`")
         require_alike([delta for delta in deltas if delta])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
@@ -24,7 +24,7 @@ _BLOCK: Final = 1 << 20
 """Numbers of each of two tensors that are read at a time: some MiB, however large the tensors are."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class TensorDifference:
     """One tensor of two checkpoints: its name, shape and dtype in each, how many numbers there are and differ, ‖A‖, ‖A − B‖,
     the largest difference of one number, the same in ULP (None where dtypes differ or have none), and the cosine."""
@@ -129,12 +129,16 @@ def _compare_tensor(
     sums = _Sums()
     for before, after in _blocks(one, mine, other, places):
         _add(sums, send(before, device), send(after, device))
-    result.changed, result.largest = sums.changed, sums.largest
-    result.norm, result.difference = math.sqrt(sums.own), math.sqrt(sums.difference)
-    result.ulps = max(sums.steps) if sums.steps else None
     product = math.sqrt(sums.own * sums.theirs)
-    result.cosine = max(-1.0, min(1.0, sums.inner / product)) if product else None
-    return result
+    return replace(
+        result,
+        changed=sums.changed,
+        norm=math.sqrt(sums.own),
+        difference=math.sqrt(sums.difference),
+        largest=sums.largest,
+        ulps=max(sums.steps) if sums.steps else None,
+        cosine=max(-1.0, min(1.0, sums.inner / product)) if product else None,
+    )
 
 
 def _blocks(

@@ -22,7 +22,7 @@ from loratool.numbers.threads import map_on_threads
 from loratool.verbs.merge.blocks import apply_terms, by_blocks
 from loratool.verbs.merge.files import rounded_by_chance
 from loratool.verbs.merge.plan import Plan, TensorPlan
-from loratool.verbs.merge.segments import Segment, matrix, segments_of
+from loratool.verbs.merge.segments import Segment, matrix_shape, segments_of
 from loratool.verbs.reports import Report
 
 _BLOCK: Final = 1 << 19
@@ -105,7 +105,7 @@ def _compare_tensor(
     # `worst` has a number's distance in steps, its flat index, the value expected and the value found.
     count, worst = 0, (0.0, 0, 0.0, 0.0)
     with TensorFile(base.files[tensor.file]) as source, TensorFile(merged.files[file]) as target:
-        stored = target.read(info).reshape(matrix(info.shape)) if info.shape else target.read(info).reshape(1, 1)
+        stored = target.read(info).reshape(matrix_shape(info.shape)) if info.shape else target.read(info).reshape(1, 1)
         for start, expected, slack in _expected_rows(tensor, source, device):
             rows = send(stored[start : start + len(expected)], device)
             beyond = _steps_beyond(rows, expected, slack)
@@ -140,7 +140,7 @@ def _steps_beyond(found: Tensor, expected: Tensor, slack: Tensor) -> Tensor:
 
 def _expected_rows(tensor: TensorPlan, source: TensorFile, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The rows that a tensor should hold, in blocks: the first row, the numbers in float64, and what float32 may miss."""
-    rows, columns = matrix(tensor.shape)
+    rows, columns = matrix_shape(tensor.shape)
     if tensor.terms and not by_blocks(tensor):
         stored = source.read(tensor.source)
         whole = send(apply_terms(tensor, stored.double())[0].reshape(rows, columns), device)

@@ -73,9 +73,9 @@ class Naming:
 
     def _whole(self, module: Module) -> object:
         """The stacked module in the target that takes up `module` or a part of it; None where there is none."""
-        way = self.routes.get(module)
-        links = [whole for whole, link in way.targets if link and len(link.parts) > 1] if way else []
-        return (way.prefix, links[0]) if way and links else None
+        route = self.routes.get(module)
+        links = [whole for whole, link in route.targets if link and len(link.parts) > 1] if route else []
+        return (route.prefix, links[0]) if route and links else None
 
 
 def naming_of(source: DeltaSource, to: str | None, arch: str | None) -> Naming:

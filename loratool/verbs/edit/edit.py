@@ -23,7 +23,7 @@ from loratool.verbs.reports import Report
 
 
 @dataclass(frozen=True, slots=True)
-class EditRun:
+class EditRequest:
     """What the user asks an edit to change: globs of modules to `drop`, or of the only modules to `keep`; globs to `scale`,
     with factors; a `strength` for blocks and components."""
 
@@ -93,7 +93,7 @@ def edit(
     *,
     drop: Sequence[str] = (),
     keep: Sequence[str] = (),
-    scale: Iterable[tuple[str, float]] = (),
+    scale: Mapping[str, float] | Iterable[tuple[str, float]] = (),
     strength: Strength | float = 1.0,
     arch: str | None = None,
     overwrite: bool = False,
@@ -111,7 +111,10 @@ def edit(
     """
     adapter = open_source(adapter)
     full = strength if isinstance(strength, Strength) else Strength(strength)
-    run = EditRun(tuple(drop), tuple(keep), tuple(scale), full)
+    if isinstance(drop, str) or isinstance(keep, str):
+        raise LoratoolError("`drop=` and `keep=` take several globs: a tuple, not one string")
+    scaled = scale.items() if isinstance(scale, Mapping) else scale
+    run = EditRequest(tuple(drop), tuple(keep), tuple(scaled), full)
     modules = adapter.modules
     found = architecture_of(adapter, modules, arch, len(full.vector))
     blocks = {module: block_of(found, module) for module in modules}
@@ -131,7 +134,7 @@ def edit(
     return replace(report, out=str(target), nbytes=nbytes)
 
 
-def _factors(modules: Sequence[Module], blocks: Mapping[Module, str], arch: Arch, run: EditRun) -> dict[Module, float]:
+def _factors(modules: Sequence[Module], blocks: Mapping[Module, str], arch: Arch, run: EditRequest) -> dict[Module, float]:
     """The number that each module's ΔW is multiplied by; 0 drops the module."""
     # Strengths come first and are replaced by 0 where a module is dropped; `scale` then multiplies what is left, so that
     # the order in which a user gives options does not matter.

@@ -13,7 +13,7 @@ from torch import Tensor
 from loratool.adapter.adapter import Adapter, Change, files_of
 from loratool.adapter.load import LazyAdapter
 from loratool.adapter.same_format import read_unchanged, rescale_metadata, with_targets_of
-from loratool.adapter.verify import EXACT, delta_at, difference
+from loratool.adapter.verify import EXACT, delta_at, relative_difference
 from loratool.deltas.base import Delta, scale_exactly
 from loratool.errors import InvalidAdapter, NeedsBase, Unsupported, error_context, first_few
 from loratool.files.adapter_writer import AdapterContents, write_contents
@@ -129,7 +129,7 @@ def _compare(expected: Sequence[tuple[Change, Delta]], again: LazyAdapter) -> No
     for change, delta in expected:
         with error_context(change):
             back = delta_at(again, change.stem, change)
-            error = difference(delta, back) if back else math.inf
+            error = relative_difference(delta, back) if back else math.inf
             # Not `>`: NaN is an error too.
             if not error <= EXACT:
                 raise InvalidAdapter(f"differs by {error:.2e} when it is read back: nothing is written")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 from loratool._version import __version__
 from loratool.adapter.selection import Selection
@@ -16,10 +16,10 @@ from loratool.archs import ARCHS, Arch
 from loratool.base.base import BaseCheckpoint
 from loratool.base.pairs import Pair, Pairing, pair_parameters
 from loratool.deltas.schema import WEIGHT
-from loratool.errors import LoratoolError, OutputError, ShapeMismatch, error_in_file, first_few
+from loratool.errors import LoratoolError, OutputError, ShapeMismatch, error_in_file, first_few, look_up
 from loratool.files.header import stored_dtype
 from loratool.files.layout import require_weights
-from loratool.files.output import check_target
+from loratool.files.output import require_target
 from loratool.files.tensors import DTYPES
 from loratool.formats.table import Format, format_named
 from loratool.keys.resolve import archs_of_base, resolve_base_routes
@@ -114,6 +114,9 @@ def extract(
     """
     stopwatch, out, selection = Stopwatch(), Path(out).expanduser(), selection or Selection()
     devices, stored = open_devices(device), stored_dtype(dtype)
+    look_up(dict.fromkeys(get_args(Split)), split, "split")
+    if clamp is not None and not 0 < clamp <= 1:
+        raise LoratoolError(f"`clamp={clamp:g}`: expected a quantile above 0, at most 1")
     weights = (
         BaseCheckpoint(Path(base).expanduser(), pinned=devices.pins_memory),
         BaseCheckpoint(Path(tuned).expanduser(), pinned=devices.pins_memory),
@@ -192,7 +195,7 @@ def _plan_run(
         ]
     require_folder_name(target, out)
     inputs = [base.layout.root, tuned.layout.root]
-    check_target(out, folder=target.folder, overwrite=overwrite, inputs=inputs)
+    require_target(out, folder=target.folder, overwrite=overwrite, inputs=inputs)
     model, routes, reasons = resolve_base_routes(modules, found, target)
     # A bias beside one of these weights is a layer's, and any other bias is a norm's: formats have a leaf for each.
     matrices = {pair.module.stem for pair in pairs if len(pair.shape) > 1 and pair.parameter == WEIGHT and not pair.raw}

@@ -101,7 +101,7 @@ def inspect(path: str | Path, *, values: bool = False, base: str | Path | None =
 
     With `base`, a checkpoint, an adapter's `share` is of all parameters of that base. Raises `LoratoolError`.
     """
-    return inspect_input(open_input(Path(path)), values=values, base=base)
+    return inspect_input(open_input(Path(path).expanduser()), values=values, base=base)
 
 
 def inspect_input(
@@ -110,7 +110,7 @@ def inspect_input(
     """The report of `inspect` on an adapter or a checkpoint whose header was read already."""
     if isinstance(found, Layout):
         return _checkpoint(found)
-    whole = sum(info.numel for _, info in open_layout(Path(base)).tensors.values()) if base else None
+    whole = sum(info.numel for _, info in open_layout(Path(base).expanduser()).tensors.values()) if base else None
     return inspect_adapter(found, whole, values=values)
 
 

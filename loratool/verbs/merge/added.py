@@ -14,7 +14,7 @@ from loratool.numbers.linalg import row_blocks
 from loratool.numbers.rounding import adjacent_values
 from loratool.verbs.merge.blocks import RowsJob, apply_terms, by_blocks
 from loratool.verbs.merge.plan import TensorPlan
-from loratool.verbs.merge.segments import Segment, matrix, segments_of
+from loratool.verbs.merge.segments import Segment, matrix_shape, segments_of
 
 _BLOCK: Final = 1 << 19
 """Numbers computed at a time: 4 MiB of float64."""
@@ -29,7 +29,7 @@ class PlannedChange:
 
     def __init__(self, tensor: TensorPlan) -> None:
         self.tensor = tensor
-        self.columns = matrix(tensor.shape)[1]
+        self.columns = matrix_shape(tensor.shape)[1]
         self.sums = all(term.delta.additive for term in tensor.terms) and tensor.shape == tensor.source.shape
         self._segments: tuple[Segment, ...] | None = None
         self._whole: Tensor | None = None
@@ -98,13 +98,13 @@ class PlannedChange:
     def _of_rows(self) -> tuple[Segment, ...]:
         """The tensor's segments, with factors that are not multiplied out, since that product would be in float32."""
         if self._segments is None:
-            self._segments = segments_of(self.tensor, *matrix(self.tensor.shape), factored=True)
+            self._segments = segments_of(self.tensor, *matrix_shape(self.tensor.shape), factored=True)
         return self._segments
 
 
 def rows_of(job: RowsJob, info: TensorInfo) -> Tensor:
     """The rows of a job, read from the job's source, where the tensor `info` has the shape that the plan makes."""
-    columns = matrix(job.tensor.shape)[1]
+    columns = matrix_shape(job.tensor.shape)[1]
     rows = torch.empty(job.stop - job.start, columns, dtype=DTYPES[info.dtype])
     job.source.read_into(tensor_bytes(rows), info.start + job.start * columns * rows.element_size())
     return rows if job.by_blocks else rows.reshape(job.tensor.shape)

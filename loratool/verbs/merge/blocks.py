@@ -23,7 +23,7 @@ from loratool.files.writer import Writer
 from loratool.numbers import rounding
 from loratool.numbers.devices import CPU, send
 from loratool.verbs.merge.plan import TensorPlan
-from loratool.verbs.merge.segments import Segment, matrix, segments_of
+from loratool.verbs.merge.segments import Segment, matrix_shape, segments_of
 from loratool.verbs.merge.terms import Term
 
 BLOCK_BYTES: Final = 1 << 20
@@ -126,7 +126,7 @@ class RowsJob:
 
     @property
     def row_bytes(self) -> int:
-        return self.tensor.nbytes // max(matrix(self.tensor.shape)[0], 1)
+        return self.tensor.nbytes // max(matrix_shape(self.tensor.shape)[0], 1)
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +135,7 @@ class RowsJob:
 
 def jobs_of(tensor: TensorPlan, source: TensorFile, target: Writer, offset: int) -> Iterator[RowsJob]:
     """The jobs of one tensor: pieces of about `TASK_BYTES` where the tensor is computed by blocks, else one job."""
-    rows, columns = matrix(tensor.shape)
+    rows, columns = matrix_shape(tensor.shape)
     if not by_blocks(tensor):
         yield RowsJob(tensor, source, target, offset, (), 0, rows, by_blocks=False)
         return
@@ -211,7 +211,7 @@ def _run_block(
     job: RowsJob, segments: tuple[Segment, ...], rows: slice, rounded: Rounding, scratch: BufferPool
 ) -> RoundingStats:
     """Reads, changes, rounds and writes the rows of one block, and measures them where the block is sampled."""
-    tensor, columns = job.tensor, matrix(job.tensor.shape)[1]
+    tensor, columns = job.tensor, matrix_shape(job.tensor.shape)[1]
     shape, index = (rows.stop - rows.start, columns), rows.start * columns
     source_dtype, dtype = DTYPES[tensor.source.dtype], DTYPES[tensor.dtype]
     # Read and widen. Where nothing is staged, `before` is `raw` itself.
@@ -223,7 +223,7 @@ def _run_block(
     sampled = bool(tensor.terms) and (scratch.staged or _is_sampled(tensor, rows.start))
     change = _add_segments(segments, rows, wide, scratch, keep=sampled)
     narrow = rounded(wide, scratch.take("narrow", dtype, shape), tensor.name, index)
-    _check_range(tensor, wide, dtype)
+    _require_in_range(tensor, wide, dtype)
     job.target.write(tensor_bytes(scratch.fetch("narrow", narrow)), job.offset + index * dtype.itemsize)
     return _measure_rows(before, change, narrow, scratch) if sampled else RoundingStats()
 
@@ -261,12 +261,12 @@ def _dot(one: Tensor, other: Tensor) -> float:
     """⟨one, other⟩ of two vectors, in their own dtype: infinite or NaN where the sum overflows."""
     if one.device != CPU:
         return float(torch.dot(one, other))
-    # An overflow is an answer and no mishap: `_check_range` then looks at every number.
+    # An overflow is an answer and no mishap: `_require_in_range` then looks at every number.
     with np.errstate(over="ignore", invalid="ignore"):
         return float(np.dot(one.numpy(), other.numpy()))
 
 
-def _check_range(tensor: TensorPlan, wide: Tensor, dtype: torch.dtype) -> None:
+def _require_in_range(tensor: TensorPlan, wide: Tensor, dtype: torch.dtype) -> None:
     """Raises `NonFinite` unless the output's dtype can hold every result."""
     # One dot product settles nearly every block: no square exceeds the sum of squares.
     values, limit = wide.flatten(), rounding.max_finite(dtype)
@@ -310,7 +310,7 @@ def _pad_shape(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _block_rows(tensor: TensorPlan) -> int:
     """The rows of a tensor that make a block of about `BLOCK_BYTES`."""
-    columns = matrix(tensor.shape)[1]
+    columns = matrix_shape(tensor.shape)[1]
     return max(1, BLOCK_BYTES // max(columns * DTYPES[tensor.source.dtype].itemsize, 1))
 
 

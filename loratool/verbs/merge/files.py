@@ -69,6 +69,7 @@ class OutputFile:
         tensors: list[TensorPlan],
         path: Path,
         stack: ExitStack,
+        room: int = PROVENANCE_BYTES,
         *,
         in_place: bool = False,
         follow: AfterJob | None = None,
@@ -85,8 +86,8 @@ class OutputFile:
             self.infos[tensor.key] = info
             position += tensor.nbytes
         self.metadata = header.metadata
-        room = len(encode_header(self.infos, self.metadata)) + PROVENANCE_BYTES
-        self.length = header.data_start if in_place else room
+        longest = len(encode_header(self.infos, self.metadata)) + room
+        self.length = header.data_start if in_place else longest
         self.tensors = tensors
         self.source = stack.enter_context(TensorFile(header))
         self.writer = stack.enter_context(Writer(path, None if in_place else self.length + position))
@@ -140,7 +141,7 @@ class OutputFile:
         raw = encode_header(self.infos, {**self.metadata, HISTORY_KEY: provenance}, self.length)
         fits = len(raw) == self.length
         if not fits and not self.in_place:
-            raise AssertionError(f"the provenance is longer than {PROVENANCE_BYTES} bytes")
+            raise AssertionError("the provenance is longer than the room for it")
         if fits:
             self.writer.write(raw, 0)
         return fits

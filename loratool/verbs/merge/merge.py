@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from loratool.adapter.load import Assumptions
+from loratool.adapter.adapter import Adapter, Assumptions
+from loratool.adapter.load import is_as_stored
 from loratool.adapter.selection import Selection
-from loratool.adapter.strengths import AdapterLike
+from loratool.adapter.strengths import AdapterLike, weighted_adapters
 from loratool.errors import Unsupported, first_few
 from loratool.files.header import TensorInfo, stored_dtype
 from loratool.files.layout import Layout, open_layout, require_weights
@@ -80,6 +81,13 @@ def merge(
     layout = open_layout(Path(base).expanduser())
     require_weights(layout, LOST)
     inputs = open_inputs(adapters, selection, assume, allow_pickle=allow_pickle)
+    if undo:
+        # An undo file keeps the adapters' files, and computes from them what is to be taken back.
+        for each in weighted_adapters(adapters):
+            if isinstance(each.adapter, Adapter) and not is_as_stored(each.adapter):
+                raise Unsupported(
+                    f"{each.path}: is in memory and not what its file holds, which `undo=` keeps; save it first"
+                )
     return merge_inputs(
         "merge",
         layout,
@@ -111,7 +119,7 @@ def merge_inputs(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Merges adapters that are loaded already; the output's history names `command`. Options and errors as in `merge`."""
+    """Merges adapters that are loaded already; the output's history names `command`. Settings and errors as in `merge`."""
     stopwatch = Stopwatch()
     plan = make_plan(layout, inputs, dtype=stored_dtype(dtype), allow_unmatched=allow_unmatched)
     target = Path(out).expanduser() if out else layout.root

@@ -8,7 +8,6 @@ from math import prod
 from typing import Any, Final
 
 from loratool.adapter.adapter import Adapter, Change
-from loratool.adapter.load import Assumptions
 from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import Strength, strengths_of
 from loratool.deltas.full import Enlarge
@@ -19,7 +18,7 @@ from loratool.files.tensors import FLOATS
 from loratool.keys.detect import detect
 from loratool.keys.places import EMBEDDING_STEMS, HEAD, WeightIndex, WeightRows
 from loratool.names import Module
-from loratool.verbs.merge.terms import Term, check_overlap, grows, terms_of
+from loratool.verbs.merge.terms import Term, grows, require_no_overlap, terms_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,6 @@ class MergeInput:
     adapter: Adapter
     strength: Strength = field(default_factory=Strength)
     selection: Selection = field(default_factory=Selection)
-    assume: Assumptions = field(default_factory=Assumptions)
 
 
 def make_plan(
@@ -144,7 +142,7 @@ class _PlanDraft:
             for name, term in terms_of(base.shape, fitted, places, by_module[change.module]):
                 mine.setdefault(name, []).append(term)
         for name, terms in mine.items():
-            check_overlap(adapter, name, terms)
+            require_no_overlap(adapter, name, terms)
             self.terms.setdefault(name, []).extend(terms)
 
     def _fit(self, change: Change, base: tuple[int, ...]) -> Change:

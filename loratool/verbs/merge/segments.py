@@ -89,6 +89,6 @@ def _as_stored(term: Term, rows: int, columns: int, *, factored: bool) -> Segmen
     return Segment(start, stop, up.contiguous(), down.contiguous(), ())
 
 
-def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, columns) of a weight as blocks see it: kernels are flattened, a vector has one column, a number one row."""
     return (shape[0] if shape else 1), prod(shape[1:])

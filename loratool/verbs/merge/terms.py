@@ -88,7 +88,7 @@ def grows(term: Term, info: TensorInfo) -> bool:
     return term.delta.reshapes and term.delta.shape != info.shape
 
 
-def check_overlap(adapter: Adapter, name: str, terms: list[Term]) -> None:
+def require_no_overlap(adapter: Adapter, name: str, terms: list[Term]) -> None:
     """Raises `LoratoolError` where one adapter adds to a row twice; a replaced weight may receive a LoRA on top."""
     # Two names of one weight (dotted and kohya's, parts and whole) may lead here; parts of one change may interleave.
     added = sorted((term for term in terms if not term.delta.replaces), key=lambda term: term.start)

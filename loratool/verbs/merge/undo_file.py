@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from loratool._version import __version__
-from loratool.adapter.adapter import Adapter, files_of
-from loratool.adapter.load import Assumptions
+from loratool.adapter.adapter import Adapter, Assumptions, files_of
 from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import Strength
 from loratool.errors import InvalidFile, Unsupported, first_few
@@ -36,11 +35,11 @@ from loratool.files.tensors import DTYPES, TensorFile, tensor_bytes
 from loratool.files.writer import ENTRY_BYTES, SafetensorsAppender, TensorBytes, Writer
 from loratool.numbers.residuals import pack_residual
 from loratool.numbers.threads import map_on_threads
-from loratool.verbs.merge import blocks as streaming
+from loratool.verbs.merge import blocks
 from loratool.verbs.merge.added import PlannedChange, rows_of
 from loratool.verbs.merge.blocks import RowsJob
 from loratool.verbs.merge.plan import MergeInput, Plan, TensorPlan
-from loratool.verbs.merge.segments import matrix
+from loratool.verbs.merge.segments import matrix_shape
 
 HASH_BYTES: Final = 8 << 20
 """Bytes of a file that are hashed at a time."""
@@ -137,8 +136,8 @@ class UndoWriter:
             "exclude": list(each.selection.exclude),
             "components": dict(strength.parts),
             **({"blocks": list(strength.vector)} if strength.vector else {}),
-            "alpha": each.assume.alpha,
-            "slots": list(each.assume.slots),
+            "alpha": each.adapter.assume.alpha,
+            "slots": list(each.adapter.assume.slots),
             "folder": file.config_file is not None or file.path.is_dir(),
         }
 
@@ -159,12 +158,12 @@ def _bytes(name: str, raw: bytes) -> TensorBytes:
 
 def _most(tensor: TensorPlan) -> int:
     """The most jobs that a tensor is cut into."""
-    return 1 + ceil(tensor.nbytes / streaming.TASK_BYTES)
+    return 1 + ceil(tensor.nbytes / blocks.TASK_BYTES)
 
 
 def _rows(job: RowsJob) -> tuple[Tensor, Tensor]:
     """The rows of a job in the base, and as the merge wrote them."""
-    tensor, columns = job.tensor, matrix(job.tensor.shape)[1]
+    tensor, columns = job.tensor, matrix_shape(job.tensor.shape)[1]
     merged = torch.empty(job.stop - job.start, columns, dtype=DTYPES[tensor.dtype])
     job.target.read_into(tensor_bytes(merged), job.offset + job.start * job.row_bytes)
     # A tensor that is changed whole may have had another shape in the base.

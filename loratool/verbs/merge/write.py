@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loratool.adapter.adapter import files_of
-from loratool.adapter.load import Assumptions, open_source
+from loratool.adapter.adapter import Assumptions, files_of
+from loratool.adapter.load import open_source
 from loratool.adapter.selection import Selection
-from loratool.adapter.strengths import AdapterLike, weighted_adapter
+from loratool.adapter.strengths import AdapterLike, weighted_adapters
 from loratool.errors import OutputError, error_in_file
 from loratool.files.header import stored_dtype
 from loratool.files.history import HISTORY_KEY, history_entry, history_of, input_record
@@ -21,7 +21,7 @@ from loratool.files.writer import copy_file
 from loratool.numbers.devices import DevicePool
 from loratool.numbers.threads import Progress
 from loratool.verbs.merge.blocks import Rounding, RoundingStats
-from loratool.verbs.merge.files import AfterJob, OutputFile, rewritten_files, run_files
+from loratool.verbs.merge.files import PROVENANCE_BYTES, AfterJob, OutputFile, rewritten_files, run_files
 from loratool.verbs.merge.plan import MergeInput, Plan
 from loratool.verbs.merge.undo_file import UndoWriter
 
@@ -36,9 +36,9 @@ def open_inputs(
     """The adapters, read or already open, as inputs of a merge; raises `LoratoolError`."""
     selection, assume = selection or Selection(), assume or Assumptions()
     found = []
-    for each in map(weighted_adapter, adapters):
+    for each in weighted_adapters(adapters):
         adapter = open_source(each.adapter, allow_pickle=allow_pickle, assume=assume)
-        found.append(MergeInput(adapter, each.full_strength, selection, assume))
+        found.append(MergeInput(adapter, each.full_strength, selection))
     return found
 
 
@@ -77,8 +77,11 @@ class MergeRun:
             # Compute. Leaving this block closes the files, and checks that no source was changed while it was read.
             with ExitStack() as opened:
                 follow = undo.follow if undo else self.follow
+                # In the metadata an entry is a string of JSON inside of JSON, in which every quote takes two letters.
+                records = [_record(each) for each in self.merged if each.strength.parts or each.strength.vector]
+                room = PROVENANCE_BYTES + len(json.dumps(json.dumps(records)))
                 files = [
-                    OutputFile(plan, file, tensors, output.path(file), opened, in_place=output.in_place, follow=follow)
+                    OutputFile(plan, file, tensors, output.path(file), opened, room, in_place=output.in_place, follow=follow)
                     for file, tensors in rewritten.items()
                 ]
                 adapters = ", ".join(str(each.adapter.path) for each in self.merged)

@@ -14,7 +14,7 @@ from loratool.errors import InvalidFile, LoratoolError, OutputError, error_in_fi
 from loratool.files.adapter_files import locate
 from loratool.files.hashes import HASH_LENGTHS, legacy_hash
 from loratool.files.header import ADAPTER_HEADER_BYTES, Header, encode_header, identity, open_regular, read_header
-from loratool.files.history import HISTORY_KEY as HISTORY
+from loratool.files.history import HISTORY_KEY
 from loratool.files.output import NewOutput
 from loratool.files.writer import Writer, copy_file
 from loratool.formats import modelspec
@@ -26,7 +26,7 @@ from loratool.verbs.reports import Report
 NEEDED: Final = frozenset({PEFT_METADATA_KEY, "format", "software"})
 """Keys without which readers make something else of a file: diffusers keeps alphas in `lora_adapter_metadata`, transformers
 asks for `format`, and ai-toolkit's name in `software` tells a difference from a factor."""
-_OWN: Final = frozenset({*HASH_LENGTHS, HISTORY, "modelspec.hash_sha256"})
+_OWN: Final = frozenset({*HASH_LENGTHS, HISTORY_KEY, "modelspec.hash_sha256"})
 """Keys whose values are true of one file alone, and are not copied to another: hashes, and the history."""
 
 

@@ -12,9 +12,9 @@ from loratool._version import __version__
 from loratool.adapter.adapter import files_of
 from loratool.base.base import BaseCheckpoint, open_base
 from loratool.errors import LoratoolError
-from loratool.files.output import NewOutput, check_target
+from loratool.files.output import NewOutput, require_target
 from loratool.files.writer import Writer
-from loratool.text import message, safe, size
+from loratool.text import LONGEST_MESSAGE, message, safe, size
 from loratool.verbs.compare.compare import AdapterComparison, MatrixComparison, compare
 from loratool.verbs.report import charts
 from loratool.verbs.report.facts import AdapterFacts, facts_of
@@ -80,7 +80,7 @@ def report(
     # What can fail at once fails before minutes of arithmetic: a missing library, a target that must not be written.
     charts.require_matplotlib()
     places, target = [Path(path).expanduser() for path in paths], Path(out).expanduser()
-    check_target(target, folder=False, overwrite=overwrite, inputs=places)
+    require_target(target, folder=False, overwrite=overwrite, inputs=places)
     weights = open_base(base)
     found = [facts_of(path, weights) for path in places]
     inputs = files_of(facts.adapter for facts in found)
@@ -118,7 +118,7 @@ def _page(found: Sequence[AdapterFacts], base: BaseCheckpoint | None) -> Iterato
 def _adapter(facts: AdapterFacts) -> Iterator[str]:
     yield _list(facts.about)
     for note in facts.report.suspicions:
-        yield f'<p class="note">{_text(note)}</p>'
+        yield f'<p class="note">{_sentence(note)}</p>'
     yield "<h3>Where it acts</h3>"
     if facts.map.cells:
         yield _figure(
@@ -140,7 +140,7 @@ def _adapter(facts: AdapterFacts) -> Iterator[str]:
 def _spectra(facts: AdapterFacts) -> Iterator[str]:
     yield "<h3>Directions</h3>"
     if isinstance(facts.delta, str):
-        yield f'<p class="note">{_text(facts.delta)}</p>'
+        yield f'<p class="note">{_sentence(facts.delta)}</p>'
         return
     # A ΔW of zero has no directions, and no first singular value to relate others to.
     modules = [module for module in facts.delta.modules if module.norm]
@@ -179,7 +179,7 @@ def _largest(facts: AdapterFacts) -> str:
 def _frontier(facts: AdapterFacts) -> Iterator[str]:
     yield "<h3>What it would cost to be smaller</h3>"
     if isinstance(facts.frontier, str):
-        yield f'<p class="note">{_text(facts.frontier)}</p>'
+        yield f'<p class="note">{_sentence(facts.frontier)}</p>'
         return
     choices = [(choice.nbytes / 1e6, choice.error, choice.shared, choice.rank) for choice in facts.frontier.choices]
     if choices:
@@ -195,7 +195,7 @@ def _comparison(found: Sequence[AdapterFacts], base: BaseCheckpoint | None) -> I
     try:
         result = compare([facts.adapter for facts in found], base=base)
     except LoratoolError as error:
-        yield f'<p class="note">They cannot be compared: {_text(error)}</p>'
+        yield f'<p class="note">They cannot be compared: {_sentence(error)}</p>'
         return
     # Two adapters are compared module by module, three or more each with each: one cosine, or a matrix of them.
     cosines: Sequence[Sequence[float | None]] = ()
@@ -237,5 +237,10 @@ def _name(path: Path) -> str:
 
 
 def _text(text: object) -> str:
-    """Text from outside as HTML: control characters made visible, and markup escaped."""
+    """Text from outside: made safe, and no markup."""
+    return escape(safe(text, LONGEST_MESSAGE))
+
+
+def _sentence(text: object) -> str:
+    """A sentence of ours, in the command line's words, with what it says of a file made safe."""
     return escape(message(str(text)))

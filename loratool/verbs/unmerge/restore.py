@@ -24,7 +24,7 @@ from loratool.numbers.threads import Progress, map_on_threads, progress_counter,
 from loratool.verbs.merge.added import PlannedChange, rows_of
 from loratool.verbs.merge.blocks import RowsJob, by_blocks
 from loratool.verbs.merge.plan import MergeInput, Plan, TensorPlan, make_plan
-from loratool.verbs.merge.segments import matrix
+from loratool.verbs.merge.segments import matrix_shape
 from loratool.verbs.merge.undo_file import UndoRecord, read_undo, sha256
 
 
@@ -124,7 +124,7 @@ def _adapters(undo: UndoRecord, kept: TensorFile, folder: Path) -> Iterator[list
                 raise InvalidFile(f"{undo.header.path}: lacks its adapter {number + 1}")
             with error_context(undo.header.path):
                 adapter = load(files[0].parent if held.folder else files[0], assume=held.assume)
-                found.append(MergeInput(adapter, held.strength, held.selection, held.assume))
+                found.append(MergeInput(adapter, held.strength, held.selection))
         yield found
     finally:
         remove(place)
@@ -156,7 +156,7 @@ class RestoreRun:
             if tensor.source.nbytes and starts[:1] != [0]:
                 raise InvalidFile(f"{self.undo.header.path}: holds nothing of {tensor.name}")
             # The pieces are those in which the undo file was written, which need not be those of a merge today.
-            for start, stop in pairwise([*starts, matrix(tensor.shape)[0]]):
+            for start, stop in pairwise([*starts, matrix_shape(tensor.shape)[0]]):
                 job = RowsJob(tensor, opened[tensor.file], self.writers[tensor.file], 0, (), start, stop, by_blocks(tensor))
                 yield partial(self._undo, job, info, added)
 
@@ -185,7 +185,7 @@ class RestoreRun:
         with error_context(f"{self.undo.header.path}: {kept.name}"):
             base = unpack_residual(raw.numpy().tobytes(), guess)
         # The base's row may be of other bytes than the merged one: the merge may have changed dtype or shape.
-        row = job.tensor.source.nbytes // max(matrix(job.tensor.source.shape)[0], 1)
+        row = job.tensor.source.nbytes // max(matrix_shape(job.tensor.source.shape)[0], 1)
         job.target.write(tensor_bytes(base), job.tensor.source.start + job.start * row)
         return base.numel() * base.element_size()
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from loratool.adapter.adapter import Adapter
-from loratool.adapter.load import Assumptions
-from loratool.adapter.strengths import AdapterLike, weighted_adapter
+from loratool.adapter.adapter import Adapter, Assumptions
+from loratool.adapter.strengths import AdapterLike, weighted_adapters
 from loratool.errors import LoratoolError, Unsupported
 from loratool.files.history import history_of, input_name
 from loratool.files.layout import Layout, open_layout
@@ -74,7 +74,7 @@ def unmerge(
     else:
         layout = open_layout(source)
         # Subtracting is merging at the negated strengths, while the numbers that this may restore wrongly are counted.
-        negated = [weighted_adapter(each).opposite() for each in adapters]
+        negated = [each.opposite() for each in weighted_adapters(adapters)]
         inputs = open_inputs(negated, assume=assume, allow_pickle=allow_pickle)
         plan = _plan(layout, inputs, allow_unmatched=allow_unmatched)
         doubt = _Doubt(by_chance=rounded_by_chance(layout))
@@ -82,7 +82,7 @@ def unmerge(
         _, notes, _ = work.write(target, progress)
         pairs = tuple((str(each.adapter.path), -each.strength.value) for each in inputs)
         report = _report(target, plan, pairs, layout.nbytes, doubtful=doubt.count)
-        report = replace(report, warnings=(*history_disagreements(layout, pairs), *notes), device=work.devices.title)
+        report = replace(report, warnings=(*history_disagreements(layout, inputs), *notes), device=work.devices.title)
     return stopwatch.stop(report)
 
 
@@ -124,19 +124,31 @@ def require_additive(adapter: Adapter) -> None:
             )
 
 
-def history_disagreements(layout: Layout, adapters: Sequence[tuple[str, float]]) -> Iterator[str]:
-    """Warnings of adapters that are not among those which the checkpoint's history names, at these strengths."""
+def history_disagreements(layout: Layout, inputs: Sequence[MergeInput]) -> Iterator[str]:
+    """Warnings of adapters to take out, which have the opposites of their strengths, that are not among those which the
+    checkpoint's history names at these strengths."""
     for header in layout.files.values():
         known = history_of(header.metadata).get("adapters")
         if isinstance(known, list) and known:
-            merged = {(str(each.get("name")), each.get("strength")) for each in known if isinstance(each, dict)}
+            merged = [_as_given(each) for each in known if isinstance(each, dict)]
             # The history is the same in every file that has one.
-            for path, strength in adapters:
-                mine = input_name(Path(path))
-                if (mine, strength) not in merged:
-                    listed = ", ".join(f"{name}:{at}" for name, at in sorted(merged, key=str))
-                    yield f"{layout.root} says that {listed} was merged into it, not {mine}:{strength:g}"
+            for each in inputs:
+                strength = each.strength.opposite()
+                more = {"parts": dict(strength.parts), "blocks": list(strength.vector)}
+                mine = _as_given({"name": input_name(each.adapter.path), "strength": strength.value, **more})
+                if mine not in merged:
+                    yield f"{layout.root} says that {', '.join(sorted(merged))} was merged into it, not {mine}"
             return
+
+
+def _as_given(record: Mapping[str, Any]) -> str:
+    """An adapter of a history as one gives it to the command line: NAME:STRENGTH, and its parts where any counts."""
+    value, blocks, parts = record.get("strength"), record.get("blocks"), record.get("parts")
+    said = f"{value:g}" if isinstance(value, int | float) else str(value)
+    words = [f"{block:g}" if isinstance(block, int | float) else str(block) for block in blocks or ()]
+    if isinstance(parts, Mapping):
+        words += [f"{name}={factor}" for name, factor in sorted(parts.items()) if factor != 1]
+    return ":".join([str(record.get("name")), said, *([",".join(words)] if words else [])])
 
 
 class _Doubt:
