@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 FLAGS: Final[Mapping[str, str]] = {
-    "out": "-o", "clamp": "--clamp-quantile", "source": "--from", "stochastic=": "--round stochastic",
+    "out": "-o", "clamp": "--clamp-quantile", "from_format": "--from", "stochastic=": "--round stochastic",
     "nbytes": "--size", "error": "--total-error", "conv": "--conv-rank", "least": "--min-rank", "most": "--max-rank",
     "steps": "--round-ranks",
 }  # fmt: skip

@@ -69,19 +69,19 @@ class Approximation:
         adapter: Adapter,
         dtype: str | None,
         keep: KeepsDelta,
-        weights: BaseCheckpoint | None,
+        base: BaseCheckpoint | None,
         *,
         devices: DevicePool,
         weigh: bool = False,
     ) -> None:
-        self.adapter, self.dtype, self.weights, self.devices = adapter, stored_dtype(dtype), weights, devices
+        self.adapter, self.dtype, self.base, self.devices = adapter, stored_dtype(dtype), base, devices
         self.numbers: list[int] = []
         self.kept: list[Change] = []
         for number, change in enumerate(adapter.changes):
             # Optional is what (IA)³ does to a bias, beside the same delta on the weight: dropped, where there is no bias.
             if change.optional:
                 with error_in_file(adapter.path):
-                    _require_no_bias(change, weights)
+                    _require_no_bias(change, base)
             elif keep(change.delta) or change.parameter == BIAS or len(change.delta.shape) < 2:
                 self.kept.append(change)
             else:
@@ -97,7 +97,7 @@ class Approximation:
             storage = Storage(self._stored_as(change))
 
             def compute(device: torch.device) -> tuple[ApproximatedModule, Delta]:
-                delta, figures = _low_rank(change, _effect(change, self.weights, device), mine, storage)
+                delta, figures = _low_rank(change, _effect(change, self.base, device), mine, storage)
                 return figures, delta
 
             return self.devices.run_one(str(change), compute)
@@ -138,9 +138,9 @@ class Approximation:
     def _worth(self, number: int) -> float:
         """The factor 1 / ‖W‖ of a module's singular values, by which an error counts relative to the weight W it is in."""
         change = self.adapter.changes[number]
-        if self.weights is None:
+        if self.base is None:
             raise NeedsBase(f"{change}: what its weight is like only the base can tell; pass `base=`")
-        norm = float(self.weights.of(change.module).float().norm())
+        norm = float(self.base.of(change.module).float().norm())
         return 1 / norm if norm else 0.0
 
     def _offer(self, number: int, rule: Rule) -> RankCandidate:
@@ -149,7 +149,7 @@ class Approximation:
 
     def _candidate_on(self, number: int, rule: Rule, device: torch.device) -> RankCandidate:
         change = self.adapter.changes[number]
-        delta = _effect(change, self.weights, device)
+        delta = _effect(change, self.base, device)
         each, worth = self._stored_as(change).itemsize, self.worth[number]
         # The small core of a product has all its singular values, so that nobody need look again.
         if delta.factors:
@@ -166,8 +166,8 @@ class Approximation:
         done: ApproximatedDeltas = {}
         for number, asked in ranks.items():
             change = self.adapter.changes[number]
-            flattened = self.weights is not None and change.delta.kernel_flattened
-            shape = self.weights.shape_of(change.module) if flattened and self.weights else change.delta.shape
+            flattened = self.base is not None and change.delta.kernel_flattened
+            shape = self.base.shape_of(change.module) if flattened and self.base else change.delta.shape
             # A LoRA cannot have more ranks than its matrix has rows or columns, whatever is asked for.
             nothing = torch.zeros(1, dtype=self._stored_as(change))
             rank = min(asked, shape[0], math.prod(shape[1:]))
@@ -188,21 +188,21 @@ def approximated_adapter(work: Approximation, done: ApproximatedDeltas) -> Adapt
     return replace(work.adapter, changes=tuple(changes))
 
 
-def _require_no_bias(change: Change, weights: BaseCheckpoint | None) -> None:
+def _require_no_bias(change: Change, base: BaseCheckpoint | None) -> None:
     """Raises `Unsupported` where the layer has a bias: PEFT's (IA)³ multiplies it, which a LoRA cannot."""
-    if weights is None:
+    if base is None:
         raise NeedsBase(f"{change}: may multiply a bias, which only the base can tell; pass `base=`")
-    if weights.targets.find(change.module, BIAS):
+    if base.targets.find(change.module, BIAS):
         raise Unsupported(f"{change}: (IA)³ multiplies this layer's bias too, which a LoRA cannot hold; merge it instead")
 
 
-def _effect(change: Change, weights: BaseCheckpoint | None, device: torch.device) -> Effect:
+def _effect(change: Change, base: BaseCheckpoint | None, device: torch.device) -> Effect:
     """The matrix that a change adds to its weight, computed on `device`; raises `Unsupported` for stacked experts."""
     with error_context(change):
         delta = change.delta.materialise()
         if delta.stacked:
             raise Unsupported("is a LoRA on stacked experts, which only PEFT's target_parameters can hold")
-        return effect_of(delta, change.module, change.parameter, weights, device)
+        return effect_of(delta, change.module, change.parameter, base, device)
 
 
 def _low_rank(change: Change, delta: Effect, rule: Rule, storage: Storage) -> tuple[Delta, ApproximatedModule]:

@@ -34,7 +34,7 @@ ALPHAS = {
 @to_option()
 @click.option("--to-lora", is_flag=True, help="Write LoHa, LoKr, DoRA, OFT … as LoRA, and print the error.")
 @arch_option()
-@click.option("--from", "source", type=a_format, metavar="FORMAT", help="Format of ADAPTER, where it is not clear.")
+@click.option("--from", "from_format", type=a_format, metavar="FORMAT", help="Format of ADAPTER, where it is not clear.")
 @pickle_option
 @rank_options
 def convert_command(adapter: Path, to: str | None, to_lora: bool, out: Path, **options: Any) -> None:
@@ -55,9 +55,9 @@ def convert_command(adapter: Path, to: str | None, to_lora: bool, out: Path, **o
     rule = rule_from_options(options, needed=False)
     # Without --to the adapter keeps its own spelling, so that nothing has to be known of its names.
     if not to:
-        for name in ("arch", "source", "allow_pickle"):
+        for name in ("arch", "from_format", "allow_pickle"):
             if options.pop(name):
-                raise click.UsageError(f"--{name.replace('_', '-').replace('source', 'from')} goes with --to")
+                raise click.UsageError(f"--{name.removesuffix('_format').replace('_', '-')} goes with --to")
         from loratool.verbs.resize import to_lora as run
 
         run_low_rank("converted", adapter, run, rule, out=out, **options)

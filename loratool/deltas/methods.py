@@ -4,7 +4,7 @@ Each sees every ΔW in some coordinates, makes most of them zero, and adds what 
 
 - TIES (Yadav et al. 2023, arXiv:2306.01708): the largest numbers of each; of each number, the mean of those that have
   the sign of the weighted sum. As in PEFT (utils/merge_utils.py), numbers are weighted before their mean is taken, so that
-  one adapter alone keeps its strength; unlike there, the weights count in the election too.
+  one adapter alone keeps its strength; unlike there, the strengths count in the election too.
 - DARE (Yu et al. 2024, arXiv:2311.03099): numbers left by chance, divided by how likely they were.
 - KnOTS (Stoica et al. 2024, arXiv:2410.19735): TIES on Σ Vᵢᵀ, where U Σ [V₁ᵀ … Vₙᵀ] is the SVD of [ΔW₁ … ΔWₙ].
 - Core Space (Panariello et al. 2025, arXiv:2509.17786): TIES on Uᵀ ΔWᵢ V, with the left singular vectors U of all `up` side
@@ -117,7 +117,7 @@ MERGE_METHODS: Final[Mapping[str, MergeMethod]] = dict(
 
 
 def merge_deltas(
-    terms: Sequence[Delta], weights: Sequence[float], *, method: str, density: float, seeds: Sequence[str]
+    terms: Sequence[Delta], strengths: Sequence[float], *, method: str, density: float, seeds: Sequence[str]
 ) -> Delta:
     """Merges `terms` by `method`; the seed of a term, any text, decides what of it is dropped by chance."""
     row = MERGE_METHODS[method]
@@ -126,7 +126,7 @@ def merge_deltas(
     # Each term has a generator of its own, so that what it loses does not depend on the other terms.
     chances = [_generator(seed) for seed in seeds]
     sparse = [row.sparsify(matrix, density, chance) for matrix, chance in zip(coordinates, chances, strict=True)]
-    weighted = torch.stack([weight * matrix for weight, matrix in zip(weights, sparse, strict=True)])
+    weighted = torch.stack([strength * matrix for strength, matrix in zip(strengths, sparse, strict=True)])
     return back(elect_signs(weighted) if row.elect else weighted.sum(dim=0))
 
 

@@ -22,16 +22,16 @@ Merge = Callable[[Sequence[Delta], Strengths], Delta]
 
 @dataclass(frozen=True, slots=True)
 class LazySum(Delta):
-    """What `merge` makes of additive `terms` of one shape and their `weights`, computed each time that it is needed."""
+    """What `merge` makes of additive `terms` of one shape and their `strengths`, computed each time that it is needed."""
 
     kind: ClassVar[str] = "combined"
 
     terms: tuple[Delta, ...]
-    weights: tuple[float, ...]
+    strengths: tuple[float, ...]
     merge: Merge
 
     def materialise(self) -> Delta:
-        return self.merge(self.terms, self.weights)
+        return self.merge(self.terms, self.strengths)
 
     def leaves(self) -> dict[str, Tensor]:
         """The tensors of all terms, those of the first under their own names."""
@@ -55,13 +55,13 @@ class LazySum(Delta):
         return self.materialise().dense()
 
     def scaled(self, by: float) -> Self:
-        return replace(self, weights=tuple(by * weight for weight in self.weights))
+        return replace(self, strengths=tuple(by * strength for strength in self.strengths))
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         return self.materialise().split(sizes)
 
 
-def add_deltas(terms: Sequence[Delta], weights: Strengths, *, fold: bool = False) -> Delta:
+def add_deltas(terms: Sequence[Delta], strengths: Strengths, *, fold: bool = False) -> Delta:
     """Σ wᵢ ΔWᵢ, exactly: a single term is scaled; LoRA become one LoRA whose rank is the sum of theirs, a `down` that
     several have counted once; kinds that have exact factors become a LoRA of these where that is smaller than the difference
     itself.
@@ -70,8 +70,8 @@ def add_deltas(terms: Sequence[Delta], weights: Strengths, *, fold: bool = False
     for it.
     """
     # The first term gives the sum its shape: one that has its kernel, if any does.
-    ordered = sorted(zip(terms, weights, strict=True), key=lambda pair: -len(pair[0].shape))
-    scaled = [term if weight == 1 else term.scaled(weight) for term, weight in ordered]
+    ordered = sorted(zip(terms, strengths, strict=True), key=lambda pair: -len(pair[0].shape))
+    scaled = [term if strength == 1 else term.scaled(strength) for term, strength in ordered]
     if fold:
         scaled = [term.folded() for term in scaled]
     if len(scaled) == 1:

@@ -51,7 +51,7 @@ def convert(
     base: str | Path | BaseCheckpoint | None = None,
     rule: Rule | None = None,
     dtype: str | None = None,
-    source: str | None = None,
+    from_format: str | None = None,
     assume: Assumptions | None = None,
     allow_pickle: bool = False,
     device: str = "cpu",
@@ -59,9 +59,9 @@ def convert(
 ) -> ConvertReport:
     """Writes an adapter to `out` in the format called `to`, with the same ΔW, and compares the output with its source.
 
-    `arch` overrides the architecture that is detected, and `source`, a format's name, narrows detection to architectures
-    that this format spells so; `base` is a checkpoint that has the modules' names. With a `rule`, other kinds become LoRA
-    first. Raises `LoratoolError`, and writes nothing, where a delta has no exact form or no place in the format.
+    `arch` overrides the architecture that is detected, and `from_format`, a format's name, narrows detection to
+    architectures that this format spells so; `base` is a checkpoint that has the modules' names. With a `rule`, other kinds
+    become LoRA first. Raises `LoratoolError`, and writes nothing, where a delta has no exact form or no place in the format.
     """
     in_memory = isinstance(adapter, Adapter)
     with error_in_file(adapter.path if isinstance(adapter, Adapter) else adapter):
@@ -78,7 +78,7 @@ def convert(
         elif target.folder and (not in_memory or is_as_stored(adapter)) and (folder := _peft_folder(adapter)):
             return _copy_folder(adapter, folder, target, out, overwrite=overwrite)
         adapter = replace(adapter, metadata={**adapter.metadata, **_history(adapter, target, converted)})
-        found, routes = resolve_routes([adapter.keys], target, Hints(arch, source, weights.layout if weights else None))
+        found, routes = resolve_routes([adapter.keys], target, Hints(arch, from_format, weights.layout if weights else None))
         written = write_adapter(adapter, target, routes, out, inputs=files_of([adapter]), overwrite=overwrite)
         report = _report(adapter, target, out, written.nbytes)
         return replace(

@@ -371,9 +371,9 @@ def test_from_narrows_what_a_file_may_be(tmp_path: Path) -> None:
     """te1 is kohya's spelling for models of two text encoders, not for SD1; and no diffusers file is spelled so."""
     source = save(tmp_path / "a.safetensors", kohya({"lora_te1_text_model_encoder_layers_0_mlp_fc1": (6, 4)}, 2, 1.0))
 
-    assert convert(source, tmp_path / "b.safetensors", "diffusers", source="kohya").after == 1
+    assert convert(source, tmp_path / "b.safetensors", "diffusers", from_format="kohya").after == 1
     with pytest.raises(LoratoolError, match="not spelled as diffusers"):
-        convert(source, tmp_path / "c.safetensors", "diffusers", source="diffusers")
+        convert(source, tmp_path / "c.safetensors", "diffusers", from_format="diffusers")
 
 
 def test_a_folder_becomes_a_folder_and_names_what_failed(run: Run, tmp_path: Path) -> None:

@@ -98,21 +98,21 @@ class CheckContext:
                 yield change, change.delta.rank or 0, scale_or_one(change.delta.scale)
 
 
-def check(adapter: Adapter | str | Path, target: str, *, base: str | Path | None = None) -> CheckReport:
-    """Says what the program `target` (see `CONSUMERS`) makes of an adapter, by rules read from the program's source; with
+def check(adapter: Adapter | str | Path, program: str, *, base: str | Path | None = None) -> CheckReport:
+    """Says what `program` (see `CONSUMERS`) makes of an adapter, by rules read from the program's source; with
     `base`, also whether that model has all of the adapter's modules. Raises `LoratoolError` where the adapter cannot be
     read."""
     path = adapter.path if isinstance(adapter, Adapter) else adapter
     adapter = open_source(adapter)
-    report = check_adapter(adapter, path, target, open_layout(Path(base).expanduser()) if base else None)
+    report = check_adapter(adapter, path, program, open_layout(Path(base).expanduser()) if base else None)
     # Rules look at tensors long after the header was read: a file replaced meanwhile makes the report worthless.
     require_unchanged([adapter])
     return report
 
 
-def check_adapter(adapter: Adapter, path: str | Path, target: str, base: Layout | None) -> CheckReport:
+def check_adapter(adapter: Adapter, path: str | Path, program: str, base: Layout | None) -> CheckReport:
     """`check` of an adapter that is loaded already."""
-    context = CheckContext(adapter, consumer_named(target), base)
+    context = CheckContext(adapter, consumer_named(program), base)
     # An adapter for another sort of model breaks every other rule too, and none of those findings would help.
     findings = tuple(_unlike_model(context)) or tuple(finding for rule in _RULES for finding in rule(context))
     levels = {finding.level for finding in findings}

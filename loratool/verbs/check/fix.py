@@ -26,13 +26,13 @@ from loratool.verbs.check.check import REFUSED, CheckReport, check_adapter, is_p
 
 def fix(
     adapter: Adapter | str | Path,
-    target: str,
+    program: str,
     out: str | Path,
     *,
     base: str | Path | BaseCheckpoint | None = None,
     overwrite: bool = False,
 ) -> CheckReport:
-    """Writes to `out` an adapter that the program `target` loads and takes as it is meant, and says what that took: other
+    """Writes to `out` an adapter that `program` loads and takes as it is meant, and says what that took: other
     kinds become LoRA, what the program has no place for is left out and its norm reported, scales go into the factors, ranks
     are filled up.
 
@@ -42,12 +42,12 @@ def fix(
     adapter = open_source(adapter)
     weights = open_base(base)
     layout = weights.layout if weights else None
-    report = check_adapter(adapter, path, target, layout)
+    report = check_adapter(adapter, path, program, layout)
     # What no rewriting mends: another sort of model, an unknown architecture, the wrong base, too large a rank.
     final = [finding.what for finding in report.findings if finding.level == REFUSED and not finding.fixable]
     if final:
         raise LoratoolError(f"{path}: {final[0]}")
-    consumer, done, lost = consumer_named(target), list[str](), 0.0
+    consumer, done, lost = consumer_named(program), list[str](), 0.0
     # Three steps in this order: leave out what no LoRA can stand for, make LoRA of what else the program lacks, and only
     # then unify scales and ranks, since the new LoRAs have scales and ranks of their own.
     adapter, gone = _leave_out(adapter, consumer)
@@ -67,7 +67,7 @@ def fix(
         form = format_named(consumer.writes)
         _, routes = resolve_routes([adapter.keys], form, Hints(None, None, layout))
         said = history_entry(
-            "check --fix", [input_record(adapter.path, adapter.file)], adapter.metadata, target=target, error=error
+            "check --fix", [input_record(adapter.path, adapter.file)], adapter.metadata, target=program, error=error
         )
         adapter = replace(adapter, metadata={**adapter.metadata, **said})
         out = Path(out).expanduser()

@@ -75,10 +75,10 @@ class AdapterSum:
         arch: Arch,
         routes: Mapping[Module, Route],
         merge: MergeAt,
-        weights: BaseCheckpoint | None,
+        base: BaseCheckpoint | None,
         devices: DevicePool,
     ) -> None:
-        self.target, self.arch, self.routes, self.weights = target, arch, routes, weights
+        self.target, self.arch, self.routes, self.base = target, arch, routes, base
         self.merge, self.devices = merge, devices
         self.terms: dict[OutputPlace, list[_Term]] = {}
         self.common = 0
@@ -91,7 +91,7 @@ class AdapterSum:
         """Collects the changes of one adapter under the output's names; `number` tells the adapter from the others."""
         modules = adapter.modules
         with error_context(adapter.path):
-            weights = strength.of(modules, self.arch)
+            strengths = strength.of(modules, self.arch)
             if unnamed := strength.modules_without_block(modules, self.arch):
                 shown = first_few(map(str, unnamed), 2)
                 self.warnings.append(
@@ -104,11 +104,11 @@ class AdapterSum:
             for item in rename_changes(changes, self.routes):
                 module = item.sources[0].module
                 # PEFT's (IA)³ multiplies a bias where the layer has one, which the base alone can tell.
-                if item.sources[0].optional and not (self.weights and self.weights.targets.find(module, item.parameter)):
+                if item.sources[0].optional and not (self.base and self.base.targets.find(module, item.parameter)):
                     continue
                 self.biased |= item.delta.shares_scale
                 place = item.prefix, item.path, item.parameter
-                self.terms.setdefault(place, []).append(_Term(number, module, item.delta, weights[module]))
+                self.terms.setdefault(place, []).append(_Term(number, module, item.delta, strengths[module]))
         self.warnings += adapter.warnings
 
     def materialise(
@@ -158,7 +158,7 @@ class AdapterSum:
         deltas = [
             term.delta
             if term.delta.additive
-            else effect_of(term.delta, term.module, parameter, self.weights).as_delta(parameter)
+            else effect_of(term.delta, term.module, parameter, self.base).as_delta(parameter)
             for term in terms
         ]
         # PEFT saves the untouched embedding beside its LoRA: that copy is a difference of zeros by now, and is dropped.
@@ -177,10 +177,10 @@ class AdapterSum:
             merge = partial(add_deltas, fold=True)
         # Computed when it is asked for, by `_exact` or `Approximation`, which work on several threads.
         whole = LazySum(tuple(deltas), tuple(term.strength for term in terms), merge)
-        if replaced is None or self.weights is None:
+        if replaced is None or self.base is None:
             return [whole]
         # Readers put a replaced value (PEFT's modules_to_save) in the weight's place, so it has to include the whole sum.
-        value = self.weights.of(terms[0].module, parameter).float() + whole.dense().reshape(replaced.shape)
+        value = self.base.of(terms[0].module, parameter).float() + whole.dense().reshape(replaced.shape)
         return [Replace(value, *replaced.leaves())]
 
     def _exact(
@@ -197,7 +197,7 @@ class AdapterSum:
         self, combined: Adapter, rule: Rule | Budget, dtype: str | None, describe: Describe
     ) -> tuple[Adapter, tuple[ApproximatedModule, ...]]:
         """The sum as LoRA of the ranks that `rule` gives."""
-        work = Approximation(combined, dtype, keeps_its_rank, self.weights, devices=self.devices)
+        work = Approximation(combined, dtype, keeps_its_rank, self.base, devices=self.devices)
 
         # A budget in bytes is that of the whole file: names, alignment and metadata count too.
         def size(imagined: ApproximatedDeltas) -> int:
