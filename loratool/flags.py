@@ -29,7 +29,6 @@ COMMANDS: Final[Mapping[str, str]] = {
     "inspect": "inspect --modules",
 }
 """Functions whose command is not called as they are."""
-# An argument with its equals sign, or a call; a plain name between backticks is none and stays.
 ARGUMENTS: Final = (
     "allow_pickle", "allow_unmatched", "arch", "base", "clamp", "density", "device", "drop", "dry_run", "dtype", "exclude",
     "include", "keep", "method", "out", "overwrite", "rule", "scale", "stochastic", "to", "undo",
@@ -38,6 +37,7 @@ ARGUMENTS: Final = (
 FUNCTIONS: Final = ("combine", "compare_to", "convert", "fix", "inspect", "merge", "resize", "to_lora")
 """What messages name of functions."""
 LONGEST_REFERENCE: Final = 200
+# An argument with its equals sign, or a call; a plain name between backticks is none and stays.
 REFERENCE: Final = re.compile(r"`(\w+(?:=[^`]*|\([^`]*\)))`")
 
 
