@@ -48,11 +48,10 @@ def test_an_existing_file_whose_name_ends_like_a_strength_is_that_file(
 
 
 @pytest.mark.parametrize(("short", "dtype"), [("fp32", "F32"), ("fp16", "F16"), ("bf16", "BF16"), ("bfloat16", "BF16")])
-def test_dtypes_go_by_the_names_that_trainers_give_them_too(short: str, dtype: str, run: Run) -> None:
-    assert (
-        run("resize", FIXTURES / "style.safetensors", "-o", "a.safetensors", "--rank", "2", "--dtype", short).returncode == 0
-    )
-    report = json.loads(run("inspect", "--json", "a.safetensors").stdout)
+def test_dtypes_go_by_the_names_that_trainers_give_them_too(short: str, dtype: str, invoke: Run) -> None:
+    style = FIXTURES / "style.safetensors"
+    assert invoke("resize", style, "-o", "a.safetensors", "--rank", "2", "--dtype", short).returncode == 0
+    report = json.loads(invoke("inspect", "--json", "a.safetensors").stdout)
     assert dtype in report["dtypes"]
 
 
@@ -193,10 +192,10 @@ def test_the_module_runs_like_the_command(run, tmp_path: Path) -> None:
     assert load_file(tmp_path / "one.safetensors")
 
 
-def test_zero_is_an_answer(run: Run) -> None:
-    done = run("resize", FIXTURES / "style.safetensors", "-o", "a.safetensors", "--max-error", "0")
+def test_zero_is_an_answer(invoke: Run) -> None:
+    done = invoke("resize", FIXTURES / "style.safetensors", "-o", "a.safetensors", "--max-error", "0")
     assert "the largest error is 0.00e+00" in done.stderr
-    done = run("resize", FIXTURES / "style.safetensors", "-o", "b.safetensors", "--total-error", "0")
+    done = invoke("resize", FIXTURES / "style.safetensors", "-o", "b.safetensors", "--total-error", "0")
     assert "the total error is 0, expected a share between 0 and 1" in done.stderr
 
 

@@ -497,7 +497,6 @@ VECTOR = (0.5, 0.0, *[1.0] * 9, -2.0)
 @pytest.mark.parametrize(
     "strength",
     [
-        Strength(0.7, VECTOR),
         Strength(0.7, parts={"IN*": 0.0, "OUT*": 0.25}),
         Strength(-1.0, VECTOR, {"unet": 0.5}),
     ],
