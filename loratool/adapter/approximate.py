@@ -19,8 +19,6 @@ from loratool.deltas.base import Delta
 from loratool.deltas.lora import Embedding, LoRA
 from loratool.deltas.schema import BIAS, WEIGHT
 from loratool.errors import NeedsBase, Unsupported, error_context, error_in_file
-from loratool.files.header import stored_dtype
-from loratool.files.tensors import DTYPES
 from loratool.numbers.budgets import RankAllocator, within_error
 from loratool.numbers.devices import DevicePool, open_devices
 from loratool.numbers.factor import Storage, StoredFactors, candidate_of, factorise, recompress
@@ -67,14 +65,14 @@ class Approximation:
     def __init__(
         self,
         adapter: Adapter,
-        dtype: str | None,
+        dtype: torch.dtype | None,
         keep: KeepsDelta,
         base: BaseCheckpoint | None,
         *,
         devices: DevicePool,
         weigh: bool = False,
     ) -> None:
-        self.adapter, self.dtype, self.base, self.devices = adapter, stored_dtype(dtype), base, devices
+        self.adapter, self.dtype, self.base, self.devices = adapter, dtype, base, devices
         self.numbers: list[int] = []
         self.kept: list[Change] = []
         for number, change in enumerate(adapter.changes):
@@ -121,7 +119,7 @@ class Approximation:
     def _stored_as(self, change: Change) -> torch.dtype:
         """The dtype of new factors: the one asked for, else the widest that the change's own leaves have."""
         if self.dtype:
-            return DTYPES[self.dtype]
+            return self.dtype
         dtypes = [tensor.dtype for tensor in change.delta.leaves().values() if tensor.is_floating_point()]
         return max(dtypes, key=lambda dtype: dtype.itemsize)
 
@@ -242,7 +240,7 @@ def as_lora(found: StoredFactors, shape: tuple[int, ...]) -> LoRA:
 def approximate_adapter(
     adapter: Adapter,
     rule: Rule,
-    dtype: str | None = None,
+    dtype: torch.dtype | None = None,
     *,
     base: str | Path | BaseCheckpoint | None = None,
     device: str = "cpu",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loratool.errors import InvalidFile, Unsupported
-from loratool.files.header import Header, TensorInfo, identity, open_regular
+from loratool.files.header import Header, TensorInfo, identity, open_regular, stored_dtype
 from loratool.files.layout import Layout, open_layout
 
 if TYPE_CHECKING:
@@ -30,6 +30,12 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 """The dtypes of floating-point numbers, which weights and factors have."""
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype called "float32", "float16" or "bfloat16"; None where none is asked for. Raises `UnknownName`."""
+    stored = stored_dtype(name)
+    return DTYPES[stored] if stored else None
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -15,7 +15,7 @@ from loratool.errors import error_in_file
 from loratool.files.adapter_files import AdapterFile
 from loratool.files.adapter_writer import AdapterContents, write_contents
 from loratool.files.history import history_entry, input_record
-from loratool.files.tensors import TensorFile
+from loratool.files.tensors import TensorFile, torch_dtype
 from loratool.formats.table import Format, format_named
 from loratool.keys.resolve import Hints, resolve_routes
 from loratool.numbers.ranks import Rule
@@ -73,7 +73,7 @@ def convert(
         # LoRA first: what has no exact form in the format can then be cut and stacked. Without a rule, a PEFT folder is
         # copied to a PEFT folder as it is, so that kinds which only PEFT has pass too.
         if rule is not None:
-            adapter, converted = approximate_adapter(adapter, rule, dtype, base=weights, device=device)
+            adapter, converted = approximate_adapter(adapter, rule, torch_dtype(dtype), base=weights, device=device)
         # What is in memory need no longer be what its file holds.
         elif target.folder and (not in_memory or is_as_stored(adapter)) and (folder := _peft_folder(adapter)):
             return _copy_folder(adapter, folder, target, out, overwrite=overwrite)

@@ -26,6 +26,7 @@ from loratool.deltas.schema import WEIGHT
 from loratool.errors import error_in_file
 from loratool.files.adapter_writer import AdapterContents, contents_size, write_contents
 from loratool.files.history import history_entry, input_record
+from loratool.files.tensors import torch_dtype
 from loratool.numbers.budgets import RankAllocator
 from loratool.numbers.devices import open_devices
 from loratool.numbers.ranks import NUMERICAL, Budget, RankCandidate, Rule
@@ -73,7 +74,7 @@ def to_lora(
     # Factors and errors are computed in float64, which Apple's GPUs lack.
     work = Approximation(
         open_source(adapter, assume=assume),
-        dtype,
+        torch_dtype(dtype),
         fits_lora_file,
         open_base(base),
         devices=open_devices(device, doubles=True),
@@ -101,7 +102,12 @@ def resize(
     """
     devices = open_devices(device, doubles=True)
     work = Approximation(
-        open_source(adapter, assume=assume), dtype, keeps_its_rank, open_base(base), devices=devices, weigh=weigh
+        open_source(adapter, assume=assume),
+        torch_dtype(dtype),
+        keeps_its_rank,
+        open_base(base),
+        devices=devices,
+        weigh=weigh,
     )
     report = _approximate_and_write("resize", work, rule, Path(out), overwrite=overwrite)
     if not weigh:
@@ -190,7 +196,9 @@ def frontier(
     """The size and error of an adapter at ranks from 1 to the largest that any module has. All figures are in the spectra;
     nothing is written. Raises `LoratoolError`."""
     adapter = open_source(adapter, assume=assume)
-    work = Approximation(adapter, dtype, keeps_its_rank, open_base(base), devices=open_devices(device, doubles=True))
+    work = Approximation(
+        adapter, torch_dtype(dtype), keeps_its_rank, open_base(base), devices=open_devices(device, doubles=True)
+    )
     kept, said = read_unchanged(adapter, work.kept), _history("resize", adapter)
     spectra = work.offers(dict.fromkeys(work.numbers, Rule()))
     # The allocator asks for spectra again as it goes, and gets those that are known in full; its budget sets no bound here,

@@ -224,3 +224,30 @@ def test_names_that_there_are_not_are_listed(tmp_path: Path) -> None:
             call()
     with pytest.raises(LoratoolError, match="density"):
         combine([LORA], out, Rule("rank", 2), method="ties", density=7)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("resize", FIXTURES / "style.safetensors", "--rank", "2"),
+        ("resize", FIXTURES / "style.safetensors", "--size", "300kB"),
+        ("combine", FIXTURES / "style.safetensors", FIXTURES / "detail.safetensors"),
+        ("combine", FIXTURES / "style.safetensors", FIXTURES / "detail.safetensors", "--rank", "2"),
+        ("combine", FIXTURES / "style.safetensors", FIXTURES / "detail.safetensors", "--size", "300kB"),
+        ("extract", LLAMA, FIXTURES / "llama-tuned", "--rank", "2", "--to", "peft-file"),
+        ("delta", LORA, "--to", "kohya"),
+        ("convert", FIXTURES / "style.safetensors", "--to", "diffusers", "--to-lora"),
+        ("convert", FIXTURES / "style.safetensors", "--to-lora"),
+    ],
+    ids=lambda words: " ".join(str(getattr(word, "stem", word)) for word in words),
+)
+def test_every_verb_that_stores_what_it_computes_takes_every_dtype(
+    words: tuple[str | Path, ...], dtype: str, invoke: Run
+) -> None:
+    done = invoke(*words, "--dtype", dtype, "-o", "out.safetensors")
+    assert done.returncode == 0, done.stderr
+    if words[0] in ("extract", "delta") or "--rank" in words:
+        stored = load_file("out.safetensors")
+        factors = ("lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", ".diff")
+        assert {str(tensor.dtype) for name, tensor in stored.items() if name.endswith(factors)} == {f"torch.{dtype}"}

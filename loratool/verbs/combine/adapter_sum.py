@@ -30,7 +30,6 @@ from loratool.deltas.full import Replace
 from loratool.deltas.relations import norm_and_distance
 from loratool.deltas.sums import LazySum, Merge, add_deltas
 from loratool.errors import LoratoolError, NonFinite, ShapeMismatch, error_context, first_few
-from loratool.files.tensors import DTYPES
 from loratool.formats.table import CONFIG, Format
 from loratool.keys.routes import Route
 from loratool.names import DIFFUSERS, Module
@@ -112,7 +111,7 @@ class AdapterSum:
         self.warnings += adapter.warnings
 
     def materialise(
-        self, adapters: Sequence[Adapter], rule: Rule | Budget | None, dtype: str | None, describe: Describe
+        self, adapters: Sequence[Adapter], rule: Rule | Budget | None, dtype: torch.dtype | None, describe: Describe
     ) -> tuple[Adapter, tuple[ApproximatedModule, ...]]:
         """The sum as one adapter, exact or at the ranks that `rule` gives, and the figures of each approximated module."""
         # One adapter may have several terms at a place (PEFT's saved embedding beside its LoRA), so owners are counted.
@@ -184,17 +183,16 @@ class AdapterSum:
         return [Replace(value, *replaced.leaves())]
 
     def _exact(
-        self, combined: Adapter, dtype: str | None, describe: Describe
+        self, combined: Adapter, dtype: torch.dtype | None, describe: Describe
     ) -> tuple[Adapter, tuple[ApproximatedModule, ...]]:
         """The sum with every delta computed, and rounded only where a dtype is asked for."""
-        narrow = DTYPES[dtype] if dtype else None
-        done = map_on_threads(partial(_as_stored, change, narrow, self.target) for change in combined.changes)
+        done = map_on_threads(partial(_as_stored, change, dtype, self.target) for change in combined.changes)
         changes = [replace(change, delta=delta) for change, (delta, _) in zip(combined.changes, done, strict=True)]
         rounded = tuple(figures for _, figures in done if figures)
         return describe(replace(combined, changes=tuple(with_one_expert_rank(changes)))), rounded
 
     def _approximate(
-        self, combined: Adapter, rule: Rule | Budget, dtype: str | None, describe: Describe
+        self, combined: Adapter, rule: Rule | Budget, dtype: torch.dtype | None, describe: Describe
     ) -> tuple[Adapter, tuple[ApproximatedModule, ...]]:
         """The sum as LoRA of the ranks that `rule` gives."""
         work = Approximation(combined, dtype, keeps_its_rank, self.base, devices=self.devices)

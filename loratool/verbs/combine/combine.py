@@ -19,9 +19,9 @@ from loratool.deltas.methods import MERGE_METHODS, merge_deltas
 from loratool.deltas.schema import SUM
 from loratool.deltas.sums import Merge
 from loratool.errors import LoratoolError, look_up
-from loratool.files.header import stored_dtype
 from loratool.files.history import HISTORY_KEY, history_entry, input_record
 from loratool.files.output import require_target
+from loratool.files.tensors import torch_dtype
 from loratool.formats.table import format_named
 from loratool.keys.identify import format_of
 from loratool.keys.resolve import resolve_common_routes
@@ -118,7 +118,7 @@ def combine(
     Raises `LoratoolError`, and writes nothing, where the adapters are for different models, where a kind depends on its
     weight and there is no base, and where the output's format has no place for a sum.
     """
-    out, how, stored = Path(out).expanduser(), CombineMethod(method, density, seed), stored_dtype(dtype)
+    out, how, stored = Path(out).expanduser(), CombineMethod(method, density, seed), torch_dtype(dtype)
     given = weighted_adapters(adapters)
     if how.dense and rule is None:
         raise LoratoolError(

@@ -18,10 +18,9 @@ from loratool.adapter.load import open_any
 from loratool.adapter.selection import Selection
 from loratool.base.base import BaseCheckpoint, open_base
 from loratool.errors import LoratoolError, error_in_file
-from loratool.files.header import stored_dtype
 from loratool.files.layout import Layout
 from loratool.files.output import NewOutput
-from loratool.files.tensors import DTYPES
+from loratool.files.tensors import torch_dtype
 from loratool.files.writer import SafetensorsAppender, Writer
 from loratool.numbers.devices import DevicePool, open_devices
 from loratool.numbers.threads import Progress, progress_counter, run_all
@@ -80,7 +79,7 @@ def delta(
     stopwatch, devices = Stopwatch(), open_devices(device)
     source = _source(path, tuned, base, selection, devices, allow_pickle=allow_pickle)
     with ExitStack() as stack:
-        run = DeltaRun(source, devices, dtype or "float32", spectrum=spectrum)
+        run = DeltaRun(source, devices, dtype, spectrum=spectrum)
         if out is not None:
             run.open(Path(out).expanduser(), stack, to, arch, overwrite=overwrite)
         where = path.path if isinstance(path, Adapter) else path
@@ -146,13 +145,13 @@ def _source(
 class DeltaRun:
     """A pass over all changes of a source: each is measured and, after `open`, written in the dtype of the file."""
 
-    def __init__(self, source: DeltaSource, devices: DevicePool, dtype: str, *, spectrum: bool) -> None:
-        self.source, self.devices, self.dtype_name, self.spectrum = source, devices, dtype, spectrum
+    def __init__(self, source: DeltaSource, devices: DevicePool, dtype: str | None, *, spectrum: bool) -> None:
+        self.source, self.devices, self.dtype_name, self.spectrum = source, devices, dtype or "float32", spectrum
         # Filled from several threads, each number by one of them, and read when all have ended.
         self.found: dict[int, ModuleMeasure] = {}
         self.before: dict[int, float] = {}
         self.lost: dict[int, float] = {}
-        self.dtype = DTYPES[stored_dtype(dtype) or ""]
+        self.dtype = torch_dtype(dtype) or torch.float32
         self.naming: Naming | None = None
         self.groups = [[number] for number in range(source.count)]
 

@@ -17,10 +17,9 @@ from loratool.base.base import BaseCheckpoint
 from loratool.base.pairs import Pair, Pairing, pair_parameters
 from loratool.deltas.schema import WEIGHT
 from loratool.errors import LoratoolError, OutputError, ShapeMismatch, error_in_file, first_few, look_up
-from loratool.files.header import stored_dtype
 from loratool.files.layout import require_weights
 from loratool.files.output import require_target
-from loratool.files.tensors import DTYPES
+from loratool.files.tensors import torch_dtype
 from loratool.formats.table import Format, format_named
 from loratool.keys.resolve import archs_of_base, resolve_base_routes
 from loratool.keys.routes import arch_without_table
@@ -113,7 +112,7 @@ def extract(
     nothing changed, or the output cannot be written.
     """
     stopwatch, out, selection = Stopwatch(), Path(out).expanduser(), selection or Selection()
-    devices, stored = open_devices(device), stored_dtype(dtype)
+    devices, stored = open_devices(device), torch_dtype(dtype)
     look_up(dict.fromkeys(get_args(Split)), split, "split")
     if clamp is not None and not 0 < clamp <= 1:
         raise LoratoolError(f"`clamp={clamp:g}`: expected a quantile above 0, at most 1")
@@ -124,7 +123,7 @@ def extract(
     for each in weights:
         require_weights(each.layout, _QUANTISED)
     pairing = pair_parameters(*weights, selection.takes)
-    work = Extraction(*weights, devices, DTYPES[stored] if stored else None, split, clamp)
+    work = Extraction(*weights, devices, stored, split, clamp)
     job = replace(_plan_run(work, pairing.pairs, out, rule, to, arch, overwrite=overwrite), progress=progress)
     if dry_run:
         return _dry_run_report(job, pairing, out)
