@@ -236,7 +236,7 @@ def test_names_that_there_are_not_are_listed(tmp_path: Path) -> None:
         ("combine", FIXTURES / "style.safetensors", FIXTURES / "detail.safetensors", "--rank", "2"),
         ("combine", FIXTURES / "style.safetensors", FIXTURES / "detail.safetensors", "--size", "300kB"),
         ("extract", LLAMA, FIXTURES / "llama-tuned", "--rank", "2", "--to", "peft-file"),
-        ("delta", LORA, "--to", "kohya"),
+        ("delta", FIXTURES / "style.safetensors", "--to", "kohya"),
         ("convert", FIXTURES / "style.safetensors", "--to", "diffusers", "--to-lora"),
         ("convert", FIXTURES / "style.safetensors", "--to-lora"),
     ],
