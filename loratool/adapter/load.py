@@ -10,11 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-import torch
 from torch import Tensor
 
 from loratool.adapter.adapter import Adapter, Assumptions, Change
 from loratool.deltas.registry import build_part
+from loratool.deltas.relations import same_bytes
 from loratool.deltas.schema import BIAS, Given
 from loratool.errors import InvalidAdapter, NonFinite, Unsupported, error_context, first_few
 from loratool.files.adapter_files import CONFIG_NAME, PICKLE_SUFFIXES, adapter_file, identity_of, locate
@@ -109,11 +109,8 @@ def is_as_stored(adapter: Adapter) -> bool:
 
 
 def _same_change(one: Change, other: Change) -> bool:
-    if (one.module, one.parameter, one.delta.kind) != (other.module, other.parameter, other.delta.kind):
-        return False
-    mine, theirs = one.delta.leaves(), other.delta.leaves()
-    alike = one.delta.scale == other.delta.scale and mine.keys() == theirs.keys()
-    return alike and all(torch.equal(tensor, theirs[leaf]) for leaf, tensor in mine.items())
+    alike = (one.module, one.parameter, one.delta.kind) == (other.module, other.parameter, other.delta.kind)
+    return alike and same_bytes(one.delta, other.delta)
 
 
 def _all_changes(

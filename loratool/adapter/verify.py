@@ -14,7 +14,8 @@ from loratool.adapter.adapter import Adapter, Change
 from loratool.adapter.load import LazyAdapter
 from loratool.adapter.rename import cross_link, split_delta, stack_parts, swap_halves
 from loratool.archs.links import Link
-from loratool.deltas.base import Delta, same_bits
+from loratool.deltas.base import Delta
+from loratool.deltas.relations import same_bytes
 from loratool.deltas.schema import ANY
 from loratool.errors import InvalidAdapter, error_context
 from loratool.formats.table import Format
@@ -104,16 +105,6 @@ def relative_difference(one: Delta, other: Delta) -> float:
         dense = one.dense().double()
         return _ratio(float((dense - other.dense().double().reshape(dense.shape)).norm()), float(dense.norm()))
     return _difference_on_random_weight(one, other)
-
-
-def same_bytes(one: Delta, other: Delta) -> bool:
-    """Whether two deltas hold the same numbers, and the same scale."""
-    mine, theirs = one.leaves(), other.leaves()
-    return (
-        mine.keys() == theirs.keys()
-        and one.scale == other.scale
-        and all(same_bits(mine[leaf], theirs[leaf]) for leaf in mine)
-    )
 
 
 def _difference_on_random_weight(one: Delta, other: Delta) -> float:

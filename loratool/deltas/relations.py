@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from loratool.deltas.base import Delta, scale_or_one
+from loratool.deltas.base import Delta, same_bits, scale_or_one
 from loratool.deltas.lora import LoRA
 from loratool.errors import ShapeMismatch
 from loratool.numbers.linalg import Relation, difference_norm, relation
@@ -66,3 +66,13 @@ def norm_and_distance(delta: Delta, other: Delta) -> tuple[float, float]:
         return difference_norm(factors, (up[:, :0], down[:0])), difference_norm(factors, others)
     dense = delta.dense().double()
     return float(dense.norm()), float((dense - other.dense().double()).norm())
+
+
+def same_bytes(one: Delta, other: Delta) -> bool:
+    """Whether two deltas hold the same numbers, and the same scale."""
+    mine, theirs = one.leaves(), other.leaves()
+    return (
+        mine.keys() == theirs.keys()
+        and one.scale == other.scale
+        and all(same_bits(mine[leaf], theirs[leaf]) for leaf in mine)
+    )

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from loratool.adapter.adapter import Adapter
 from loratool.adapter.rename import RenamedDelta, rename_changes
-from loratool.adapter.verify import same_bytes
 from loratool.base.base import BaseCheckpoint
 from loratool.base.effects import effect_of
 from loratool.deltas.base import Delta, to_device
-from loratool.deltas.relations import factors_of, norm_of, relate_deltas, require_alike
+from loratool.deltas.relations import factors_of, norm_of, relate_deltas, require_alike, same_bytes
 from loratool.deltas.schema import WEIGHT
 from loratool.deltas.sums import LazySum, add_deltas
 from loratool.errors import NeedsBase, Unsupported, error_context
