@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from loratool.deltas.schema import ANY
 from loratool.files.adapter_files import AdapterFile
 from loratool.keys.listing import AdapterKeys
 from loratool.names import CONTAINER, Module
+from loratool.numbers.workload import OPERATIONS_OF_FACTORS, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,17 @@ class Adapter:
             widths[change.module] = widths.get(change.module) or width
             keys[change.module] = (*keys.get(change.module, ()), *change.keys)
         return AdapterKeys(self.path, widths, keys, self.metadata, has_config=bool(self.config))
+
+
+def factor_workload(adapters: Iterable[Adapter]) -> Workload:
+    """The work of decomposing the factors of all changes of `adapters`."""
+    read, products = 0, 0.0
+    for change in (change for adapter in adapters for change in adapter.changes):
+        rows, *others = change.delta.shape or (1,)
+        sides = rows, prod(others)
+        products += OPERATIONS_OF_FACTORS * sum(sides) * (change.delta.rank or max(min(sides), 1)) ** 2
+        read += sum(tensor.nbytes for tensor in change.delta.leaves().values())
+    return Workload(read, products=products)
 
 
 def files_of(adapters: Iterable[Adapter]) -> list[AdapterFile]:

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
 
-from loratool.adapter.adapter import Adapter, Change
+from loratool.adapter.adapter import Adapter, Change, factor_workload
 from loratool.base.base import BaseCheckpoint, open_base
 from loratool.base.effects import Effect, effect_of
 from loratool.deltas.base import Delta
 from loratool.deltas.lora import Embedding, LoRA
 from loratool.deltas.schema import BIAS, WEIGHT
-from loratool.errors import NeedsBase, Unsupported, error_context, error_in_file
+from loratool.errors import LoratoolError, NeedsBase, Unsupported, error_context, error_in_file
 from loratool.numbers.budgets import RankAllocator, within_error
 from loratool.numbers.devices import DevicePool, open_devices
 from loratool.numbers.factor import Storage, StoredFactors, candidate_of, factorise, recompress
 from loratool.numbers.linalg import ProductSVD
 from loratool.numbers.ranks import Budget, RankCandidate, Rule
-from loratool.numbers.threads import map_on_threads
+
+_T = TypeVar("_T")
 
 KeepsDelta = Callable[[Delta], bool]
 """Says of a delta whether it stays what it is."""
@@ -89,18 +89,26 @@ class Approximation:
     def approximate(self, rule: Rule | Mapping[int, Rule]) -> ApproximatedDeltas:
         """Approximates every delta to a LoRA, by one rule for all or by each one's own."""
 
-        def one(number: int) -> tuple[ApproximatedModule, Delta]:
-            change = self.adapter.changes[number]
-            mine = rule if isinstance(rule, Rule) else rule[number]
-            storage = Storage(self._stored_as(change))
+        def compute(numbers: Sequence[int], device: torch.device) -> list[tuple[ApproximatedModule, Delta]]:
+            changes = [self.adapter.changes[number] for number in numbers]
+            effects = [_effect(change, self.base, device) for change in changes]
+            rules = [rule if isinstance(rule, Rule) else rule[number] for number in numbers]
+            return _low_rank(changes, effects, rules, [Storage(self._stored_as(change)) for change in changes])
 
-            def compute(device: torch.device) -> tuple[ApproximatedModule, Delta]:
-                delta, figures = _low_rank(change, _effect(change, self.base, device), mine, storage)
-                return figures, delta
+        return self._on_devices(self.numbers, compute)
 
-            return self.devices.run_one(str(change), compute)
-
-        return dict(zip(self.numbers, map_on_threads(partial(one, number) for number in self.numbers), strict=True))
+    def _on_devices(
+        self, numbers: Iterable[int], compute: Callable[[Sequence[int], torch.device], list[_T]]
+    ) -> dict[int, _T]:
+        """The results of `compute` by number, those of one shape computed together where a device gains by it."""
+        changes = self.adapter.changes
+        return self.devices.map_alike(
+            numbers,
+            compute,
+            title=lambda number: str(changes[number]),
+            alike=lambda number: changes[number].delta.shape,
+            nbytes=lambda number: 4 * math.prod(changes[number].delta.shape),
+        )
 
     def within(self, budget: Budget, size: Callable[[ApproximatedDeltas], int]) -> ApproximatedDeltas:
         """Approximates every delta to the rank that its share of the budget buys; `size` gives the bytes of the output."""
@@ -130,8 +138,11 @@ class Approximation:
 
     def offers(self, rules: Mapping[int, Rule]) -> dict[int, RankCandidate]:
         """The singular values of modules and the bytes that a rank of each costs, as far as each module's rule looks."""
-        offers = map_on_threads(partial(self._offer, number, rule) for number, rule in rules.items())
-        return dict(zip(rules, offers, strict=True))
+
+        def compute(numbers: Sequence[int], device: torch.device) -> list[RankCandidate]:
+            return [self._candidate_on(number, rules[number], device) for number in numbers]
+
+        return self._on_devices(rules, compute)
 
     def _worth(self, number: int) -> float:
         """The factor 1 / ‖W‖ of a module's singular values, by which an error counts relative to the weight W it is in."""
@@ -141,17 +152,13 @@ class Approximation:
         norm = float(self.base.of(change.module).float().norm())
         return 1 / norm if norm else 0.0
 
-    def _offer(self, number: int, rule: Rule) -> RankCandidate:
-        change = self.adapter.changes[number]
-        return self.devices.run_one(str(change), partial(self._candidate_on, number, rule))
-
     def _candidate_on(self, number: int, rule: Rule, device: torch.device) -> RankCandidate:
         change = self.adapter.changes[number]
         delta = _effect(change, self.base, device)
         each, worth = self._stored_as(change).itemsize, self.worth[number]
         # The small core of a product has all its singular values, so that nobody need look again.
         if delta.factors:
-            core = ProductSVD(*delta.factors)
+            core = ProductSVD.of(*delta.factors)
             cost = len(delta.factors[0]) + delta.factors[1].shape[1]
             return RankCandidate(core.sigma.cpu() * worth, True, cost * each, float(core.squares.sum()) * worth**2)
         # A threshold speaks of weighed singular values, the matrix has the bare ones.
@@ -203,23 +210,44 @@ def _effect(change: Change, base: BaseCheckpoint | None, device: torch.device) -
         return effect_of(delta, change.module, change.parameter, base, device)
 
 
-def _low_rank(change: Change, delta: Effect, rule: Rule, storage: Storage) -> tuple[Delta, ApproximatedModule]:
-    """A delta's LoRA as it is to be stored, and the figures of how far its product is from the delta."""
-    rule = rule.of(delta.shape)
+def _low_rank(
+    changes: Sequence[Change], effects: Sequence[Effect], rules: Sequence[Rule], storages: Sequence[Storage]
+) -> list[tuple[ApproximatedModule, Delta]]:
+    """The LoRA of each change as it is to be stored, and the figures of how far its product is from the change. Products of
+    factors of one shape are decomposed together."""
+    found: dict[int, StoredFactors | LoratoolError] = {}
+    together: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    rules = [rule.of(effect.shape) for rule, effect in zip(rules, effects, strict=True)]
+    for number, effect in enumerate(effects):
+        if effect.factors:
+            together.setdefault((effect.factors[0].shape, effect.factors[1].shape), []).append(number)
+            continue
+        with error_context(changes[number]):
+            found[number] = factorise(effect.dense().flatten(1), rules[number], storages[number])
+    # Where a delta is a product already, the QR of its factors stands for the large SVD.
+    for numbers in together.values():
+        products = [factors for number in numbers if (factors := effects[number].factors)]
+        mine = recompress(products, [rules[number] for number in numbers], [storages[number] for number in numbers])
+        found |= dict(zip(numbers, mine, strict=True))
+    return [
+        _as_stored(changes[number], found[number], rules[number], effects[number].shape) for number in range(len(changes))
+    ]
+
+
+def _as_stored(
+    change: Change, found: StoredFactors | LoratoolError, rule: Rule, shape: tuple[int, ...]
+) -> tuple[ApproximatedModule, Delta]:
+    """The figures and the LoRA of one change; raises the error that stands in the place of its factors."""
     with error_context(change):
-        # Where the delta is a product already, the QR of its factors stands for the large SVD.
-        found = (
-            recompress(*delta.factors, rule, storage)
-            if delta.factors
-            else factorise(delta.dense().flatten(1), rule, storage)
-        )
+        if isinstance(found, LoratoolError):
+            raise found
         found = found.padded(rule.padded(found.rank))
     error = found.error / found.norm if found.norm else 0.0
     figures = ApproximatedModule(str(change), change.delta.kind, found.rank, found.norm, error)
     if "embedding_down" in change.delta.leaves():
         # PEFT adds the product of an embedding's factors transposed.
-        return Embedding(found.up.T.contiguous(), found.down.T.contiguous(), 1.0), figures
-    return as_lora(found, delta.shape), figures
+        return figures, Embedding(found.up.T.contiguous(), found.down.T.contiguous(), 1.0)
+    return figures, as_lora(found, shape)
 
 
 def placeholder_lora(shape: tuple[int, ...], rank: int, nothing: Tensor) -> LoRA:
@@ -247,7 +275,8 @@ def approximate_adapter(
 ) -> tuple[Adapter, list[ApproximatedModule]]:
     """The adapter with a LoRA of scale 1 in place of every delta on a matrix or a kernel that a file of LoRA cannot hold,
     and what became of each delta."""
-    work = Approximation(adapter, dtype, fits_lora_file, open_base(base), devices=open_devices(device, doubles=True))
+    devices = open_devices(device, factor_workload([adapter]), doubles=True)
+    work = Approximation(adapter, dtype, fits_lora_file, open_base(base), devices=devices)
     done = work.approximate(rule)
     return approximated_adapter(work, done), [figures for figures, _ in done.values()]
 

@@ -27,12 +27,14 @@ from loratool.keys.detect import is_language_model
 from loratool.keys.listing import AdapterListing, ModuleLeaves, list_adapter, open_input, read_listing, require_adapter
 from loratool.names import CONTAINER
 from loratool.numbers.linalg import all_finite, bounds
+from loratool.numbers.settings import steady_arithmetic
 from loratool.numbers.threads import map_on_threads
 
 _INTEGERS: Final = (".on_input", ".reshape_weight")
 """The endings of leaves that hold whole numbers."""
 
 
+@steady_arithmetic()
 def load(path: str | Path, *, allow_pickle: bool = False, assume: Assumptions | None = None) -> Adapter:
     """Reads the adapter at `path`, a safetensors file or a PEFT folder, wholly and checked.
 

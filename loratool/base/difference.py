@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,14 +14,18 @@ from loratool.base.base import BaseCheckpoint
 from loratool.base.pairs import Pair
 from loratool.deltas.base import to_compute_dtype
 from loratool.errors import NonFinite
+from loratool.files.tensors import DTYPES
 from loratool.numbers import rounding
-from loratool.numbers.devices import CPU, send, to_float64
+from loratool.numbers.devices import CPU, pins_memory, send, to_float64
 from loratool.numbers.krylov import squared_norm
 from loratool.numbers.linalg import row_blocks
+from loratool.numbers.threads import read_ahead
+from loratool.numbers.workload import OPERATIONS_OF_SPECTRUM, Workload
 
-_BLOCK: Final = 1 << 18
-"""Elements that are read and subtracted at a time on the CPU: few enough to stay in cache."""
-BLOCK_THERE: Final = 1 << 24
+_BLOCK: Final = 1 << 20
+"""Elements that are read and subtracted at a time on the CPU: few enough to stay in cache, and so many that a thread spends
+its time in arithmetic and not in the calls, for which threads wait for each other."""
+_BLOCK_THERE: Final = 1 << 23
 """Elements that are sent to a GPU and subtracted at a time."""
 UNIFORM: Final = math.sqrt(12)
 """Rounding to multiples of s has a root mean square error of s / √12: the deviation of a uniform distribution."""
@@ -31,24 +35,37 @@ UNIFORM: Final = math.sqrt(12)
 class Difference:
     """`dense`, W' − W₀ in float32 (float64 where either is stored so), with as many rows as the longer of the two.
 
-    `norm` is ‖W' − W₀‖, `noise` the norm that rounding to the coarser of both dtypes has alone, and `edge` the largest
-    singular value that such rounding may have.
+    `norm` is ‖W' − W₀‖, `base_norm` ‖W₀‖, `noise` the norm that rounding to the coarser of both dtypes has alone, and `edge`
+    the largest singular value that such rounding may have: of the last three those that were asked for, and else 0.
     """
 
     dense: Tensor
     norm: float
+    base_norm: float
     noise: float
     edge: float
 
 
-def difference(base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair, device: torch.device) -> Difference | None:
+def difference(
+    base: BaseCheckpoint,
+    tuned: BaseCheckpoint,
+    pair: Pair,
+    device: torch.device,
+    *,
+    base_norm: bool = False,
+    noise: bool = False,
+) -> Difference | None:
     """The difference of `pair`, computed on `device`; None where both checkpoints hold the same numbers.
 
     Raises `NonFinite` where either holds NaN or Inf. Rows that only one checkpoint has are a difference to zero.
     """
-    changed, rounded = _Rows(pair, _dtype(base, tuned, pair), device), _Rounding()
-    for start, before, after in _blocks(base, tuned, pair, _BLOCK if device == CPU else BLOCK_THERE):
+    changed, rounded, squares = _Rows(pair, _dtype(base, tuned, pair), device), _Rounding(), 0.0
+    blocks = _blocks(base, tuned, pair, device)
+    # A core that computes cannot read; a GPU that computes leaves the core free to.
+    for start, before, after in read_ahead(blocks) if pins_memory(device) else blocks:
         before, after = send(before, device), send(after, device)  # noqa: PLW2901
+        if base_norm:
+            squares += squared_norm(_matrix(to_compute_dtype(before)))
         # Equal blocks, as of frozen layers, cost no memory and count no rounding.
         if before.dtype == after.dtype and torch.equal(before, after):
             continue
@@ -56,7 +73,8 @@ def difference(base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair, device: 
         rows[: len(after)] = after
         rows[: len(before)] -= before.to(rows.dtype)
         # Of two dtypes the coarser rounds by so much more that the other does not count.
-        rounded.add(after if _step(after) >= _step(before) else before)
+        if noise:
+            rounded.add(after if _step(after) >= _step(before) else before)
     if changed.dense is None or not changed.dense.numel():
         return None
     dense = changed.dense.reshape(changed.shape if pair.shape else ())
@@ -70,7 +88,20 @@ def difference(base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair, device: 
     matrix = _matrix(dense)
     norm = math.sqrt(squared_norm(matrix if 1e-15 < largest < 1e15 else matrix / largest))
     norm *= 1.0 if 1e-15 < largest < 1e15 else largest
-    return Difference(dense, norm, *rounded.sizes(matrix.shape, norm))
+    return Difference(dense, norm, math.sqrt(squares), *(rounded.sizes(matrix.shape, norm) if noise else (0.0, 0.0)))
+
+
+def pair_bytes(base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair) -> int:
+    """The bytes that are read of both checkpoints for `pair`."""
+    sides = ((base, pair.base, pair.shape), (tuned, pair.tuned, pair.tuned_shape))
+    dtypes = [weights.layout.info(places[0].tensor).dtype for weights, places, _ in sides]
+    return sum(math.prod(shape) * DTYPES[dtype].itemsize for (*_, shape), dtype in zip(sides, dtypes, strict=True))
+
+
+def difference_workload(base: BaseCheckpoint, tuned: BaseCheckpoint, pairs: Sequence[Pair]) -> Workload:
+    """The work of all differences, and of their leading singular values."""
+    numbers = sum(math.prod(pair.shape) for pair in pairs if len(pair.shape) > 1)
+    return Workload(sum(pair_bytes(base, tuned, pair) for pair in pairs), products=OPERATIONS_OF_SPECTRUM * numbers)
 
 
 class _Rows:
@@ -119,18 +150,21 @@ class _Rounding:
         return noise, edge * min(1.0, rms / each if each else 1.0)
 
 
-def _blocks(base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first row, rows of the base, rows of the tuned checkpoint) of each block of about `size` elements.
+def _blocks(
+    base: BaseCheckpoint, tuned: BaseCheckpoint, pair: Pair, device: torch.device
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(first row, rows of the base, rows of the tuned checkpoint) of each block, in memory that `device` copies from.
 
     A weight whose rows lie apart in either checkpoint is one block, and a single number is a row of one.
     """
+    pinned, size = pins_memory(device), _BLOCK if device == CPU else _BLOCK_THERE
     if not pair.shape:
         yield 0, base.at(pair.base).reshape(1), tuned.at(pair.tuned).reshape(1)
         return
     count = max(pair.shape[0], pair.tuned_shape[0])
     by_rows = base.by_rows(pair.base) and tuned.by_rows(pair.tuned)
     for start, stop in row_blocks(count, math.prod(pair.shape[1:]), size) if by_rows else [(0, count)]:
-        yield start, base.rows(pair.base, start, stop), tuned.rows(pair.tuned, start, stop)
+        yield start, base.rows(pair.base, start, stop, pinned=pinned), tuned.rows(pair.tuned, start, stop, pinned=pinned)
 
 
 def _matrix(tensor: Tensor) -> Tensor:

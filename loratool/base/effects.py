@@ -14,7 +14,7 @@ from loratool.deltas.full import Full
 from loratool.deltas.schema import WEIGHT
 from loratool.errors import NeedsBase, ShapeMismatch
 from loratool.names import Module
-from loratool.numbers.devices import CPU, send
+from loratool.numbers.devices import CPU, pins_memory, send
 from loratool.numbers.krylov import squared_norm
 
 
@@ -59,12 +59,15 @@ def effect_of(
     `ShapeMismatch` where the delta does not fit its weight, and `LoratoolError` where the base lacks the weight.
     """
     delta = to_device(delta.materialise(), device)
-    weight = base.of(module, parameter) if base and (measure_weight or not delta.additive) else None
+    weight = None
+    if base and (measure_weight or not delta.additive):
+        weight = base.of(module, parameter, pinned=pins_memory(device))
+    weight = None if weight is None else send(weight, device)
     norm = weight_norm(weight) if weight is not None and measure_weight else None
     if not delta.additive:
         if weight is None:
             raise NeedsBase(f"what a delta of kind {delta.kind} adds depends on its weight; pass `base=`")
-        whole = _matrix_added(delta, send(weight, device).float())
+        whole = _matrix_added(delta, weight.float())
         return Effect(tuple(whole.shape), None, whole, norm)
     # A bias has no factors, and a rank beyond the sides of ΔW (LoHa's) saves nothing.
     shape = base.shape_of(module, parameter) if base and delta.kernel_flattened else delta.shape

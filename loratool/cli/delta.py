@@ -22,8 +22,9 @@ from loratool.cli.options import (
     pickle_option,
     quiet_option,
     to_option,
+    verbose_option,
 )
-from loratool.cli.render import print_facts, print_table, progress_bar, show_report
+from loratool.cli.render import print_device, print_facts, print_table, progress_bar, show_report
 from loratool.text import size
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ LEADING = 8
 @overwrite_option
 @json_option
 @quiet_option
+@verbose_option
 def delta_command(
     path: Path,
     tuned: Path | None,
@@ -63,6 +65,7 @@ def delta_command(
     exclude: tuple[str, ...],
     as_json: bool,
     quiet: bool,
+    verbose: bool,
     **options: Any,
 ) -> None:
     """Show how large ΔW is, module by module: what ADAPTER adds, or TUNED − BASE. With -o, write it whole.
@@ -83,6 +86,7 @@ def delta_command(
         report = delta(path, tuned, out, selection=Selection(include, exclude), progress=progress, **options)
     if show_report(report, as_json=as_json, quiet=quiet):
         print_facts(f"ΔW of {report.what}", _facts(report))
+        print_device(report, verbose=verbose)
         _print_modules(report, top, by)
 
 

@@ -38,6 +38,8 @@ def env_command(as_json: bool) -> None:
         for device in found.devices:
             # The CPU and Apple's GPU share the memory that is shown above.
             more = f", {size(device.memory)}, {size(device.memory_free)} free" if device.memory else ""
-            yield device.name, f"{device.title}{more}"
+            wrong = f" {device.trouble}" if device.trouble else ""
+            yield device.name, f"{device.title}{more}{wrong}"
+        yield "--device auto", f"takes {found.auto}"
 
     print_facts("loratool's environment", facts(found))

@@ -27,7 +27,7 @@ from loratool.cli.options import (
     verbose_option,
 )
 from loratool.cli.rank_options import rank_rules, rule_from_options
-from loratool.cli.render import print_facts, print_table, progress_bar, show_report
+from loratool.cli.render import print_device, print_facts, print_table, progress_bar, show_report
 from loratool.text import histogram, message, size
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def extract_command(base: Path, tuned: Path, out: Path, as_json: bool, quiet: bo
 def _print(report: ExtractReport, base: Path, tuned: Path, *, verbose: bool) -> None:
     done = "would extract" if report.dry_run else "extracted"
     print_facts(f"{done} {tuned} − {base} to {report.out}", _plan(report) if report.dry_run else _facts(report))
+    print_device(report, verbose=verbose)
     if verbose or report.dry_run:
         _print_modules(report)
 

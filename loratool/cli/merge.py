@@ -28,7 +28,7 @@ from loratool.cli.options import (
     slots_option,
     verbose_option,
 )
-from loratool.cli.render import print_facts, print_table, progress_bar, show_report
+from loratool.cli.render import print_device, print_facts, print_table, progress_bar, show_report
 from loratool.text import size
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ def merge_command(
 def print_merge(title: str, report: MergeReport, *, verbose: bool) -> None:
     """Prints what a merge did, below a title, and with `verbose` the tensors that the merge changed."""
     print_facts(title, _facts(report))
+    print_device(report, verbose=verbose)
     if verbose or report.dry_run:
         print_table(["tensor"], [[name] for name in report.changed])
 

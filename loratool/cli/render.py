@@ -18,7 +18,7 @@ from loratool.flags import in_flags
 from loratool.text import LONGEST_MESSAGE, message, safe
 
 if TYPE_CHECKING:
-    from loratool.verbs.reports import Report
+    from loratool.verbs.reports import Report, TimedReport
 
 NARROWEST: Final = 40
 """The least width of a table, whatever a terminal says of itself."""
@@ -59,6 +59,12 @@ def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:
     for name, what in facts:
         grid.add_row(Text(f"  {safe(name)}", style="dim"), Text(safe(what, LONGEST_MESSAGE)))
     _show(Text(safe(title), style="bold"), grid)
+
+
+def print_device(report: TimedReport, *, verbose: bool) -> None:
+    """Says on stderr, with `verbose`, where a verb computed, and why there."""
+    if verbose:
+        click.echo(f"computed on {report.device}: {message(report.device_reason)}", err=True)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()) -> None:

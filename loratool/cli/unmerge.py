@@ -17,8 +17,9 @@ from loratool.cli.options import (
     parse_weighted_adapter,
     pickle_option,
     quiet_option,
+    verbose_option,
 )
-from loratool.cli.render import print_facts, progress_bar, show_report
+from loratool.cli.render import print_device, print_facts, progress_bar, show_report
 from loratool.text import size
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ HASHES = 8
 @overwrite_option
 @json_option
 @quiet_option
+@verbose_option
 def unmerge_command(
     merged: Path,
     adapters: tuple[str, ...],
@@ -45,6 +47,7 @@ def unmerge_command(
     out: Path,
     as_json: bool,
     quiet: bool,
+    verbose: bool,
     **options: Any,
 ) -> None:
     """Write to OUT what MERGED was before a merge.
@@ -69,6 +72,7 @@ def unmerge_command(
     if show_report(report, as_json=as_json, quiet=quiet):
         count = "1 adapter" if len(report.adapters) == 1 else f"{len(report.adapters)} adapters"
         print_facts(f"took {count} out of {merged} to {report.out}", _facts(report))
+        print_device(report, verbose=verbose)
 
 
 def _facts(report: UnmergeReport) -> Iterator[tuple[str, str]]:

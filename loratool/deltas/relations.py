@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from loratool.deltas.base import Delta, same_bits, scale_or_one
 from loratool.deltas.lora import LoRA
 from loratool.errors import ShapeMismatch
-from loratool.numbers.linalg import Relation, difference_norm, relation
+from loratool.numbers.linalg import Factors, Relation, difference_norm, relation, relations
 
 
 def relate_deltas(one: Delta, other: Delta, *, angles: bool = True) -> Relation | None:
@@ -23,17 +24,42 @@ def relate_deltas(one: Delta, other: Delta, *, angles: bool = True) -> Relation 
     if factors[0] and factors[1]:
         # Both ranks together below both sides of the weight: Gram matrices of factors are then the smaller ones.
         ranks = factors[0][0].shape[1], factors[1][0].shape[1]
-        if sum(ranks) <= min(one.shape[0], math.prod(one.shape[1:])):
+        if sum(ranks) <= min(_sides(one)):
             return relation(factors[0], factors[1], angles=angles)
     return _dense(one.dense().double().flatten(), other.dense().double().flatten())
 
 
+def relate_each(pairs: Sequence[tuple[Delta, Delta]]) -> list[Relation | None]:
+    """`relate_deltas` of pairs whose deltas change weights of one shape, where their factors tell and are of one shape with
+    those of other pairs: found together. None for all others."""
+    groups: dict[tuple[torch.Size, ...], list[int]] = {}
+    factors: dict[int, tuple[Factors, Factors]] = {}
+    for number, (one, other) in enumerate(pairs):
+        if not (one.additive and other.additive and _sides(one) == _sides(other)):
+            continue
+        mine, theirs = factors_of(one), factors_of(other)
+        if mine and theirs and mine[0].shape[1] + theirs[0].shape[1] <= min(_sides(one)):
+            factors[number] = mine, theirs
+            groups.setdefault(tuple(factor.shape for factor in (*mine, *theirs)), []).append(number)
+    found: list[Relation | None] = [None] * len(pairs)
+    for numbers in groups.values():
+        together = relations(*([factors[number][side] for number in numbers] for side in (0, 1)))
+        for number, each in zip(numbers, together, strict=True):
+            found[number] = each
+    return found
+
+
 def require_alike(deltas: Sequence[Delta]) -> None:
     """Raises `ShapeMismatch` unless all `deltas` change weights of one shape, whether or not their kernels are flattened."""
-    shapes = {(delta.shape[0], math.prod(delta.shape[1:])): delta.shape for delta in deltas}
+    shapes = {_sides(delta): delta.shape for delta in deltas}
     if len(shapes) > 1:
         shown = " and of ".join(str(list(shape)) for shape in shapes.values())
         raise ShapeMismatch(f"changes weights of {shown}: the adapters are for other models")
+
+
+def _sides(delta: Delta) -> tuple[int, int]:
+    """The rows and columns of a delta as a matrix, with its kernel flattened."""
+    return delta.shape[0], math.prod(delta.shape[1:])
 
 
 def factors_of(delta: Delta) -> tuple[Tensor, Tensor] | None:

@@ -89,17 +89,14 @@ class TensorFile:
 class Checkpoint(Mapping[str, Tensor]):
     """A checkpoint's tensors by name, each read when asked for: a file, a sharded folder or a diffusers folder.
 
-    With `pinned`, tensors are read into memory that a GPU copies from while it computes.
+    With `pinned`, `tensor` and `rows` read into memory that a GPU copies from while it computes.
     """
 
-    def __init__(self, path: str | Path | Layout, *, pinned: bool = False) -> None:
+    def __init__(self, path: str | Path | Layout) -> None:
         self.layout: Layout = path if isinstance(path, Layout) else open_layout(Path(path))
-        self.pinned = pinned
 
     def __getitem__(self, name: str) -> Tensor:
-        file, info = self.layout.tensors[name]
-        with TensorFile(self.layout.files[file]) as opened:
-            return opened.read(info, pinned=self.pinned)
+        return self.tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.tensors)
@@ -107,18 +104,24 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.layout.tensors)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def tensor(self, name: str, *, pinned: bool = False) -> Tensor:
+        """A tensor in its stored dtype."""
+        file, info = self.layout.tensors[name]
+        with TensorFile(self.layout.files[file]) as opened:
+            return opened.read(info, pinned=pinned)
+
+    def rows(self, name: str, start: int, stop: int, *, pinned: bool = False) -> Tensor:
         """Rows `start` to `stop` of a tensor, without reading the others. A single number has no rows, and is read whole."""
         file, info = self.layout.tensors[name]
         if not info.shape:
-            return self[name]
+            return self.tensor(name, pinned=pinned)
         # Tensors are stored row by row, so that consecutive rows are a range of bytes.
         step = info.nbytes // max(info.shape[0], 1)
         part = replace(
             info, shape=(stop - start, *info.shape[1:]), start=info.start + start * step, stop=info.start + stop * step
         )
         with TensorFile(self.layout.files[file]) as opened:
-            return opened.read(part, pinned=self.pinned)
+            return opened.read(part, pinned=pinned)
 
     def info(self, name: str) -> TensorInfo:
         """The dtype, shape and place of a tensor, which is not read."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from loratool.errors import LoratoolError, NonFinite
 from loratool.numbers.devices import to_float64
 from loratool.numbers.krylov import Spectrum, TruncatedSVD, squared_norm, truncated_svd, truncated_svd_batch
-from loratool.numbers.linalg import ProductSVD, all_finite, dtype_name, effective_rank
+from loratool.numbers.linalg import Factors, ProductSVD, all_finite, dtype_name, effective_rank
 from loratool.numbers.ranks import NUMERICAL, RankCandidate, Rule
 
 _CHUNK: Final = 1 << 19
@@ -131,17 +131,33 @@ class _Factoring:
         return StoredFactors(up.cpu(), down.cpu(), self.norm * back, error * back, found.left * back, kept)
 
 
-def recompress(up: Tensor, down: Tensor, rule: Rule, storage: Storage) -> StoredFactors:
-    """The best factors of `up` · `down` at the rank that the rule gives, from the factors alone; raises as `factorise`."""
+def recompress(
+    products: Sequence[Factors], rules: Sequence[Rule], storages: Sequence[Storage]
+) -> list[StoredFactors | LoratoolError]:
+    """The best factors of products (up, down) of one shape at the ranks that the rules give, from the factors alone. What
+    `factorise` would raise of a product stands in the place of its factors."""
+    ups, downs = zip(*products, strict=True)
+    cores = ProductSVD.enough_each(ups, downs, [partial(_rank_of, rule) for rule in rules])
+    done: list[StoredFactors | LoratoolError] = []
+    for core, rule, storage in zip(cores, rules, storages, strict=True):
+        try:
+            done.append(_recompress(core, rule, storage))
+        except LoratoolError as error:
+            done.append(error)
+    return done
 
-    def rank_of(rule: Rule, sigma: Tensor) -> int:
-        return min(rule(Spectrum(sigma, float(sigma.square().sum()), True)) or 0, len(sigma))
 
-    core = ProductSVD.enough(up, down, partial(rank_of, rule))
+def _rank_of(rule: Rule, sigma: Tensor) -> int:
+    """The rank that a rule gives a matrix whose singular values are all known."""
+    return min(rule(Spectrum(sigma, float(sigma.square().sum()), True)) or 0, len(sigma))
+
+
+def _recompress(core: ProductSVD, rule: Rule, storage: Storage) -> StoredFactors:
+    """The best factors of one product, as they are to be stored."""
     sigma, norm = core.sigma, math.sqrt(float(core.squares.sum()))
 
     def attempt(rule: Rule) -> StoredFactors:
-        rank = rank_of(rule, sigma)
+        rank = _rank_of(rule, sigma)
         ups, downs = store_factors(*core.factors(rank), storage)
         error = core.distance(ups, downs)
         return StoredFactors(ups.cpu(), downs.cpu(), norm, error, float(sigma[rank:].norm()), effective_rank(sigma[:rank]))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Final
 
 import torch
@@ -70,6 +70,10 @@ def difference_norm(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) ->
     return float(singular_values(ups, downs).norm())
 
 
+Factors = tuple[Tensor, Tensor]
+"""The factors of a product: up (m, r) and down (r, n)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Relation:
     """How two matrices are related: their norms `one` and `other`, the product `inner` ⟨one, other⟩, `difference`
@@ -106,6 +110,29 @@ def relation(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], *, angles
     return Relation(norms[0], norms[1], inner, difference, outputs, inputs)
 
 
+def relations(ones: Sequence[Factors], others: Sequence[Factors], *, angles: bool = True) -> list[Relation]:
+    """`relation` of pairs of products, all of one shape: found together, which a GPU is fast at, where there are several."""
+    if len(ones) == 1:
+        return [relation(ones[0], others[0], angles=angles)]
+    sides = [[torch.stack([pair[number] for pair in each]).double() for each in (ones, others)] for number in (0, 1)]
+    of_ups, of_downs = _Products(*sides[0]), _Products(*(down.mT for down in sides[1]))
+    squares = [(of_ups.own[i] * of_downs.own[i]).sum((-2, -1)) for i in (0, 1)]
+    inner = (of_ups.across * of_downs.across).sum((-2, -1))
+    cosines = [products.cosines() if angles else None for products in (of_ups, of_downs)]
+    numbers = torch.stack([*squares, inner]).cpu().T.tolist()
+    degrees = [None if found is None else torch.rad2deg(torch.arccos(found.clamp(-1, 1))).tolist() for found in cosines]
+    done = []
+    for number, (one, other, product) in enumerate(numbers):
+        squared, whole = one + other - 2 * product, one + other
+        # What cancels, and spans of dependent columns, are taken one by one: the common case has neither.
+        if squared <= CANCELLED * whole or (angles and (None in degrees or not one or not other)):
+            done.append(relation(ones[number], others[number], angles=angles))
+            continue
+        outputs, inputs = (() if found is None else tuple(found[number]) for found in degrees)
+        done.append(Relation(math.sqrt(one), math.sqrt(other), product, math.sqrt(squared), outputs, inputs))
+    return done
+
+
 # A pivot ratio of 1e-4 costs the cosines about 2e-16 / 1e-8; unlike in `krylov`, no second pass repairs a larger loss.
 _INDEPENDENT: Final = 1e-4
 """The least ratio of Cholesky pivots at which columns are made orthonormal by their inner products."""
@@ -114,25 +141,26 @@ _NOISE: Final = 1e-7
 
 
 class _Products:
-    """Inner products of the columns of two matrices: `own` of each matrix with itself, `across` of one with the other."""
+    """Inner products of the columns of two matrices, or of two stacks of matrices: `own` of each matrix with itself,
+    `across` of one with the other."""
 
     def __init__(self, one: Tensor, other: Tensor) -> None:
-        self.own = one.T @ one, other.T @ other
-        self.across = one.T @ other
+        self.own = one.mT @ one, other.mT @ other
+        self.across = one.mT @ other
 
     def cosines(self) -> Tensor | None:
-        """The cosines of the principal angles between the two spans, largest first; None where the columns of either are
-        nearly dependent."""
+        """The cosines of the principal angles between the two spans, largest first; None where the columns of any are nearly
+        dependent."""
         roots = []
         for gram in self.own:
             root, info = torch.linalg.cholesky_ex(gram)
-            pivots = root.diagonal()
-            if int(info) or float(pivots.min()) < _INDEPENDENT * float(pivots.max()):
+            pivots = root.diagonal(dim1=-2, dim2=-1)
+            if bool(info.any()) or bool((pivots.amin(-1) < _INDEPENDENT * pivots.amax(-1)).any()):
                 return None
             roots.append(root)
         # L₁⁻¹ · across · L₂⁻ᵀ holds the inner products of two orthonormal bases.
         left = torch.linalg.solve_triangular(roots[0], self.across, upper=False)
-        both = torch.linalg.solve_triangular(roots[1], left.T, upper=False)
+        both = torch.linalg.solve_triangular(roots[1], left.mT, upper=False)
         found: Tensor = torch.linalg.svdvals(both)
         return found
 
@@ -155,12 +183,16 @@ def effective_rank(sigma: Tensor) -> float:
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
+RankOf = Callable[[Tensor], int]
+"""Gives the rank that is wanted of a matrix with these singular values."""
 LARGE: Final = 1e15
 """The largest number whose squares float32 can add up, many millions of them, without overflow."""
 
 
+@dataclass(frozen=True, slots=True)
 class ProductSVD:
     """The spectrum of D = `up @ down`, (m, r) and (r, n): `sigma` in float64, largest first, and best factors at any rank.
+    `squares` are those of `sigma`. Of a stack of products (b, m, r) and (b, r, n) each has one in a stack of spectra.
 
     From downᵀ = Q R in float32, and the eigenvectors V of R (upᵀ up) Rᵀ, (r, r). The right singular vectors of D are Q V,
     and D Q V is up Rᵀ V: neither basis is formed, and the factors are a projection of D however small a singular value is.
@@ -168,28 +200,59 @@ class ProductSVD:
     float64 to 1e-8.
     """
 
-    def __init__(self, up: Tensor, down: Tensor, dtype: torch.dtype = torch.float64) -> None:
-        self.up, self.down = up.float(), down.float()
-        self._reflectors, self._tau = torch.geqrf(self.down.T)
-        wide, triangle = self.up.to(dtype), self._reflectors[: len(self._tau)].triu().to(dtype)
-        gram = wide.T @ wide
-        # Both are scaled to entries of about 1, so that products of their products stay in range.
-        sizes = float(gram.diagonal().max()) or 1.0, float(triangle.abs().max()) or 1.0
-        gram, scaled = gram / sizes[0], triangle / sizes[1]
-        values, vectors = torch.linalg.eigh(scaled @ gram @ scaled.T)
-        self.squares = values.double().flip(0).clamp_min(0) * (sizes[0] * sizes[1] ** 2)
-        self.sigma = self.squares.sqrt()
-        self._right, self._turned = vectors.double().flip(1), triangle.double().T
+    up: Tensor
+    down: Tensor
+    squares: Tensor
+    sigma: Tensor
+    reflectors: Tensor
+    tau: Tensor
+    right: Tensor
+    turned: Tensor
 
     @classmethod
-    def enough(cls, up: Tensor, down: Tensor, rank_of: Callable[[Tensor], int]) -> ProductSVD:
+    def of(cls, up: Tensor, down: Tensor, dtype: torch.dtype = torch.float64) -> ProductSVD:
+        """The decomposition of a product, or of a stack of products, from products and eigenvectors in `dtype`."""
+        up, down = up.float(), down.float()
+        reflectors, tau = torch.geqrf(down.mT)
+        wide, triangle = up.to(dtype), reflectors[..., : tau.shape[-1], :].triu().to(dtype)
+        gram = wide.mT @ wide
+        # Both are scaled to entries of about 1, so that products of their products stay in range.
+        sizes = [_largest(gram.diagonal(dim1=-2, dim2=-1), 1), _largest(triangle.abs(), 2)]
+        gram, scaled = gram / sizes[0][..., None, None], triangle / sizes[1][..., None, None]
+        values, vectors = torch.linalg.eigh(scaled @ gram @ scaled.mT)
+        whole = sizes[0].double() * sizes[1].double() ** 2
+        squares = values.double().flip(-1).clamp_min(0) * whole[..., None]
+        return cls(up, down, squares, squares.sqrt(), reflectors, tau, vectors.double().flip(-1), triangle.double().mT)
+
+    @classmethod
+    def enough(cls, up: Tensor, down: Tensor, rank_of: RankOf) -> ProductSVD:
         """The decomposition from float32 products where these are exact enough for the energy that the rank leaves out, else
         from float64; `rank_of` gives the rank for a spectrum."""
-        if max(map(abs, (*bounds(up), *bounds(down)))) > LARGE:
-            return cls(up, down)
-        core = cls(up, down, torch.float32)
-        left = float(core.squares[rank_of(core.sigma) :].sum())
-        return core if left > _TOLD * core.most else cls(up, down)
+        if _is_large(up, down):
+            return cls.of(up, down)
+        core = cls.of(up, down, torch.float32)
+        return core if core.tells(rank_of) else cls.of(up, down)
+
+    @classmethod
+    def enough_each(cls, ups: Sequence[Tensor], downs: Sequence[Tensor], rank_of: Sequence[RankOf]) -> list[ProductSVD]:
+        """`enough` of products of one shape, decomposed together: what a GPU is fast at."""
+        if len(ups) == 1:
+            return [cls.enough(ups[0], downs[0], rank_of[0])]
+        stacks = torch.stack(list(ups)), torch.stack(list(downs))
+        found = [] if _is_large(*stacks) else cls.of(*stacks, torch.float32).parts()
+        told = {number for number, (core, rank) in enumerate(zip(found, rank_of, strict=False)) if core.tells(rank)}
+        rest = [number for number in range(len(ups)) if number not in told]
+        exact = iter(cls.of(stacks[0][rest], stacks[1][rest]).parts() if rest else ())
+        return [found[number] if number in told else next(exact) for number in range(len(ups))]
+
+    def parts(self) -> list[ProductSVD]:
+        """The decompositions of a stack's products."""
+        each = zip(*(getattr(self, field.name) for field in fields(self)), strict=True)
+        return [ProductSVD(*tensors) for tensors in each]
+
+    def tells(self, rank_of: RankOf) -> bool:
+        """Whether the spectrum of float32 products is exact enough for the energy that the rank leaves out."""
+        return float(self.squares[rank_of(self.sigma) :].sum()) > _TOLD * self.most
 
     @property
     def most(self) -> float:
@@ -200,12 +263,12 @@ class ProductSVD:
         """Float32 factors of the best approximation at `rank`, with the root of each singular value on either side."""
         root = self.sigma[:rank].sqrt()
         over = torch.where(root > 0, 1 / root, 0.0)
-        kept = self._right[:, :rank]
+        kept = self.right[:, :rank]
         # LAPACK's reflectors stand for the full Q, (n, n), so V gets zeros below.
         padded = self.up.new_zeros(self.down.shape[1], rank)
         padded[: len(kept)] = kept * root
-        downs = torch.ormqr(self._reflectors, self._tau, padded).T
-        return self.up @ (self._turned @ kept * over).float(), downs
+        downs = torch.ormqr(self.reflectors, self.tau, padded).T
+        return self.up @ (self.turned @ kept * over).float(), downs
 
     def distance(self, up: Tensor, down: Tensor) -> float:
         """‖D − up · down‖ for other factors: from small products in float32 where these give a difference so large to a part
@@ -216,3 +279,14 @@ class ProductSVD:
         whole = float(self.squares.sum())
         squared = whole - 2 * float(across) + float(own)
         return math.sqrt(squared) if squared > _TOLD * self.most else difference_norm((self.up, self.down), (up, down))
+
+
+def _largest(values: Tensor, dimensions: int) -> Tensor:
+    """The largest number over the last dimensions; 1 where that is 0."""
+    found = values.amax(tuple(range(-dimensions, 0)))
+    return torch.where(found == 0, 1.0, found)
+
+
+def _is_large(up: Tensor, down: Tensor) -> bool:
+    """Whether squares of the numbers of factors might overflow float32."""
+    return max(map(abs, (*bounds(up), *bounds(down)))) > LARGE

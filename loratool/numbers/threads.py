@@ -7,18 +7,16 @@ import os
 import resource
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 
-from loratool.numbers.devices import exact_products
+from loratool.numbers.settings import steady_arithmetic
 
-MOST_THREADS: Final = 8
-"""Threads that work at once at most."""
 THREAD_BYTES: Final = 512 << 20
 """Memory to reckon with for each thread, with the parts of a model and its adapters that the thread holds."""
 CGROUP_LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -60,9 +58,15 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def memory_limit_of_addresses() -> int:
+    """The bytes of addresses that this process may reserve (ulimit -v), used or not; 0 where there is no limit."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return limit if 0 < limit < 1 << 60 else 0
+
+
 def memory_limit() -> int:
     """The bytes that this process may take by its container's limit and its own (ulimit -v); 0 where there is no limit."""
-    limits = [resource.getrlimit(resource.RLIMIT_AS)[0]]
+    limits = [memory_limit_of_addresses()]
     for path in CGROUP_LIMITS:
         with contextlib.suppress(OSError, ValueError):
             limits.append(int(path.read_text()))
@@ -70,10 +74,26 @@ def memory_limit() -> int:
     return min((limit for limit in limits if 0 < limit < 1 << 60), default=0)
 
 
-def threads_for(limit: int) -> int:
-    """The number of threads that work at once where memory is limited to `limit` bytes; 0 means no limit."""
-    room = limit // THREAD_BYTES if limit else MOST_THREADS
-    return max(1, min(MOST_THREADS, usable_cores(), room))
+def memory_sizes() -> dict[str, int]:
+    """Linux's /proc/meminfo in bytes; nothing elsewhere."""
+    try:
+        # What the kernel calls kB are 1024 bytes. Counts of huge pages have no unit and come out wrong; nobody uses them.
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+    except (OSError, ValueError, IndexError):
+        return {}
+
+
+def usable_memory() -> int:
+    """The bytes that this process may hope for: its limit or what the machine has available, whichever is less; 0 where the
+    system tells neither."""
+    return min((size for size in (memory_limit(), memory_sizes().get("MemAvailable", 0)) if size), default=0)
+
+
+def threads_for(room: int) -> int:
+    """The number of threads that work at once: one for each core, as far as `room`, the bytes of memory for all of them,
+    allows; 0 stands for memory that is not known."""
+    return max(1, min(usable_cores(), room // THREAD_BYTES if room else usable_cores()))
 
 
 def run_all(
@@ -88,9 +108,9 @@ def run_all(
     Each thread computes with one core: pieces are too small to share, and sums must not depend on the number of cores.
     `stopped` is set at the end, so that pieces that look at the event stop early after an error or an interruption.
     """
-    count = threads or threads_for(memory_limit())
-    before, running, numbered = torch.get_num_threads(), dict[Future[_T], int](), enumerate(pieces)
-    with exact_products(), ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, 1)) as pool:
+    count = threads or threads_for(usable_memory())
+    running, numbered = dict[Future[_T], int](), enumerate(pieces)
+    with steady_arithmetic(), ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, 1)) as pool:
         try:
             while True:
                 # Pieces are made only as threads get to them; as many again in the queue keep every thread busy.
@@ -106,11 +126,21 @@ def run_all(
             # Before the wait: pieces that are running look at the event, and the queued ones never start.
             stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(before)
 
 
-def map_on_threads(pieces: Iterable[Callable[[], _T]]) -> list[_T]:
+def read_ahead(items: Iterator[_T]) -> Iterator[_T]:
+    """The items, each next one made by a thread of its own while the caller works on the one before."""
+    with ThreadPoolExecutor(1) as pool:
+        # An iterator cannot end within a future, so that a value of its own stands for the end.
+        end = object()
+        coming: Future[Any] = pool.submit(next, items, end)
+        while (found := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield found
+
+
+def map_on_threads(pieces: Iterable[Callable[[], _T]], *, threads: int | None = None) -> list[_T]:
     """The results of the pieces, run by `run_all`, in the order of the pieces."""
     done: dict[int, _T] = {}
-    run_all(pieces, done.__setitem__, threading.Event())
+    run_all(pieces, done.__setitem__, threading.Event(), threads=threads)
     return [done[number] for number in range(len(done))]

@@ -19,6 +19,7 @@ from loratool.files.tensors import TensorFile, torch_dtype
 from loratool.formats.table import Format, format_named
 from loratool.keys.resolve import Hints, resolve_routes
 from loratool.numbers.ranks import Rule
+from loratool.numbers.settings import steady_arithmetic
 from loratool.verbs.reports import Report
 
 
@@ -42,6 +43,7 @@ class ConvertReport(Report):
     error: float = 0.0
 
 
+@steady_arithmetic()
 def convert(
     adapter: Adapter | str | Path,
     out: str | Path,

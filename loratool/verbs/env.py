@@ -12,7 +12,16 @@ from typing import Final
 import torch
 
 from loratool._version import __version__
-from loratool.numbers.threads import memory_limit, usable_cores
+from loratool.numbers.devices import CUDA, cuda_count, trouble_with, why_no_cuda
+from loratool.numbers.threads import (
+    memory_limit,
+    memory_limit_of_addresses,
+    memory_sizes,
+    threads_for,
+    usable_cores,
+    usable_memory,
+)
+from loratool.numbers.workload import CONTEXT_SECONDS
 
 LIBRARIES: Final = ("torch", "safetensors", "numpy", "click", "rich", "peft", "diffusers", "transformers")
 """The libraries that loratool is built on, and those whose files it writes."""
@@ -20,12 +29,14 @@ LIBRARIES: Final = ("torch", "safetensors", "numpy", "click", "rich", "peft", "d
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device: its `name` for `--device`, its `title` for people, its memory in bytes (0: the machine's own memory)."""
+    """A device: its `name` for `--device`, its `title` for people, its memory in bytes (0: the machine's own memory), and
+    the `trouble` for which it cannot be computed on, if any."""
 
     name: str
     title: str
     memory: int = 0
     memory_free: int = 0
+    trouble: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +51,12 @@ class Environment:
     memory_limit: int
     memory_free: int
     devices: tuple[Device, ...]
+    auto: str
 
 
 def environment() -> Environment:
     """Gathers the environment of this process."""
-    meminfo = _meminfo()
+    meminfo = memory_sizes()
     total = meminfo.get("MemTotal", 0)
     limit = memory_limit()
     return Environment(
@@ -58,6 +70,7 @@ def environment() -> Environment:
         memory_limit=limit if limit < (total or limit + 1) else 0,
         memory_free=meminfo.get("MemAvailable", 0),
         devices=tuple(_devices()),
+        auto=_auto(),
     )
 
 
@@ -75,8 +88,14 @@ def _versions() -> dict[str, str]:
 
 
 def _devices() -> list[Device]:
-    found = [Device("cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")]
-    for number in range(torch.cuda.device_count()):
+    threads = threads_for(usable_memory())
+    found = [Device("cpu", f"{threads} threads work at once, {torch.backends.cpu.get_cpu_capability()}")]
+    for number in range(cuda_count()):
+        # One that does not work may not tell its name or its memory either.
+        trouble = trouble_with(torch.device(CUDA, number))
+        if trouble:
+            found.append(Device(f"cuda:{number}", "a GPU that", trouble=trouble))
+            continue
         free, total = torch.cuda.mem_get_info(number)
         found.append(Device(f"cuda:{number}", torch.cuda.get_device_name(number), total, free))
     if torch.backends.mps.is_available():
@@ -84,14 +103,14 @@ def _devices() -> list[Device]:
     return found
 
 
-def _meminfo() -> dict[str, int]:
-    """Linux's /proc/meminfo in bytes; nothing elsewhere."""
-    try:
-        # What the kernel calls kB are 1024 bytes. Counts of huge pages have no unit and come out wrong; nobody uses them.
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
-    except (OSError, ValueError, IndexError):
-        return {}
+def _auto() -> str:
+    """What `--device auto` takes here, in words."""
+    if not cuda_count():
+        why = why_no_cuda()
+        return f"the CPU: CUDA does not start ({why})" if why else "the CPU: there is no GPU"
+    if memory_limit_of_addresses():
+        return "the CPU: fewer addresses (ulimit -v) than a GPU's context takes"
+    return f"the GPUs, for work that they end sooner than the CPU though opening them takes {CONTEXT_SECONDS:g} s"
 
 
 def _processor() -> str:

@@ -17,11 +17,12 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimedReport(Report):
-    """A report of a verb that takes time and memory: how much of both, and on which device."""
+    """A report of a verb that takes time and memory: how much of both, and on which device for what reason."""
 
     seconds: float = 0.0
     peak_bytes: int = 0
     device: str = "cpu"
+    device_reason: str = ""
 
 
 AnyTimedReport = TypeVar("AnyTimedReport", bound=TimedReport)

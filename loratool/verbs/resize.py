@@ -10,7 +10,7 @@ from typing import Final
 
 from torch import Tensor
 
-from loratool.adapter.adapter import Adapter, Assumptions, Change, files_of
+from loratool.adapter.adapter import Adapter, Assumptions, Change, factor_workload, files_of
 from loratool.adapter.approximate import (
     ApproximatedDeltas,
     ApproximatedModule,
@@ -30,6 +30,7 @@ from loratool.files.tensors import torch_dtype
 from loratool.numbers.budgets import RankAllocator
 from loratool.numbers.devices import open_devices
 from loratool.numbers.ranks import NUMERICAL, Budget, RankCandidate, Rule
+from loratool.numbers.settings import steady_arithmetic
 from loratool.verbs.reports import Report, worst_of
 
 LADDER: Final = (1, *(step for power in range(1, 15) for step in (2**power, 3 * 2 ** (power - 1))))
@@ -55,6 +56,7 @@ class ResizeReport(Report):
         return worst_of(self.modules)
 
 
+@steady_arithmetic()
 def to_lora(
     adapter: Adapter | str | Path,
     out: str | Path,
@@ -72,16 +74,13 @@ def to_lora(
     as stored. Raises `LoratoolError`.
     """
     # Factors and errors are computed in float64, which Apple's GPUs lack.
-    work = Approximation(
-        open_source(adapter, assume=assume),
-        torch_dtype(dtype),
-        fits_lora_file,
-        open_base(base),
-        devices=open_devices(device, doubles=True),
-    )
+    source = open_source(adapter, assume=assume)
+    devices = open_devices(device, factor_workload([source]), doubles=True)
+    work = Approximation(source, torch_dtype(dtype), fits_lora_file, open_base(base), devices=devices)
     return _approximate_and_write("convert", work, rule or Rule(), Path(out), overwrite=overwrite)
 
 
+@steady_arithmetic()
 def resize(
     adapter: Adapter | str | Path,
     out: str | Path,
@@ -100,15 +99,9 @@ def resize(
     A budget is shared over all modules; a module of which no rank is worth its bytes is dropped, and has rank 0 in the
     report. With `weigh`, a budget counts the error of each module relative to its weight in `base`.
     """
-    devices = open_devices(device, doubles=True)
-    work = Approximation(
-        open_source(adapter, assume=assume),
-        torch_dtype(dtype),
-        keeps_its_rank,
-        open_base(base),
-        devices=devices,
-        weigh=weigh,
-    )
+    source = open_source(adapter, assume=assume)
+    devices = open_devices(device, factor_workload([source]), doubles=True)
+    work = Approximation(source, torch_dtype(dtype), keeps_its_rank, open_base(base), devices=devices, weigh=weigh)
     report = _approximate_and_write("resize", work, rule, Path(out), overwrite=overwrite)
     if not weigh:
         return report
@@ -185,6 +178,7 @@ class FrontierReport(Report):
     choices: tuple[FrontierPoint, ...]
 
 
+@steady_arithmetic()
 def frontier(
     adapter: Adapter | str | Path,
     *,
@@ -196,9 +190,8 @@ def frontier(
     """The size and error of an adapter at ranks from 1 to the largest that any module has. All figures are in the spectra;
     nothing is written. Raises `LoratoolError`."""
     adapter = open_source(adapter, assume=assume)
-    work = Approximation(
-        adapter, torch_dtype(dtype), keeps_its_rank, open_base(base), devices=open_devices(device, doubles=True)
-    )
+    devices = open_devices(device, factor_workload([adapter]), doubles=True)
+    work = Approximation(adapter, torch_dtype(dtype), keeps_its_rank, open_base(base), devices=devices)
     kept, said = read_unchanged(adapter, work.kept), _history("resize", adapter)
     spectra = work.offers(dict.fromkeys(work.numbers, Rule()))
     # The allocator asks for spectra again as it goes, and gets those that are known in full; its budget sets no bound here,

@@ -12,12 +12,14 @@ from pathlib import Path
 from loratool.adapter.adapter import Assumptions
 from loratool.adapter.strengths import AdapterLike, weighted_adapters
 from loratool.files.layout import open_layout, require_weights
+from loratool.numbers.settings import steady_arithmetic
 from loratool.numbers.threads import Progress
 from loratool.verbs.merge.merge import LOST, MergeReport, merge_inputs
 from loratool.verbs.merge.write import open_inputs
 from loratool.verbs.unmerge.unmerge import history_disagreements, require_additive
 
 
+@steady_arithmetic()
 def swap(
     merged: str | Path,
     outgoing: Sequence[AdapterLike],

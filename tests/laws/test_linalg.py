@@ -48,14 +48,14 @@ def test_the_spectrum_is_that_of_the_product(height: int, width: int, rank: int,
     up, down = product(height, width, rank, 2.0, False, seed)
     sigma = torch.linalg.svdvals(up.double() @ down.double())
 
-    found = ProductSVD(up, down).sigma
+    found = ProductSVD.of(up, down).sigma
 
     count = min(len(sigma), len(found))
     torch.testing.assert_close(found[:count], sigma[:count], rtol=0, atol=3e-7 * float(up.norm() * down.norm()))
 
 
 def test_a_product_of_zeros_has_zeros_for_factors() -> None:
-    core = ProductSVD(torch.zeros(5, 3), torch.randn(3, 4))
+    core = ProductSVD.of(torch.zeros(5, 3), torch.randn(3, 4))
     up, down = core.factors(3)
     assert not up.any()
     assert core.distance(up, down) == 0

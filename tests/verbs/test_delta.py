@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +192,7 @@ def test_deltas_come_one_by_one(tmp_path: Path) -> None:
 def test_equal_runs_write_equal_bytes_whatever_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "a.safetensors", kohya({f"lora_unet_{i}": (60 + i, 50) for i in range(20)}, 4, 2.0))
     for workers in (1, 4):
-        monkeypatch.setattr("loratool.numbers.threads.MOST_THREADS", workers)
-        monkeypatch.setattr("loratool.numbers.threads.usable_cores", lambda: 4)
+        monkeypatch.setattr("loratool.numbers.threads.usable_cores", partial(int, workers))
         delta(path, None, tmp_path / f"{workers}.safetensors", **CPU)
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "4.safetensors").read_bytes()
 

@@ -255,7 +255,7 @@ def test_equal_runs_write_equal_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     base, tuned = pair(tmp_path, tuned_tensors())
     written = []
     for workers in (1, 4):
-        monkeypatch.setattr("loratool.numbers.threads.MOST_THREADS", workers)
+        monkeypatch.setattr("loratool.numbers.threads.usable_cores", partial(int, workers))
         out = tmp_path / f"{workers}.safetensors"
         extract(base, tuned, out, Rule("rank", 4), to="comfyui", dtype="float16")
         written.append(out.read_bytes())
@@ -278,7 +278,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
             raise KeyboardInterrupt
         return called(work, tasks, device)
 
-    monkeypatch.setattr("loratool.numbers.threads.MOST_THREADS", 1)
+    monkeypatch.setattr("loratool.numbers.threads.usable_cores", lambda: 1)
     monkeypatch.setattr(Extraction, "outcomes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract(base, tuned, out, Rule("rank", 3), **options)

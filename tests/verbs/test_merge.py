@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_equal_runs_write_equal_bytes_whatever_the_threads(tmp_path: Path, monke
     save(tmp_path / "a.safetensors", kohya({"lora_unet_w": (3000, 200)}, 4, 2.0))
     written = []
     for workers in (1, 4):
-        monkeypatch.setattr("loratool.numbers.threads.MOST_THREADS", workers)
+        monkeypatch.setattr("loratool.numbers.threads.usable_cores", partial(int, workers))
         monkeypatch.setattr(streaming, "TASK_BYTES", 1 << 18)
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
         merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / f"{workers}.safetensors")

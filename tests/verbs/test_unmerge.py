@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -191,7 +192,7 @@ def test_equal_merges_write_equal_undo_files_whatever_the_threads(tmp_path: Path
     monkeypatch.setattr(streaming, "TASK_BYTES", 1 << 17)
     monkeypatch.setattr(streaming, "BLOCK_BYTES", 1 << 15)
     for workers in (1, 4):
-        monkeypatch.setattr("loratool.numbers.threads.MOST_THREADS", workers)
+        monkeypatch.setattr("loratool.numbers.threads.usable_cores", partial(int, workers))
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
         out = tmp_path / f"{workers}.safetensors"
         merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], out, undo=tmp_path / f"u{workers}")

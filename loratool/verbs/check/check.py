@@ -20,6 +20,7 @@ from loratool.formats.peft import PeftConfig
 from loratool.formats.table import format_named
 from loratool.keys.detect import is_language_model
 from loratool.keys.identify import archs_of_adapters, format_of
+from loratool.numbers.settings import steady_arithmetic
 from loratool.verbs.merge.plan import MergeInput, make_plan
 from loratool.verbs.reports import Report
 
@@ -110,6 +111,7 @@ def check(adapter: Adapter | str | Path, program: str, *, base: str | Path | Non
     return report
 
 
+@steady_arithmetic()
 def check_adapter(adapter: Adapter, path: str | Path, program: str, base: Layout | None) -> CheckReport:
     """`check` of an adapter that is loaded already."""
     context = CheckContext(adapter, consumer_named(program), base)

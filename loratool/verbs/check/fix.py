@@ -21,9 +21,11 @@ from loratool.formats.peft_writer import without_saved
 from loratool.formats.table import format_named
 from loratool.keys.resolve import Hints, resolve_routes
 from loratool.numbers.ranks import Rule
+from loratool.numbers.settings import steady_arithmetic
 from loratool.verbs.check.check import REFUSED, CheckReport, check_adapter, is_pair, kind_of, norm_or_zero
 
 
+@steady_arithmetic()
 def fix(
     adapter: Adapter | str | Path,
     program: str,

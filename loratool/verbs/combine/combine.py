@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter.adapter import Adapter, files_of
+from loratool.adapter.adapter import Adapter, factor_workload, files_of
 from loratool.adapter.approximate import ApproximatedModule, error_of
 from loratool.adapter.load import open_source
 from loratool.adapter.strengths import AdapterLike, weighted_adapters
@@ -28,6 +28,7 @@ from loratool.keys.resolve import resolve_common_routes
 from loratool.names import Module
 from loratool.numbers.devices import open_devices
 from loratool.numbers.ranks import Budget, Rule
+from loratool.numbers.settings import steady_arithmetic
 from loratool.verbs.combine.adapter_sum import AdapterSum, as_sum
 from loratool.verbs.reports import Report, worst_of
 
@@ -91,6 +92,7 @@ class CombineReport(Report):
         return worst_of(self.lowered)
 
 
+@steady_arithmetic()
 def combine(
     adapters: Sequence[AdapterLike],
     out: str | Path,
@@ -136,7 +138,8 @@ def combine(
     )
     at = as_sum if method == SUM else how.merge_at
     # Sums and spectra are computed in float64, which Apple's GPUs lack.
-    combining = AdapterSum(target, found, routes, at, weights, open_devices(device, doubles=True))
+    devices = open_devices(device, factor_workload(sources), doubles=True)
+    combining = AdapterSum(target, found, routes, at, weights, devices)
     for number, (adapter, strength) in enumerate(loaded):
         combining.add(number, adapter, strength)
     made_of = [input_record(adapter.path, adapter.file, strength=strength.value) for adapter, strength in loaded]

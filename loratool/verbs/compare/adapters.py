@@ -15,7 +15,7 @@ from loratool.adapter.rename import RenamedDelta, rename_changes
 from loratool.base.base import BaseCheckpoint
 from loratool.base.effects import effect_of
 from loratool.deltas.base import Delta, to_device
-from loratool.deltas.relations import factors_of, norm_of, relate_deltas, require_alike, same_bytes
+from loratool.deltas.relations import factors_of, norm_of, relate_deltas, relate_each, require_alike, same_bytes
 from loratool.deltas.schema import WEIGHT
 from loratool.deltas.sums import LazySum, add_deltas
 from loratool.errors import NeedsBase, Unsupported, error_context
@@ -143,13 +143,19 @@ def compare_modules(found: AlignedAdapters, devices: DevicePool, i: int = 0, j: 
     """The comparison of adapters `i` and `j` at every place that either changes, in order."""
     one, other = found.changes[i], found.changes[j]
 
-    def at(place: ModulePlace) -> ModuleComparison:
-        name, mine, theirs = found.name(place), one.get(place), other.get(place)
-        return devices.run_one(
-            name, lambda device: _compare_module(name, _delta_on(mine, device), _delta_on(theirs, device))
-        )
+    def compute(places: Sequence[ModulePlace], device: torch.device) -> list[ModuleComparison]:
+        names = [found.name(place) for place in places]
+        pairs = [(_delta_on(one.get(place), device), _delta_on(other.get(place), device)) for place in places]
+        return _compare_alike(names, pairs)
 
-    return map_on_threads(partial(at, place) for place in dict.fromkeys([*one, *other]))
+    def shapes(place: ModulePlace) -> tuple[tuple[int, ...] | None, ...]:
+        return tuple(delta.shape if (delta := changes.get(place)) else None for changes in (one, other))
+
+    def nbytes(place: ModulePlace) -> int:
+        return max(4 * math.prod(shape) for shape in shapes(place) if shape is not None)
+
+    places = dict.fromkeys([*one, *other])
+    return list(devices.map_alike(places, compute, title=found.name, alike=shapes, nbytes=nbytes).values())
 
 
 def _delta_on(delta: Delta | None, device: torch.device) -> Delta | None:
@@ -157,12 +163,24 @@ def _delta_on(delta: Delta | None, device: torch.device) -> Delta | None:
     return to_device(delta.materialise(), device) if delta and device != CPU else delta
 
 
-def _compare_module(name: str, one: Delta | None, other: Delta | None) -> ModuleComparison:
-    """The comparison of two deltas at one place; raises `NeedsBase` where it depends on the weight."""
+def _compare_alike(names: Sequence[str], pairs: Sequence[tuple[Delta | None, Delta | None]]) -> list[ModuleComparison]:
+    """The comparisons at places whose deltas are of one shape; those of products of factors are found together."""
+    # One by one where there is one alone, so that its errors have its name.
+    both = [(one, other) for one, other in pairs if one and other]
+    known = iter(relate_each(both)) if len(both) > 1 else None
+    return [
+        _compare_module(name, one, other, next(known) if known and one and other else None)
+        for name, (one, other) in zip(names, pairs, strict=True)
+    ]
+
+
+def _compare_module(name: str, one: Delta | None, other: Delta | None, known: Relation | None = None) -> ModuleComparison:
+    """The comparison of two deltas at one place, whose relation may be `known` already; raises `NeedsBase` where it depends
+    on the weight."""
     with error_context(name):
         if one is None or other is None:
             return _alone(name, one, other)
-        found = relate_deltas(one, other)
+        found = known or relate_deltas(one, other)
         # Converted adapters hold the same numbers under other leaves: every equivalent form counts.
         identical = any(same_bytes(form, other) for form in one.equivalent_forms())
         if found is None:
@@ -219,7 +237,8 @@ def inner_products(aligned: AlignedAdapters, devices: DevicePool) -> Tensor:
                     table[i, j] = table[j, i] = _inner(mine, theirs)
         return table
 
-    tables = map_on_threads(partial(devices.run_one, aligned.name(place), partial(one, place)) for place in aligned.places)
+    pieces = (partial(devices.run_one, aligned.name(place), partial(one, place)) for place in aligned.places)
+    tables = map_on_threads(pieces, threads=devices.threads)
     return torch.stack(tables).sum(dim=0)
 
 

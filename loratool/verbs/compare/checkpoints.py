@@ -83,9 +83,8 @@ def compare_checkpoints(
                 met[place.tensor] += place.rows
         else:
             missing.append(name)
-    found = map_on_threads(
-        partial(devices.run_one, name, partial(_compare_tensor, one, other, name, places)) for name, places in pairs
-    )
+    pieces = (partial(devices.run_one, name, partial(_compare_tensor, one, other, name, places)) for name, places in pairs)
+    found = map_on_threads(pieces, threads=devices.threads)
     different = tuple(tensor for tensor in found if tensor.changed or tensor.shapes[0] != tensor.shapes[1])
     only_other = tuple(name for name in other.layout.tensors if met[name] < other.targets.own[name].rows)
     within = all(tensor.relative <= tolerance for tensor in different)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from loratool.adapter.adapter import Adapter, require_unchanged
+from loratool.adapter.adapter import Adapter, factor_workload, require_unchanged
 from loratool.adapter.load import open_any
 from loratool.adapter.strengths import AdapterLike
 from loratool.base.base import BaseCheckpoint, open_base
 from loratool.errors import LoratoolError
 from loratool.files.layout import Layout, open_layout, require_weights
 from loratool.numbers.devices import DevicePool, open_devices
+from loratool.numbers.settings import steady_arithmetic
+from loratool.numbers.workload import Workload
 from loratool.verbs.compare.adapters import (
     AlignedAdapters,
     ModuleComparison,
@@ -78,6 +80,7 @@ class MatrixComparison(Report):
 Comparison = AdapterComparison | MatrixComparison | CheckpointComparison
 
 
+@steady_arithmetic()
 def compare(
     paths: Sequence[str | Path | Adapter],
     *,
@@ -94,8 +97,6 @@ def compare(
 
     Raises `LoratoolError` where adapters and checkpoints are mixed, or adapters are for different models.
     """
-    # Differences are taken in float64, which Apple's GPUs lack.
-    devices = open_devices(device, doubles=True)
     if len(paths) < 2:
         raise LoratoolError("name two or more adapters, or two checkpoints")
 
@@ -116,7 +117,10 @@ def compare(
         if len(layouts) > 2:
             raise LoratoolError("checkpoints are compared two at a time")
         one, other = map(BaseCheckpoint, layouts)
+        # Differences are taken in float64, which Apple's GPUs lack.
+        devices = open_devices(device, Workload(sum(layout.nbytes for layout in layouts)), doubles=True)
         return compare_checkpoints(one, other, tolerance, devices)
+    devices = open_devices(device, factor_workload(adapters), doubles=True)
     aligned_adapters = align_adapters(adapters, arch, open_base(base))
     report = (_matrix if len(adapters) > 2 else _pair)(adapters, aligned_adapters, tolerance, devices)
     # No output is committed here, which would check the inputs: a file that was replaced meanwhile has to be noticed now.
@@ -124,6 +128,7 @@ def compare(
     return report
 
 
+@steady_arithmetic()
 def compare_to(
     merged: str | Path,
     base: str | Path,
@@ -139,7 +144,10 @@ def compare_to(
     inputs = open_inputs(adapters, allow_pickle=allow_pickle)
     plan = make_plan(layout, inputs)
     names = tuple((str(each.adapter.path), each.strength.value) for each in inputs)
-    report = compare_merge(BaseCheckpoint(Path(merged).expanduser()), plan, names, open_devices(device, doubles=True))
+    # The merged checkpoint is read instead of written.
+    work = plan.workload()
+    devices = open_devices(device, replace(work, read=work.read + work.written, written=0), doubles=True)
+    report = compare_merge(BaseCheckpoint(Path(merged).expanduser()), plan, names, devices)
     require_unchanged([each.adapter for each in inputs])
     return report
 

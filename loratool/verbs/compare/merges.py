@@ -72,8 +72,11 @@ def compare_merge(
     # Rounding by chance may take the farther of two neighbours, which is up to a whole step away.
     allowed = 1.0 if rounded_by_chance(layout) else 0.5
     found = map_on_threads(
-        partial(devices.run_one, name, partial(_compare_tensor, plan.layout, plan.tensors[name], layout, allowed))
-        for name in names
+        (
+            partial(devices.run_one, name, partial(_compare_tensor, plan.layout, plan.tensors[name], layout, allowed))
+            for name in names
+        ),
+        threads=devices.threads,
     )
     off = tuple(tensor for _, tensor in found if tensor)
     missing = tuple(name for name in plan.tensors if name not in layout.tensors)

@@ -23,6 +23,7 @@ from loratool.files.output import NewOutput
 from loratool.files.tensors import torch_dtype
 from loratool.files.writer import SafetensorsAppender, Writer
 from loratool.numbers.devices import DevicePool, open_devices
+from loratool.numbers.settings import steady_arithmetic
 from loratool.numbers.threads import Progress, progress_counter, run_all
 from loratool.verbs.delta.file import Naming, naming_of, provenance, room_for_header, store_parts
 from loratool.verbs.delta.measure import ModuleMeasure, measure_module
@@ -51,6 +52,7 @@ class DeltaReport(TimedReport):
     left_out: tuple[str, ...] = ()
 
 
+@steady_arithmetic()
 def delta(
     path: Adapter | str | Path,
     tuned: str | Path | None = None,
@@ -76,8 +78,8 @@ def delta(
     Raises `LoratoolError`, and writes nothing, where a kind depends on its weight and there is no base, where the
     checkpoints are not of one model, or a number is not finite.
     """
-    stopwatch, devices = Stopwatch(), open_devices(device)
-    source = _source(path, tuned, base, selection, devices, allow_pickle=allow_pickle)
+    stopwatch, source = Stopwatch(), _source(path, tuned, base, selection, allow_pickle=allow_pickle)
+    devices = open_devices(device, source.workload())
     with ExitStack() as stack:
         run = DeltaRun(source, devices, dtype, spectrum=spectrum)
         if out is not None:
@@ -104,12 +106,14 @@ def iter_deltas(
 ) -> Iterator[tuple[str, Tensor]]:
     """The name and ΔW, in float32 and of the weight's shape, of each parameter that an adapter changes, or that differs
     between two checkpoints: computed one by one, on `device`. Raises `LoratoolError`."""
-    devices = open_devices(device)
-    source = _source(path, tuned, base, selection, devices, allow_pickle=allow_pickle)
+    source = _source(path, tuned, base, selection, allow_pickle=allow_pickle)
+    devices = open_devices(device, source.workload())
     for number in range(source.count):
-        for dense in devices.run_batch(source.name(number), [number], partial(_dense, source)):
-            if dense is not None:
-                yield source.name(number), dense
+        # Within the loop, so that the caller's own work between two changes runs by the caller's own settings.
+        with steady_arithmetic():
+            (dense,) = devices.run_batch(source.name(number), [number], partial(_dense, source))
+        if dense is not None:
+            yield source.name(number), dense
 
 
 def _dense(source: DeltaSource, numbers: Sequence[int], device: torch.device) -> list[Tensor | None]:
@@ -123,7 +127,6 @@ def _source(
     tuned: str | Path | None,
     base: str | Path | BaseCheckpoint | None,
     selection: Selection | None,
-    devices: DevicePool,
     *,
     allow_pickle: bool,
 ) -> DeltaSource:
@@ -133,10 +136,10 @@ def _source(
     if tuned is not None:
         if isinstance(found, Adapter):
             raise LoratoolError(f"{found.path}: is an adapter; its ΔW is taken by itself, or with `base=` of its model")
-        return CheckpointDeltas(found, Path(tuned).expanduser(), takes, pinned=devices.pins_memory)
+        return CheckpointDeltas(found, Path(tuned).expanduser(), takes)
     if isinstance(found, Layout):
         raise LoratoolError(f"{path}: is no adapter; name the tuned checkpoint too, to have the difference of both")
-    source = AdapterDeltas(found, takes, open_base(base, pinned=devices.pins_memory))
+    source = AdapterDeltas(found, takes, open_base(base))
     if not source.count:
         raise LoratoolError(f"{found.path}: nothing is left: `Selection(include=)` and `exclude=` leave no module")
     return source
@@ -177,7 +180,7 @@ class DeltaRun:
         sizes = [sum(self.source.nbytes(number) for number in group) for group in self.groups]
         add = progress_counter(sum(sizes), progress)
         pieces = (partial(self._group, index) for index in range(len(self.groups)))
-        run_all(pieces, lambda index, _: add(sizes[index]), threading.Event())
+        run_all(pieces, lambda index, _: add(sizes[index]), threading.Event(), threads=self.devices.threads)
 
     def finish(self) -> int:
         """Completes the file and puts it in its place; returns its size, 0 where none is written."""
@@ -202,6 +205,7 @@ class DeltaRun:
             # Only with the weight of every change: with some of them missing, the ratio would be too large.
             relative=math.sqrt(whole / before) if before and len(self.before) == len(self.found) else None,
             device=self.devices.title,
+            device_reason=self.devices.why,
             format=naming.title if naming else None,
             error=math.sqrt(math.fsum(self.lost.values()) / whole) if whole else 0.0,
             left_out=tuple(self.source.name(number) for number in left_out),

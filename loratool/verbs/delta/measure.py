@@ -55,7 +55,7 @@ def measure_module(name: str, effect: Effect, *, spectrum: bool) -> ModuleMeasur
 def _singular_values(effect: Effect, *, whole: bool) -> tuple[Tensor, float, bool]:
     """The leading singular values or all of them, ‖ΔW‖, and whether the values are complete."""
     if effect.factors:
-        core = ProductSVD(*effect.factors)
+        core = ProductSVD.of(*effect.factors)
         return core.sigma, math.sqrt(float(core.squares.sum())), True
     dense = effect.dense()
     if dense.ndim < 2:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from loratool.adapter.adapter import Adapter, Change, files_of
+from loratool.adapter.adapter import Adapter, Change, factor_workload, files_of
 from loratool.base.base import BaseCheckpoint
-from loratool.base.difference import difference
-from loratool.base.effects import Effect, effect_of, weight_norm
+from loratool.base.difference import difference, difference_workload
+from loratool.base.effects import Effect, effect_of
 from loratool.base.pairs import Pair, Takes, pair_parameters
 from loratool.errors import error_context
 from loratool.files.layout import Layout, require_weights
 from loratool.files.output import Input
 from loratool.names import Module
+from loratool.numbers.workload import Workload
 
 _QUANTISED = "a difference to it is that of the quantisation; compare the 16-bit originals"
 
@@ -40,6 +42,10 @@ class DeltaSource(ABC):
     @abstractmethod
     def nbytes(self, number: int) -> int:
         """The bytes of the whole ΔW in float32, as a measure of the work."""
+
+    @abstractmethod
+    def workload(self) -> Workload:
+        """All changes, as work."""
 
     @abstractmethod
     def effect(self, number: int, device: torch.device) -> Effect | None:
@@ -66,6 +72,13 @@ class AdapterDeltas(DeltaSource):
         # A dimension that is left to the weight is `ANY`, −1: such a product tells nothing, and counts as 1.
         return 4 * max(math.prod(self.changes[number].delta.shape), 1)
 
+    def workload(self) -> Workload:
+        work = factor_workload([replace(self.adapter, changes=tuple(self.changes))])
+        if self.weights is None:
+            return work
+        # ‖W₀‖ takes a reading of every weight that changes.
+        return replace(work, read=work.read + sum(self.nbytes(number) for number in range(self.count)))
+
     def effect(self, number: int, device: torch.device) -> Effect:
         change = self.changes[number]
         with error_context(f"{self.adapter.path}: {change}"):
@@ -86,8 +99,8 @@ class AdapterDeltas(DeltaSource):
 class CheckpointDeltas(DeltaSource):
     """The changes W' − W₀ of every parameter that two checkpoints have in common."""
 
-    def __init__(self, base: Layout, tuned: Path, takes: Takes, *, pinned: bool) -> None:
-        self.base, self.tuned = BaseCheckpoint(base, pinned=pinned), BaseCheckpoint(tuned, pinned=pinned)
+    def __init__(self, base: Layout, tuned: Path, takes: Takes) -> None:
+        self.base, self.tuned = BaseCheckpoint(base), BaseCheckpoint(tuned)
         for weights in (self.base, self.tuned):
             require_weights(weights.layout, _QUANTISED)
         pairing = pair_parameters(self.base, self.tuned, takes)
@@ -104,10 +117,10 @@ class CheckpointDeltas(DeltaSource):
     def nbytes(self, number: int) -> int:
         return 4 * max(math.prod(self.pairs[number].shape), 1)
 
+    def workload(self) -> Workload:
+        return difference_workload(self.base, self.tuned, self.pairs)
+
     def effect(self, number: int, device: torch.device) -> Effect | None:
         pair = self.pairs[number]
-        change = difference(self.base, self.tuned, pair, device)
-        if change is None:
-            return None
-        # ‖W₀‖ takes a second reading of the weight, and is found only for what changed.
-        return Effect(tuple(change.dense.shape), None, change.dense, weight_norm(self.base.at(pair.base)))
+        change = difference(self.base, self.tuned, pair, device, base_norm=True)
+        return Effect(tuple(change.dense.shape), None, change.dense, change.base_norm) if change else None

@@ -17,6 +17,7 @@ from loratool.archs.blocks import block_of
 from loratool.deltas.relations import norm_of
 from loratool.errors import LoratoolError, error_in_file, first_few
 from loratool.names import Module
+from loratool.numbers.settings import steady_arithmetic
 from loratool.text import natural
 from loratool.verbs.edit.rescale import write_edited
 from loratool.verbs.reports import Report
@@ -87,6 +88,7 @@ class EditReport(Report):
         return sum(module.factor not in (0, 1) for module in self.modules)
 
 
+@steady_arithmetic()
 def edit(
     adapter: Adapter | str | Path,
     out: str | Path | None = None,

@@ -14,6 +14,7 @@ from loratool.adapter.selection import Selection
 from loratool.adapter.write import require_folder_name, write_adapter
 from loratool.archs import ARCHS, Arch
 from loratool.base.base import BaseCheckpoint
+from loratool.base.difference import difference_workload
 from loratool.base.pairs import Pair, Pairing, pair_parameters
 from loratool.deltas.schema import WEIGHT
 from loratool.errors import LoratoolError, OutputError, ShapeMismatch, error_in_file, first_few, look_up
@@ -27,6 +28,7 @@ from loratool.names import CONTAINER, VAE, Module
 from loratool.numbers.devices import open_devices
 from loratool.numbers.factor import Split
 from loratool.numbers.ranks import Budget, Rule
+from loratool.numbers.settings import steady_arithmetic
 from loratool.numbers.threads import Progress
 from loratool.verbs.extract.assemble import ExtractItem, assemble_changes
 from loratool.verbs.extract.forms import EXPERTS, LORA, form_of, no_place
@@ -81,6 +83,7 @@ class ExtractReport(TimedReport):
         return worst_of(self.modules)
 
 
+@steady_arithmetic()
 def extract(
     base: str | Path,
     tuned: str | Path,
@@ -112,17 +115,15 @@ def extract(
     nothing changed, or the output cannot be written.
     """
     stopwatch, out, selection = Stopwatch(), Path(out).expanduser(), selection or Selection()
-    devices, stored = open_devices(device), torch_dtype(dtype)
+    stored = torch_dtype(dtype)
     look_up(dict.fromkeys(get_args(Split)), split, "split")
     if clamp is not None and not 0 < clamp <= 1:
         raise LoratoolError(f"`clamp={clamp:g}`: expected a quantile above 0, at most 1")
-    weights = (
-        BaseCheckpoint(Path(base).expanduser(), pinned=devices.pins_memory),
-        BaseCheckpoint(Path(tuned).expanduser(), pinned=devices.pins_memory),
-    )
+    weights = BaseCheckpoint(Path(base).expanduser()), BaseCheckpoint(Path(tuned).expanduser())
     for each in weights:
         require_weights(each.layout, _QUANTISED)
     pairing = pair_parameters(*weights, selection.takes)
+    devices = open_devices(device, difference_workload(*weights, pairing.pairs))
     work = Extraction(*weights, devices, stored, split, clamp)
     job = replace(_plan_run(work, pairing.pairs, out, rule, to, arch, overwrite=overwrite), progress=progress)
     if dry_run:
@@ -268,6 +269,7 @@ def _report(
         error=math.sqrt(missing / whole) if whole else 0.0,
         nbytes=0,
         device=job.work.devices.title,
+        device_reason=job.work.devices.why,
         dry_run=False,
         warnings=(*pairing.warnings, *_read_by_few(held), *job.work.devices.warnings()),
     )

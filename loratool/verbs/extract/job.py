@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -25,7 +24,6 @@ from loratool.formats.table import Format
 from loratool.keys.routes import Route
 from loratool.names import Module
 from loratool.numbers.budgets import RankAllocator, within_error
-from loratool.numbers.devices import AT_ONCE
 from loratool.numbers.ranks import Budget, RankCandidate, Rule
 from loratool.numbers.threads import Progress, progress_counter, run_all
 from loratool.verbs.extract.assemble import ExtractItem, assemble_changes
@@ -160,12 +158,12 @@ class ExtractRun:
                     found[number] = result
             add(sum(sizes[number] for number in batches[index]))
 
-        run_all((partial(piece, numbers) for numbers in batches), count_batch, threading.Event())
+        pieces = (partial(piece, numbers) for numbers in batches)
+        run_all(pieces, count_batch, threading.Event(), threads=self.work.devices.threads)
         return {number: found[number] for number in sorted(found)}
 
     def _batches(self, rules: Mapping[int, Rule | None]) -> list[list[int]]:
-        """Numbers of items, the largest first: one by one, or for a device with its own memory as many of one shape and rule
-        as `AT_ONCE` allows."""
+        """Numbers of items, the largest first, and those of one shape and rule together."""
 
         def size(number: int) -> int:
             return self.work.nbytes(self.items[number].pair)
@@ -174,17 +172,10 @@ class ExtractRun:
             rule = rules[number]
             return size(number), self.items[number].pair.shape, self.items[number].form, rule and rule.expected_rank
 
-        # The largest first, so that no thread begins the longest piece when the others end. The second key brings together
-        # what `groupby`, which only sees neighbours, is to group.
-        ordered = sorted(rules, key=lambda number: (-size(number), str(alike(number))))
-        batches: list[list[int]] = []
-        for _, group in groupby(ordered, key=alike):
-            numbers = list(group)
-            # Bytes of the difference, which is in float32.
-            each = 4 * max(math.prod(self.items[numbers[0]].pair.shape), 1)
-            count = max(1, AT_ONCE // each) if self.work.devices.staged else 1
-            batches += [numbers[start : start + count] for start in range(0, len(numbers), count)]
-        return batches
+        # The largest first, so that no thread begins the longest piece when the others end.
+        ordered = sorted(rules, key=lambda number: -size(number))
+        # Bytes of the difference, which is in float32.
+        return self.work.devices.batches(ordered, alike, lambda number: 4 * math.prod(self.items[number].pair.shape))
 
     def _provenance(self, outcomes: Mapping[int, Outcome], lost: Mapping[int, str]) -> dict[str, str]:
         """A short account of the run for the metadata: without times or paths, so that equal runs write equal bytes, and

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loratool.adapter.approximate import as_lora
 from loratool.base.base import BaseCheckpoint
-from loratool.base.difference import Difference, difference
+from loratool.base.difference import Difference, difference, pair_bytes
 from loratool.base.pairs import Pair
 from loratool.deltas.base import Delta, to_compute_dtype
 from loratool.deltas.experts import ExpertLoRA
@@ -80,9 +80,7 @@ class Extraction:
 
     def nbytes(self, pair: Pair) -> int:
         """The bytes that are read of both checkpoints for `pair`."""
-        sides = ((self.base, pair.base, pair.shape), (self.tuned, pair.tuned, pair.tuned_shape))
-        dtypes = [weights.layout.info(places[0].tensor).dtype for weights, places, _ in sides]
-        return sum(math.prod(shape) * DTYPES[dtype].itemsize for (*_, shape), dtype in zip(sides, dtypes, strict=True))
+        return pair_bytes(self.base, self.tuned, pair)
 
     def outcomes(self, tasks: Sequence[Task], device: torch.device) -> list[Outcome | None]:
         """The outcomes of tasks whose pairs have one shape, computed together; None for a pair that did not change. The
@@ -91,7 +89,7 @@ class Extraction:
         Raises `LoratoolError` naming the parameter.
         """
         started = time.monotonic()
-        changes = [difference(self.base, self.tuned, task.pair, device) for task in tasks]
+        changes = [difference(self.base, self.tuned, task.pair, device, noise=True) for task in tasks]
         # First all plain matrices at once, in the batched products that a GPU is fast at; then pair by pair, where each
         # task that has a matrix takes the next result.
         matrices = [

@@ -14,6 +14,7 @@ from loratool.archs import Arch
 from loratool.archs.blocks import block_of
 from loratool.deltas.relations import norm_of
 from loratool.names import Module
+from loratool.numbers.settings import steady_arithmetic
 from loratool.text import natural
 
 REPEATED: Final = re.compile(r".*\b(?:\w*blocks?|layers?|resnets|attentions|h|refiner)\.\d+\.")
@@ -45,6 +46,7 @@ def sort_of(arch: Arch, module: Module) -> str:
     return path[found.end() :] if found else path
 
 
+@steady_arithmetic()
 def block_map(adapter: Adapter) -> BlockMap:
     """The map of an adapter, computed from its factors; raises `LoratoolError` where they make up no delta."""
     modules = adapter.modules

@@ -14,6 +14,7 @@ from loratool.errors import LoratoolError
 from loratool.files.tensors import TensorFile
 from loratool.keys.listing import AdapterListing, ModuleLeaves
 from loratool.numbers.linalg import effective_rank, singular_values
+from loratool.numbers.settings import steady_arithmetic
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class ModuleValues:
     remark: str = ""
 
 
+@steady_arithmetic()
 def measure(found: AdapterListing) -> dict[str, ModuleValues]:
     """Reads every tensor of the adapter once, module by module; the result's keys are the names that `inspect` lists."""
     alphas = found.alphas()

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from loratool.files.header import TensorInfo
 from loratool.files.tensors import DTYPES, tensor_bytes
+from loratool.numbers.devices import CPU, send
 from loratool.numbers.linalg import row_blocks
 from loratool.numbers.rounding import adjacent_values
 from loratool.verbs.merge.blocks import RowsJob, apply_terms, by_blocks
 from loratool.verbs.merge.plan import TensorPlan
 from loratool.verbs.merge.segments import Segment, matrix_shape, segments_of
 
-_BLOCK: Final = 1 << 19
-"""Numbers computed at a time: 4 MiB of float64."""
+_BLOCK: Final = 1 << 17
+"""Numbers computed at a time: 1 MiB of float64, a dozen of which a cache holds."""
+_BLOCK_THERE: Final = 1 << 21
+"""Numbers that a GPU computes at a time, for which it needs some 15 times their 8 bytes."""
 PRODUCT: Final = 2.0**-22
 """The relative error that a float32 product is given credit for: four times that of a single rounding."""
 _SUM: Final = 2.0**-24
@@ -48,14 +51,15 @@ class PlannedChange:
         parts = [(part.double() - change).to(dtype) for part, change in self._blocks(merged, start)]
         return torch.cat(parts).flatten() if parts else merged.flatten().to(dtype)
 
-    def doubtful(self, merged: Tensor, start: int, *, by_chance: bool = False) -> int:
-        """How many numbers of the rows `merged`, from row `start` on, a plan that subtracts may restore wrongly.
+    def doubtful(self, merged: Tensor, start: int, *, by_chance: bool = False, device: torch.device = CPU) -> int:
+        """How many numbers of the rows `merged`, from row `start` on, a plan that subtracts may restore wrongly; found on
+        `device`.
 
         Those are the numbers that more than one number of their dtype may have been merged to. `by_chance` says that the
         merge rounded to either neighbour.
         """
         count = 0
-        for part, change in self._blocks(merged, start):
+        for part, change in self._blocks(merged, start, device):
             # Before it was rounded, a merged number lay between the middles to its neighbours, or between the neighbours
             # where the merge rounded by chance. `change` is what the plan adds: −ΔW.
             reach = 1.0 if by_chance else 0.5
@@ -69,25 +73,25 @@ class PlannedChange:
             count += int(((under >= lowest) | (over <= highest)).sum())
         return count
 
-    def _blocks(self, merged: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Some rows of `merged` at a time, and the plan's change of them."""
+    def _blocks(self, merged: Tensor, start: int, device: torch.device = CPU) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some rows of `merged` at a time, and the plan's change of them, on `device`."""
         rows = merged.reshape(-1, self.columns)
-        for first, last in row_blocks(len(rows), self.columns, _BLOCK):
-            yield rows[first:last], self._change(start + first, last - first)
+        for first, last in row_blocks(len(rows), self.columns, _BLOCK if device == CPU else _BLOCK_THERE):
+            yield send(rows[first:last], device), self._change(start + first, last - first, device)
 
-    def _change(self, start: int, count: int) -> Tensor:
-        """The plan's change of `count` rows from `start` on, in float64."""
+    def _change(self, start: int, count: int, device: torch.device) -> Tensor:
+        """The plan's change of `count` rows from `start` on, in float64 on `device`."""
         # Only sums get here, and a sum adds the same to zeros as to the weight.
         if not by_blocks(self.tensor):
             if self._whole is None:
                 nothing = torch.zeros(self.tensor.shape, dtype=torch.float64)
                 self._whole = apply_terms(self.tensor, nothing)[0].reshape(-1, self.columns)
-            return self._whole[start : start + count]
-        change = torch.zeros(count, self.columns, dtype=torch.float64)
+            return send(self._whole[start : start + count], device)
+        change = torch.zeros(count, self.columns, dtype=torch.float64, device=device)
         for segment in self._of_rows():
             first, last = max(start, segment.start), min(start + count, segment.stop)
             if first < last:
-                cut = segment.cut(first, last)
+                cut = segment.cut(first, last).on(device)
                 here = change[first - start : last - start]
                 if cut.up is not None and cut.down is not None:
                     here.addmm_(cut.up.double(), cut.down.double())

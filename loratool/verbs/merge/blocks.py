@@ -21,7 +21,8 @@ from loratool.errors import NonFinite
 from loratool.files.tensors import DTYPES, TensorFile, tensor_bytes
 from loratool.files.writer import Writer
 from loratool.numbers import rounding
-from loratool.numbers.devices import CPU, send
+from loratool.numbers.devices import CPU, pins_memory, send
+from loratool.numbers.linalg import bounds
 from loratool.verbs.merge.plan import TensorPlan
 from loratool.verbs.merge.segments import Segment, matrix_shape, segments_of
 from loratool.verbs.merge.terms import Term
@@ -30,6 +31,8 @@ BLOCK_BYTES: Final = 1 << 20
 """Stored bytes in a block: few enough to stay in cache, enough to make little of the cost of a call."""
 TASK_BYTES: Final = 32 << 20
 """Stored bytes in a job, which one worker takes at a time and a GPU computes in one go."""
+PIECE_BYTES: Final = 4 << 20
+"""Stored bytes in a piece of a job: a GPU whose memory does not hold what a job takes is given fewer pieces at once."""
 SAMPLE_EVERY: Final = 16
 """One block in 16 is measured for the report: measuring them all would slow a merge on the CPU."""
 ALWAYS_SAMPLED_BYTES: Final = 16 << 20
@@ -85,7 +88,7 @@ class BufferPool:
         held = self.flat.get(key)
         if held is None or held.dtype != dtype or held.numel() < count:
             # CUDA copies asynchronously only from and to page-locked memory; without CUDA, torch refuses to lock pages.
-            device, pinned = (CPU, self.device.type == "cuda") if host else (self.device, False)
+            device, pinned = (CPU, pins_memory(self.device)) if host else (self.device, False)
             held = self.flat[key] = torch.empty(count, dtype=dtype, device=device, pin_memory=pinned)
         return held[:count].view(*shape)
 
@@ -112,7 +115,8 @@ class RowsJob:
     """Rows `start` to `stop` of one tensor, for one worker: the source and target files, and `offset`, where the tensor
     begins in the target.
 
-    Without `by_blocks` the rows are all of them, and the tensor is changed whole.
+    Without `by_blocks` the rows are all of them, and the tensor is changed whole. `segments` are those of all the tensor's
+    jobs.
     """
 
     tensor: TensorPlan
@@ -123,6 +127,15 @@ class RowsJob:
     start: int
     stop: int
     by_blocks: bool = True
+
+    def pieces(self) -> list[RowsJob]:
+        """The job in pieces of whole blocks, which a device with little memory computes one by one."""
+        step = _block_rows(self.tensor) * max(1, PIECE_BYTES // BLOCK_BYTES)
+        if not self.by_blocks or self.stop - self.start <= step:
+            return [self]
+        return [
+            replace(self, start=start, stop=min(start + step, self.stop)) for start in range(self.start, self.stop, step)
+        ]
 
     @property
     def row_bytes(self) -> int:
@@ -160,12 +173,14 @@ def by_blocks(tensor: TensorPlan) -> bool:
     )
 
 
-def run_job(job: RowsJob, rounded: Rounding, scratch: BufferPool, stopped: Event) -> RoundingStats:
-    """Computes and writes a job's blocks; raises `NonFinite` where the output's dtype cannot hold a result."""
+def run_job(
+    job: RowsJob, segments: tuple[Segment, ...], rounded: Rounding, scratch: BufferPool, stopped: Event
+) -> RoundingStats:
+    """Computes and writes a job's blocks from `segments`, the job's own on the device of `scratch`; raises `NonFinite` where
+    the output's dtype cannot hold a result."""
     measure = RoundingStats()
     # A GPU takes a whole job as one block and measures all of it: the cost there is too small to sample.
     block = job.stop - job.start if scratch.staged else _block_rows(job.tensor)
-    segments = tuple(segment.on(scratch.device) for segment in job.segments)
     for first in range(job.start, job.stop, block):
         # Another worker failed, or the run was interrupted: what is still written would be thrown away.
         if stopped.is_set():
@@ -189,7 +204,7 @@ def write_whole_tensor(job: RowsJob, rounded: Rounding, device: torch.device = C
         raise NonFinite(_overflow_message(tensor, result))
     job.target.write(tensor_bytes(narrow.contiguous().cpu()), job.offset)
     wanted, got = (result - base).flatten().double(), (to_compute_dtype(narrow) - base).flatten().double()
-    return RoundingStats(float(got @ wanted), float(wanted @ wanted), got.numel(), int((got == 0).sum()))
+    return RoundingStats(float((got * wanted).sum()), float((wanted * wanted).sum()), got.numel(), int((got == 0).sum()))
 
 
 def apply_terms(tensor: TensorPlan, base: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,26 +269,16 @@ def _measure_rows(before: Tensor, change: Tensor, narrow: Tensor, scratch: Buffe
     got, wanted = stored.sub_(before.float() if before.element_size() == 1 else before).flatten(), change.flatten()
     # On a CPU numpy counts faster than torch.
     changed = np.count_nonzero(got.numpy()) if got.device == CPU else torch.count_nonzero(got)
-    return RoundingStats(_dot(got, wanted), _dot(wanted, wanted), got.numel(), got.numel() - int(changed))
-
-
-def _dot(one: Tensor, other: Tensor) -> float:
-    """⟨one, other⟩ of two vectors, in their own dtype: infinite or NaN where the sum overflows."""
-    if one.device != CPU:
-        return float(torch.dot(one, other))
-    # An overflow is an answer and no mishap: `_require_in_range` then looks at every number.
-    with np.errstate(over="ignore", invalid="ignore"):
-        return float(np.dot(one.numpy(), other.numpy()))
+    # Sums, and not dot products, whose last bit depends on where in memory the numbers lie.
+    along, whole = (float((each * wanted).sum()) for each in (got, wanted))
+    return RoundingStats(along, whole, got.numel(), got.numel() - int(changed))
 
 
 def _require_in_range(tensor: TensorPlan, wide: Tensor, dtype: torch.dtype) -> None:
     """Raises `NonFinite` unless the output's dtype can hold every result."""
-    # One dot product settles nearly every block: no square exceeds the sum of squares.
-    values, limit = wide.flatten(), rounding.max_finite(dtype)
-    total = _dot(values, values)
-    if total < limit * limit and total < float("inf"):
-        return
-    if bool((wide.abs() <= limit).all()):
+    limit = rounding.max_finite(dtype)
+    low, high = bounds(wide)
+    if -limit <= low and high <= limit:
         return
     # A tensor without terms keeps the NaN or Inf that the base holds, unless its dtype's range becomes narrower: float16 is
     # narrower than bfloat16, of as many bytes.

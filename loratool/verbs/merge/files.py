@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -17,11 +19,12 @@ from loratool.files.history import HISTORY_KEY, history_of
 from loratool.files.layout import Layout
 from loratool.files.tensors import TensorFile
 from loratool.files.writer import Writer
-from loratool.numbers.devices import CPU, DevicePool
+from loratool.numbers.devices import CPU, CUDA, MOST_LANES, DevicePool
 from loratool.numbers.threads import Progress, progress_counter, run_all
 from loratool.verbs.merge.added import PlannedChange
 from loratool.verbs.merge.blocks import BufferPool, Rounding, RoundingStats, RowsJob, jobs_of, run_job, write_whole_tensor
 from loratool.verbs.merge.plan import Plan, TensorPlan
+from loratool.verbs.merge.segments import Segment
 
 COPY_TASK_BYTES: Final = 256 << 20
 """Bytes of untouched tensors after which a copy ends and the next begins, which another thread may take."""
@@ -147,34 +150,60 @@ class OutputFile:
         return fits
 
 
+class SentSegments:
+    """The segments of the tensors that were worked on last, on the devices that they were sent to: a tensor's factors travel
+    once, whichever threads compute its jobs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: OrderedDict[tuple[int, torch.device], tuple[tuple[Segment, ...], tuple[Segment, ...]]] = OrderedDict()
+
+    def on(self, device: torch.device, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+        """`segments` on `device`, ready for any stream there."""
+        if device == CPU:
+            return segments
+        with self._lock:
+            # The segments themselves are kept beside what was sent, so that no others can get their `id` meanwhile.
+            key = id(segments), device
+            if key not in self._held:
+                self._held[key] = segments, tuple(segment.on(device) for segment in segments)
+                if device.type == CUDA:
+                    torch.cuda.current_stream(device).synchronize()
+                while len(self._held) > 2 * MOST_LANES:
+                    self._held.popitem(last=False)
+            return self._held[key][1]
+
+
 class Worker(threading.local):
     """The buffers that each worker thread has for itself, and the event that stops all threads."""
 
     # `threading.local` runs this anew, with the same arguments, in each thread that touches the object.
-    def __init__(self, rounding: Rounding, devices: DevicePool, stopped: threading.Event) -> None:
+    def __init__(self, rounding: Rounding, devices: DevicePool, stopped: threading.Event, sent: SentSegments) -> None:
         self.rounding = rounding
+        self.sent = sent
         self.devices = devices
         self.stopped = stopped
         self._scratch: dict[torch.device, BufferPool] = {}
 
     def compute(self, jobs: Sequence[RowsJob], device: torch.device) -> list[RoundingStats]:
-        """Runs jobs on a device, or on the CPU where Apple's GPUs lack a job's dtype."""
+        """Runs neighbouring pieces of one job on a device, or on the CPU where Apple's GPUs lack the job's dtype."""
         if device.type == "mps" and any({job.tensor.source.dtype, job.tensor.dtype} - KNOWN_TO_MPS for job in jobs):
             device = CPU
         # A thread whose GPU ran out of memory computes on the CPU, where nothing is staged.
         staged = self.devices.staged and device == self.devices.device
         scratch = self._scratch.setdefault(device, BufferPool(device, staged))
-        return [
-            run_job(job, self.rounding, scratch, self.stopped)
-            if job.by_blocks
-            else write_whole_tensor(job, self.rounding, device)
-            for job in jobs
-        ]
+        # The pieces are neighbours of one tensor: together they are the job that they were cut from.
+        job = replace(jobs[0], stop=jobs[-1].stop)
+        if not job.by_blocks:
+            return [write_whole_tensor(job, self.rounding, device)]
+        return [run_job(job, self.sent.on(device, job.segments), self.rounding, scratch, self.stopped)]
 
 
 def _compute_work(job: RowsJob, after: Callable[[], None] | None, worker: Worker) -> tuple[int, RoundingStats]:
     """Runs one job, then what follows it."""
-    (measure,) = worker.devices.run_batch(job.tensor.name, [job], worker.compute)
+    measure = RoundingStats()
+    for part in worker.devices.run_batch(job.tensor.name, job.pieces() if worker.devices.staged else [job], worker.compute):
+        measure.add(part)
     # A job that was stopped may have left rows unwritten, and what follows reads them back.
     if after and not worker.stopped.is_set():
         after()
@@ -187,13 +216,14 @@ def run_files(
     """Runs all pieces of work on a few threads; returns the sum of what the pieces measured."""
     add = progress_counter(sum(file.nbytes for file in files), progress)
     measures: dict[int, RoundingStats] = {}
-    worker = Worker(rounding, devices, threading.Event())
+    worker = Worker(rounding, devices, threading.Event(), SentSegments())
 
     def count_piece(index: int, result: tuple[int, RoundingStats]) -> None:
         nbytes, measures[index] = result
         add(nbytes)
 
-    run_all((partial(piece, worker) for file in files for piece in file.work()), count_piece, worker.stopped)
+    pieces = (partial(piece, worker) for file in files for piece in file.work())
+    run_all(pieces, count_piece, worker.stopped, threads=devices.threads)
     # Pieces end in any order, and a sum of floats depends on its order: add up by number.
     measure = RoundingStats()
     for index in sorted(measures):

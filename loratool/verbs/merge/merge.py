@@ -15,6 +15,7 @@ from loratool.errors import Unsupported, first_few
 from loratool.files.header import TensorInfo, stored_dtype
 from loratool.files.layout import Layout, open_layout, require_weights
 from loratool.numbers.devices import open_devices
+from loratool.numbers.settings import steady_arithmetic
 from loratool.numbers.threads import Progress
 from loratool.verbs.merge.blocks import Rounding, RoundingStats
 from loratool.verbs.merge.plan import MergeInput, Plan, make_plan
@@ -49,6 +50,7 @@ class MergeReport(TimedReport):
     undo_bytes: int | None = None
 
 
+@steady_arithmetic()
 def merge(
     base: str | Path,
     adapters: Sequence[AdapterLike],
@@ -126,10 +128,17 @@ def merge_inputs(
     # Files that are changed in place keep their layout, so that tensors keep their places and sizes.
     if out is None:
         _require_same_layout(plan)
-    work = MergeRun(plan, inputs, open_devices(device), command, dtype, rounding or Rounding(), undo, overwrite)
+    devices = open_devices(device, plan.workload())
+    work = MergeRun(plan, inputs, devices, command, dtype, rounding or Rounding(), undo, overwrite)
     measure, notes, undo_bytes = (RoundingStats(), (), None) if dry_run else work.write(target if out else None, progress)
     report = _report(plan, inputs, target, measure, dry_run)
-    report = replace(report, warnings=(*report.warnings, *notes), undo_bytes=undo_bytes, device=work.devices.title)
+    report = replace(
+        report,
+        warnings=(*report.warnings, *notes),
+        undo_bytes=undo_bytes,
+        device=work.devices.title,
+        device_reason=work.devices.why,
+    )
     return stopwatch.stop(report)
 
 

@@ -18,6 +18,7 @@ from loratool.files.tensors import FLOATS
 from loratool.keys.detect import detect
 from loratool.keys.places import EMBEDDING_STEMS, HEAD, WeightIndex, WeightRows
 from loratool.names import Module
+from loratool.numbers.workload import Workload
 from loratool.verbs.merge.terms import Term, grows, require_no_overlap, terms_of
 
 
@@ -67,6 +68,17 @@ class Plan:
     def changed_tensors(self) -> tuple[TensorPlan, ...]:
         """The tensors that receive terms."""
         return tuple(tensor for tensor in self.tensors.values() if tensor.terms)
+
+    def workload(self) -> Workload:
+        """All of it, as work: a product with two operations for each number and rank."""
+        ranks = (
+            tensor.source.numel * (term.delta.rank or min(term.delta.shape, default=1))
+            for tensor in self.changed_tensors
+            for term in tensor.terms
+        )
+        tensors = self.tensors.values()
+        read, written = (sum(each) for each in ([t.source.nbytes for t in tensors], [t.nbytes for t in tensors]))
+        return Workload(read, written, 2.0 * sum(ranks))
 
 
 @dataclass(frozen=True, slots=True)

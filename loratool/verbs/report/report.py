@@ -14,6 +14,7 @@ from loratool.base.base import BaseCheckpoint, open_base
 from loratool.errors import LoratoolError
 from loratool.files.output import NewOutput, require_target
 from loratool.files.writer import Writer
+from loratool.numbers.settings import steady_arithmetic
 from loratool.text import LONGEST_MESSAGE, message, safe, size
 from loratool.verbs.compare.compare import AdapterComparison, MatrixComparison, compare
 from loratool.verbs.report import charts
@@ -67,6 +68,7 @@ class PageReport(Report):
     nbytes: int
 
 
+@steady_arithmetic()
 def report(
     paths: Sequence[str | Path], out: str | Path, *, base: str | Path | BaseCheckpoint | None = None, overwrite: bool = False
 ) -> PageReport:

@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loratool.adapter.adapter import Adapter, Assumptions
 from loratool.adapter.strengths import AdapterLike, weighted_adapters
 from loratool.errors import LoratoolError, Unsupported
 from loratool.files.history import history_of, input_name
 from loratool.files.layout import Layout, open_layout
-from loratool.numbers.devices import open_devices
+from loratool.numbers.devices import CPU, DevicePool, open_devices
+from loratool.numbers.settings import steady_arithmetic
 from loratool.numbers.threads import Progress
 from loratool.verbs.merge.added import PlannedChange, rows_of
 from loratool.verbs.merge.blocks import RowsJob
@@ -43,6 +46,7 @@ class UnmergeReport(TimedReport):
     nbytes: int
 
 
+@steady_arithmetic()
 def unmerge(
     merged: str | Path,
     out: str | Path,
@@ -77,12 +81,14 @@ def unmerge(
         negated = [each.opposite() for each in weighted_adapters(adapters)]
         inputs = open_inputs(negated, assume=assume, allow_pickle=allow_pickle)
         plan = _plan(layout, inputs, allow_unmatched=allow_unmatched)
-        doubt = _Doubt(by_chance=rounded_by_chance(layout))
-        work = MergeRun(plan, inputs, open_devices(device), "unmerge", overwrite=overwrite, follow=doubt.follow)
+        devices = open_devices(device, plan.workload())
+        doubt = _Doubt(by_chance=rounded_by_chance(layout), devices=devices)
+        work = MergeRun(plan, inputs, devices, "unmerge", overwrite=overwrite, follow=doubt.follow)
         _, notes, _ = work.write(target, progress)
         pairs = tuple((str(each.adapter.path), -each.strength.value) for each in inputs)
         report = _report(target, plan, pairs, layout.nbytes, doubtful=doubt.count)
-        report = replace(report, warnings=(*history_disagreements(layout, inputs), *notes), device=work.devices.title)
+        report = replace(report, warnings=(*history_disagreements(layout, inputs), *notes))
+        report = replace(report, device=devices.title, device_reason=devices.why)
     return stopwatch.stop(report)
 
 
@@ -154,8 +160,8 @@ def _as_given(record: Mapping[str, Any]) -> str:
 class _Doubt:
     """Counts, job by job, the numbers that subtraction may have restored wrongly."""
 
-    def __init__(self, *, by_chance: bool) -> None:
-        self.count, self.by_chance = 0, by_chance
+    def __init__(self, *, by_chance: bool, devices: DevicePool) -> None:
+        self.count, self.by_chance, self.devices = 0, by_chance, devices
         self._lock = threading.Lock()
 
     def follow(self, job: RowsJob, added: PlannedChange) -> Callable[[], None]:
@@ -163,6 +169,13 @@ class _Doubt:
         return partial(self._look, job, added)
 
     def _look(self, job: RowsJob, added: PlannedChange) -> None:
-        found = added.doubtful(rows_of(job, job.tensor.source), job.start, by_chance=self.by_chance)
+        rows = rows_of(job, job.tensor.source)
+
+        def count(device: torch.device) -> int:
+            # Apple's GPUs have no float64.
+            there = CPU if device.type == "mps" else device
+            return added.doubtful(rows, job.start, by_chance=self.by_chance, device=there)
+
+        found = self.devices.run_one(job.tensor.name, count)
         with self._lock:
             self.count += found
