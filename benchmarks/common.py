@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -114,20 +115,23 @@ def peft_adapter(folder: Path, base: Path, rank: int = 16) -> Path:
     return folder
 
 
+def sdxl_shapes() -> dict[str, tuple[int, ...]]:
+    """The shapes of SDXL's U-Net under diffusers' names, from the header among the fixtures."""
+    path = Path(__file__).parent.parent / "fixtures" / "headers" / "base-sdxl-unet-diffusers.json.gz"
+    return {name: tuple(shape) for name, (_, shape) in json.loads(gzip.decompress(path.read_bytes())).items()}
+
+
 def sdxl(path: Path, lora: Path, rank: int) -> tuple[Path, Path]:
     """An SDXL-shaped fp16 U-Net in one file under diffusers' names, and a kohya adapter for it."""
-    from tests.archs.architectures import shapes as real_shapes
-
-    save_file({name: noise(shape, torch.float16) for name, shape in real_shapes("sdxl").items()}, path)
+    save_file({name: noise(shape, torch.float16) for name, shape in sdxl_shapes().items()}, path)
     return path, sdxl_lora(lora, rank)
 
 
 def sdxl_lora(path: Path, rank: int) -> Path:
     """A kohya adapter in fp16 for all of SDXL's U-Net, convolutions included, whose directions are of falling strength."""
-    from tests.archs.architectures import shapes as real_shapes
     from tests.models import linear_shapes
 
-    on_meta = {name: torch.empty(shape, device="meta") for name, shape in real_shapes("sdxl").items()}
+    on_meta = {name: torch.empty(shape, device="meta") for name, shape in sdxl_shapes().items()}
     falling = (torch.arange(1, rank + 1) ** -0.7).half()
     tensors: Tensors = {}
     for stem, shape in linear_shapes(on_meta, "lora_unet_", conv=True).items():
