@@ -36,8 +36,9 @@ RECIPES = re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", (ROOT / "docs/recipes.md").
 
 
 def stable(text: str) -> list[str]:
-    """Lines without trailing blanks, and without times and memory, which differ from run to run, at the end of lines too."""
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    """Lines without trailing blanks, and without what differs from run to run and from machine to machine: times and memory,
+    at the end of lines too, and where a verb computed."""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip() and not line.startswith("computed on ")]
     masked = [re.sub(r"in [\d.]+ s, peak memory [\d.]+ \w+", "in … s", line) for line in lines]
     return [re.sub(r" dB +\d\.\d\d$", " dB …", line) for line in masked]
 
