@@ -1,0 +1,107 @@
+"""What transformers knows of its model classes: which models stand inside a model, what each calls its tensors on disk,
+which weights are tied, which parameters are stacks of experts.
+
+The facts are transformers' own, read from it by `python -m docs.models` into `transformers.json`, whose members are:
+
+- `transformers`: the version that was read.
+- `conversions`: by class or model type, the transforms between names on disk and in memory, in order; or the name of another
+  entry that has the same. `archs.memory` applies them.
+- `autos`: the class of each model type, by the table of transformers that says it.
+- `classes`: by class, its model `type`, the `prefix` of its base model, the weights `tied` to others (target to source, in
+  memory's names), what decides whether they are (`ties`), its `parts`, models by path, and its `stacks`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Final
+
+TIE: Final = "tie_word_embeddings"
+"""The entry of a config that says whether the output layer is the input embedding."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPart:
+    """A model inside a model, or the whole (`path` ""): its class, its config, and where that stands in the whole one."""
+
+    path: str
+    name: str
+    config: Mapping[str, Any]
+    entries: tuple[str, ...]
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What is known of the part's class; empty for a class that transformers does not have."""
+        return class_facts(self.name)
+
+
+@cache
+def _file() -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(files("loratool.archs").joinpath("transformers.json").read_text("utf-8"))
+    return document
+
+
+def class_facts(name: str) -> Mapping[str, Any]:
+    """What `transformers.json` says of a class; empty for one that it does not know."""
+    facts: Mapping[str, Any] = _file()["classes"].get(name, {})
+    return facts
+
+
+def conversion_rows(name: str) -> list[Mapping[str, Any]] | None:
+    """The transforms of a class or model type between names on disk and in memory; None where transformers has none."""
+    rows: list[Mapping[str, Any]] | str | None = _file()["conversions"].get(name)
+    return conversion_rows(rows) if isinstance(rows, str) else rows
+
+
+def class_of_config(config: Mapping[str, Any]) -> str:
+    """The class that a config.json names, "" where it names none; without `architectures`, the bare model of its type."""
+    named = config.get("architectures")
+    if isinstance(named, list) and named and isinstance(named[0], str):
+        return named[0]
+    found = _file()["autos"]["MODEL"].get(config.get("model_type") if isinstance(config.get("model_type"), str) else "")
+    return found if isinstance(found, str) else ""
+
+
+def model_parts(config: Mapping[str, Any]) -> tuple[ModelPart, ...]:
+    """The model that a config.json describes, then all models inside it; empty for a class that transformers has not."""
+    name = class_of_config(config)
+    return tuple(_walk_parts("", name, config, ())) if class_facts(name) else ()
+
+
+def _walk_parts(path: str, name: str, config: Mapping[str, Any], entries: tuple[str, ...]) -> Iterator[ModelPart]:
+    yield ModelPart(path, name, config, entries)
+    for inner, (usual, *where) in class_facts(name).get("parts", {}).items():
+        own, below = config, entries
+        if where:
+            entry = config.get(where[0])
+            own, below = entry if isinstance(entry, dict) else {}, (*entries, where[0])
+        chosen = _chosen_class(usual, own, where[1]) if len(where) > 1 else usual
+        yield from _walk_parts(f"{path}.{inner}" if path else inner, chosen, own, below)
+
+
+def _chosen_class(usual: str, config: Mapping[str, Any], table: str) -> str:
+    """The class of a part whose model type the config may choose; the `usual` one where it says nothing."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind == class_facts(usual).get("type"):
+        return usual
+    found = _file()["autos"][table].get(kind, usual)
+    return found if isinstance(found, str) else usual
+
+
+def is_stack_transposed(config: Mapping[str, Any], parameter: str) -> bool | None:
+    """Whether a stack of experts lies as (experts, in, out) in memory, and PEFT takes it so; None for what is no stack.
+
+    `parameter` ends with the names of the holder and of the parameter.
+    """
+    ending = ".".join(parameter.split(".")[-2:])
+    for part in model_parts(config):
+        stacks = part.facts.get("stacks", ())
+        if ending in stacks:
+            return False
+        if f"^{ending}" in stacks:
+            return True
+    return None
