@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +15,8 @@ from loratool.errors import LoratoolError, UnmatchedModules, first_few
 from loratool.files.layout import Layout
 from loratool.files.tensors import DTYPES, FLOATS
 from loratool.keys.detect import detect
-from loratool.keys.places import HEAD, WeightRows, inputs_of, module_of
+from loratool.keys.places import inputs_of, module_of
+from loratool.keys.rows import WeightRows
 from loratool.names import EMA, WHOLE, Module
 
 BUFFERS: Final = re.compile(
@@ -71,7 +72,7 @@ def pair_parameters(base: BaseCheckpoint, tuned: BaseCheckpoint, takes: Takes) -
     draft.add_lost()
     for name in tuned.layout.tensors:
         draft.add_reverse(name)
-    draft.add_head()
+    draft.add_ties()
     notes = (*draft.leftovers(takes), *draft.unequal())
     pairs = [pair for pair in draft.pairs if takes(pair.module, pair.parameter)]
     if not pairs:
@@ -123,18 +124,22 @@ class _PairingDraft:
             for place in mine:
                 self.lost.pop(place.tensor, None)
 
-    def add_head(self) -> None:
-        """Pairs the output layers where a checkpoint, or both, has tied it to the embedding."""
-        mine, theirs = self.base.targets.tied_embedding, self.tuned.targets.tied_embedding
-        if not mine and not theirs:
-            return
-        # On the tied side the embedding stands for the head, which is not stored there.
-        here = mine or _head(self.lost)
-        there = theirs or _head(self.tuned.layout.tensors)
-        if here and there:
-            module = Module(WHOLE, HEAD, HEAD)
-            self._pair(module, WEIGHT, (self.base.targets.own[here],), (self.tuned.targets.own[there],))
-            self.lost.pop(here, None)
+    def add_ties(self) -> None:
+        """Pairs the weights that a checkpoint, or both, stores only under the name of another weight that is tied to it."""
+        # PEFT changes each of them alone, so that a change of both takes an adapter of both.
+        for name in dict.fromkeys(
+            name for side in (self.base, self.tuned) for tie in side.targets.ties for name in tie.names
+        ):
+            module, parameter = module_of(name)
+            mine, theirs = self.base.targets.find(module, parameter), self.tuned.targets.find(module, parameter)
+            if mine and theirs:
+                continue
+            here = mine or self.base.targets.find_twin(module, parameter)
+            there = theirs or self.tuned.targets.find_twin(module, parameter)
+            if here and there:
+                self._pair(Module(WHOLE, module.path, module.path), parameter, here, there)
+                for place in here:
+                    self.lost.pop(place.tensor, None)
 
     def leftovers(self, takes: Takes) -> Iterator[str]:
         """Warnings of the components that one checkpoint lacks as a whole.
@@ -168,11 +173,6 @@ class _PairingDraft:
         self.met.update(place.tensor for place in tuned)
         shapes = self.base.shape(base), self.tuned.shape(tuned)
         self.pairs.append(Pair(module, parameter, base, tuned, *shapes))
-
-
-def _head(names: Iterable[str]) -> str | None:
-    """The first name that is an output layer's weight."""
-    return next((name for name in names if name.endswith(f"{HEAD}.weight")), None)
 
 
 def _is_same(base: BaseCheckpoint, tuned: BaseCheckpoint, name: str) -> bool:

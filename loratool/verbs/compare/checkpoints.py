@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from loratool.base.base import BaseCheckpoint
-from loratool.keys.places import WeightRows, module_of
+from loratool.keys.places import module_of
+from loratool.keys.rows import WeightRows
 from loratool.numbers import rounding
 from loratool.numbers.devices import DevicePool, send
 from loratool.numbers.linalg import row_blocks
