@@ -32,7 +32,8 @@ Takes = Callable[[Module, str], bool]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A parameter of both checkpoints, under the base's name, with its places and its shape in each checkpoint."""
+    """A parameter of both checkpoints, under the base's name in memory, with its places and its shape in each checkpoint; a
+    `raw` one is named like its tensor, and is neither the weight nor the bias of a module."""
 
     module: Module
     parameter: str
@@ -40,14 +41,10 @@ class Pair:
     tuned: tuple[WeightRows, ...]
     shape: tuple[int, ...]
     tuned_shape: tuple[int, ...]
+    raw: bool
 
     def __str__(self) -> str:
         return self.module.stem if self.parameter == WEIGHT else f"{self.module.stem}.{self.parameter}"
-
-    @property
-    def raw(self) -> bool:
-        """Whether the parameter is a raw one, named like its tensor, and not the weight or the bias of a module."""
-        return self.module.stem == self.base[0].tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +86,24 @@ class _PairingDraft:
         self.pairs: list[Pair] = []
         self.lost: dict[str, tuple[Module, str]] = {}
         self.met: set[str] = set()
+        self.named: set[str] = set()
 
     def add(self, name: str) -> None:
-        """Looks for a tensor of the base in the tuned checkpoint, first under the same name."""
-        module, parameter = module_of(name)
+        """Looks for a tensor of the base in the tuned checkpoint, under the same name, or for what it is in memory."""
         # Averaged copies (model_ema) are not the model's weights, and tensors that are no floats are left to `unequal`.
-        if module.component == EMA or self.base.layout.info(name).dtype not in FLOATS:
+        if module_of(name)[0].component == EMA or self.base.layout.info(name).dtype not in FLOATS:
             return
         direct = self.tuned.targets.own.get(name)
-        theirs = (direct,) if direct else self.tuned.targets.find(module, parameter)
-        if theirs:
-            self._pair(module, parameter, (self.base.targets.own[name],), theirs)
-        else:
-            self.lost[name] = module, parameter
+        for memory, mine in self.base.targets.in_memory(name):
+            module, parameter = module_of(memory)
+            # PEFT looks for modules in memory, some of which are rows of a tensor, or several tensors.
+            same = direct and mine == (self.base.targets.own[name],)
+            theirs = (direct,) if direct and same else self.tuned.targets.find(module, parameter)
+            if not theirs:
+                self.lost[name] = module, parameter
+            elif memory not in self.named:
+                self.named.add(memory)
+                self._pair(memory, module, parameter, mine, theirs)
 
     def add_lost(self) -> None:
         """Tries the tensors without a partner behind one prefix that places them all: wrappers move a whole model."""
@@ -109,7 +111,7 @@ class _PairingDraft:
         for name, (module, parameter) in list(self.lost.items()):
             theirs = self.tuned.targets.find(renamed[module], parameter) if module in renamed else ()
             if theirs:
-                self._pair(module, parameter, (self.base.targets.own[name],), theirs)
+                self._pair(name, module, parameter, (self.base.targets.own[name],), theirs)
                 del self.lost[name]
 
     def add_reverse(self, name: str) -> None:
@@ -120,7 +122,7 @@ class _PairingDraft:
             return
         mine = self.base.targets.find(module, parameter)
         if mine and any(place.tensor in self.lost for place in mine):
-            self._pair(module, parameter, mine, (self.tuned.targets.own[name],))
+            self._pair(name, module, parameter, mine, (self.tuned.targets.own[name],))
             for place in mine:
                 self.lost.pop(place.tensor, None)
 
@@ -137,7 +139,7 @@ class _PairingDraft:
             here = mine or self.base.targets.find_twin(module, parameter)
             there = theirs or self.tuned.targets.find_twin(module, parameter)
             if here and there:
-                self._pair(Module(WHOLE, module.path, module.path), parameter, here, there)
+                self._pair(name, Module(WHOLE, module.path, module.path), parameter, here, there)
                 for place in here:
                     self.lost.pop(place.tensor, None)
 
@@ -168,11 +170,13 @@ class _PairingDraft:
         if unlike:
             yield f"{first_few(unlike, 3)} hold no floating-point numbers and differ; no adapter holds that"
 
-    def _pair(self, module: Module, parameter: str, base: tuple[WeightRows, ...], tuned: tuple[WeightRows, ...]) -> None:
-        """Adds a pair, and its tuned tensors to `met`."""
+    def _pair(
+        self, name: str, module: Module, parameter: str, base: tuple[WeightRows, ...], tuned: tuple[WeightRows, ...]
+    ) -> None:
+        """Adds the pair of what is called `name`, and its tuned tensors to `met`."""
         self.met.update(place.tensor for place in tuned)
         shapes = self.base.shape(base), self.tuned.shape(tuned)
-        self.pairs.append(Pair(module, parameter, base, tuned, *shapes))
+        self.pairs.append(Pair(module, parameter, base, tuned, *shapes, raw=module.stem == name))
 
 
 def _is_same(base: BaseCheckpoint, tuned: BaseCheckpoint, name: str) -> bool:

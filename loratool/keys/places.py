@@ -16,7 +16,7 @@ from loratool.archs import ARCHS, Component
 from loratool.archs.classes import TIE, TiedWeights, model_parts, tied_weights
 from loratool.archs.links import Link, parts_mentioned
 from loratool.archs.llm import CONV1D, fuse_rows, is_decoder, meta, mixture_of_experts
-from loratool.archs.memory import tensors_in_memory
+from loratool.archs.memory import MemoryTensors, tensors_in_memory
 from loratool.deltas.schema import BIAS, WEIGHT
 from loratool.errors import LoratoolError
 from loratool.files.header import read_json
@@ -120,14 +120,36 @@ class WeightIndex:
         return renamed
 
     @cached_property
+    def _made(self) -> list[tuple[MemoryTensors, list[tuple[str, Places]]]]:
+        """What has another name in memory, or is made of several tensors, with the places of each name."""
+        found = tensors_in_memory(self._layout.config, self._layout.tensors)
+        return [(made, list(places_in_memory(made, self.own, self._layout))) for made in found]
+
+    @cached_property
     def _memory(self) -> dict[str, dict[str, Places]]:
         """The places of what has another name in memory, by parameter and the flattened path of its module there."""
         found: dict[str, dict[str, Places]] = {WEIGHT: {}, BIAS: {}}
-        for made in tensors_in_memory(self._layout.config, self._layout.tensors):
-            for name, places in places_in_memory(made, self.own, self._layout):
+        for _, named in self._made:
+            for name, places in named:
                 module, parameter = module_of(name)
                 found[parameter].setdefault(flat(module.path), places)
         return found
+
+    @cached_property
+    def _by_tensor(self) -> dict[str, list[tuple[str, Places]]]:
+        """The names in memory that take rows of each tensor; not those of single experts, which no tensor in memory has."""
+        found: dict[str, list[tuple[str, Places]]] = {}
+        for made, named in self._made:
+            for name, places in named:
+                if name in made.names:
+                    for place in places:
+                        found.setdefault(place.tensor, []).append((name, places))
+        return found
+
+    def in_memory(self, tensor: str) -> list[tuple[str, Places]]:
+        """What takes rows of a tensor, by its name in memory, with all of its places; the tensor itself where memory has the
+        same name for it."""
+        return self._by_tensor.get(tensor, [(tensor, (self.own[tensor],))])
 
     @cached_property
     def _prefix(self) -> str:
