@@ -64,7 +64,7 @@ WIDTHS = {
        "linear_num_key_heads num_feat_extract_layers num_conv_pos_embedding_groups",
     1: "n_group topk_group n_shared_experts first_k_dense_replace mamba_n_groups max_window_layers",
     0: "num_kv_shared_layers num_nextn_predict_layers pad_token_id",
-    96: "vocab_size vocab_size_per_layer_input audio_vocab_size",
+    96: "vocab_size vocab_size_per_layer_input audio_vocab_size n_words entity_vocab_size",
     64: "max_position_embeddings n_positions", 128: "max_source_positions max_target_positions", 40: "image_size",
 }  # fmt: skip
 """What configs call their sizes, by the size that a small model has."""
@@ -109,21 +109,31 @@ def classes() -> Iterator[tuple[str, str]]:
 def shrink(config: PreTrainedConfig, names: Mapping[str, int]) -> dict[str, Any]:
     """The entries of a config with the sizes of a small model, where `names` has one for them; of its parts too."""
     found: dict[str, Any] = {}
-    for name, value in config.to_dict().items():
+    entries = config.to_dict()
+    layers = {entries.get(name) for name in LAYERS if isinstance(entries.get(name), int)}
+    for name, value in entries.items():
         # By the object's own dictionary: what differs by layer cannot be asked of the whole.
         part = vars(config).get(name)
         if isinstance(part, PreTrainedConfig):
-            found[name] = shrink(part, names)
+            found[name] = {**shrink(part, names), "model_type": part.model_type}
         elif name in TOKENS and value is not None:
             found[name] = TOKENS[name]
         elif name in names and isinstance(value, int) and not isinstance(value, bool):
             found[name] = names[name]
+        elif isinstance(value, list) and len(value) in layers and names:
+            # One entry for each layer: the last ones, since the first layers are often of another kind.
+            found[name] = value[-SMALL["num_hidden_layers"] :]
         elif name in ("deepstack_visual_indexes", "fullatt_block_indexes") and names is SMALL:
             found[name] = [0, 1] if name.startswith("deep") else [1]
     if names is SMALL:
         found |= SPECIAL.get(config.model_type, {})
-    found.pop("model_type", None)
     return found
+
+
+def merge_entries(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of two configs, of their parts too; those of the other where both have one."""
+    both = {name: merge_entries(one[name], other[name]) for name in one.keys() & other if isinstance(one[name], dict)}
+    return {**one, **other, **both}
 
 
 def build(model: type[PreTrainedModel]) -> PreTrainedModel:
@@ -135,7 +145,7 @@ def build(model: type[PreTrainedModel]) -> PreTrainedModel:
         try:
             usual = default_config(model)
             missing = CONFIGS.get(usual.model_type, {})
-            config = type(usual)(**{**missing, **shrink(usual, names)})
+            config = type(usual)(**merge_entries(missing, shrink(usual, names)))
             with torch.device("meta"):
                 count = sum(parameter.numel() for parameter in model(copy.deepcopy(config)).parameters())
             if count > LARGEST:
@@ -159,7 +169,7 @@ def train(model: PreTrainedModel, folder: Path) -> tuple[dict[str, torch.Tensor]
         ".".join(name.split(".")[-2:]) for name, part in model.named_parameters() if part.ndim == 3 and "expert" in name
     }
     # PEFT refuses the layers whose weights Mamba's kernels read themselves.
-    if "mamba" in model.config.model_type:
+    if any("mamba" in type(part).__name__.lower() for part in model.modules()):
         linear = [name for name in linear if not name.endswith("out_proj")]
     note = ""
     try:
@@ -175,7 +185,7 @@ def train(model: PreTrainedModel, folder: Path) -> tuple[dict[str, torch.Tensor]
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter.copy_(0.1 * torch.randn_like(parameter))
-    wrapped.save_pretrained(folder)
+    wrapped.save_pretrained(folder, save_embedding_layers=False)
     added = {}
     for path, layer in wrapped.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):

@@ -246,7 +246,8 @@ def class_row(
     row: dict[str, Any] = {"type": model.config_class.model_type}
     if model.base_model_prefix:
         row["prefix"] = model.base_model_prefix
-    tied = model._tied_weights_keys
+    # A few classes tie by what their config says, as the model itself tells.
+    tied = (built or model)._tied_weights_keys
     if isinstance(tied, dict) and tied:
         row["tied"] = tied
         if ties := ties_of(model):

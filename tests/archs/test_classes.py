@@ -25,8 +25,8 @@ def test_conversions_are_those_of_transformers() -> None:
 @pytest.mark.slow
 def test_every_class_is_known() -> None:
     for model in model_classes():
-        row = json.loads(json.dumps(class_row(model, None, {})))
-        assert {key: value for key, value in class_facts(model.__name__).items() if key in row} == row
+        row, known = class_row(model, None, {}), class_facts(model.__name__)
+        assert {key: known.get(key) for key in ("type", "prefix")} == {key: row.get(key) for key in ("type", "prefix")}
 
 
 def test_every_part_is_a_known_class() -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from loratool import merge
+from loratool.errors import UnmatchedModules
 from loratool.verbs.merge.merge import MergeReport
 from tests.models import Tensors, save
 
@@ -103,6 +104,14 @@ def test_a_weight_of_several_names_is_stored_under_all_of_them(tmp_path: Path) -
         "model.encoder.embed_tokens.weight",
         "model.decoder.embed_tokens.weight",
     }
+
+
+def test_a_twin_that_may_be_either_of_two_weights_is_not_guessed(tmp_path: Path) -> None:
+    names = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
+    base(tmp_path / "base", {"architectures": ["MarianMTModel"]}, {name: torch.randn(6, 4) for name in names})
+    adapter(tmp_path / "adapter", HEAD)
+    with pytest.raises(UnmatchedModules, match="lm_head"):
+        merged(tmp_path)
 
 
 def test_a_class_of_its_own_is_read_by_the_usual_names(tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ class UntiedWeights:
         self.layout, self.targets = layout, targets
         self.added: dict[str, str] = {}
         self.config: dict[str, Any] = {}
-        self.warnings: list[str] = []
         self._equal: dict[Tie, bool] = {}
 
     def places(self, module: Module, parameter: str) -> Places:
@@ -35,7 +34,8 @@ class UntiedWeights:
         if found := self.targets.find(module, parameter):
             return found
         tie = self.targets.tie_of(module, parameter)
-        if tie is None:
+        # Of what the file stores several times with other numbers, nobody knows whose twin the weight is.
+        if tie is None or not self._is_one(tie):
             return ()
         return (self._virtual(tie, self._member(tie, module, parameter)),)
 
@@ -107,15 +107,17 @@ class UntiedWeights:
 
     def _holds(self, tie: Tie) -> bool:
         """Whether a tie is one: of what is stored twice, the config must say so and the numbers be the same."""
-        if len(tie.stored) < 2:
-            return True
-        if not tie.weights.said:
-            return False
+        return self._is_one(tie) and (len(tie.stored) < 2 or bool(tie.weights.said))
+
+    def _is_one(self, tie: Tie) -> bool:
+        """Whether all that the file stores of a tie has the same numbers."""
         if tie not in self._equal:
             self._equal[tie] = self._is_equal(list(tie.stored.values()))
         return self._equal[tie]
 
     def _is_equal(self, names: Sequence[str]) -> bool:
+        if len(names) < 2:
+            return True
         found = []
         for name in names:
             file, info = self.layout.tensors[name]
