@@ -106,6 +106,19 @@ def test_a_weight_of_several_names_is_stored_under_all_of_them(tmp_path: Path) -
     }
 
 
+def test_a_bias_of_two_names_is_one_bias(tmp_path: Path) -> None:
+    """Programs read either name, whatever the config says of the weights beside it."""
+    tensors = {"bert.embeddings.word_embeddings.weight": torch.randn(6, 4), "cls.predictions.bias": torch.randn(6)}
+    base(tmp_path / "base", {"architectures": ["BertForMaskedLM"]}, tensors)
+    path = adapter(tmp_path / "adapter", "cls.predictions.decoder")
+    trained = {"cls.predictions.decoder.weight": torch.ones(6, 4), "cls.predictions.decoder.bias": torch.ones(6)}
+    save(path / "adapter_model.safetensors", {f"base_model.model.{name}": tensor for name, tensor in trained.items()})
+
+    out, _, _ = merged(tmp_path)
+    assert torch.equal(out["cls.predictions.bias"], torch.ones(6))
+    assert all(torch.equal(out[name], tensor) for name, tensor in trained.items())
+
+
 def test_a_twin_that_may_be_either_of_two_weights_is_not_guessed(tmp_path: Path) -> None:
     names = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
     base(tmp_path / "base", {"architectures": ["MarianMTModel"]}, {name: torch.randn(6, 4) for name in names})

@@ -20,7 +20,7 @@ from loratool.keys.detect import detect
 from loratool.keys.places import WeightIndex
 from loratool.names import Module
 from loratool.verbs.merge.terms import Term, grows, require_no_overlap, terms_of
-from loratool.verbs.merge.ties import UntiedWeights
+from loratool.verbs.merge.ties import UntiedWeights, is_of_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ class _PlanDraft:
             base = self._stored_info(places[0].tensor)
             for name, term in terms_of(base.shape, self._fit(change, base.shape), places, strength):
                 terms.setdefault(name, []).append(term)
-        if change.delta.acts_on_tied_head or adapter.tied:
+        if is_of_all(adapter, change):
             tensor = settled[0][0].tensor
             self.of_ties += [(tensor, term) for term in terms[tensor] if term.change == str(change)]
 

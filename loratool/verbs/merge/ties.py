@@ -11,11 +11,18 @@ import torch
 
 from loratool.adapter.adapter import Adapter, Change
 from loratool.archs.memory import name_on_disk
+from loratool.deltas.schema import BIAS
 from loratool.files.layout import Layout
 from loratool.files.tensors import TensorFile
 from loratool.keys.places import Tie, WeightIndex
 from loratool.keys.rows import Places, WeightRows
 from loratool.names import Module, flat
+
+
+def is_of_all(adapter: Adapter, change: Change) -> bool:
+    """Whether a change is one of all weights of a tie, and unties none of them."""
+    # A bias that is tied (BERT's `predictions.bias` and `predictions.decoder.bias`) is of one layer under two names.
+    return change.delta.acts_on_tied_head or adapter.tied or change.parameter == BIAS
 
 
 class UntiedWeights:
@@ -45,7 +52,7 @@ class UntiedWeights:
         places, tie = self.places(module, change.parameter), self.targets.tie_of(module, change.parameter)
         if tie is None or not places:
             return [places] if places else []
-        if self._holds(tie) and (change.delta.acts_on_tied_head or adapter.tied):
+        if self._holds(tie) and is_of_all(adapter, change):
             return [(self._rows(tensor),) for tensor in dict.fromkeys([*tie.stored.values(), *self._own(tie)])]
         # Of a weight that is stored twice with other numbers, the config is wrong already.
         if tie.weights.said or len(tie.stored) < len(tie.members):
