@@ -106,6 +106,15 @@ def test_a_weight_of_several_names_is_stored_under_all_of_them(tmp_path: Path) -
     }
 
 
+def test_a_class_that_always_ties_is_warned_of(tmp_path: Path) -> None:
+    base(tmp_path / "base", {"architectures": ["T5ForConditionalGeneration"]}, {"shared.weight": torch.randn(6, 4)})
+    adapter(tmp_path / "adapter", HEAD)
+    out, config, report = merged(tmp_path)
+    assert set(out) == {"shared.weight", "lm_head.weight"}
+    assert "tie_word_embeddings" not in config
+    assert any("transformers 5 reads them apart" in warning for warning in report.warnings)
+
+
 def test_a_bias_of_two_names_is_one_bias(tmp_path: Path) -> None:
     """Programs read either name, whatever the config says of the weights beside it."""
     tensors = {"bert.embeddings.word_embeddings.weight": torch.randn(6, 4), "cls.predictions.bias": torch.randn(6)}

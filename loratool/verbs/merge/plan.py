@@ -95,6 +95,7 @@ def make_plan(
     # Only now is it known which heads are untied: `tensors` adds those, and fills in `config` on the way.
     tensors = draft.tensors(dtype)
     warnings = [f"{name} is not part of the model and is left out of the output" for name in layout.left_out]
+    warnings += draft.untied.warnings()
     # Training scripts of Stable Diffusion keep averaged copies of the weights in the same file; inference reads the others.
     if any(name.startswith("model_ema.") for name in layout.tensors):
         warnings.append("the base's model_ema copies are left as they were")

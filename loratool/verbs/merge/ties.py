@@ -12,6 +12,7 @@ import torch
 from loratool.adapter.adapter import Adapter, Change
 from loratool.archs.memory import name_on_disk
 from loratool.deltas.schema import BIAS
+from loratool.errors import first_few
 from loratool.files.layout import Layout
 from loratool.files.tensors import TensorFile
 from loratool.keys.places import Tie, WeightIndex
@@ -33,6 +34,7 @@ class UntiedWeights:
         self.layout, self.targets = layout, targets
         self.added: dict[str, str] = {}
         self.config: dict[str, Any] = {}
+        self.forced: dict[Tie, None] = {}
         self._equal: dict[Tie, bool] = {}
 
     def places(self, module: Module, parameter: str) -> Places:
@@ -75,6 +77,12 @@ class UntiedWeights:
             if (tie := self.targets.tie_of(module, change.parameter)) is None or kept[tie, change.parameter] == module
         ]
 
+    def warnings(self) -> Iterator[str]:
+        """What programs may make of weights that the class ties whatever its config says."""
+        for tie in self.forced:
+            names = first_few(sorted(self._name(tie, member) for member in tie.members))
+            yield f"{names} are one in this class, and no longer here: transformers 5 reads them apart, 4 does not"
+
     def late_copies(self, tensor: str) -> Iterator[str]:
         """The output's tensors that are copies of `tensor`, by the tie of both."""
         return (name for name, source in self.added.items() if source == tensor)
@@ -88,6 +96,7 @@ class UntiedWeights:
                 if name not in each.stored and (not tie.weights.always or name == member):
                     self.added[self._name(each, name)] = next(iter(each.stored.values()))
         if tie.weights.always:
+            self.forced[tie] = None
             self.added |= self._kept(tie, member)
             return
         for entries in tie.weights.entries:
