@@ -191,4 +191,6 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def name_on_disk(config: Mapping[str, Any], name: str) -> str:
     """What transformers calls a tensor in memory when it saves the model: the name of a tensor that a checkpoint lacks."""
     (found,) = _rename_all([name], [each for each in transforms_of(config, saving=True) if not each.steps])
-    return found
+    # Not every conversion leads back: what would be loaded as another tensor keeps its name in memory.
+    (again,) = _rename_all([found], [each for each in transforms_of(config) if not each.steps])
+    return found if again == name else name

@@ -49,6 +49,11 @@ def test_a_head_that_is_not_stored_has_a_name_on_disk(name: str, disk: str) -> N
     assert name_on_disk({"architectures": [name]}, "lm_head.weight") == disk
 
 
+def test_a_name_that_would_be_loaded_as_another_is_kept() -> None:
+    config = {"architectures": ["ShieldGemma2ForImageClassification"]}
+    assert name_on_disk(config, "model.lm_head.weight") == "model.lm_head.weight"
+
+
 def test_names_without_a_class_stay_as_they_are() -> None:
     assert not list(tensors_in_memory({"model_type": "none"}, ["encoder.layer.0.attention.attention.query.weight"]))
     assert not list(tensors_in_memory({}, ["model.layers.0.mlp.experts.0.w1.weight"]))
