@@ -11,15 +11,17 @@ from loratool.adapter.adapter import Adapter, Change
 from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import Strength, strengths_of
 from loratool.deltas.full import Enlarge
+from loratool.deltas.schema import BIAS
 from loratool.errors import LoratoolError, UnmatchedModules, Unsupported, first_few
 from loratool.files.header import BITS, TensorInfo
 from loratool.files.layout import Layout
 from loratool.files.tensors import FLOATS
 from loratool.keys.detect import detect
-from loratool.keys.places import EMBEDDING_STEMS, HEAD, WeightIndex, WeightRows
+from loratool.keys.places import WeightIndex
 from loratool.names import Module
 from loratool.numbers.workload import Workload
 from loratool.verbs.merge.terms import Term, grows, require_no_overlap, terms_of
+from loratool.verbs.merge.ties import UntiedWeights, is_of_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ def make_plan(
     # Only now is it known which heads are untied: `tensors` adds those, and fills in `config` on the way.
     tensors = draft.tensors(dtype)
     warnings = [f"{name} is not part of the model and is left out of the output" for name in layout.left_out]
+    warnings += draft.untied.warnings()
     # Training scripts of Stable Diffusion keep averaged copies of the weights in the same file; inference reads the others.
     if any(name.startswith("model_ema.") for name in layout.tensors):
         warnings.append("the base's model_ema copies are left as they were")
@@ -112,16 +115,17 @@ def make_plan(
 
 
 class _PlanDraft:
-    """Terms by tensor, collected from one adapter after the other; `added` maps an untied head to its embedding."""
+    """Terms by tensor, collected from one adapter after the other; `of_ties` are those that are of all weights of a tie."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.targets = WeightIndex(layout)
         self.terms: dict[str, list[Term]] = {}
-        self.added: dict[str, str] = {}
-        self.unmatched: list[Module] = []
+        self.untied = UntiedWeights(layout, self.targets)
+        self.of_ties: list[tuple[str, Term]] = []
+        self.unmatched: list[Change] = []
         self.matched = 0
-        self.config: dict[str, Any] = {}
+        self.config = self.untied.config
 
     def add(self, adapter: Adapter, selection: Selection, strengths: Mapping[Module, float]) -> None:
         """Adds the terms of one adapter, and its modules without a target to `unmatched`."""
@@ -135,27 +139,39 @@ class _PlanDraft:
                 taken += stored
         # Then the modules that the base does not know: one prefix must place all of them, as a wrapper adds or drops one.
         lost = {
-            change.module for change in taken if not change.optional and not self._places(change.module, change.parameter)
+            change.module
+            for change in taken
+            if not change.optional and not self.untied.places(change.module, change.parameter)
         }
         renamed = self.targets.find_wrapped(sorted(lost)) if lost else {}
-        # At last the terms. They are collected by adapter, since `check_overlap` forbids an adapter to change a row twice
-        # while several adapters may well change the same row.
+        named = [(change, renamed.get(change.module, change.module)) for change in taken]
+        # At last the terms. They are collected by adapter, since `require_no_overlap` forbids an adapter to change a row
+        # twice while several adapters may well change the same row.
         mine: dict[str, list[Term]] = {}
-        for change in self._untied_changes(adapter, taken):
-            module = renamed.get(change.module, change.module)
-            places = self._places(module, change.parameter)
-            if not places:
-                if not change.optional:
-                    self.unmatched.append(change.module)
-                continue
-            self.matched += 1
-            base = self._stored_info(places[0].tensor)
-            fitted = self._fit(change, base.shape)
-            for name, term in terms_of(base.shape, fitted, places, by_module[change.module]):
-                mine.setdefault(name, []).append(term)
+        kept = self.untied.without_copies(adapter, named)
+        self.matched += len(named) - len(kept)
+        for change, module in kept:
+            self._place(adapter, change, module, by_module[change.module], mine)
         for name, terms in mine.items():
             require_no_overlap(adapter, name, terms)
             self.terms.setdefault(name, []).extend(terms)
+
+    def _place(
+        self, adapter: Adapter, change: Change, module: Module, strength: float, terms: dict[str, list[Term]]
+    ) -> None:
+        """Adds the terms of a change, which the base calls `module`, to `terms` by tensor, or the change to `unmatched`."""
+        settled = self.untied.settle(adapter, change, module)
+        if not settled:
+            self.unmatched += [] if change.optional else [change]
+            return
+        self.matched += 1
+        for places in settled:
+            base = self._stored_info(places[0].tensor)
+            for name, term in terms_of(base.shape, self._fit(change, base.shape), places, strength):
+                terms.setdefault(name, []).append(term)
+        if is_of_all(adapter, change):
+            tensor = settled[0][0].tensor
+            self.of_ties += [(tensor, term) for term in terms[tensor] if term.change == str(change)]
 
     def _fit(self, change: Change, base: tuple[int, ...]) -> Change:
         """`change`, or where it is a FLUX control LoRA's on the input layer, `change` on that layer padded with zeros.
@@ -170,7 +186,7 @@ class _PlanDraft:
 
     def _as_stored(self, change: Change) -> tuple[Change, ...]:
         """The change itself, or one change for each expert where the base stores the experts' weights one by one."""
-        together = not change.per_expert or self._places(change.module, change.parameter)
+        together = not change.per_expert or self.untied.places(change.module, change.parameter)
         return (change,) if together else change.per_expert
 
     def tensors(self, dtype: str | None) -> dict[str, TensorPlan]:
@@ -178,7 +194,12 @@ class _PlanDraft:
         plans = {}
         for name, (file, info) in self.layout.tensors.items():
             plans[name] = self._tensor(name, file, info, dtype)
-        for name, source in self.added.items():
+        # What is of all weights of a tie is of the copies too that came to be after it.
+        for tensor, term in self.of_ties:
+            for name in self.untied.late_copies(tensor):
+                if term not in self.terms.get(name, ()):
+                    self.terms.setdefault(name, []).insert(0, term)
+        for name, source in self.untied.added.items():
             file, info = self.layout.tensors[source]
             plans[name] = self._tensor(name, file, info, dtype)
         return plans
@@ -195,54 +216,21 @@ class _PlanDraft:
             self.config["vocab_size"] = shape[0]
         return TensorPlan(name, file, info, stored, shape, terms)
 
-    def _untied_changes(self, adapter: Adapter, changes: list[Change]) -> list[Change]:
-        """The changes to apply. A change of a tied embedding unties the head, which did not see that change in training.
-
-        Where the adapter itself is tied (PEFT's ensure_weight_tying), head and embedding stay one, and the head's copy of
-        the change is left out.
-        """
-        for ending in EMBEDDING_STEMS:
-            embedding = ending.removesuffix(".weight")
-            # Trained rows of single tokens act on the head too: PEFT ties them wherever the model does.
-            inputs = [
-                change for change in changes if change.module.path.endswith(embedding) and not change.delta.acts_on_tied_head
-            ]
-            outputs = [change for change in changes if change.module.path.endswith(HEAD)]
-            places = self.targets.find(inputs[0].module) if inputs else ()
-            if not places or not self.targets.tied_embedding:
-                continue
-            if adapter.tied:
-                self.matched += len(outputs)
-                return [change for change in changes if change not in outputs]
-            self._untie(places[0].tensor)
-        return changes
-
-    def _places(self, module: Module, parameter: str) -> tuple[WeightRows, ...]:
-        """The places of `module` in the base; a head that is tied, and so not stored, has one like the embedding's."""
-        found = self.targets.find(module, parameter)
-        embedding = self.targets.tied_embedding if not found and module.path.endswith(HEAD) else None
-        return (WeightRows(f"{HEAD}.weight", 0, self.layout.info(embedding).shape[0]),) if embedding else found
-
     def _stored_info(self, tensor: str) -> TensorInfo:
-        """The base's header entry of a tensor. For a head that is tied, that of the embedding; the call unties the head."""
-        embedding = self.targets.tied_embedding
-        if tensor not in self.layout.tensors and embedding:
-            self._untie(embedding)
-        return self.layout.info(self.added.get(tensor, tensor))
-
-    def _untie(self, embedding: str) -> None:
-        """Has the output store a head of its own, which begins as a copy of the embedding."""
-        self.added[f"{HEAD}.weight"] = embedding
-        self.config["tie_word_embeddings"] = False
+        """The base's header entry of a tensor, or of the one that a tensor of the output is a copy of."""
+        return self.layout.info(self.untied.added.get(tensor, tensor))
 
 
 def _unmatched_message(draft: _PlanDraft, adapters: Sequence[Adapter]) -> str:
     """The message of `UnmatchedModules`: the modules with their nearest names, and the adapter's likely architecture."""
     count = len(draft.unmatched)
     pairs = []
-    for module in draft.unmatched[:5]:
-        near = draft.targets.nearest(module)
-        pairs.append(f"{module} (nearest: {near})" if near else str(module))
+    for change in draft.unmatched[:5]:
+        near = draft.targets.nearest(change.module)
+        if change.parameter == BIAS and draft.targets.find(change.module):
+            pairs.append(f"{change}: the base's layer has no bias, which lora_bias trained")
+        else:
+            pairs.append(f"{change} (nearest: {near})" if near else str(change))
     more = f" and {count - 5} more" if count > 5 else ""
     total = count + draft.matched
     message = f"{count} of {total} modules have no target in {draft.layout.root}: {'; '.join(pairs)}{more}"
