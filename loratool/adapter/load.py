@@ -150,8 +150,7 @@ class LazyAdapter:
 
 def _stem(found: AdapterListing, group: ModuleLeaves) -> str:
     """The stem of what a module's leaves change; for stacked experts the parameter's, not that of the module with it."""
-    config = found.config(group.module)
-    parameter = config.parameter_of(group.module.path) if config else None
+    parameter = found.stacked_parameter(group)
     return CONTAINER + parameter if parameter else group.module.stem
 
 
@@ -178,7 +177,7 @@ def _changes(
         # A product with a factor of zeros is zero, which need not be multiplied out to be seen.
         zero = delta.additive and (delta.scale == 0 or any(bounds(tensor) == (0, 0) for tensor in tensors.values()))
         change = Change(group.module, part.kind.parameter, delta, keys=keys, zero=zero)
-        changes.append(_of_experts(change, found) if delta.stacked else change)
+        changes.append(_of_experts(change, found.stacked_parameter(group)) if delta.stacked else change)
         # Only the base knows whether the layer has a bias.
         if delta.changes_bias:
             changes.append(Change(group.module, BIAS, delta, optional=True))
@@ -186,10 +185,8 @@ def _changes(
     return sorted(changes, key=lambda change: not change.delta.replaces)
 
 
-def _of_experts(change: Change, found: AdapterListing) -> Change:
+def _of_experts(change: Change, parameter: str | None) -> Change:
     """The change of a stacked weight, moved to the path of the parameter, with the changes of the experts' own weights."""
-    config = found.config(change.module)
-    parameter = config and config.parameter_of(change.module.path)
     assert parameter
     block, _, name = parameter.rpartition(".")
     apart = [

@@ -87,6 +87,16 @@ class Delta(ABC):
         return False
 
     @property
+    def experts(self) -> int:
+        """How many experts' weights the delta's weight stacks; 0 for other kinds."""
+        return 0
+
+    @property
+    def stack_rule(self) -> str:
+        """The rule for the axes of stacked experts' factors (`formats.peft`); "" where nobody says, and for other kinds."""
+        return ""
+
+    @property
     def changes_bias(self) -> bool:
         """Whether the delta does to the module's bias, if there is one, what it does to the weight."""
         return False
@@ -102,6 +112,10 @@ class Delta(ABC):
     def per_expert(self) -> Sequence[Delta]:
         """The same change as a delta for each expert of a stacked weight; empty for other kinds."""
         return ()
+
+    def turn(self) -> Delta:
+        """The same factors on stacked experts that are stored the other way round; unchanged for other kinds."""
+        return self
 
     def padded(self, rank: int) -> Delta:
         """The same delta with zeros up to `rank`; unchanged for a kind that is no pair of factors."""

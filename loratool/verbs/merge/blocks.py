@@ -155,8 +155,11 @@ def by_blocks(tensor: TensorPlan) -> bool:
         return False
     # Segments are runs of whole stored rows. A kind that depends on the weight may need all of it (DoRA's norms), Meta's
     # Llama interleaves the rows of a head's two halves (step 2), and a transposed weight has outputs as its columns.
+    # A change of one expert is laid out as that expert's whole row.
     return all(
-        term.delta.additive and term.step == 1 and (not term.transposed or _spans(term, tensor)) for term in tensor.terms
+        term.delta.additive
+        and (term.expert is not None or (term.step == 1 and (not term.transposed or _spans(term, tensor))))
+        for term in tensor.terms
     )
 
 
@@ -293,8 +296,7 @@ def _overflow_message(tensor: TensorPlan, result: Tensor) -> str:
 
 def _apply(term: Term, base: Tensor, result: Tensor) -> None:
     """Adds one term's change of `base` to `result`."""
-    rows = slice(term.start, term.stop, term.step)
-    before, after = (base.T[rows], result.T[rows]) if term.transposed else (base[rows], result[rows])
+    before, after = term.part_of(base), term.part_of(result)
     changed = term.delta.apply(before, term.strength)
     # Rows that no term has changed yet take the term's result itself, without the rounding of a difference and a sum.
     after.copy_(changed if torch.equal(after, before) else after + (changed - before))

@@ -18,6 +18,7 @@ from loratool.files.tensors import FLOATS
 from loratool.keys.detect import detect
 from loratool.keys.places import EMBEDDING_STEMS, HEAD, WeightIndex, WeightRows
 from loratool.names import Module
+from loratool.verbs.merge.stacks import lay_experts
 from loratool.verbs.merge.terms import Term, grows, require_no_overlap, terms_of
 
 
@@ -118,9 +119,9 @@ class _PlanDraft:
         by_module = dict(strengths)
         for change in adapter.changes:
             if selection.takes(change.module):
-                stored = self._as_stored(change)
-                by_module |= dict.fromkeys((part.module for part in stored), strengths[change.module])
-                taken += stored
+                by_module |= dict.fromkeys((part.module for part in change.per_expert), strengths[change.module])
+                taken.append(change)
+        taken = lay_experts(adapter, taken, self.targets, self.layout)
         # Then the modules that the base does not know: one prefix must place all of them, as a wrapper adds or drops one.
         lost = {
             change.module for change in taken if not change.optional and not self._places(change.module, change.parameter)
@@ -155,11 +156,6 @@ class _PlanDraft:
         if not inputs or not delta.resizable or self.layout.is_folder or delta.shape != (base[0], 2 * base[-1]):
             return change
         return replace(change, delta=Enlarge(delta, delta.shape))
-
-    def _as_stored(self, change: Change) -> tuple[Change, ...]:
-        """The change itself, or one change for each expert where the base stores the experts' weights one by one."""
-        together = not change.per_expert or self._places(change.module, change.parameter)
-        return (change,) if together else change.per_expert
 
     def tensors(self, dtype: str | None) -> dict[str, TensorPlan]:
         """Every tensor of the output: those of the base, then the heads that were untied."""
