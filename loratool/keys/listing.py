@@ -14,7 +14,7 @@ from loratool.errors import InvalidAdapter, InvalidConfig, LoratoolError, Unsupp
 from loratool.files.adapter_files import AdapterFile, is_adapter_folder, open_adapter
 from loratool.files.header import Header, TensorInfo, read_scalars
 from loratool.files.layout import Layout, layout_of_file, open_layout
-from loratool.formats.leaves import SHARED_KEYS, SPELLED, parse_key
+from loratool.formats.leaves import OF_NO_EFFECT, SHARED_KEYS, SPELLED, ParsedKey, parse_key
 from loratool.formats.peft import PeftConfig, TargetParameter, from_metadata
 from loratool.formats.recognise import folds_whole_weights, refusal
 from loratool.names import ADAPTER_PREFIXES, CONTAINER, Module, adapter_component
@@ -189,7 +189,8 @@ def open_input(path: Path) -> AdapterListing | Layout:
         return open_layout(path)
     # Only the keys tell a single file's contents: without a leaf among them it is a checkpoint, whose header is read by now.
     found = read_listing(path)
-    if found.groups:
+    # PEFT's config makes an adapter of a folder, also of a tuner that is not known here.
+    if found.groups or found.file.config:
         return found
     return open_layout(path) if path.is_dir() else layout_of_file(found.header)
 
@@ -204,18 +205,20 @@ def list_adapter(file: AdapterFile) -> AdapterListing:
     header = file.header
     leaves: dict[str, dict[str, TensorInfo]] = {}
     families: dict[str, set[str]] = {}
+    trusted: dict[tuple[str, str], int | None] = {}
     extras, unexplained, problems = [], [], []
     for name, info in header.tensors.items():
         found = parse_key(name, OWN_LEAVES)
         if name.startswith(EXTRAS):
             extras.append(name)
+        elif name.endswith(OF_NO_EFFECT):
+            continue
         elif found is None:
             unexplained.append(name)
-        elif found.leaf in leaves.setdefault(found.stem, {}):
-            problems.append(f"{found.stem}: has {found.leaf} twice, in two spellings")
-        else:
-            leaves[found.stem][found.leaf] = info
+        elif _take_leaf(found, info, leaves, trusted):
             families.setdefault(found.stem, set()).add(found.family)
+        else:
+            problems.append(f"{found.stem}: has {found.leaf} twice, in two spellings")
     # What a key does not say by itself, the keys of its module may.
     unexplained = [name for name in unexplained if name not in SHARED_KEYS and not _ia3_weight(name, header, leaves)]
     _complete(leaves, header)
@@ -225,6 +228,25 @@ def list_adapter(file: AdapterFile) -> AdapterListing:
     )
     listing = AdapterListing(file, groups, tuple(extras), tuple(unexplained), tuple(problems), _configs(file, groups))
     return replace(listing, parameters=dict(_target_parameters(listing)))
+
+
+def _take_leaf(
+    found: ParsedKey,
+    info: TensorInfo,
+    leaves: dict[str, dict[str, TensorInfo]],
+    trusted: dict[tuple[str, str], int | None],
+) -> bool:
+    """Puts a tensor among the leaves of its module; False where another one is there, and neither is a copy of the other."""
+    of_module, place = leaves.setdefault(found.stem, {}), (found.stem, found.leaf)
+    if found.leaf in of_module:
+        before = trusted[place]
+        if found.trust is None or before is None or found.trust == before:
+            return False
+        # A copy, or the value before it was trained, as PEFT stores them of an embedding that grew.
+        if found.trust < before:
+            return True
+    of_module[found.leaf], trusted[place] = info, found.trust
+    return True
 
 
 def _target_parameters(found: AdapterListing) -> Iterator[tuple[str, TargetParameter]]:

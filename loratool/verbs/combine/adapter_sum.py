@@ -175,7 +175,8 @@ class AdapterSum:
             return [whole]
         # Readers put a replaced value (PEFT's modules_to_save) in the weight's place, so it has to include the whole sum.
         value = self.base.of(terms[0].module, parameter).float() + whole.dense().reshape(replaced.shape)
-        return [Replace(value, *replaced.leaves())]
+        (leaf,) = replaced.leaves()
+        return [Replace(value, leaf)]
 
     def _exact(
         self, combined: Adapter, dtype: torch.dtype | None, describe: Describe

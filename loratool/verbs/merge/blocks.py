@@ -199,14 +199,16 @@ def apply_terms(tensor: TensorPlan, base: Tensor) -> tuple[Tensor, Tensor]:
     """The result of a tensor's terms on its widened `base`, before rounding; and the base in the result's shape."""
     # False sorts first: a replaced weight is stored as it is given and not as W + (W' − W), and a weight
     # that grows has its new shape before anything is added.
-    result = base.clone()
-    for term in sorted(tensor.terms, key=lambda term: term.delta.additive):
+    result, replaced = base.clone(), False
+    for term in sorted(tensor.terms, key=lambda term: (not term.delta.replaces, term.delta.additive)):
         if tensor.shape != base.shape:
             # The term that reshapes is given the stored weight; all later terms see a base padded to the new shape.
             result = term.delta.apply(base, term.strength)
             base = _pad_shape(base, tensor.shape)
         else:
-            _apply(term, base, result)
+            # What depends on the weight was trained on the weight that was put in the base's place.
+            _apply(term, result.clone() if replaced and not term.delta.additive else base, result)
+        replaced |= term.delta.replaces
     return result, base
 
 

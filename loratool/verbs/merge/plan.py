@@ -11,13 +11,16 @@ from loratool.adapter.adapter import Adapter, Change
 from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import Strength, strengths_of
 from loratool.deltas.full import Enlarge
-from loratool.errors import LoratoolError, UnmatchedModules, Unsupported, first_few
+from loratool.deltas.relations import same_bytes
+from loratool.errors import LoratoolError, UnmatchedModules, Unsupported, error_context, first_few
 from loratool.files.header import BITS, TensorInfo
 from loratool.files.layout import Layout
 from loratool.files.tensors import FLOATS
 from loratool.keys.detect import detect
 from loratool.keys.places import EMBEDDING_STEMS, HEAD, WeightIndex, WeightRows
 from loratool.names import Module
+from loratool.verbs.merge.heads import class_with_head, head_config, is_of_head, require_head
+from loratool.verbs.merge.sizes import resize_config
 from loratool.verbs.merge.stacks import lay_experts
 from loratool.verbs.merge.terms import Term, grows, require_no_overlap, terms_of
 
@@ -93,6 +96,7 @@ def make_plan(
         raise LoratoolError("nothing to merge: `Selection(include=)` and `exclude=` leave no module of any adapter")
     # Only now is it known which heads are untied: `tensors` adds those, and fills in `config` on the way.
     tensors = draft.tensors(dtype)
+    resize_config(layout, tensors.values(), draft.config)
     warnings = [f"{name} is not part of the model and is left out of the output" for name in layout.left_out]
     # Training scripts of Stable Diffusion keep averaged copies of the weights in the same file; inference reads the others.
     if any(name.startswith("model_ema.") for name in layout.tensors):
@@ -109,42 +113,67 @@ class _PlanDraft:
         self.terms: dict[str, list[Term]] = {}
         self.added: dict[str, str] = {}
         self.unmatched: list[Module] = []
+        self.lost: list[Module] = []
         self.matched = 0
         self.config: dict[str, Any] = {}
 
     def add(self, adapter: Adapter, selection: Selection, strengths: Mapping[Module, float]) -> None:
         """Adds the terms of one adapter, and its modules without a target to `unmatched`."""
         # First the changes that are selected, each in the parts that the base stores; parts inherit the strength.
-        taken: list[Change] = []
-        by_module = dict(strengths)
-        for change in adapter.changes:
-            if selection.takes(change.module):
-                by_module |= dict.fromkeys((part.module for part in change.per_expert), strengths[change.module])
-                taken.append(change)
-        taken = lay_experts(adapter, taken, self.targets, self.layout)
+        chosen = [change for change in adapter.changes if selection.takes(change.module)]
+        by_module = {**strengths}
+        for change in chosen:
+            by_module |= dict.fromkeys((part.module for part in change.per_expert), strengths[change.module])
+        taken = lay_experts(adapter, self._without_tied_copies(chosen), self.targets, self.layout)
         # Then the modules that the base does not know: one prefix must place all of them, as a wrapper adds or drops one.
         lost = {
             change.module for change in taken if not change.optional and not self._places(change.module, change.parameter)
         }
         renamed = self.targets.find_wrapped(sorted(lost)) if lost else {}
-        # At last the terms. They are collected by adapter, since `check_overlap` forbids an adapter to change a row twice
-        # while several adapters may well change the same row.
+        # At last the terms. They are collected by adapter, since `require_no_overlap` forbids an adapter to change a row
+        # twice while several adapters may well change the same row.
         mine: dict[str, list[Term]] = {}
+        name, head = class_with_head(adapter, self.layout), list[Change]()
         for change in self._untied_changes(adapter, taken):
-            module = renamed.get(change.module, change.module)
-            places = self._places(module, change.parameter)
-            if not places:
-                if not change.optional:
-                    self.unmatched.append(change.module)
-                continue
-            self.matched += 1
-            base = self._stored_info(places[0].tensor)
-            fitted = self._fit(change, base.shape)
-            for name, term in terms_of(base.shape, fitted, places, by_module[change.module]):
-                mine.setdefault(name, []).append(term)
-        for name, terms in mine.items():
-            require_no_overlap(adapter, name, terms)
-            self.terms.setdefault(name, []).extend(terms)
+            places = self._places(renamed.get(change.module, change.module), change.parameter)
+            if places:
+                self._place(change, places, by_module[change.module], mine)
+            elif name and is_of_head(change, name):
+                head.append(change)
+            elif not change.optional:
+                self.unmatched.append(change.module)
+                self.lost += [change.module] if change.delta.replaces else []
+        for tensor, terms in mine.items():
+            require_no_overlap(adapter, tensor, terms)
+            self.terms.setdefault(tensor, []).extend(terms)
+        if head:
+            require_head(self.layout, name, head)
+            self._add_head(name, head, by_module)
+
+    def _place(self, change: Change, places: tuple[WeightRows, ...], strength: float, mine: dict[str, list[Term]]) -> None:
+        """Adds the terms of a change to `mine`, the terms of its adapter by tensor."""
+        self.matched += 1
+        tensor = places[0].tensor
+        shape = self._stored_info(tensor).shape
+        # What a replaced weight gets on top of it has the new shape, as the LoRA of a vocabulary that grew.
+        grown = next((term.delta.shape for term in mine.get(tensor, ()) if term.delta.replaces), None)
+        if grown and len(places) == 1:
+            shape, places = grown, (replace(places[0], stop=grown[0]),)
+        for name, term in terms_of(shape, self._fit(change, shape), places, strength):
+            mine.setdefault(name, []).append(term)
+
+    def _add_head(self, name: str, head: Sequence[Change], strengths: Mapping[Module, float]) -> None:
+        """Has the output store a head that only the adapter has, and its config name the class `name` that has it."""
+        # The values come from the adapter alone: any weight lends the new ones its dtype and its file.
+        source = next(tensor for tensor, (_, info) in self.layout.tensors.items() if info.dtype in FLOATS and info.shape)
+        for change in head:
+            tensor = f"{change.module.path}.{change.parameter}"
+            self.added[tensor] = source
+            rows = change.delta.shape[0]
+            term = Term(str(change), change.delta, strengths[change.module], 0, rows, transposed=False)
+            self.terms.setdefault(tensor, []).append(term)
+        self.matched += len(head)
+        self.config |= head_config(self.layout, name, head)
 
     def _fit(self, change: Change, base: tuple[int, ...]) -> Change:
         """`change`, or where it is a FLUX control LoRA's on the input layer, `change` on that layer padded with zeros.
@@ -152,10 +181,33 @@ class _PlanDraft:
         Control LoRAs see twice the channels, and ComfyUI pads the weight (comfy/lora.py). In a diffusers folder a config
         would have to change with the shape, and a mismatch stays an error there.
         """
+        with error_context(change):
+            change = replace(change, delta=change.delta.fitted(base))
         delta, inputs = change.delta, change.module.path.endswith(CONTROL_INPUTS)
         if not inputs or not delta.resizable or self.layout.is_folder or delta.shape != (base[0], 2 * base[-1]):
             return change
         return replace(change, delta=Enlarge(delta, delta.shape))
+
+    def _without_tied_copies(self, changes: Sequence[Change]) -> list[Change]:
+        """The changes without those of a head that the base ties, where they are the embedding's once more.
+
+        PEFT stores both; what is one stays one, unless one of the two was trained further."""
+        whole = [change for change in changes if change.delta.replaces or change.delta.acts_on_tied_head]
+        further = {change.module for change in changes if not (change.delta.replaces or change.delta.acts_on_tied_head)}
+        alone = [change for change in whole if change.module not in further]
+        stored = [change for change in alone if self.targets.find(change.module, change.parameter)]
+        kept, left_out = set[int](), set[int]()
+        for change in alone:
+            if not self.targets.find(change.module, change.parameter):
+                same = [other for other in stored if same_bytes(other.delta, change.delta)]
+                kept |= {id(other) for other in same}
+                left_out |= {id(change)} if same else set()
+        self.matched += len(left_out)
+        return [
+            replace(change, delta=change.delta.shared()) if id(change) in kept else change
+            for change in changes
+            if id(change) not in left_out
+        ]
 
     def tensors(self, dtype: str | None) -> dict[str, TensorPlan]:
         """Every tensor of the output: those of the base, then the heads that were untied."""
@@ -174,9 +226,6 @@ class _PlanDraft:
             raise Unsupported(f"{self.layout.root}: {name} is stored as {info.dtype}; an adapter cannot be added to it")
         stored = dtype if dtype and info.dtype in FLOATS else info.dtype
         shape = next((term.delta.shape for term in terms if grows(term, info)), info.shape)
-        # Of the kinds that reshape a weight, a replaced one has grown by tokens (PEFT's modules_to_save on an embedding).
-        if shape != info.shape and any(term.delta.replaces for term in terms):
-            self.config["vocab_size"] = shape[0]
         return TensorPlan(name, file, info, stored, shape, terms)
 
     def _untied_changes(self, adapter: Adapter, changes: list[Change]) -> list[Change]:
@@ -235,4 +284,6 @@ def _unmatched_message(draft: _PlanDraft, adapters: Sequence[Adapter]) -> str:
         f"; the adapter looks like one for {first_few(sorted(verdicts))}" if verdicts - {"unknown", "undecided"} else ""
     )
     way_out = "`allow_unmatched=True` leaves them out" if draft.matched else "is the adapter for another model?"
+    if draft.matched and draft.lost:
+        way_out += f", and loses {draft.lost[0]}, a trained weight: a base of the class that was trained has it"
     return f"{message}{families}; {way_out}"

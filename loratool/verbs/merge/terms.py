@@ -96,7 +96,7 @@ def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
 
 def grows(term: Term, info: TensorInfo) -> bool:
     """Whether a term leaves its weight with another shape than the stored one."""
-    return term.delta.reshapes and term.delta.shape != info.shape
+    return term.delta.reshapes and ANY not in term.delta.shape and term.delta.shape != info.shape
 
 
 def require_no_overlap(adapter: Adapter, name: str, terms: list[Term]) -> None:
