@@ -119,6 +119,11 @@ class PeftConfig:
             refusal=_refusal(document, kind),
         )
 
+    @property
+    def is_lora(self) -> bool:
+        """Whether the adapter is of PEFT's LoRA, and not of another tuner."""
+        return self.kind == "LORA"
+
     def alpha_of(self, path: str) -> float | None:
         """The alpha of the module at `path`, None where the config has none."""
         alpha = _first_match(self.alpha_pattern, path, self.alpha, self.where)

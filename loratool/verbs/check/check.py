@@ -141,7 +141,7 @@ def _unread_config(config: PeftConfig, consumer: Consumer) -> Iterator[Finding]:
     """Findings on an adapter that is not computed here: PEFT reads all that it writes, and others read its LoRA alone."""
     if consumer.name == "peft":
         yield Finding(NOTE, f"is not looked into: {config.refusal}", "load it with PEFT itself", False)
-    elif config.kind != "LORA":
+    elif not config.is_lora:
         yield Finding(REFUSED, f"has peft_type {config.kind}; {consumer.title} loads LoRA alone", config.refusal, False)
     else:
         yield Finding(REFUSED, config.refusal, "load it with PEFT", False)
