@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -28,6 +29,12 @@ CHECKPOINT: Final = "checkpoint"
 
 CONTAINER: Final = "base_model.model."
 """The prefix that PEFT puts before every key of a wrapped model."""
+
+WRAPPERS: Final = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")
+"""What wrappers call the module in them, anywhere in a path: torch.compile, FSDP, activation checkpointing, Lightning."""
+WRAPPERS_IN_FRONT: Final = ("module", "pretrained_model")
+"""What wrappers of a whole model call it: DistributedDataParallel and DeepSpeed, TRL's value heads. Deeper in a path a model
+may have such names itself (LeViT's residual layers have `module`)."""
 
 UNET: Final = "unet"
 TE1: Final = "te1"
@@ -80,6 +87,22 @@ BASE_PREFIXES: Final[Sequence[tuple[str, str]]] = (
     ("first_stage_model.", VAE), ("vae.", VAE), ("model_ema.", EMA),
 )  # fmt: skip
 """Prefixes of tensors' names in checkpoints, and the component of each."""
+
+
+_WRAPPER: Final = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPERS)})\.")
+_FLAT_WRAPPER: Final = re.compile(rf"(?<=_)(?:{'|'.join(WRAPPERS)})_")
+_IN_FRONT: Final = re.compile(rf"(?:(?:{'|'.join(WRAPPERS_IN_FRONT)})\.)*(?:(?:model\.)?(?=base_model\.model\.))?")
+_BEHIND: Final = re.compile(rf"(?:base_model\.model\.(?:(?:{'|'.join(WRAPPERS_IN_FRONT)})\.)*)+")
+
+
+def without_wrappers(name: str) -> str:
+    """A name without what wrappers put into it, and with PEFT's container once where models were wrapped twice."""
+    # Before the first dot stands a whole path in kohya's spelling, in which the dots are underscores.
+    first, dot, rest = name.partition(".")
+    bare = _WRAPPER.sub("", _FLAT_WRAPPER.sub("", first) + dot + rest)
+    bare = bare[_IN_FRONT.match(bare).end() :]  # type: ignore[union-attr]
+    found = _BEHIND.match(bare)
+    return CONTAINER + bare[found.end() :] if found else bare
 
 
 def flat(path: str) -> str:

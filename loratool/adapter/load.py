@@ -193,10 +193,14 @@ def _changes(
 def _of_experts(change: Change, parameter: str | None) -> Change:
     """The change of a stacked weight, moved to the path of the parameter, with the changes of the experts' own weights."""
     assert parameter
+    experts = change.delta.per_expert()
+    # A parameter of two dimensions is no stack (nn.MultiheadAttention's in_proj_weight).
+    if len(experts) == 1:
+        return replace(change, module=replace(change.module, path=parameter), delta=experts[0])
     block, _, name = parameter.rpartition(".")
     apart = [
         Change(replace(change.module, path=f"{block}.{expert}.{name}"), change.parameter, delta)
-        for expert, delta in enumerate(change.delta.per_expert())
+        for expert, delta in enumerate(experts)
     ]
     return replace(change, module=replace(change.module, path=parameter), per_expert=tuple(apart), zero=False)
 

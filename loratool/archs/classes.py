@@ -15,7 +15,8 @@ The facts are transformers' own, read from it by `python -m docs.models` into `t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -96,6 +97,79 @@ def _chosen_class(usual: str, config: Mapping[str, Any], table: str) -> str:
         return usual
     found = _file()["autos"][table].get(kind, usual)
     return found if isinstance(found, str) else usual
+
+
+@dataclass(frozen=True, slots=True)
+class TiedWeights:
+    """Tensors in memory that a model's class makes one, by `names`; `entries` lead to what in its config says so.
+
+    `said` is whether the config ties them, None where nothing is known of the class; with `always` the config cannot untie
+    them.
+    """
+
+    names: tuple[str, ...]
+    entries: tuple[tuple[str, ...], ...] = (("tie_word_embeddings",),)
+    said: bool | None = None
+    always: bool = False
+
+
+def tied_weights(config: Mapping[str, Any]) -> tuple[TiedWeights, ...]:
+    """The weights that the class in a config.json makes one, of all models inside it."""
+    parts = model_parts(config)
+    found: list[TiedWeights] = []
+    for part in parts:
+        # Patterns of names, which detection models have for the heads of all their layers, are not followed.
+        tied = [tuple(name.strip("^$") for name in pair) for pair in part.facts.get("tied", {}).items()]
+        pairs = [pair for pair in tied if all(map(_PLAIN.fullmatch, pair))]
+        for group in _join_sets([{_inside(part.path, name) for name in pair} for pair in pairs]):
+            found.append(_tie(part, parts, group))
+    return tuple(_merge_ties(found))
+
+
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_.]+")
+"""A name of one tensor, and no pattern of several."""
+
+
+def _inside(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _join_sets(groups: Iterable[set[str]]) -> list[set[str]]:
+    """Sets of names, those joined that share one."""
+    found: list[set[str]] = []
+    for group in groups:
+        apart = [each for each in found if not each & group]
+        found = [*apart, group.union(*(each for each in found if each & group))]
+    return found
+
+
+def _tie(part: ModelPart, parts: Iterable[ModelPart], names: set[str]) -> TiedWeights:
+    """The tie of `names`, which the class of `part` declares."""
+    ways = part.facts.get("ties", ())
+    entries = [
+        (*part.entries, TIE),
+        *((*part.entries, way) for way in ways if way in part.config and way.startswith("tie_")),
+    ]
+    said = part.config.get(TIE, "default" in ways)
+    said = any(part.config.get(way, False) is True for way in ways if way.startswith("tie_")) or said
+    # Configs of a language model inside another say it again, and programs read either.
+    for inner in parts:
+        holds = inner.entries != part.entries and any(name.startswith(f"{inner.path}.") for name in names)
+        if holds and inner.config and inner.path.startswith(part.path):
+            entries.append((*inner.entries, TIE))
+            said = said or (inner.entries[-1] in ways and inner.config.get(TIE) is True)
+    always = "always" in ways
+    return TiedWeights(tuple(sorted(names)), tuple(dict.fromkeys(entries)), said=bool(said) or always, always=always)
+
+
+def _merge_ties(ties: Iterable[TiedWeights]) -> Iterator[TiedWeights]:
+    """The ties, those made one that share a tensor: a model and one inside it may tie a weight to several others."""
+    rest = list(ties)
+    for names in _join_sets([set(tie.names) for tie in rest]):
+        same = [tie for tie in rest if set(tie.names) <= names]
+        entries = dict.fromkeys(entry for tie in same for entry in tie.entries)
+        said, always = any(tie.said for tie in same), any(tie.always for tie in same)
+        yield TiedWeights(tuple(sorted(names)), tuple(entries), said, always)
 
 
 def is_stack_transposed(config: Mapping[str, Any], parameter: str) -> bool | None:

@@ -12,7 +12,8 @@ from loratool.deltas.schema import WEIGHT
 from loratool.errors import LoratoolError
 from loratool.files.layout import Layout
 from loratool.files.tensors import Checkpoint
-from loratool.keys.places import WeightIndex, WeightRows
+from loratool.keys.places import WeightIndex
+from loratool.keys.rows import WeightRows
 from loratool.names import Module
 
 
@@ -34,7 +35,7 @@ class BaseCheckpoint:
 
     def _places(self, module: Module, parameter: str) -> tuple[WeightRows, ...]:
         """The places of a parameter; raises `LoratoolError` where the checkpoint has none."""
-        places = self.targets.find(module, parameter)
+        places = self.targets.find_twin(module, parameter)
         if not places:
             raise LoratoolError(f"{module}: has no {parameter} in {self.layout.root}")
         return places

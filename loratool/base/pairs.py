@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +15,8 @@ from loratool.errors import LoratoolError, UnmatchedModules, first_few
 from loratool.files.layout import Layout
 from loratool.files.tensors import DTYPES, FLOATS
 from loratool.keys.detect import detect
-from loratool.keys.places import HEAD, WeightRows, inputs_of, module_of
+from loratool.keys.places import inputs_of, module_of
+from loratool.keys.rows import WeightRows
 from loratool.names import EMA, WHOLE, Module
 
 BUFFERS: Final = re.compile(
@@ -31,7 +32,8 @@ Takes = Callable[[Module, str], bool]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A parameter of both checkpoints, under the base's name, with its places and its shape in each checkpoint."""
+    """A parameter of both checkpoints, under the base's name in memory, with its places and its shape in each checkpoint; a
+    `raw` one is named like its tensor, and is neither the weight nor the bias of a module."""
 
     module: Module
     parameter: str
@@ -39,14 +41,10 @@ class Pair:
     tuned: tuple[WeightRows, ...]
     shape: tuple[int, ...]
     tuned_shape: tuple[int, ...]
+    raw: bool
 
     def __str__(self) -> str:
         return self.module.stem if self.parameter == WEIGHT else f"{self.module.stem}.{self.parameter}"
-
-    @property
-    def raw(self) -> bool:
-        """Whether the parameter is a raw one, named like its tensor, and not the weight or the bias of a module."""
-        return self.module.stem == self.base[0].tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ def pair_parameters(base: BaseCheckpoint, tuned: BaseCheckpoint, takes: Takes) -
     draft.add_lost()
     for name in tuned.layout.tensors:
         draft.add_reverse(name)
-    draft.add_head()
+    draft.add_ties()
     notes = (*draft.leftovers(takes), *draft.unequal())
     pairs = [pair for pair in draft.pairs if takes(pair.module, pair.parameter)]
     if not pairs:
@@ -88,19 +86,24 @@ class _PairingDraft:
         self.pairs: list[Pair] = []
         self.lost: dict[str, tuple[Module, str]] = {}
         self.met: set[str] = set()
+        self.named: set[str] = set()
 
     def add(self, name: str) -> None:
-        """Looks for a tensor of the base in the tuned checkpoint, first under the same name."""
-        module, parameter = module_of(name)
+        """Looks for a tensor of the base in the tuned checkpoint, under the same name, or for what it is in memory."""
         # Averaged copies (model_ema) are not the model's weights, and tensors that are no floats are left to `unequal`.
-        if module.component == EMA or self.base.layout.info(name).dtype not in FLOATS:
+        if module_of(name)[0].component == EMA or self.base.layout.info(name).dtype not in FLOATS:
             return
         direct = self.tuned.targets.own.get(name)
-        theirs = (direct,) if direct else self.tuned.targets.find(module, parameter)
-        if theirs:
-            self._pair(module, parameter, (self.base.targets.own[name],), theirs)
-        else:
-            self.lost[name] = module, parameter
+        for memory, mine in self.base.targets.in_memory(name):
+            module, parameter = module_of(memory)
+            # PEFT looks for modules in memory, some of which are rows of a tensor, or several tensors.
+            same = direct and mine == (self.base.targets.own[name],)
+            theirs = (direct,) if direct and same else self.tuned.targets.find(module, parameter)
+            if not theirs:
+                self.lost[name] = module, parameter
+            elif memory not in self.named:
+                self.named.add(memory)
+                self._pair(memory, module, parameter, mine, theirs)
 
     def add_lost(self) -> None:
         """Tries the tensors without a partner behind one prefix that places them all: wrappers move a whole model."""
@@ -108,7 +111,7 @@ class _PairingDraft:
         for name, (module, parameter) in list(self.lost.items()):
             theirs = self.tuned.targets.find(renamed[module], parameter) if module in renamed else ()
             if theirs:
-                self._pair(module, parameter, (self.base.targets.own[name],), theirs)
+                self._pair(name, module, parameter, (self.base.targets.own[name],), theirs)
                 del self.lost[name]
 
     def add_reverse(self, name: str) -> None:
@@ -119,22 +122,26 @@ class _PairingDraft:
             return
         mine = self.base.targets.find(module, parameter)
         if mine and any(place.tensor in self.lost for place in mine):
-            self._pair(module, parameter, mine, (self.tuned.targets.own[name],))
+            self._pair(name, module, parameter, mine, (self.tuned.targets.own[name],))
             for place in mine:
                 self.lost.pop(place.tensor, None)
 
-    def add_head(self) -> None:
-        """Pairs the output layers where a checkpoint, or both, has tied it to the embedding."""
-        mine, theirs = self.base.targets.tied_embedding, self.tuned.targets.tied_embedding
-        if not mine and not theirs:
-            return
-        # On the tied side the embedding stands for the head, which is not stored there.
-        here = mine or _head(self.lost)
-        there = theirs or _head(self.tuned.layout.tensors)
-        if here and there:
-            module = Module(WHOLE, HEAD, HEAD)
-            self._pair(module, WEIGHT, (self.base.targets.own[here],), (self.tuned.targets.own[there],))
-            self.lost.pop(here, None)
+    def add_ties(self) -> None:
+        """Pairs the weights that a checkpoint, or both, stores only under the name of another weight that is tied to it."""
+        # PEFT changes each of them alone, so that a change of both takes an adapter of both.
+        for name in dict.fromkeys(
+            name for side in (self.base, self.tuned) for tie in side.targets.ties for name in tie.names
+        ):
+            module, parameter = module_of(name)
+            mine, theirs = self.base.targets.find(module, parameter), self.tuned.targets.find(module, parameter)
+            if mine and theirs:
+                continue
+            here = mine or self.base.targets.find_twin(module, parameter)
+            there = theirs or self.tuned.targets.find_twin(module, parameter)
+            if here and there:
+                self._pair(name, Module(WHOLE, module.path, module.path), parameter, here, there)
+                for place in here:
+                    self.lost.pop(place.tensor, None)
 
     def leftovers(self, takes: Takes) -> Iterator[str]:
         """Warnings of the components that one checkpoint lacks as a whole.
@@ -163,16 +170,13 @@ class _PairingDraft:
         if unlike:
             yield f"{first_few(unlike, 3)} hold no floating-point numbers and differ; no adapter holds that"
 
-    def _pair(self, module: Module, parameter: str, base: tuple[WeightRows, ...], tuned: tuple[WeightRows, ...]) -> None:
-        """Adds a pair, and its tuned tensors to `met`."""
+    def _pair(
+        self, name: str, module: Module, parameter: str, base: tuple[WeightRows, ...], tuned: tuple[WeightRows, ...]
+    ) -> None:
+        """Adds the pair of what is called `name`, and its tuned tensors to `met`."""
         self.met.update(place.tensor for place in tuned)
         shapes = self.base.shape(base), self.tuned.shape(tuned)
-        self.pairs.append(Pair(module, parameter, base, tuned, *shapes))
-
-
-def _head(names: Iterable[str]) -> str | None:
-    """The first name that is an output layer's weight."""
-    return next((name for name in names if name.endswith(f"{HEAD}.weight")), None)
+        self.pairs.append(Pair(module, parameter, base, tuned, *shapes, raw=module.stem == name))
 
 
 def _is_same(base: BaseCheckpoint, tuned: BaseCheckpoint, name: str) -> bool:

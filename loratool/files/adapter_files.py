@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.errors import InvalidFile, Unsupported
+from loratool.errors import InvalidFile, Unsupported, first_few
 from loratool.files.header import (
     ADAPTER_HEADER_BYTES,
     Header,
@@ -22,8 +22,8 @@ from loratool.files.header import (
 
 CONFIG_NAME: Final = "adapter_config.json"
 """PEFT's config, beside the tensors."""
-WEIGHTS: Final = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-"""What PEFT and diffusers call the tensors' file in a folder."""
+WEIGHTS: Final = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapters.safetensors")
+"""What PEFT, diffusers and MLX call the tensors' file in a folder."""
 PICKLES: Final = ("adapter_model.bin",)
 """What PEFT called that file before safetensors."""
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt"})
@@ -42,6 +42,12 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     for name in (*WEIGHTS, *PICKLES):
         if (path / name).exists():
             return path / name, config if config.exists() else None
+    # A trainer's output holds its checkpoints, and PEFT puts an adapter that has a name into a folder of that name.
+    inside = sorted((entry.name for entry in path.iterdir() if is_adapter_folder(entry)), key=lambda name: (len(name), name))
+    if inside:
+        raise InvalidFile(
+            f"{path}: is no adapter itself, but holds {first_few(inside)}; name one, such as {path / inside[-1]}"
+        )
     raise InvalidFile(f"{path}: a folder without {WEIGHTS[0]}: not an adapter")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from loratool.names import CONTAINER
+from loratool.names import CONTAINER, without_wrappers
 
 _KOHYA: Final = "kohya"
 PEFT: Final = "PEFT"
@@ -120,6 +120,17 @@ _HALF_EXPORTED = re.compile(r"(.*)_lora\.(down|up)\.weight")
 """Keys that diffusers' --output_kohya_format left in files with a text encoder."""
 
 
+_ADAPTER_NAME = re.compile(
+    r".*\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\.(?!weight$|bias$)([^.]+)(?:\.weight|\.bias)?"
+)
+
+
+def adapter_name(key: str) -> str | None:
+    """The name of the adapter that a raw state_dict of PEFT keeps in a key; None without one."""
+    found = _ADAPTER_NAME.fullmatch(key)
+    return found[1] if found else None
+
+
 @dataclass(frozen=True, slots=True)
 class ParsedKey:
     """A key taken apart: the module's `stem` (with all prefixes), its leaf, and the family that spells it so.
@@ -135,10 +146,12 @@ class ParsedKey:
 
 
 def parse_key(key: str, own: Collection[str] = ()) -> ParsedKey | None:
-    """Takes a key apart; None where no suffix is known. `weight` and `bias` count as leaves only among PEFT's names.
+    """Takes a key apart, without the names of wrappers; None where no suffix is known. `weight` and `bias` count as leaves
+    only among PEFT's names.
 
     `own` are leaves that no family spells: their suffix is their name.
     """
+    key = without_wrappers(key)
     # From the special to the general: behind PEFT's container nearly every key ends in `weight`, and a processor's
     # `to_q_lora.down.weight` ends as half-exported keys do.
     if found := _by_pattern(key):

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from loratool.errors import InvalidAdapter, InvalidConfig
+from loratool.names import CONTAINER, WRAPPERS, without_wrappers
 
 PEFT_METADATA_KEY: Final = "lora_adapter_metadata"
 """Where diffusers keeps the same facts, prefixed by component (loaders/lora_base.py)."""
@@ -198,7 +199,16 @@ class PeftConfig:
             return 1.0
         if self.kind == "ADALORA":
             return alpha / (self.rank + 1e-5)  # PEFT tuners/adalora/layer.py
-        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+        return times_added(path) * alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def times_added(path: str) -> int:
+    """How many times PEFT adds a module's product to the weight: twice for nn.MultiheadAttention's output layer.
+
+    Its MultiheadAttention.merge, which every forward pass goes through, adds it and then calls the output layer's own merge
+    (PEFT 0.21 tuners/lora/layer.py), so that the adapter was trained so.
+    """
+    return 2 if path.endswith(".base_layer.out_proj") else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +324,19 @@ def _pattern(document: Mapping[str, Any], name: str, where: str) -> Mapping[str,
     value = document.get(name) or {}
     if not isinstance(value, dict):
         raise InvalidConfig(f"{where}: {name} is {value!r}, expected a map from patterns to numbers")
-    return value
+    found: dict[str, Any] = {}
+    for key, number in value.items():
+        # The first pattern that matches decides.
+        found.setdefault(_without_wrappers(key), number)
+    return found
+
+
+def _without_wrappers(pattern: str) -> str:
+    """A pattern or a name of modules, without what wrappers put into their names."""
+    # In a regular expression a dot may be escaped, and an anchor stand in front.
+    anchor = "^" if pattern.startswith("^") else ""
+    dotted = re.sub(rf"({'|'.join(WRAPPERS)})\\\.", r"\1.", pattern.removeprefix("^"))
+    return anchor + without_wrappers(dotted).removeprefix(CONTAINER)
 
 
 def _tokens(value: object, where: str) -> dict[str, tuple[int, ...]]:
@@ -323,7 +345,7 @@ def _tokens(value: object, where: str) -> dict[str, tuple[int, ...]]:
     for indices in by_name.values():
         if not isinstance(indices, list) or not all(type(index) is int and index >= 0 for index in indices):
             raise InvalidConfig(f"{where}: trainable_token_indices is not a list of token numbers")
-    return {name: tuple(indices) for name, indices in by_name.items()}
+    return {_without_wrappers(name): tuple(indices) for name, indices in by_name.items()}
 
 
 def _neumann_terms(document: Mapping[str, Any], where: str) -> int:
@@ -336,4 +358,4 @@ def _names(document: Mapping[str, Any], name: str, where: str) -> tuple[str, ...
     value = document.get(name)
     if value is not None and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
         raise InvalidConfig(f"{where}: {name} is not a list of names")
-    return tuple(value or ())
+    return tuple(map(_without_wrappers, value or ()))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any, Final
 
-from loratool.formats.peft import PEFT_METADATA_KEY, STACK_RULES, ends_with
+from loratool.formats.peft import PEFT_METADATA_KEY, STACK_RULES, ends_with, times_added
 
 CARRIED: Final = (
     "base_model_name_or_path", "revision", "task_type", "bias", "lora_bias", "modules_to_save", "fan_in_fan_out",
@@ -99,7 +99,8 @@ def with_targets(
 def with_scale(document: Mapping[str, Any], path: str, rank: int, scale: float) -> dict[str, Any]:
     """`document` with a pattern that gives the module at `path`, whose factors have `rank`, the scale `scale`."""
     before: dict[str, float] = document.get("alpha_pattern") or {}
-    pattern, alpha = pattern_of(config_name(document, path)), scale * (sqrt(rank) if document.get("use_rslora") else rank)
+    alpha = scale * (sqrt(rank) if document.get("use_rslora") else rank) / times_added(path)
+    pattern = pattern_of(config_name(document, path))
     # PEFT takes the first pattern that matches, so that this one goes before all others.
     others = {key: value for key, value in before.items() if key != pattern}
     return {**document, "alpha_pattern": {pattern: whole_number(alpha), **others}}
@@ -122,7 +123,8 @@ def lora_config(
     """The entries r, lora_alpha and their patterns for modules of these ranks and scales; without a scale, alpha is the
     rank. Those in `stacked` are parameters, which patterns name as they name modules, and target_modules do not."""
     alphas = {
-        path: whole_number(rank * scale) if (scale := scales[path]) is not None else rank for path, rank in ranks.items()
+        path: whole_number(rank * (1.0 if (scale := scales[path]) is None else scale) / times_added(path))
+        for path, rank in ranks.items()
     }
     # The commonest rank and alpha are those of the file, so that as few modules as possible need a pattern.
     usual_rank, usual_alpha = _commonest(ranks.values(), 1), _commonest(alphas.values(), 1)

@@ -17,12 +17,29 @@ _REFUSED: Final[Mapping[str, str]] = {
     r"lora_controlnet$": (
         "is a control-LoRA of Stability AI, which makes a ControlNet of the U-Net's encoder; it is no adapter of the model"
     ),
-    r"\.lora_[ab]$": ("is in MLX's format, whose scale is not in the file; fuse it with mlx_lm.fuse, or save it as PEFT"),
+    r"\.lora_[ab]$": (
+        "is in MLX's format, whose factors are transposed and whose scale is in a config of its own; fuse it with "
+        "mlx_lm.fuse, or save it as PEFT"
+    ),
+    r"\.lora_[ab]\.weight$": (
+        "has torchtune's own names; let torchtune's checkpointer save the adapter in PEFT's format "
+        "(adapter_model.safetensors), or use torchtune.models.convert_weights.tune_to_peft_adapter_weights"
+    ),
+    r"\.adapter\.linear_(?:in|out)\.weight$": (
+        "is an adapter of Megatron-Bridge or NeMo, on modules that stack and interleave those of the Hugging Face model; "
+        "export it with Megatron-Bridge's export_adapter.py"
+    ),
+    r"(?:^|\.)decoder\.layers\.\d+\.(?:self_attention\.linear_(?:qkv|proj)|mlp\.(?:[\w.]+\.)?linear_fc[12])\.lora_": (
+        "is an adapter of Megatron-core's modules, which stack and interleave those of the Hugging Face model; export it "
+        "with what trained it (ms-swift: swift export --to_hf true)"
+    ),
 }
 """Patterns of keys, and why files that have such keys are refused."""
 
 KNOWN: Final[Mapping[str, str]] = {
-    "nunchaku": "4-bit factors, packed", "control-LoRA": "Stability AI's ControlNets", "MLX": "transposed, without a scale",
+    "nunchaku": "4-bit factors, packed", "control-LoRA": "Stability AI's ControlNets",
+    "MLX": "transposed, with a config of its own",
+    "torchtune": "its own names of modules", "Megatron": "stacked and interleaved modules",
     "GGUF": "llama.cpp's own file type",
 }  # fmt: skip
 """The layouts that are recognised and refused, in a word or two."""

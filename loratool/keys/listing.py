@@ -14,7 +14,7 @@ from loratool.errors import InvalidAdapter, InvalidConfig, LoratoolError, Unsupp
 from loratool.files.adapter_files import AdapterFile, is_adapter_folder, open_adapter
 from loratool.files.header import Header, TensorInfo, read_scalars
 from loratool.files.layout import Layout, layout_of_file, open_layout
-from loratool.formats.leaves import OF_NO_EFFECT, SHARED_KEYS, SPELLED, ParsedKey, parse_key
+from loratool.formats.leaves import OF_NO_EFFECT, SHARED_KEYS, SPELLED, ParsedKey, adapter_name, parse_key
 from loratool.formats.peft import PeftConfig, TargetParameter, from_metadata
 from loratool.formats.recognise import folds_whole_weights, refusal
 from loratool.names import ADAPTER_PREFIXES, CONTAINER, Module, adapter_component
@@ -190,7 +190,7 @@ def open_input(path: Path) -> AdapterListing | Layout:
     # Only the keys tell a single file's contents: without a leaf among them it is a checkpoint, whose header is read by now.
     found = read_listing(path)
     # PEFT's config makes an adapter of a folder, also of a tuner that is not known here.
-    if found.groups or found.file.config:
+    if found.groups or found.problems or found.configs:
         return found
     return open_layout(path) if path.is_dir() else layout_of_file(found.header)
 
@@ -222,6 +222,7 @@ def list_adapter(file: AdapterFile) -> AdapterListing:
     # What a key does not say by itself, the keys of its module may.
     unexplained = [name for name in unexplained if name not in SHARED_KEYS and not _ia3_weight(name, header, leaves)]
     _complete(leaves, header)
+    problems = [*_whole_file_problems(file), *problems]
     groups = tuple(
         ModuleLeaves(Module(*adapter_component(stem), stem), leaves[stem], frozenset(families[stem]))
         for stem in sorted(families)
@@ -262,6 +263,22 @@ def _target_parameters(found: AdapterListing) -> Iterator[tuple[str, TargetParam
             yield stem, target
 
 
+def _whole_file_problems(file: AdapterFile) -> Iterator[str]:
+    """What is wrong with all of a file: emptied by DeepSpeed, or holding two adapters."""
+    tensors = file.header.tensors
+    husks = [name for name, info in tensors.items() if info.shape == (0,)]
+    if husks or (file.config_file and not tensors):
+        met = f"{len(husks)} of {len(tensors)} tensors are empty, the first is {husks[0]}" if husks else "it has no tensors"
+        yield (
+            f"{met}: what DeepSpeed's ZeRO-3 leaves where parameters are saved in pieces; save again with the weights "
+            "gathered (zero_to_fp32.py, or stage3_gather_16bit_weights_on_model_save)"
+        )
+    names = sorted({name for key in tensors if (name := adapter_name(key))})
+    if len(names) > 1:
+        named = f"{len(names)} adapters, {first_few(names)}"
+        yield f"holds {named}; save one with PEFT's save_pretrained(selected_adapters=[NAME])"
+
+
 def _complete(leaves: dict[str, dict[str, TensorInfo]], header: Header) -> None:
     """Adds to the leaves of modules what their own keys do not say: shared projections, and differences named as factors."""
     shared = {leaf: header.tensors[name] for name, leaf in SHARED_KEYS.items() if name in header.tensors}
@@ -292,11 +309,11 @@ def require_adapter(found: AdapterListing) -> None:
             raise Unsupported(f"{config.where}: {config.refusal}")
     if why := refusal(found.header.tensors):
         raise Unsupported(f"{name}: {why}")
+    if found.problems:
+        raise InvalidAdapter(f"{name}: {found.problems[0]}")
     if not found.groups:
         full = "; this looks like a full checkpoint" if found.header.tensors else ": it has no tensors"
         raise InvalidAdapter(f"{name}: not an adapter{full}")
-    if found.problems:
-        raise InvalidAdapter(f"{name}: {found.problems[0]}")
     if found.unexplained:
         count, first = len(found.unexplained), found.unexplained[0]
         raise InvalidAdapter(

@@ -7,21 +7,24 @@ naming, with q, k and v as row ranges of a stacked weight or the other way about
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 from loratool.archs import ARCHS, Component
+from loratool.archs.classes import TIE, TiedWeights, model_parts, tied_weights
 from loratool.archs.links import Link, parts_mentioned
 from loratool.archs.llm import CONV1D, fuse_rows, is_decoder, meta, mixture_of_experts
+from loratool.archs.memory import MemoryTensors, tensors_in_memory
 from loratool.deltas.schema import BIAS, WEIGHT
 from loratool.errors import LoratoolError
 from loratool.files.header import read_json
 from loratool.files.layout import Layout
 from loratool.keys.detect import NamedWidth
+from loratool.keys.rows import Places, WeightRows, places_in_memory, split_heads
 from loratool.keys.stacks import expert_names, has_inputs_first, has_interleaved_halves
-from loratool.names import COMPONENTS, ENCODERS, WHOLE, Module, base_component, candidate_names, flat
+from loratool.names import COMPONENTS, ENCODERS, WHOLE, Module, base_component, candidate_names, flat, without_wrappers
 
 Key = tuple[str, str]
 """A component, and the flattened path of a module in it."""
@@ -39,24 +42,18 @@ EMBEDDING_STEMS: Final = ("embed_tokens.weight", "wte.weight")
 
 
 @dataclass(frozen=True, slots=True)
-class WeightRows:
-    """Rows `start` to `stop` by `step`, along the output, of a base tensor, or of the matrix of one `expert` in a stack;
-    `transposed` where it is stored as (in, out)."""
+class Tie:
+    """Weights that are one in memory: `members` are their names there by flattened path and parameter, `stored` the tensors
+    of the base that hold them, of one member or of several."""
 
-    tensor: str
-    start: int
-    stop: int
-    transposed: bool = False
-    step: int = 1
-    expert: int | None = None
+    weights: TiedWeights
+    members: Mapping[Key, str] = field(hash=False)
+    stored: Mapping[Key, str] = field(hash=False)
 
     @property
-    def rows(self) -> int:
-        return len(range(self.start, self.stop, self.step))
-
-    def matrix_of(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of what the rows are of, as it is stored in a tensor of the shape `stored`."""
-        return stored if self.expert is None else stored[1:]
+    def names(self) -> tuple[str, ...]:
+        """The names of the weights in memory."""
+        return self.weights.names
 
 
 class WeightIndex:
@@ -65,7 +62,7 @@ class WeightIndex:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._paths: dict[str, dict[str, str]] = {}
-        self._places: dict[str, dict[Key, tuple[WeightRows, ...]]] = {WEIGHT: {}, BIAS: {}}
+        self._places: dict[str, dict[Key, Places]] = {WEIGHT: {}, BIAS: {}}
         self._doubles: dict[Key, tuple[str, str]] = {}
         self.own: dict[str, WeightRows] = {}
         for name in layout.tensors:
@@ -74,11 +71,22 @@ class WeightIndex:
         for component, paths in self._paths.items():
             self._add_links(component, frozenset(paths.values()))
 
-    def find(self, module: Module, parameter: str = WEIGHT) -> tuple[WeightRows, ...]:
+    def find(self, module: Module, parameter: str = WEIGHT) -> Places:
         """The places that the weight or bias of `module` takes, in the order of its rows; empty where the base has none.
 
         Raises `LoratoolError` where two tensors of the base go by the module's name.
         """
+        for path in _spellings(module.path):
+            if places := self._find(replace(module, path=path), parameter):
+                return places
+        return ()
+
+    def _find(self, module: Module, parameter: str) -> Places:
+        """The places of `module` under this very path, in memory's names or in those of the base."""
+        # Adapters speak of modules in memory, which other modules may be called on disk.
+        for path in self.paths_in_memory(module.path):
+            if places := self._memory[parameter].get(flat(path)):
+                return places
         for key in self._readings(module):
             # A double is an error only where it is asked for; tensors that no adapter changes may be called anything.
             if key in self._doubles:
@@ -139,6 +147,51 @@ class WeightIndex:
                 renamed.update(found[0])
         return renamed
 
+    @cached_property
+    def _made(self) -> list[tuple[MemoryTensors, list[tuple[str, Places]]]]:
+        """What has another name in memory, or is made of several tensors, with the places of each name."""
+        found = tensors_in_memory(self._layout.config, self._layout.tensors)
+        return [(made, list(places_in_memory(made, self.own, self._layout))) for made in found]
+
+    @cached_property
+    def _memory(self) -> dict[str, dict[str, Places]]:
+        """The places of what has another name in memory, by parameter and the flattened path of its module there."""
+        found: dict[str, dict[str, Places]] = {WEIGHT: {}, BIAS: {}}
+        for _, named in self._made:
+            for name, places in named:
+                module, parameter = module_of(name)
+                found[parameter].setdefault(flat(module.path), places)
+        return found
+
+    @cached_property
+    def _by_tensor(self) -> dict[str, list[tuple[str, Places]]]:
+        """The names in memory that take rows of each tensor; not those of single experts, which no tensor in memory has."""
+        found: dict[str, list[tuple[str, Places]]] = {}
+        for made, named in self._made:
+            for name, places in named:
+                if name in made.names:
+                    for place in places:
+                        found.setdefault(place.tensor, []).append((name, places))
+        return found
+
+    def in_memory(self, tensor: str) -> list[tuple[str, Places]]:
+        """What takes rows of a tensor, by its name in memory, with all of its places; the tensor itself where memory has the
+        same name for it."""
+        return self._by_tensor.get(tensor, [(tensor, (self.own[tensor],))])
+
+    @cached_property
+    def _prefix(self) -> str:
+        """What the class in config.json calls the model without its head, with a dot behind; "" for an unknown class."""
+        parts = model_parts(self._layout.config)
+        prefix = parts[0].facts.get("prefix", "") if parts else ""
+        return f"{prefix}." if prefix else ""
+
+    def paths_in_memory(self, path: str) -> Iterator[str]:
+        """The path, and the same with or without the base model's prefix: heads are put on bare models, and taken off."""
+        yield path
+        if self._prefix:
+            yield path.removeprefix(self._prefix) if path.startswith(self._prefix) else self._prefix + path
+
     def _readings(self, module: Module) -> Iterator[Key]:
         """The keys by which the base may know `module`: first as its name is read; then, where the name or the base does not
         tell components apart, in the other components."""
@@ -159,14 +212,31 @@ class WeightIndex:
             yield from ((component, path) for component in ENCODERS if component in self._paths)
 
     @cached_property
-    def tied_embedding(self) -> str | None:
-        """The embedding tensor that serves as output layer too; None where the model has none, or stores its own."""
-        # Only the class in config.json tells a model with a tied head from a bare one, which has an embedding and no head.
-        architectures = self._layout.config.get("architectures") or [""]
-        has_head = str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-        if not has_head or any(name.endswith(f"{HEAD}.weight") for name in self._layout.tensors):
-            return None
-        return next((name for name in self._layout.tensors if name.endswith(EMBEDDING_STEMS)), None)
+    def ties(self) -> tuple[Tie, ...]:
+        """The weights that are one in memory and of which the base stores one at least."""
+        config = self._layout.config
+        declared = tied_weights(config) or _usual_tie(config, self._layout.tensors)
+        found = []
+        for weights in declared:
+            keys = [(name, *module_of(name)) for name in weights.names]
+            members = {(flat(module.path), parameter): name for name, module, parameter in keys}
+            places = {(flat(module.path), parameter): self.find(module, parameter) for _, module, parameter in keys}
+            stored = {key: where[0].tensor for key, where in places.items() if where}
+            if stored:
+                found.append(Tie(weights, members, stored))
+        return tuple(found)
+
+    def tie_of(self, module: Module, parameter: str = WEIGHT) -> Tie | None:
+        """The tie that a weight is part of, None without one."""
+        paths = [flat(path) for path in self.paths_in_memory(module.path)]
+        return next((tie for tie in self.ties for path in paths if (path, parameter) in tie.members), None)
+
+    def find_twin(self, module: Module, parameter: str = WEIGHT) -> Places:
+        """The places of `module`, or of a weight that is the same in memory where the base stores only that one."""
+        if places := self.find(module, parameter):
+            return places
+        tie = self.tie_of(module, parameter)
+        return (self.own[next(iter(tie.stored.values()))],) if tie else ()
 
     def _add(self, name: str) -> None:
         module, parameter = module_of(name)
@@ -209,7 +279,7 @@ class WeightIndex:
             for link in joined:
                 self._alias_whole(component, link, places)
 
-    def _alias_parts(self, component: str, link: Link, places: dict[Key, tuple[WeightRows, ...]]) -> None:
+    def _alias_parts(self, component: str, link: Link, places: dict[Key, Places]) -> None:
         """Gives the parts of a link their row ranges of the whole, where the base stores the whole as the original does."""
         stored = places.get((component, flat(link.whole)))
         if stored is None:
@@ -217,13 +287,13 @@ class WeightIndex:
         if link.rotary:
             # Without the width of a head nobody knows which rows belong together, and the module stays without a place.
             if width := self._head_width():
-                places[component, flat(link.parts[0])] = tuple(_split_heads(stored[0], width))
+                places[component, flat(link.parts[0])] = tuple(split_heads(stored[0], width))
             return
         whole = self._as_transposed(stored[0]) if link.transposed else stored[0]
         for part, place in zip(link.parts, _cut_rows(whole, link), strict=True):
             places[component, flat(part)] = _swap_halves((place,)) if link.swapped else (place,)
 
-    def _alias_whole(self, component: str, link: Link, places: dict[Key, tuple[WeightRows, ...]]) -> None:
+    def _alias_whole(self, component: str, link: Link, places: dict[Key, Places]) -> None:
         """Gives the whole of a link the places of its parts, in order, where the base stores them as diffusers does."""
         parts = [places.get((component, flat(part))) for part in link.parts]
         joined = tuple(place for part in parts if part for place in part)
@@ -279,11 +349,34 @@ class WeightIndex:
         return renamed if len(renamed) == len(modules) and placed else {}
 
 
+def _usual_tie(config: Mapping[str, Any], names: Iterable[str]) -> tuple[TiedWeights, ...]:
+    """The tie of output layer and input embedding by their usual names, for a class that transformers does not have."""
+    # Only the class tells a model with a tied head from a bare one, which has an embedding and no head.
+    architectures = config.get("architectures") or [""]
+    if model_parts(config) or not str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return ()
+    embedding = next((name for name in names if name.endswith(EMBEDDING_STEMS)), None)
+    head = next((name for name in names if name.endswith(f"{HEAD}.weight")), f"{HEAD}.weight")
+    return (TiedWeights((head, embedding), said=bool(config.get(TIE, False))),) if embedding else ()
+
+
 def module_of(name: str) -> tuple[Module, str]:
     """The module that a base's tensor belongs to, and whether the tensor is the module's weight or its bias."""
-    component, _, rest = base_component(name)
+    component, _, rest = base_component(without_wrappers(name))
     ending, parameter = next(((ending, parameter) for ending, parameter in ENDINGS if rest.endswith(ending)), ("", WEIGHT))
     return Module(component, rest.removesuffix(ending), name.removesuffix(ending)), parameter
+
+
+def _spellings(path: str) -> Iterator[str]:
+    """The paths that a module's name may mean: PEFT calls what it wrapped `base_layer`, and gives nn.MultiheadAttention's
+    stack of q, k and v the name of the module, or the parameter's own (PEFT tuners/lora/layer.py)."""
+    yield path
+    bare = path.replace(".base_layer", "")
+    if bare != path:
+        yield bare
+    yield f"{bare}.in_proj"
+    if bare.endswith("in_proj_weight"):
+        yield bare.removesuffix("_weight")
 
 
 def _best_table(component: str, paths: frozenset[str]) -> tuple[Component | None, str]:
@@ -325,7 +418,7 @@ def _cut_rows(place: WeightRows, link: Link) -> Iterator[WeightRows]:
         start += size * unit
 
 
-def _swap_halves(places: tuple[WeightRows, ...]) -> tuple[WeightRows, ...]:
+def _swap_halves(places: Places) -> Places:
     """The two halves of a weight in the opposite order; two places are halves that were exchanged once, and go back."""
     if len(places) == 2:
         return places[1], places[0]
@@ -333,19 +426,12 @@ def _swap_halves(places: tuple[WeightRows, ...]) -> tuple[WeightRows, ...]:
     return replace(places[0], start=middle), replace(places[0], stop=middle)
 
 
-def _split_heads(place: WeightRows, width: int) -> Iterator[WeightRows]:
-    """The rows of a weight of Meta's Llama in Hugging Face's order: of each head the even rows, then the odd ones."""
-    for start in range(place.start, place.stop, width):
-        for half in (0, 1):
-            yield replace(place, start=start + half, stop=start + width, step=2)
-
-
 def inputs_of(layout: Layout) -> list[NamedWidth]:
     """The modules of a base that have a weight of two dimensions or more, and the widths of their inputs."""
     found: list[NamedWidth] = []
     # No table has a VAE or the copies of an EMA, and a table must explain every module that is listed here.
     for name, (_, info) in layout.tensors.items():
-        component, prefix, rest = base_component(name)
+        component, prefix, rest = base_component(without_wrappers(name))
         if rest.endswith(".weight") and len(info.shape) > 1 and not prefix.startswith(("vae", "first_stage", "model_ema")):
             found.append((Module(component, rest.removesuffix(".weight"), prefix + rest), info.shape[1]))
     return found

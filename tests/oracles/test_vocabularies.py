@@ -93,6 +93,7 @@ def grow(kind: str, folder: Path, size: int | None, config: Any, *, tied: bool) 
         ("flat", None, TrainableTokensConfig(target_modules=[EMBEDDING], token_indices=[3, 7, 11])),
         ("nested", 52, {"target_modules": Q, "modules_to_save": [EMBEDDING, HEAD]}),
         ("nested", 52, {"target_modules": [*Q, EMBEDDING, HEAD]}),
+        ("flat", 52, {"target_modules": Q, "modules_to_save": [EMBEDDING, HEAD], "ensure_weight_tying": True}),
         ("nested", None, {"target_modules": Q, "trainable_token_indices": [3, 5]}),
     ],
 )
@@ -103,6 +104,16 @@ def test_logits_are_those_of_the_trained_model(tmp_path: Path, kind: str, size: 
 
     got = logits(model.from_pretrained(tmp_path / "out").eval(), size or 48)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", [EMBEDDING, HEAD])
+def test_what_is_beneath_a_trained_weight_is_of_its_twin_too(tmp_path: Path, target: str) -> None:
+    """PEFT saves the grown weight beneath the LoRA alone, which the other weight of a tied model has as well."""
+    model, wanted = grow("flat", tmp_path, 52, {"target_modules": [*Q, target]}, tied=True)
+
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+
+    torch.testing.assert_close(logits(model.from_pretrained(tmp_path / "out").eval(), 52), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_new_rows_of_a_tied_vocabulary_may_come_alone(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from loratool.base.base import BaseCheckpoint
-from loratool.keys.places import WeightRows, module_of
+from loratool.keys.places import module_of
+from loratool.keys.rows import WeightRows
 from loratool.numbers import rounding
 from loratool.numbers.devices import DevicePool, send
 from loratool.numbers.linalg import row_blocks
@@ -76,7 +77,9 @@ def compare_checkpoints(
     for name in one.layout.tensors:
         # The very same name first; else the places of the module, which may be several tensors, or rows of a stacked one.
         direct = other.targets.own.get(name)
-        places = (direct,) if direct else other.targets.find(*module_of(name))
+        # What the one has under its name on disk, the other may have under the name in memory, or the other way about.
+        memory, _ = one.targets.in_memory(name)[0]
+        places = (direct,) if direct else other.targets.find(*module_of(name)) or other.targets.find(*module_of(memory))
         if places:
             pairs.append((name, places))
             for place in places:

@@ -45,6 +45,8 @@ def describe_format(found: AdapterListing) -> str:
     if CONTAINER in prefixes:
         alone = "in a single file" if found.configs else "names without a config"
         return f"PEFT {'folder' if found.path.is_dir() else alone}"
+    if not found.groups:
+        return "none that is known"
     titles = [row.title for row in matching_formats(found.keys)]
     if titles:
         # Several write the same keys: the trainer's own name for them, else the best known.

@@ -203,7 +203,8 @@ def apply_terms(tensor: TensorPlan, base: Tensor) -> tuple[Tensor, Tensor]:
     for term in sorted(tensor.terms, key=lambda term: (not term.delta.replaces, term.delta.additive)):
         if tensor.shape != base.shape:
             # The term that reshapes is given the stored weight; all later terms see a base padded to the new shape.
-            result = term.delta.apply(base, term.strength)
+            # A copy: a replaced value may be that of several tensors, and later terms are added to the result in its place.
+            result = term.delta.apply(base, term.strength).clone()
             base = _pad_shape(base, tensor.shape)
         else:
             # What depends on the weight was trained on the weight that was put in the base's place.

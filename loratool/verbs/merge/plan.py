@@ -12,17 +12,19 @@ from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import Strength, strengths_of
 from loratool.deltas.full import Enlarge
 from loratool.deltas.relations import same_bytes
+from loratool.deltas.schema import BIAS
 from loratool.errors import LoratoolError, UnmatchedModules, Unsupported, error_context, first_few
 from loratool.files.header import BITS, TensorInfo
 from loratool.files.layout import Layout
 from loratool.files.tensors import FLOATS
 from loratool.keys.detect import detect
-from loratool.keys.places import EMBEDDING_STEMS, HEAD, WeightIndex, WeightRows
+from loratool.keys.places import WeightIndex
 from loratool.names import Module
 from loratool.verbs.merge.heads import class_with_head, head_config, is_of_head, require_head
 from loratool.verbs.merge.sizes import resize_config
 from loratool.verbs.merge.stacks import lay_experts
 from loratool.verbs.merge.terms import Term, grows, require_no_overlap, terms_of
+from loratool.verbs.merge.ties import UntiedWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +107,19 @@ def make_plan(
 
 
 class _PlanDraft:
-    """Terms by tensor, collected from one adapter after the other; `added` maps an untied head to its embedding."""
+    """Terms by tensor, collected from one adapter after the other; `of_ties` are those that are of all weights of a tie, and
+    `heads` maps new tensors to those that lend them dtype and file."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.targets = WeightIndex(layout)
         self.terms: dict[str, list[Term]] = {}
-        self.added: dict[str, str] = {}
-        self.unmatched: list[Module] = []
-        self.lost: list[Module] = []
+        self.untied = UntiedWeights(layout, self.targets)
+        self.of_ties: list[tuple[str, Term]] = []
+        self.heads: dict[str, str] = {}
+        self.unmatched: list[Change] = []
         self.matched = 0
-        self.config: dict[str, Any] = {}
+        self.config = self.untied.config
 
     def add(self, adapter: Adapter, selection: Selection, strengths: Mapping[Module, float]) -> None:
         """Adds the terms of one adapter, and its modules without a target to `unmatched`."""
@@ -127,40 +131,36 @@ class _PlanDraft:
         taken = lay_experts(adapter, self._without_tied_copies(chosen), self.targets, self.layout)
         # Then the modules that the base does not know: one prefix must place all of them, as a wrapper adds or drops one.
         lost = {
-            change.module for change in taken if not change.optional and not self._places(change.module, change.parameter)
+            change.module
+            for change in taken
+            if not change.optional and not self.untied.places(change.module, change.parameter)
         }
         renamed = self.targets.find_wrapped(sorted(lost)) if lost else {}
+        named = [(change, renamed.get(change.module, change.module)) for change in taken]
         # At last the terms. They are collected by adapter, since `require_no_overlap` forbids an adapter to change a row
         # twice while several adapters may well change the same row.
         mine: dict[str, list[Term]] = {}
-        name, head = class_with_head(adapter, self.layout), list[Change]()
-        for change in self._untied_changes(adapter, taken):
-            places = self._places(renamed.get(change.module, change.module), change.parameter)
-            if places:
-                self._place(change, places, by_module[change.module], mine)
-            elif name and is_of_head(change, name):
+        cls, head = class_with_head(adapter, self.layout), list[Change]()
+        kept = self.untied.without_copies(adapter, named)
+        self.matched += len(named) - len(kept)
+        for change, module in kept:
+            if cls and is_of_head(change, cls) and not self.untied.places(module, change.parameter):
                 head.append(change)
-            elif not change.optional:
-                self.unmatched.append(change.module)
-                self.lost += [change.module] if change.delta.replaces else []
-        for tensor, terms in mine.items():
-            require_no_overlap(adapter, tensor, terms)
-            self.terms.setdefault(tensor, []).extend(terms)
+            else:
+                self._place(adapter, change, module, by_module[change.module], mine)
+        for name, terms in mine.items():
+            require_no_overlap(adapter, name, terms)
+            self.terms.setdefault(name, []).extend(terms)
         if head:
-            require_head(self.layout, name, head)
-            self._add_head(name, head, by_module)
+            require_head(self.layout, cls, head)
+            self._add_head(cls, head, by_module)
 
-    def _place(self, change: Change, places: tuple[WeightRows, ...], strength: float, mine: dict[str, list[Term]]) -> None:
-        """Adds the terms of a change to `mine`, the terms of its adapter by tensor."""
-        self.matched += 1
-        tensor = places[0].tensor
-        shape = self._stored_info(tensor).shape
-        # What a replaced weight gets on top of it has the new shape, as the LoRA of a vocabulary that grew.
-        grown = next((term.delta.shape for term in mine.get(tensor, ()) if term.delta.replaces), None)
-        if grown and len(places) == 1:
-            shape, places = grown, (replace(places[0], stop=grown[0]),)
-        for name, term in terms_of(shape, self._fit(change, shape), places, strength):
-            mine.setdefault(name, []).append(term)
+    def _new_shape(self, tensor: str, terms: Mapping[str, Sequence[Term]]) -> tuple[int, ...] | None:
+        """The shape of the weight that `terms` put in the place of a tensor, or of the one that it is a copy of."""
+        own = [term for term in terms.get(tensor, ()) if term.delta.replaces]
+        shared = terms.get(self.untied.added.get(tensor, ""), ())
+        own += [term for term in shared if term.delta.replaces and term.delta.acts_on_tied_head]
+        return own[0].delta.shape if own else None
 
     def _add_head(self, name: str, head: Sequence[Change], strengths: Mapping[Module, float]) -> None:
         """Has the output store a head that only the adapter has, and its config name the class `name` that has it."""
@@ -168,12 +168,33 @@ class _PlanDraft:
         source = next(tensor for tensor, (_, info) in self.layout.tensors.items() if info.dtype in FLOATS and info.shape)
         for change in head:
             tensor = f"{change.module.path}.{change.parameter}"
-            self.added[tensor] = source
+            self.heads[tensor] = source
             rows = change.delta.shape[0]
             term = Term(str(change), change.delta, strengths[change.module], 0, rows, transposed=False)
             self.terms.setdefault(tensor, []).append(term)
         self.matched += len(head)
         self.config |= head_config(self.layout, name, head)
+
+    def _place(
+        self, adapter: Adapter, change: Change, module: Module, strength: float, terms: dict[str, list[Term]]
+    ) -> None:
+        """Adds the terms of a change, which the base calls `module`, to `terms` by tensor, or the change to `unmatched`."""
+        settled = self.untied.settle(adapter, change, module)
+        if not settled:
+            self.unmatched += [] if change.optional else [change]
+            return
+        self.matched += 1
+        for places in settled:
+            tensor, shape = places[0].tensor, self._stored_info(places[0].tensor).shape
+            # What a replaced weight gets on top of it has the new shape, as the LoRA of a vocabulary that grew.
+            grown = self._new_shape(tensor, terms)
+            if grown and len(places) == 1:
+                shape, places = grown, (replace(places[0], stop=grown[0]),)  # noqa: PLW2901
+            for name, term in terms_of(shape, self._fit(change, shape), places, strength):
+                terms.setdefault(name, []).append(term)
+        if change.delta.acts_on_tied_head or adapter.tied:
+            tensor = settled[0][0].tensor
+            self.of_ties += [(tensor, term) for term in terms[tensor] if term.change == str(change)]
 
     def _fit(self, change: Change, base: tuple[int, ...]) -> Change:
         """`change`, or where it is a FLUX control LoRA's on the input layer, `change` on that layer padded with zeros.
@@ -214,7 +235,12 @@ class _PlanDraft:
         plans = {}
         for name, (file, info) in self.layout.tensors.items():
             plans[name] = self._tensor(name, file, info, dtype)
-        for name, source in self.added.items():
+        # What is of all weights of a tie is of the copies too that came to be after it.
+        for tensor, term in self.of_ties:
+            for name in self.untied.late_copies(tensor):
+                if term not in self.terms.get(name, ()):
+                    self.terms.setdefault(name, []).insert(0, term)
+        for name, source in {**self.untied.added, **self.heads}.items():
             file, info = self.layout.tensors[source]
             plans[name] = self._tensor(name, file, info, dtype)
         return plans
@@ -228,54 +254,21 @@ class _PlanDraft:
         shape = next((term.delta.shape for term in terms if grows(term, info)), info.shape)
         return TensorPlan(name, file, info, stored, shape, terms)
 
-    def _untied_changes(self, adapter: Adapter, changes: list[Change]) -> list[Change]:
-        """The changes to apply. A change of a tied embedding unties the head, which did not see that change in training.
-
-        Where the adapter itself is tied (PEFT's ensure_weight_tying), head and embedding stay one, and the head's copy of
-        the change is left out.
-        """
-        for ending in EMBEDDING_STEMS:
-            embedding = ending.removesuffix(".weight")
-            # Trained rows of single tokens act on the head too: PEFT ties them wherever the model does.
-            inputs = [
-                change for change in changes if change.module.path.endswith(embedding) and not change.delta.acts_on_tied_head
-            ]
-            outputs = [change for change in changes if change.module.path.endswith(HEAD)]
-            places = self.targets.find(inputs[0].module) if inputs else ()
-            if not places or not self.targets.tied_embedding:
-                continue
-            if adapter.tied:
-                self.matched += len(outputs)
-                return [change for change in changes if change not in outputs]
-            self._untie(places[0].tensor)
-        return changes
-
-    def _places(self, module: Module, parameter: str) -> tuple[WeightRows, ...]:
-        """The places of `module` in the base; a head that is tied, and so not stored, has one like the embedding's."""
-        found = self.targets.find(module, parameter)
-        embedding = self.targets.tied_embedding if not found and module.path.endswith(HEAD) else None
-        return (WeightRows(f"{HEAD}.weight", 0, self.layout.info(embedding).shape[0]),) if embedding else found
-
     def _stored_info(self, tensor: str) -> TensorInfo:
-        """The base's header entry of a tensor. For a head that is tied, that of the embedding; the call unties the head."""
-        embedding = self.targets.tied_embedding
-        if tensor not in self.layout.tensors and embedding:
-            self._untie(embedding)
-        return self.layout.info(self.added.get(tensor, tensor))
-
-    def _untie(self, embedding: str) -> None:
-        """Has the output store a head of its own, which begins as a copy of the embedding."""
-        self.added[f"{HEAD}.weight"] = embedding
-        self.config["tie_word_embeddings"] = False
+        """The base's header entry of a tensor, or of the one that a tensor of the output is a copy of."""
+        return self.layout.info(self.untied.added.get(tensor, tensor))
 
 
 def _unmatched_message(draft: _PlanDraft, adapters: Sequence[Adapter]) -> str:
     """The message of `UnmatchedModules`: the modules with their nearest names, and the adapter's likely architecture."""
     count = len(draft.unmatched)
     pairs = []
-    for module in draft.unmatched[:5]:
-        near = draft.targets.nearest(module)
-        pairs.append(f"{module} (nearest: {near})" if near else str(module))
+    for change in draft.unmatched[:5]:
+        near = draft.targets.nearest(change.module)
+        if change.parameter == BIAS and draft.targets.find(change.module):
+            pairs.append(f"{change}: the base's layer has no bias, which lora_bias trained")
+        else:
+            pairs.append(f"{change} (nearest: {near})" if near else str(change))
     more = f" and {count - 5} more" if count > 5 else ""
     total = count + draft.matched
     message = f"{count} of {total} modules have no target in {draft.layout.root}: {'; '.join(pairs)}{more}"
@@ -284,6 +277,7 @@ def _unmatched_message(draft: _PlanDraft, adapters: Sequence[Adapter]) -> str:
         f"; the adapter looks like one for {first_few(sorted(verdicts))}" if verdicts - {"unknown", "undecided"} else ""
     )
     way_out = "`allow_unmatched=True` leaves them out" if draft.matched else "is the adapter for another model?"
-    if draft.matched and draft.lost:
-        way_out += f", and loses {draft.lost[0]}, a trained weight: a base of the class that was trained has it"
+    trained = next((change for change in draft.unmatched if change.delta.replaces), None)
+    if draft.matched and trained:
+        way_out += f", and loses {trained}, a trained weight: a base of the class that was trained has it"
     return f"{message}{families}; {way_out}"

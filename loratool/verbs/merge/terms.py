@@ -14,7 +14,7 @@ from loratool.deltas.base import Delta
 from loratool.deltas.schema import ANY
 from loratool.errors import LoratoolError, ShapeMismatch
 from loratool.files.header import TensorInfo
-from loratool.keys.places import WeightRows
+from loratool.keys.rows import WeightRows
 
 
 @dataclass(frozen=True, slots=True)
