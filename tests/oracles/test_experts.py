@@ -224,3 +224,42 @@ def test_names_that_leave_the_parameter_open_are_asked_about(tmp_path: Path) -> 
 
     with pytest.raises(LoratoolError, match="name the trained ones alone"):
         merge(tmp_path / "base.safetensors", [tmp_path / "adapter"], tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("module", ["model.layers.0.mlp.experts.w1", "model.unembed_tokens"])
+def test_tinkers_layout_is_named_with_its_converter(tmp_path: Path, module: str) -> None:
+    """tinker-cookbook: experts' factors in three dimensions, of which one may be shared by all experts."""
+    stem = f"base_model.model.{module}"
+    (tmp_path / "adapter").mkdir()
+    tensors = {f"{stem}.lora_A.weight": torch.ones(1, 4, 8), f"{stem}.lora_B.weight": torch.ones(4, 6, 4)}
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 32}))
+    llm("qwen3_moe").save_pretrained(tmp_path / "base")
+
+    with pytest.raises(LoratoolError, match="build_lora_adapter"):
+        merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+
+
+def test_attention_beside_packed_experts_is_merged(tmp_path: Path) -> None:
+    """gpt-oss as it was released: its experts in MXFP4, all else in 16 bits."""
+    from loratool import inspect
+
+    model = gpt_oss().bfloat16()
+    model.save_pretrained(tmp_path / "plain")
+    peft_adapter(copy.deepcopy(model), tmp_path / "adapter", r=2, lora_alpha=6, target_modules=["q_proj"])
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    packed = {
+        f"{name}_blocks": torch.ones(4, 8, dtype=torch.uint8) for name in tensors if name.endswith("experts.down_proj")
+    }
+    rest = {name: tensor for name, tensor in tensors.items() if f"{name}_blocks" not in packed}
+    (tmp_path / "base").mkdir()
+    save_file(rest | packed, tmp_path / "base" / "model.safetensors")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    merge(tmp_path / "plain", [tmp_path / "adapter"], tmp_path / "right")
+
+    got, right = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "right")
+    assert all(torch.equal(got[name], packed[name] if name in packed else right[name]) for name in got)
+    assert any("mxfp4" in line for line in inspect(tmp_path / "base").suspicions)

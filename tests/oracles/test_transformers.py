@@ -5,11 +5,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
-from benchmarks.classes import try_class
+from benchmarks.classes import build, try_class
+from loratool import Rule, check, extract
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

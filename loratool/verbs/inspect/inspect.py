@@ -155,7 +155,8 @@ def inspect_adapter(found: AdapterListing, whole: int | None = None, *, values: 
         share=parameters / (whole or touched) if whole or touched else None,
         metadata=summarise_metadata(found.header.metadata),
         history=tuple(history_steps(found.header.metadata)),
-        suspicions=(*problems, *suspicions(found)),
+        # A layout that is not read has modules that only seem broken.
+        suspicions=(*(problems if not refusal(found.header.tensors) else ()), *suspicions(found)),
         modules=modules,
     )
 
@@ -243,9 +244,17 @@ def _checkpoint(layout: Layout) -> CheckpointReport:
         history=tuple(history_steps(_first_metadata(layout.files.values()))),
         suspicions=(
             *(why for why in [refusal(layout.tensors)] if why),
+            *_quantisation_of(layout),
             *(f"{name} is not part of the model and is left alone" for name in layout.left_out),
         ),
     )
+
+
+def _quantisation_of(layout: Layout) -> Iterator[str]:
+    """A note of how a checkpoint is quantised, if its config says so."""
+    if said := layout.config.get("quantization_config"):
+        method = said.get("quant_method") if isinstance(said, Mapping) else None
+        yield f"is quantised{f' ({method})' if isinstance(method, str) else ''}, by its config.json"
 
 
 def _layout_name(layout: Layout) -> str:
