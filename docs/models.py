@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import signal
 import sys
 import warnings
@@ -78,6 +79,8 @@ CONFIGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "wav2vec2-conformer": {"vocab_size": 32},
 }  # fmt: skip
 """What the default config of a model type lacks, so that no model can be built from it."""
+LABELLING: Final = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+"""The endings of classes that put a head for labels or spans in the place of a language model's."""
 ALIASES: Final = ("tie_embedding", "tie_embeddings", "tie_codebooks_embeddings")
 """Other names of `tie_word_embeddings` in configs."""
 
@@ -239,6 +242,18 @@ def ties_of(model: type[PreTrainedModel]) -> list[str]:
     return found
 
 
+def head_of(model: PreTrainedModel) -> list[str]:
+    """The parameters of a class for labels or spans that the language model of the same base lacks: its head, a pooler."""
+    if not type(model).__name__.endswith(LABELLING):
+        return []
+    prefix = f"{model.base_model_prefix}."
+    return sorted(
+        name
+        for name in model.state_dict()
+        if not re.search(r"\.\d+\.", name) and (not name.startswith(prefix) or ".pooler." in name)
+    )
+
+
 def class_row(
     model: type[PreTrainedModel], built: PreTrainedModel | None, tables: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Any]:
@@ -258,10 +273,13 @@ def class_row(
     return row
 
 
-def class_rows(tables: Mapping[str, Mapping[str, str]]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """What is known of every class, those that only stand inside others too, and why some could not be built."""
+def class_rows(
+    tables: Mapping[str, Mapping[str, str]],
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]], dict[str, str]]:
+    """What is known of every class, those that only stand inside others too; the heads; why some could not be built."""
     rows: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
+    heads: dict[str, list[str]] = {}
     for model in model_classes():
         built = None
         try:
@@ -270,10 +288,12 @@ def class_rows(tables: Mapping[str, Mapping[str, str]]) -> tuple[dict[str, dict[
         except Exception as error:
             failed[model.__name__] = f"{type(error).__name__}: {str(error)[:100]}"
         rows[model.__name__] = class_row(model, built, tables)
+        if built and (head := head_of(built)):
+            heads[model.__name__] = head
         for part in built.modules() if built else ():
             if isinstance(part, PreTrainedModel) and not hasattr(transformers, type(part).__name__):
                 rows.setdefault(type(part).__name__, class_row(type(part), part, tables))
-    return rows, failed
+    return rows, heads, failed
 
 
 def render_rows(name: str, rows: Mapping[str, Any]) -> str:
@@ -289,7 +309,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     tables = autos()
-    rows, failed = class_rows(tables)
+    rows, heads, failed = class_rows(tables)
     for name, why in failed.items():
         print(f"{name}: {why}", file=sys.stderr)
     used = {row[2] for each in rows.values() for row in each.get("parts", {}).values() if len(row) > 2}
@@ -299,6 +319,7 @@ def main() -> None:
         render_rows("conversions", conversions()),
         render_rows("autos", kept),
         render_rows("classes", rows),
+        render_rows("heads", heads),
     ]
     FILE.write_text("{\n" + ",\n".join(members) + "\n}\n")
     print(f"{len(rows)} classes, {len(failed)} of them not built", file=sys.stderr)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -16,6 +16,9 @@ from loratool.files.adapter_files import AdapterFile
 from loratool.keys.listing import AdapterKeys
 from loratool.names import CONTAINER, Module
 from loratool.numbers.workload import OPERATIONS_OF_FACTORS, Workload
+
+ONLY_PEFT: Final = "is a LoRA on stacked experts, which only a PEFT folder holds (target_parameters); merge it instead"
+"""Why no other format has a place for stacked experts, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +44,6 @@ class Change:
 
     def __str__(self) -> str:
         return str(self.module) if self.parameter == "weight" else f"{self.module} (bias)"
-
-
-def with_one_expert_rank(changes: Sequence[Change]) -> list[Change]:
-    """The changes, with the factors of stacked experts filled up with zeros to one rank: no pattern of PEFT's config can
-    name them."""
-    rank = max((change.delta.rank or 0 for change in changes if change.delta.stacked), default=0)
-    return [replace(change, delta=change.delta.padded(rank)) if change.delta.stacked else change for change in changes]
 
 
 @dataclass(frozen=True, slots=True)

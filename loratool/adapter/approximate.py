@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor
 
-from loratool.adapter.adapter import Adapter, Change, factor_workload
+from loratool.adapter.adapter import ONLY_PEFT, Adapter, Change, factor_workload
 from loratool.base.base import BaseCheckpoint, open_base
 from loratool.base.effects import Effect, effect_of
 from loratool.deltas.base import Delta
@@ -206,7 +206,7 @@ def _effect(change: Change, base: BaseCheckpoint | None, device: torch.device) -
     with error_context(change):
         delta = change.delta.materialise()
         if delta.stacked:
-            raise Unsupported("is a LoRA on stacked experts, which only PEFT's target_parameters can hold")
+            raise Unsupported(ONLY_PEFT)
         return effect_of(delta, change.module, change.parameter, base, device)
 
 

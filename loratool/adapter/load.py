@@ -13,6 +13,7 @@ from typing import Final, Self
 from torch import Tensor
 
 from loratool.adapter.adapter import Adapter, Assumptions, Change
+from loratool.deltas.base import Delta
 from loratool.deltas.registry import build_part
 from loratool.deltas.relations import same_bytes
 from loratool.deltas.schema import BIAS, Given
@@ -22,6 +23,7 @@ from loratool.files.header import TensorInfo
 from loratool.files.layout import Layout
 from loratool.files.pickles import open_pickle
 from loratool.files.tensors import FLOATS, TensorFile
+from loratool.formats.leaves import UNTRAINED
 from loratool.formats.peft import PeftConfig
 from loratool.keys.detect import is_language_model
 from loratool.keys.listing import AdapterListing, ModuleLeaves, list_adapter, open_input, read_listing, require_adapter
@@ -152,8 +154,7 @@ class LazyAdapter:
 
 def _stem(found: AdapterListing, group: ModuleLeaves) -> str:
     """The stem of what a module's leaves change; for stacked experts the parameter's, not that of the module with it."""
-    config = found.config(group.module)
-    parameter = config.parameter_of(group.module.path) if config else None
+    parameter = found.stacked_parameter(group)
     return CONTAINER + parameter if parameter else group.module.stem
 
 
@@ -175,12 +176,15 @@ def _changes(
     for part in group.parts():
         # An alpha is a number that the listing has read, and reaches the delta as its scale.
         tensors = {leaf: _read(file, group.leaves[leaf]) for leaf in part.leaves if leaf != "alpha"}
-        delta = build_part(part, tensors, found.given_for(group, part, alphas, given))
+        delta: Delta = build_part(part, tensors, found.given_for(group, part, alphas, given))
         keys = tuple(group.leaves[leaf].name for leaf in part.leaves)
+        # What stands beneath what was trained is the model's own weight, and of all that it is tied to.
+        if any(f".{mark}" in key for mark in UNTRAINED for key in keys):
+            delta = delta.shared()
         # A product with a factor of zeros is zero, which need not be multiplied out to be seen.
         zero = delta.additive and (delta.scale == 0 or any(bounds(tensor) == (0, 0) for tensor in tensors.values()))
         change = Change(group.module, part.kind.parameter, delta, keys=keys, zero=zero)
-        changes.append(_of_experts(change, found) if delta.stacked else change)
+        changes.append(_of_experts(change, found.stacked_parameter(group)) if delta.stacked else change)
         # Only the base knows whether the layer has a bias.
         if delta.changes_bias:
             changes.append(Change(group.module, BIAS, delta, optional=True))
@@ -188,10 +192,8 @@ def _changes(
     return sorted(changes, key=lambda change: not change.delta.replaces)
 
 
-def _of_experts(change: Change, found: AdapterListing) -> Change:
+def _of_experts(change: Change, parameter: str | None) -> Change:
     """The change of a stacked weight, moved to the path of the parameter, with the changes of the experts' own weights."""
-    config = found.config(change.module)
-    parameter = config and config.parameter_of(change.module.path)
     assert parameter
     experts = change.delta.per_expert()
     # A parameter of two dimensions is no stack (nn.MultiheadAttention's in_proj_weight).

@@ -49,8 +49,6 @@ def rename_changes(changes: Sequence[Change], routes: Mapping[Module, Route]) ->
     moved: list[RenamedDelta] = []
     pieces: list[_Piece] = []
     for change in changes:
-        if change.per_expert:
-            raise Unsupported(f"{change}: is a LoRA on stacked experts, which only PEFT's target_parameters can hold")
         route = routes[change.module]
         with _explain_errors(change):
             # 1. Where the modules are the same, the name alone changes.

@@ -77,19 +77,20 @@ def _config(adapter: Adapter, tensors: Mapping[str, Tensor], kept: Sequence[Chan
     PEFT's prefix."""
     if not any(name.startswith(CONTAINER) for name in tensors):
         return None
+    stacked = {change.module.stem: change for change in kept if change.delta.stacked}
     ranks = {
-        name.removesuffix(suffix).removeprefix(CONTAINER): tensor.shape[0]
+        stem.removeprefix(CONTAINER): tensor.shape[0]
         for suffix in (".lora_A.weight", ".lora_embedding_A")
         for name, tensor in tensors.items()
-        if name.endswith(suffix)
-    }
+        if name.endswith(suffix) and (stem := name.removesuffix(suffix)) not in stacked
+    } | {change.module.path: change.delta.rank or 0 for change in stacked.values()}
     # New factors have scale 1, for which None stands; those that were kept have their own.
     scales: dict[str, float | None] = dict.fromkeys(ranks)
     for change in kept:
-        path = change.module.stem.removeprefix(CONTAINER)
+        path = change.stem.removeprefix(CONTAINER)
         if path in scales and change.parameter == "weight":
             scales[path] = scale_or_one(change.delta.scale)
-    return lora_document(adapter.config, LoraFacts(ranks, scales))
+    return lora_document(adapter.config, LoraFacts(ranks, scales, [change.module.path for change in stacked.values()]))
 
 
 def rescale_metadata(adapter: Adapter, kept: Sequence[Change], factors: Mapping[Module, float]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from loratool.adapter.adapter import Adapter
+from loratool.adapter.adapter import ONLY_PEFT, Adapter
 from loratool.adapter.rename import RenamedDelta
 from loratool.archs.llm import is_embedding
 from loratool.deltas.base import Delta
@@ -23,14 +23,14 @@ from loratool.names import CONTAINER
 @dataclass(slots=True)
 class FormatTensors:
     """The tensors of an adapter in a format. `ranks` and `scales`, by the prefix and path of each module of low rank, are
-    for formats that keep alphas elsewhere; `whole` are the paths of weights that are stored whole, `experts` the ranks of
-    stacked parameters by path; `dora` says of each module of low rank whether it has a magnitude."""
+    for formats that keep alphas elsewhere; `whole` are the paths of weights that are stored whole, `stacked` those of
+    stacked parameters; `dora` says of each module of low rank whether it has a magnitude."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     ranks: dict[tuple[str, str], int] = field(default_factory=dict)
     scales: dict[tuple[str, str], float | None] = field(default_factory=dict)
     whole: list[str] = field(default_factory=list)
-    experts: dict[str, int] = field(default_factory=dict)
+    stacked: list[str] = field(default_factory=list)
     dora: list[bool] = field(default_factory=list)
 
 
@@ -59,7 +59,9 @@ def spell_adapter(moved: Sequence[RenamedDelta], target: Format, adapter: Adapte
                 raise LoratoolError(f"{min(twice)} would be written twice")
         result.tensors |= named
         if item.delta.stacked:
-            result.experts[item.path] = item.delta.rank or 0
+            result.stacked.append(item.path)
+            result.ranks[item.prefix, item.path] = item.delta.rank or 0
+            result.scales[item.prefix, item.path] = delta.scale
         elif part.rank is not None and item.parameter == "weight":
             key = item.prefix, item.path
             result.ranks[key], result.scales[key] = part.rank, delta.scale
@@ -88,6 +90,9 @@ def _holder(item: RenamedDelta, moved: Sequence[RenamedDelta]) -> str:
 
 def _fit(item: RenamedDelta, target: Format) -> Delta:
     """The first form of a delta that the format has leaves for; raises `Unsupported` where it has none."""
+    # The leaves are those of a LoRA; the config alone says that they are not.
+    if item.delta.stacked and not target.folder:
+        raise Unsupported(ONLY_PEFT)
     forms = [form for form in item.delta.equivalent_forms() if form.leaves().keys() <= target.leaves.keys()]
     if not forms:
         label = _part(item.delta).label

@@ -127,7 +127,7 @@ def _config(adapter: Adapter, result: FormatTensors) -> dict[str, Any]:
     facts = LoraFacts(
         ranks or None,
         scales,
-        stacked=result.experts,
+        stacked=result.stacked,
         saved=result.whole,
         dora=any(result.dora),
         lora_bias=biased,

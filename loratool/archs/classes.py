@@ -9,6 +9,7 @@ The facts are transformers' own, read from it by `python -m docs.models` into `t
 - `autos`: the class of each model type, by the table of transformers that says it.
 - `classes`: by class, its model `type`, the `prefix` of its base model, the weights `tied` to others (target to source, in
   memory's names), what decides whether they are (`ties`), its `parts`, models by path, and its `stacks`.
+- `heads`: by class for labels or spans, the parameters that the language model of the same base lacks.
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ def class_facts(name: str) -> Mapping[str, Any]:
     """What `transformers.json` says of a class; empty for one that it does not know."""
     facts: Mapping[str, Any] = _file()["classes"].get(name, {})
     return facts
+
+
+def head_of(name: str) -> tuple[str, ...]:
+    """The parameters that a class for labels or spans has and its base's language model lacks; empty for other classes."""
+    return tuple(_file()["heads"].get(name, ()))
 
 
 def conversion_rows(name: str) -> list[Mapping[str, Any]] | None:

@@ -20,6 +20,11 @@ _DECODER: Final = re.compile(
 )
 EXPERT: Final = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 OF_EXPERT: Final = re.compile(r".*\.experts\.\d+(?=\.)")
+INPUTS_FIRST: Final = frozenset({"llama4", "llama4_text"})
+"""The model types whose classes hold stacked experts as (experts, in, out) in memory and do not say so to PEFT; those that
+do are known to `archs.classes.is_stack_transposed`, and all others hold them as (experts, out, in)."""
+HALVES_INTERLEAVED: Final = frozenset({"gpt_oss"})
+"""The model types whose stacks of gate and up have their outputs by turns (`is_concatenated=False`)."""
 CONV1D: Final = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 """Modules that GPT-2 and its kin build from transformers' Conv1D, which stores the weight as (in, out)."""
 

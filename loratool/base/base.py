@@ -60,19 +60,24 @@ class BaseCheckpoint:
 
     def by_rows(self, places: Sequence[WeightRows]) -> bool:
         """Whether the rows of `places` lie together in the files, so that some can be read without the rest."""
-        return all(not place.transposed and place.step == 1 for place in places)
+        return all(not place.transposed and place.step == 1 and place.expert is None for place in places)
 
     def _part(self, place: WeightRows, start: int, stop: int, *, pinned: bool) -> Tensor:
-        """Rows `start` to `stop` of one place, counted from its first; the whole tensor is read where rows lie apart."""
+        """Rows `start` to `stop` of one place, counted from its first. Where rows lie apart, all of the tensor is read, or
+        of the expert's matrix."""
         if self.by_rows([place]):
             return self.checkpoint.rows(place.tensor, place.start + start, place.start + stop, pinned=pinned)
-        stored = self.checkpoint.tensor(place.tensor, pinned=pinned)
+        stored = (
+            self.checkpoint.tensor(place.tensor, pinned=pinned)
+            if place.expert is None
+            else self.checkpoint.rows(place.tensor, place.expert, place.expert + 1, pinned=pinned)[0]
+        )
         rows = (stored.T if place.transposed else stored)[place.start : place.stop : place.step]
         return rows[start:stop].contiguous()
 
     def shape(self, places: Sequence[WeightRows]) -> tuple[int, ...]:
         """The shape of what lies at `places`: (out, in, *kernel) for a weight."""
-        shape = self.layout.info(places[0].tensor).shape
+        shape = places[0].matrix_of(self.layout.info(places[0].tensor).shape)
         if not shape:
             return ()
         # A transposed weight (GPT-2's Conv1D) is stored as (in, out).

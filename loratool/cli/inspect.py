@@ -128,6 +128,8 @@ def _shade(cell: float | None, largest: float) -> str:
 
 def _adapter(report: AdapterReport) -> Iterator[tuple[str, str]]:
     yield "format", safe(report.format)
+    if report.peft_type:
+        yield "peft_type", safe(report.peft_type)
     yield "trainer", report.trainer or "not said in its metadata"
     yield "base", f"{report.arch.title}: {safe(report.arch.reason)}"
     if report.arch.candidates:

@@ -45,8 +45,6 @@ class Delta(ABC):
     """Whether the delta is a plain LoRA, whose rank may be changed."""
     becomes_lora: ClassVar[bool] = True
     """Whether a LoRA can stand for what the delta does to a weight."""
-    acts_on_tied_head: ClassVar[bool] = False
-    """Whether PEFT applies the delta of an embedding to the output layer too, where the two are tied."""
     scaled_by_config: ClassVar[bool] = False
     """Whether the scale of the delta is in the config of PEFT's LoRA."""
 
@@ -87,6 +85,25 @@ class Delta(ABC):
         return False
 
     @property
+    def acts_on_tied_head(self) -> bool:
+        """Whether the delta of an embedding is of the output layer too, where the two are tied."""
+        return False
+
+    def shared(self) -> Delta:
+        """The same delta as one of all weights that are tied to its own; unchanged for a kind that only training makes."""
+        return self
+
+    @property
+    def experts(self) -> int:
+        """How many experts' weights the delta's weight stacks; 0 for other kinds."""
+        return 0
+
+    @property
+    def stack_rule(self) -> str:
+        """The rule for the axes of stacked experts' factors (`formats.peft`); "" where nobody says, and for other kinds."""
+        return ""
+
+    @property
     def changes_bias(self) -> bool:
         """Whether the delta does to the module's bias, if there is one, what it does to the weight."""
         return False
@@ -102,6 +119,14 @@ class Delta(ABC):
     def per_expert(self) -> Sequence[Delta]:
         """The same change as a delta for each expert of a stacked weight; empty for other kinds."""
         return ()
+
+    def turn(self) -> Delta:
+        """The same factors on stacked experts that are stored the other way round; unchanged for other kinds."""
+        return self
+
+    def fitted(self, weight: Sequence[int]) -> Delta:
+        """The same delta for a weight of the shape `weight`; raises `InvalidAdapter` where it cannot be for that weight."""
+        return self
 
     def padded(self, rank: int) -> Delta:
         """The same delta with zeros up to `rank`; unchanged for a kind that is no pair of factors."""

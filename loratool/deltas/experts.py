@@ -19,16 +19,22 @@ from loratool.errors import InvalidAdapter, Unsupported
 class ExpertLoRA(StoredDelta):
     """ΔW[e] = scale · up[:, :, e] · down[e]: `down` (experts · rank, in) by expert, `up` (out, rank · experts) by rank.
 
-    The weight is (experts, out, in). Source: PEFT tuners/lora/layer.py, class ParamWrapper.
+    The weight is (experts, out, in), or (experts, in, out) where the delta is `turned`. Along which axis the inputs lie is
+    settled by `stack_rule` (`formats.peft`) and the model's class, which only a base tells. Source: PEFT
+    tuners/lora/layer.py, class ParamWrapper.
     """
 
     kind: ClassVar[str] = "experts"
     stacked: ClassVar[bool] = True
 
+    scaled_by_config: ClassVar[bool] = True
+
     down: Tensor
     up: Tensor
     rank: int = 0
     scale: float | None = None
+    stack_rule: str = ""
+    turned: bool = False
 
     @classmethod
     def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
@@ -37,7 +43,7 @@ class ExpertLoRA(StoredDelta):
         down, up, rank = leaves["down"], leaves["up"], given.rank
         if not rank or down.shape[0] % rank:
             raise InvalidAdapter(f"its factors have {down.shape[0]} rows, no multiple of the rank {rank}")
-        return cls(down, up, rank, given.scale)
+        return cls(down, up, rank, given.scale, given.stack_rule)
 
     def leaves(self) -> dict[str, Tensor]:
         return {"down": self.down, "up": self.up}
@@ -48,19 +54,21 @@ class ExpertLoRA(StoredDelta):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.experts, self.up.shape[0], self.down.shape[1]
-
-    @property
-    def shares_scale(self) -> bool:
-        """True: no pattern of PEFT's config can name stacked experts, which have the scale of the whole file."""
-        return True
+        sides = self.up.shape[0], self.down.shape[1]
+        return self.experts, *(sides[::-1] if self.turned else sides)
 
     def per_expert(self) -> list[LoRA]:
         """A LoRA for each expert."""
         # PEFT orders the rows of A by expert and the columns of B by rank (ParamWrapper).
         downs = self.down.reshape(self.experts, self.rank, -1)
         ups = self.up.reshape(-1, self.rank, self.experts)
-        return [LoRA(downs[e], ups[:, :, e], None, self.scale) for e in range(self.experts)]
+        pairs = [(downs[e], ups[:, :, e]) for e in range(self.experts)]
+        # (B A)ᵀ = Aᵀ Bᵀ: the factors change places.
+        return [LoRA(*((up.T, down.T) if self.turned else (down, up)), None, self.scale) for down, up in pairs]
+
+    def turn(self) -> ExpertLoRA:
+        """The same factors on a weight that is stored the other way round."""
+        return replace(self, turned=not self.turned)
 
     def padded(self, rank: int) -> ExpertLoRA:
         """The same delta with zeros up to `rank` in every expert."""
@@ -85,11 +93,13 @@ class ExpertLoRA(StoredDelta):
         """The sum of several deltas, whose ranks add, expert by expert."""
         # Unfolded to three axes, so that `cat` along the rank keeps each expert's ranks together.
         folded = [term.folded() for term in terms]
+        if len({(term.stack_rule, term.turned) for term in folded}) > 1:
+            raise Unsupported("was written by versions of PEFT that lay stacked experts' factors to different axes")
         experts = folded[0].experts
         downs = [term.down.reshape(experts, term.rank, -1) for term in folded]
         ups = [term.up.reshape(-1, term.rank, experts) for term in folded]
         down, up = torch.cat(to_common_dtype(downs), dim=1), torch.cat(to_common_dtype(ups), dim=1)
-        return cls(down.flatten(0, 1), up.flatten(1), down.shape[1], None)
+        return cls(down.flatten(0, 1), up.flatten(1), down.shape[1], None, terms[0].stack_rule, terms[0].turned)
 
     def split(self, sizes: Sequence[int]) -> list[Delta]:
         raise Unsupported("stacked experts are cut one by one")

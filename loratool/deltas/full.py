@@ -9,7 +9,16 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from loratool.deltas.base import Delta, Leaves, StoredDelta, scale_exactly, scale_or_one, split_rows, to_compute_dtype
+from loratool.deltas.base import (
+    Delta,
+    Leaves,
+    StoredDelta,
+    scale_exactly,
+    scale_or_one,
+    split_rows,
+    to_compute_dtype,
+    with_rows,
+)
 from loratool.deltas.schema import ANY, Given
 from loratool.errors import InvalidAdapter, NeedsBase, Unsupported
 
@@ -84,7 +93,10 @@ class Full(StoredDelta):
 
 @dataclass(frozen=True, slots=True)
 class Replace(StoredDelta):
-    """`value` in the weight's place: PEFT's modules_to_save and trained biases. At a strength w: W + w · (value − W)."""
+    """`value` in the weight's place: PEFT's modules_to_save and trained biases. At a strength w: W + w · (value − W).
+
+    One that nobody trained, such as an embedding that only grew, is `of_ties`: of the weights tied to it as well.
+    """
 
     kind: ClassVar[str] = "replace"
     additive: ClassVar[bool] = False
@@ -95,6 +107,14 @@ class Replace(StoredDelta):
 
     value: Tensor
     leaf: str = "weight"
+    of_ties: bool = False
+
+    @property
+    def acts_on_tied_head(self) -> bool:
+        return self.of_ties
+
+    def shared(self) -> Replace:
+        return replace(self, of_ties=True)
 
     @classmethod
     def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
@@ -144,17 +164,19 @@ class Replace(StoredDelta):
 class TokenRows(StoredDelta):
     """`rows` (n, width) in the place of the rows `tokens` of an embedding: PEFT's trainable_token_indices.
 
-    PEFT calls them a delta, and stores the new values themselves (tuners/trainable_tokens/layer.py).
+    PEFT calls them a delta, and stores the new values themselves (tuners/trainable_tokens/layer.py). Where they are all the
+    rows that a vocabulary grew by, the embedding has `length` rows afterwards; 0 leaves its length alone.
     """
 
     kind: ClassVar[str] = "tokens"
     additive: ClassVar[bool] = False
+    reshapes: ClassVar[bool] = True
     fits_lora_file: ClassVar[bool] = True
     becomes_lora: ClassVar[bool] = False
-    acts_on_tied_head: ClassVar[bool] = True
 
     rows: Tensor
     tokens: tuple[int, ...]
+    length: int = 0
 
     @classmethod
     def from_leaves(cls, leaves: Leaves, given: Given) -> Self:
@@ -169,7 +191,30 @@ class TokenRows(StoredDelta):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return ANY, self.rows.shape[1]
+        return self.length or ANY, self.rows.shape[1]
+
+    @property
+    def acts_on_tied_head(self) -> bool:
+        """True: PEFT ties trained rows wherever the model ties its weights."""
+        return True
+
+    def may_reshape(self, weight: Sequence[int]) -> bool:
+        return self.length > weight[0] and self.rows.shape[1:] == tuple(weight[1:])
+
+    def fitted(self, weight: Sequence[int]) -> TokenRows:
+        """The same rows for a weight of the shape `weight`, which grows where they are all that it lacks.
+
+        Raises `InvalidAdapter` where they are not.
+        """
+        new = sorted({token for token in self.tokens if token >= weight[0]})
+        if not new:
+            return self
+        if new != list(range(weight[0], new[-1] + 1)):
+            raise InvalidAdapter(
+                f"trains token {new[-1]}, the embedding has {weight[0]}, and the file does not have all rows between; save "
+                "it again with PEFT's save_embedding_layers=True"
+            )
+        return replace(self, length=new[-1] + 1)
 
     def dense(self) -> Tensor:
         raise NeedsBase("rows that are replaced are no difference until the base is known")
@@ -177,6 +222,8 @@ class TokenRows(StoredDelta):
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         # A copy: a float32 weight is returned as it is, and would change under its owner.
         changed = to_compute_dtype(weight).clone()
+        if self.length > len(changed):
+            changed = with_rows(changed, self.length)
         if max(self.tokens, default=0) >= len(changed):
             raise InvalidAdapter(f"trains token {max(self.tokens)}, the embedding has {len(changed)}")
         indices = list(self.tokens)

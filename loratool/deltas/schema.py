@@ -60,7 +60,8 @@ class Given:
     """What the leaves of a module do not say, and whoever reads the file does: the same for every kind.
 
     `scale` multiplies the product of the factors (None: the file gives none), and `alpha` is the alpha behind it. `rank` is
-    the config's, and `stacked` says that the weight stacks experts. `tokens` are the rows that are trained, `neumann_terms`
+    the config's, `stacked` says that the weight stacks experts, and `stack_rule` along which axis the factors' inputs lie
+    (`formats.peft`; "": nobody says). `tokens` are the rows that are trained, `neumann_terms`
     the length of the series that stands for a Cayley transform (None: nobody says; 0: the transform itself),
     `multiplies_inputs` whether (IA)³ acts on inputs (None: the shape tells), and `slots` which slots of a fused weight.
     """
@@ -69,6 +70,7 @@ class Given:
     alpha: float | None = None
     rank: int = 0
     stacked: bool = False
+    stack_rule: str = ""
     tokens: tuple[int, ...] = ()
     neumann_terms: int | None = None
     multiplies_inputs: bool | None = None

@@ -108,7 +108,10 @@ def require_weights(layout: Layout, instead: str) -> None:
     if not layout.tensors:
         raise InvalidFile(f"{layout.root}: has no tensors")
     marks = [name for name in layout.tensors if name.endswith(_QUANTISED)]
-    if marks or layout.config.get("quantization_config"):
+    said = layout.config.get("quantization_config")
+    # MXFP4 packs the experts alone, into integers that no adapter is added to; all else is a weight as any other.
+    partly = isinstance(said, dict) and said.get("quant_method") == "mxfp4"
+    if marks or (said and not partly):
         met = f"{first_few(marks, 3)}" if marks else "quantization_config in config.json"
         raise Unsupported(f"{layout.root}: is quantised ({met}); {instead}")
 

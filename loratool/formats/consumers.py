@@ -88,8 +88,11 @@ CONSUMERS: Final[Mapping[str, Consumer]] = {
 """The programs that `check --for` takes, by name."""
 
 
-def consumer_kind(kind: str, parameter: str, dimensions: int) -> str:
-    """The name that the rows have for a kind of delta, by the parameter that is changed and its number of dimensions."""
+def consumer_kind(kind: str, parameter: str, dimensions: int, *, shares_scale: bool = False) -> str:
+    """The name that the rows have for a kind of delta, by the parameter that is changed and its number of dimensions, and
+    whether the delta has the scale of another (PEFT's `lora_B.bias`)."""
+    if kind == "full" and shares_scale:
+        return "lora bias"
     # Programs tell differences of biases, norms and matrices apart, but not one sort of orthogonal delta from another.
     if kind == "full":
         return "bias" if parameter == "bias" else "norm" if dimensions == 1 else "full"

@@ -29,6 +29,7 @@ _LEAVES: Final[Mapping[str, tuple[str, str]]] = {
     "magnitude": ("magnitude", PEFT), "lora_magnitude_vector": ("magnitude", PEFT),
     "lora_magnitude_vector.weight": ("magnitude", PEFT),
     "lora_E": ("lora_e", PEFT), "token_adapter.trainable_tokens_delta": ("token_rows", PEFT),
+    "trainable_tokens_delta": ("token_rows", PEFT),
     "vera_lambda_b": ("vera_lambda_b", PEFT), "vera_lambda_d": ("vera_lambda_d", PEFT), "ia3_l": ("ia3_l", PEFT),
     "oft_R.weight": ("oft_r", PEFT), "oft_R.scaled_oft": ("scaled_oft", PEFT),
     "boft_R": ("boft_r", PEFT), "boft_s": ("boft_s", PEFT),
@@ -81,10 +82,18 @@ BFL_LEAVES: Final[Mapping[str, str]] = {
 
 ABSOLUTE: Final[Mapping[str, str]] = {
     "modules_to_save.weight": "weight", "modules_to_save.bias": "bias",
-    "base_layer.weight": "weight", "base_layer.bias": "bias",
+    "ln_tuning_layers.weight": "weight", "ln_tuning_layers.bias": "bias",
+    "token_adapter.base_layer.weight": "weight", "base_layer.weight": "weight", "base_layer.bias": "bias",
+    "original_module.weight": "weight", "original_module.bias": "bias",
     "weight": "weight", "bias": "bias",
 }  # fmt: skip
-"""PEFT's `modules_to_save`, `bias="all"` and stored base layers: values that replace those of the base."""
+"""PEFT's `modules_to_save`, trained norms, `bias="all"` and stored base layers: values that replace those of the base."""
+UNTRAINED: Final = ("base_layer.", "original_module.")
+"""What stands before the leaf of a value that was not trained, if PEFT stores a trained one of the same module too."""
+TRAINED: Final = ("modules_to_save.", "ln_tuning_layers.")
+"""What stands before the leaf of a trained value; PEFT also stores it, as a copy, under the module's own name."""
+OF_NO_EFFECT: Final = (".lora_velora_embed",)
+"""The endings of tensors that only training needs: VeLoRA's, which compresses activations (PEFT tuners/lora/variants.py)."""
 
 SHARED_KEYS: Final[Mapping[str, str]] = {"base_model.vera_A": "vera_a", "base_model.vera_B": "vera_b"}
 """Tensors that all modules of a kind share: PEFT's VeRA projections."""
@@ -124,11 +133,16 @@ def adapter_name(key: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class ParsedKey:
-    """A key taken apart: the module's `stem` (with all prefixes), its leaf, and the family that spells it so."""
+    """A key taken apart: the module's `stem` (with all prefixes), its leaf, and the family that spells it so.
+
+    Of several values of one module that PEFT stores, the one with the most `trust` is the trained one, or a copy of it; None
+    for what there can only be one of.
+    """
 
     stem: str
     leaf: str
     family: str
+    trust: int | None = None
 
 
 def parse_key(key: str, own: Collection[str] = ()) -> ParsedKey | None:
@@ -174,11 +188,13 @@ def _by_suffix(key: str, own: Collection[str], *, named: bool) -> ParsedKey | No
 
 def _absolute(key: str) -> ParsedKey | None:
     """Takes apart a key of PEFT for a value that replaces the base's; None for other keys, a checkpoint's too."""
-    if not key.startswith(CONTAINER) and ".modules_to_save." not in key and ".base_layer." not in key:
+    if not key.startswith(CONTAINER) and not any(f".{mark}" in key for mark in (*TRAINED, *UNTRAINED)):
         return None
     for suffix, leaf in ABSOLUTE.items():
         if key.endswith(f".{suffix}"):
-            return ParsedKey(key.removesuffix(f".{suffix}"), leaf, PEFT)
+            # Of several values of one module the trained one counts, then the one under the module's own name.
+            trust = 2 if suffix.startswith(TRAINED) else 1 if suffix == leaf else 0
+            return ParsedKey(key.removesuffix(f".{suffix}"), leaf, PEFT, trust - ("original_module" in suffix))
     return None
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
 
-from loratool.errors import InvalidConfig
+from loratool.errors import InvalidAdapter, InvalidConfig
 from loratool.names import CONTAINER, WRAPPERS, without_wrappers
 
 PEFT_METADATA_KEY: Final = "lora_adapter_metadata"
@@ -23,17 +23,45 @@ PEFT_METADATA_KEY: Final = "lora_adapter_metadata"
 BASE_CHANGING_INITS: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that subtract the adapter's first value from the base it is trained on."""
 
-TUNERS: Final = frozenset({"LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA", "TRAINABLE_TOKENS"})
+TUNERS: Final = frozenset({"LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA", "TRAINABLE_TOKENS", "LN_TUNING"})
 """The values of peft_type whose tensors are among the kinds of delta."""
-PROMPTS: Final = frozenset(
-    {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "XLORA"}
+UNMERGEABLE: Final[Mapping[str, str]] = {
+    **dict.fromkeys(
+        ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE"),
+        "acts on prompts or activations",
+    ),
+    "XLORA": "weighs its LoRAs anew for each token",
+    "POLY": "mixes its factors anew for each task",
+    "LILY": "mixes its factors anew for each token",
+    "SHADOW": "runs a network of its own beside the model",
+}
+"""The values of peft_type that PEFT itself cannot merge into weights, and why."""
+_BY_PEFT: Final = (
+    "merge it with PEFT (merge_and_unload, save_pretrained) and use that model, or take what it changed with "
+    "`loratool extract`"
 )
-"""The values of peft_type that act on prompts or activations, and change no weight."""
+"""The way out for what PEFT can merge and this version cannot."""
+
+FIRST_AXIS: Final = "first"
+"""The inputs of stacked experts' factors lie along a stack's first axis behind the experts."""
+FLAGGED_LAST: Final = "flagged last"
+"""They lie there, but for classes with transformers' flag `is_transposed`: there along the last axis."""
+FLAGGED_FIRST: Final = "flagged first"
+"""They lie along the last axis, but for those classes: there along the first."""
+STACK_RULES: Final[tuple[tuple[tuple[int, ...], str], ...]] = (
+    ((0, 19, 1), FLAGGED_FIRST),
+    ((0, 19, 0), FLAGGED_LAST),
+    ((0, 0, 0), FIRST_AXIS),
+)
+"""The first version of PEFT with each rule, the latest first (tuners/lora/layer.py, class ParamWrapper)."""
 
 _REFUSED: Final[Mapping[str, str]] = {
     "layer_replication": "the base must have its layers replicated first (layer_replication)",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only and cannot be merged into weights",
     "megatron_config": "Megatron's parallel layers store factors in pieces",
+    "use_bdlora": f"BD-LoRA's factors are blocks along a diagonal (use_bdlora); {_BY_PEFT}",
+    "kasa_config": f"KaSA took the smallest singular values out of the base it was trained on (kasa_config); {_BY_PEFT}",
+    "monteclora_config": f"MonteCLoRA averages samples of its factors (monteclora_config); {_BY_PEFT}",
 }
 """Entries of a config that are refused where they are set, and why."""
 
@@ -53,7 +81,9 @@ class PeftConfig:
     tied: bool = False
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     neumann_terms: int = 0
+    targets: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
+    version: str = ""
     feedforward: tuple[str, ...] = ()
     refusal: str = ""
 
@@ -62,8 +92,14 @@ class PeftConfig:
         """Checks a config's document; raises `InvalidConfig`. Why it cannot be merged, if so, is kept in `refusal`."""
         # str() of PEFT's enumeration is PeftType.LORA, and its value LORA.
         kind = str(document.get("peft_type", "LORA")).removeprefix("PeftType.")
+        # What cannot be computed need not be understood either: other tuners give the same entries other meanings.
+        if kind not in TUNERS:
+            return cls(where, kind=kind, refusal=_refusal(document, kind))
         adaptive = kind == "ADALORA"
         alpha = next((name for name in ("lora_alpha", "alpha") if name in document), None)
+        # PEFT's tuner of tokens alone calls their numbers token_indices, and means the same rows in all its modules.
+        tokens = document.get("token_indices" if kind == "TRAINABLE_TOKENS" else "trainable_token_indices")
+        targets = document.get("target_modules")
         return cls(
             where,
             kind=kind,
@@ -75,12 +111,19 @@ class PeftConfig:
             rank_pattern={} if adaptive else _pattern(document, "rank_pattern", where),
             alpha_pattern=_pattern(document, "alpha_pattern", where),
             tied=_flag(document, "ensure_weight_tying", where),
-            tokens=_tokens(document.get("trainable_token_indices"), where),
+            tokens=_tokens(tokens, where),
             neumann_terms=_neumann_terms(document, where) if kind == "OFT" else 0,
+            targets=_names(document, "target_modules", where) if isinstance(targets, list) else (),
+            version=_text(document, "peft_version", where),
             parameters=_names(document, "target_parameters", where),
             feedforward=_names(document, "feedforward_modules", where) if kind == "IA3" else (),
             refusal=_refusal(document, kind),
         )
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether the adapter is of PEFT's LoRA, and not of another tuner."""
+        return self.kind == "LORA"
 
     def alpha_of(self, path: str) -> float | None:
         """The alpha of the module at `path`, None where the config has none."""
@@ -91,29 +134,63 @@ class PeftConfig:
         """The rank that the config gives the module at `path`, 0 where the config has none."""
         return _rank(_first_match(self.rank_pattern, path, self.rank, self.where), f"{self.where}: rank of {path}")
 
+    @property
+    def stack_rule(self) -> str:
+        """How the version of PEFT that wrote the adapter lays stacked experts' factors to their axes: a constant of this
+        module; "" where the config does not name its version."""
+        numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", self.version)
+        if not numbers:
+            return ""
+        version = tuple(int(number or 0) for number in numbers.groups())
+        return next(rule for first, rule in STACK_RULES if version >= first)
+
     def tokens_of(self, path: str) -> tuple[int, ...]:
         """The trainable_token_indices of the embedding at `path`."""
         return next((tokens for name, tokens in self.tokens.items() if not name or path.endswith(name)), ())
 
     def is_feedforward(self, path: str) -> bool:
         """Whether (IA)³ multiplies the inputs of the module at `path`, as in feedforward layers, and not its outputs."""
-        return any(f".{path}".endswith(f".{name}") for name in self.feedforward)
+        return any(ends_with(path, name) for name in self.feedforward)
 
-    def parameter_of(self, path: str) -> str | None:
-        """The path of the parameter that factors at `path` change, if target_parameters name one that is no `weight`.
+    def parameter_of(self, path: str, wrappers: int, rows: int) -> TargetParameter | None:
+        """The parameter that factors at `path` change, where target_parameters name it; None where they are a module's.
 
-        Several on one module are wrapped in each other, the first that the module declares deepest, behind `base_layer`s
-        (PEFT tuners/tuners_utils.py, _inject_parameters). transformers declares gate and up before down; the order in
-        the file is a set's, and says nothing.
+        `wrappers` is the number of paths with factors that differ in their `base_layer`s alone: several parameters of one
+        module are wrapped in each other, the first that the module declares deepest (PEFT tuners/tuners_utils.py,
+        _inject_parameters). `rows` are those of the first factor: as many as its rank, times the experts of a stack.
+        Raises `InvalidAdapter` where the config does not say which parameter it is.
         """
-        # The outermost wrapper has no `base_layer` in its path, and belongs to the last of the sorted names.
-        depth = path.count(".base_layer")
         module = path.replace(".base_layer", "")
-        named = [name for name in self.parameters if f".{module}".endswith(f".{name.rpartition('.')[0]}")]
-        named.sort(key=wrapping)
-        if depth >= len(named) or named[len(named) - 1 - depth].endswith(".weight"):
+        dotted = (name.rpartition(".") for name in self.parameters if "." in name)
+        names = {name for holder, _, name in dotted if ends_with(module, holder)}
+        # A bare name is of whatever module has such a parameter; not of one that is itself a target.
+        bare = len(names) < wrappers and not any(ends_with(module, target) for target in self.targets)
+        if bare:
+            names |= {name for name in self.parameters if "." not in name}
+        # Of more names than wrappers, and of a module that may be a plain target, the rank has to tell.
+        if len(names) > wrappers or (bare and wrappers == 1):
+            names = {name for name in names if self._stacks(f"{module}.{name}", rows)}
+        if not names:
             return None
-        return f"{module}.{named[len(named) - 1 - depth].rpartition('.')[2]}"
+        if len(names) != wrappers:
+            raise InvalidAdapter(
+                f"{self.where}: target_parameters name {', '.join(sorted(names))}, and {module} has factors for {wrappers} "
+                "of them; name the trained ones alone there"
+            )
+        # The outermost wrapper has no `base_layer` in its path, and belongs to the last.
+        parameter = f"{module}.{sorted(names, key=wrapping)[wrappers - 1 - path.count('.base_layer')]}"
+        return TargetParameter(parameter, self._experts(parameter, rows))
+
+    def _stacks(self, parameter: str, rows: int) -> bool:
+        """Whether factors of so many rows are those of several experts, if they are those of `parameter`."""
+        rank = self.rank_of(parameter)
+        return bool(rank) and rows % rank == 0 and rows > rank
+
+    def _experts(self, parameter: str, rows: int) -> int:
+        rank = self.rank_of(parameter)
+        if not rank or rows % rank:
+            raise InvalidAdapter(f"{self.where}: gives {parameter} the rank {rank}, and its factors have {rows} rows")
+        return rows // rank
 
     def scale(self, path: str, rank: int) -> float:
         """What the product of the factors of the module at `path`, of `rank`, is multiplied by."""
@@ -134,9 +211,25 @@ def times_added(path: str) -> int:
     return 2 if path.endswith(".base_layer.out_proj") else 1
 
 
-def wrapping(parameter: str) -> bool:
-    """The sorting key of parameters of one module, from the deepest wrapped to the outermost: transformers has down last."""
-    return "down" in parameter.rpartition(".")[2]
+@dataclass(frozen=True, slots=True)
+class TargetParameter:
+    """A parameter that PEFT's target_parameters name: its `path`, and of how many `experts` its factors are (1: of a
+    matrix)."""
+
+    path: str
+    experts: int
+
+
+def wrapping(parameter: str) -> tuple[bool, bool, str]:
+    """The sorting key of parameters of one module, from the deepest wrapped to the outermost: as transformers' classes
+    declare them, which is down (DBRX's w2) last, and DBRX's v1 behind its w1."""
+    name = parameter.rpartition(".")[2]
+    return "down" in name or name == "w2", name == "v1", name
+
+
+def ends_with(path: str, ending: str) -> bool:
+    """Whether the names at the end of `path` are those of `ending`: PEFT's rule for targets."""
+    return f".{path}".endswith(f".{ending}")
 
 
 def from_metadata(metadata: Mapping[str, str], where: str) -> dict[str, PeftConfig]:
@@ -160,7 +253,9 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> dict[str, PeftConf
 def _refusal(document: Mapping[str, Any], kind: str) -> str:
     """Why an adapter with this config cannot be merged into weights, "" where it can."""
     for name, reason in _REFUSED.items():
-        if document.get(name):
+        # One block along the diagonal is a plain LoRA.
+        whole = isinstance(document.get(name), dict) and document[name].get("nblocks") == 1
+        if document.get(name) and not whole:
             return reason
     init = document.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
@@ -168,9 +263,9 @@ def _refusal(document: Mapping[str, Any], kind: str) -> str:
             f"init_lora_weights is {init!r}, which changed the base it was trained on; save it with PEFT's "
             "path_initial_model_for_weight_conversion, or set init_lora_weights to true if the base is the changed one"
         )
-    if kind in PROMPTS:
-        return f"{kind} acts on prompts or activations, and cannot be merged into weights"
-    return "" if kind in TUNERS else f"peft_type {kind} is not a kind that this version computes"
+    if why := UNMERGEABLE.get(kind):
+        return f"peft_type {kind} {why}, and cannot be merged into weights"
+    return "" if kind in TUNERS else f"peft_type {kind} is not a kind that this version computes; {_BY_PEFT}"
 
 
 def _first_match(patterns: Mapping[str, Any], path: str, default: Any, where: str) -> Any:
@@ -216,6 +311,13 @@ def _flag(document: Mapping[str, Any], name: str, where: str) -> bool:
     if value not in (True, False, None):
         raise InvalidConfig(f"{where}: {name} is {value!r}, expected true or false")
     return bool(value)
+
+
+def _text(document: Mapping[str, Any], name: str, where: str) -> str:
+    value = document.get(name) or ""
+    if not isinstance(value, str):
+        raise InvalidConfig(f"{where}: {name} is {value!r}, expected a text")
+    return value
 
 
 def _pattern(document: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import sqrt
 from typing import Any, Final
 
-from loratool.formats.peft import PEFT_METADATA_KEY, times_added
+from loratool.formats.peft import PEFT_METADATA_KEY, STACK_RULES, ends_with, times_added
 
 CARRIED: Final = (
     "base_model_name_or_path", "revision", "task_type", "bias", "lora_bias", "modules_to_save", "fan_in_fan_out",
@@ -24,14 +24,14 @@ OF_SAVED: Final = ("modules_to_save", "bias", "lora_bias")
 
 @dataclass(frozen=True, slots=True)
 class LoraFacts:
-    """What a PEFT folder of LoRA holds, by the paths of modules: their ranks (None: there are none) and scales (None:
-    alpha is the rank), the parameters that stack experts and their ranks, and what is `saved` whole. `dora`, `lora_bias`
-    and `biases` say whether there are magnitudes, biases of factors and trained biases of layers; None where the config
-    need not say so."""
+    """What a PEFT folder of LoRA holds, by the paths of modules and of stacked parameters: their ranks (None: there are
+    none) and scales (None: alpha is the rank), which of them are `stacked` parameters, and what is `saved` whole. `dora`,
+    `lora_bias` and `biases` say whether there are magnitudes, biases of factors and trained biases of layers; None where the
+    config need not say so."""
 
     ranks: Mapping[str, int] | None
     scales: Mapping[str, float | None]
-    stacked: Mapping[str, int] = field(default_factory=dict)
+    stacked: Collection[str] = ()
     saved: Collection[str] = ()
     dora: bool | None = None
     lora_bias: bool | None = None
@@ -40,11 +40,15 @@ class LoraFacts:
 
 def lora_document(source: Mapping[str, Any], facts: LoraFacts) -> dict[str, Any]:
     """The adapter_config.json of a LoRA; `source` is the config of the adapter that the LoRA comes from, if any."""
-    of_modules = {} if facts.ranks is None else lora_config(facts.ranks, facts.scales)
-    if facts.stacked:
-        # No pattern can name stacked experts: they are all of one rank.
-        (rank,) = set(facts.stacked.values())
-        of_modules = {**lora_config(facts.ranks or {}, facts.scales, rank), "target_parameters": sorted(facts.stacked)}
+    names = {path: config_name(source, path) for path in facts.ranks or ()}
+    ranks = {names[path]: rank for path, rank in (facts.ranks or {}).items()}
+    scales = {names[path]: facts.scales[path] for path in names}
+    parameters = {*facts.stacked, *(name for path, name in names.items() if name != path)}
+    of_modules = {} if facts.ranks is None else lora_config(ranks, scales, parameters)
+    if parameters:
+        of_modules["target_parameters"] = sorted(parameters)
+        # It says along which axis factors lie: those made here as the first version with the latest rule has them.
+        of_modules["peft_version"] = source.get("peft_version") or _version_text(STACK_RULES[0][0])
     # Later entries win: what the tensors show goes before what the source said.
     return {
         "bias": "none",
@@ -82,11 +86,13 @@ def with_targets(
     document: Mapping[str, Any], targets: Collection[str], saved: Collection[str], stacked: Collection[str]
 ) -> dict[str, Any]:
     """`document` for the modules `targets` alone; `saved` and `stacked` are named only where it named such before."""
-    said: dict[str, Any] = {"target_modules": sorted(targets)}
+    names = {path: config_name(document, path) for path in targets}
+    parameters = {*stacked, *(name for path, name in names.items() if name != path)}
+    said: dict[str, Any] = {"target_modules": sorted(path for path, name in names.items() if name == path)}
     if document.get("modules_to_save"):
         said["modules_to_save"] = sorted(set(saved) - set(targets)) or None
     if document.get("target_parameters"):
-        said["target_parameters"] = sorted(stacked) or None
+        said["target_parameters"] = sorted(parameters) or None
     return {**document, **said}
 
 
@@ -94,26 +100,38 @@ def with_scale(document: Mapping[str, Any], path: str, rank: int, scale: float) 
     """`document` with a pattern that gives the module at `path`, whose factors have `rank`, the scale `scale`."""
     before: dict[str, float] = document.get("alpha_pattern") or {}
     alpha = scale * (sqrt(rank) if document.get("use_rslora") else rank) / times_added(path)
-    pattern = pattern_of(path)
+    pattern = pattern_of(config_name(document, path))
     # PEFT takes the first pattern that matches, so that this one goes before all others.
     others = {key: value for key, value in before.items() if key != pattern}
     return {**document, "alpha_pattern": {pattern: whole_number(alpha), **others}}
 
 
-def lora_config(ranks: Mapping[str, int], scales: Mapping[str, float | None], usual: int | None = None) -> dict[str, object]:
+def config_name(document: Mapping[str, Any], path: str) -> str:
+    """What `document` calls the target at `path`: a module, or its weight where target_parameters name that, as they do
+    routers, which are no layers in transformers 5."""
+    weight = f"{path}.weight"
+    return weight if any(ends_with(weight, name) for name in document.get("target_parameters") or ()) else path
+
+
+def _version_text(version: Iterable[int]) -> str:
+    return ".".join(map(str, version))
+
+
+def lora_config(
+    ranks: Mapping[str, int], scales: Mapping[str, float | None], stacked: Collection[str] = ()
+) -> dict[str, object]:
     """The entries r, lora_alpha and their patterns for modules of these ranks and scales; without a scale, alpha is the
-    rank. `usual` is the rank of what no pattern can name."""
+    rank. Those in `stacked` are parameters, which patterns name as they name modules, and target_modules do not."""
     alphas = {
         path: whole_number(rank * (1.0 if (scale := scales[path]) is None else scale) / times_added(path))
         for path, rank in ranks.items()
     }
     # The commonest rank and alpha are those of the file, so that as few modules as possible need a pattern.
-    usual_rank = _commonest(ranks.values(), 1) if usual is None else usual
-    usual_alpha = _commonest(alphas.values(), 1) if usual is None else usual
+    usual_rank, usual_alpha = _commonest(ranks.values(), 1), _commonest(alphas.values(), 1)
     return {
         "r": usual_rank,
         "lora_alpha": usual_alpha,
-        "target_modules": sorted(map(_name_pattern, ranks)),
+        "target_modules": sorted(_name_pattern(path) for path in ranks if path not in stacked),
         "rank_pattern": {pattern_of(path): rank for path, rank in sorted(ranks.items()) if rank != usual_rank},
         "alpha_pattern": {pattern_of(path): alpha for path, alpha in sorted(alphas.items()) if alpha != usual_alpha},
     }

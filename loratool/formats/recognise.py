@@ -17,6 +17,10 @@ _REFUSED: Final[Mapping[str, str]] = {
     r"lora_controlnet$": (
         "is a control-LoRA of Stability AI, which makes a ControlNet of the U-Net's encoder; it is no adapter of the model"
     ),
+    r"\.(?:experts\.w[123]|unembed_tokens)\.lora_[AB]\.weight$": (
+        "is in Tinker's layout, which has experts' factors in three dimensions and calls the head unembed_tokens; "
+        "tinker_cookbook.weights.build_lora_adapter makes a folder of PEFT's of it"
+    ),
     r"\.lora_[ab]$": (
         "is in MLX's format, whose factors are transposed and whose scale is in a config of its own; fuse it with "
         "mlx_lm.fuse, or save it as PEFT"
@@ -38,7 +42,7 @@ _REFUSED: Final[Mapping[str, str]] = {
 
 KNOWN: Final[Mapping[str, str]] = {
     "nunchaku": "4-bit factors, packed", "control-LoRA": "Stability AI's ControlNets",
-    "MLX": "transposed, with a config of its own",
+    "Tinker": "experts in three dimensions", "MLX": "transposed, with a config of its own",
     "torchtune": "its own names of modules", "Megatron": "stacked and interleaved modules",
     "GGUF": "llama.cpp's own file type",
 }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Final
@@ -14,8 +14,8 @@ from loratool.errors import InvalidAdapter, InvalidConfig, LoratoolError, Unsupp
 from loratool.files.adapter_files import AdapterFile, is_adapter_folder, open_adapter
 from loratool.files.header import Header, TensorInfo, read_scalars
 from loratool.files.layout import Layout, layout_of_file, open_layout
-from loratool.formats.leaves import SHARED_KEYS, SPELLED, adapter_name, parse_key
-from loratool.formats.peft import PeftConfig, from_metadata
+from loratool.formats.leaves import OF_NO_EFFECT, SHARED_KEYS, SPELLED, ParsedKey, adapter_name, parse_key
+from loratool.formats.peft import PeftConfig, TargetParameter, from_metadata
 from loratool.formats.recognise import folds_whole_weights, refusal
 from loratool.names import ADAPTER_PREFIXES, CONTAINER, Module, adapter_component
 
@@ -71,7 +71,7 @@ class AdapterKeys:
 class AdapterListing:
     """An adapter as its header and config describe it: `groups` are its modules, `extras` tensors that change no weight,
     `unexplained` keys that nothing reads, `problems` keys that contradict others, `configs` those of each component, or of
-    the whole folder ("").
+    the whole folder (""), `parameters` by stem those that PEFT's target_parameters name.
     """
 
     file: AdapterFile
@@ -80,6 +80,7 @@ class AdapterListing:
     unexplained: tuple[str, ...]
     problems: tuple[str, ...]
     configs: Mapping[str, PeftConfig]
+    parameters: Mapping[str, TargetParameter] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -116,7 +117,9 @@ class AdapterListing:
 
         Raises `InvalidAdapter` where an alpha is no number, or the config's rank is not that of the tensors.
         """
-        path, config = group.module.path, self.config(group.module)
+        config, target = self.config(group.module), self.parameters.get(group.module.stem)
+        # PEFT asks the config with the parameter's own name, where it is a parameter that is wrapped.
+        path = target.path if target else group.module.path
         alpha = self._alpha(group, part, alphas)
         # An assumed alpha is one over a rank; the bound of an orthogonal delta is in its file or nowhere.
         said = alpha if alpha is not None or part.kind.alpha == CONSTRAINT else assume.alpha
@@ -125,18 +128,22 @@ class AdapterListing:
         if config is None:
             scale = alpha / rank if alpha is not None and rank and part.kind.alpha == OVER_RANK else None
             return replace(assume, scale=scale, alpha=said)
-        # The factors of stacked experts have the rows of all experts, so that their size is no rank to be checked.
-        stacked = config.parameter_of(path) is not None
         return replace(
             assume,
-            scale=_scale(part, path, None if stacked else rank, alpha, config),
+            scale=_scale(part, path, rank // target.experts if rank and target else rank, alpha, config),
             alpha=said,
             rank=config.rank_of(path),
-            stacked=stacked,
+            stacked=self.stacked_parameter(group) is not None,
+            stack_rule=config.stack_rule,
             tokens=config.tokens_of(path),
             neumann_terms=config.neumann_terms,
             multiplies_inputs=config.is_feedforward(path),
         )
+
+    def stacked_parameter(self, group: ModuleLeaves) -> str | None:
+        """The path of the parameter that a module's factors change, where that is not the module's weight."""
+        target = self.parameters.get(group.module.stem)
+        return target.path if target and not (target.experts == 1 and target.path.endswith(".weight")) else None
 
     def _alpha(self, group: ModuleLeaves, part: DeltaSpec, alphas: Mapping[str, float | None]) -> float | None:
         """The alpha that the file holds beside the leaves; None without one, or where the kind gives it no meaning."""
@@ -182,6 +189,7 @@ def open_input(path: Path) -> AdapterListing | Layout:
         return open_layout(path)
     # Only the keys tell a single file's contents: without a leaf among them it is a checkpoint, whose header is read by now.
     found = read_listing(path)
+    # PEFT's config makes an adapter of a folder, also of a tuner that is not known here.
     if found.groups or found.problems or found.configs:
         return found
     return open_layout(path) if path.is_dir() else layout_of_file(found.header)
@@ -197,18 +205,20 @@ def list_adapter(file: AdapterFile) -> AdapterListing:
     header = file.header
     leaves: dict[str, dict[str, TensorInfo]] = {}
     families: dict[str, set[str]] = {}
+    trusted: dict[tuple[str, str], int | None] = {}
     extras, unexplained, problems = [], [], []
     for name, info in header.tensors.items():
         found = parse_key(name, OWN_LEAVES)
         if name.startswith(EXTRAS):
             extras.append(name)
+        elif name.endswith(OF_NO_EFFECT):
+            continue
         elif found is None:
             unexplained.append(name)
-        elif found.leaf in leaves.setdefault(found.stem, {}):
-            problems.append(f"{found.stem}: has {found.leaf} twice, in two spellings")
-        else:
-            leaves[found.stem][found.leaf] = info
+        elif _take_leaf(found, info, leaves, trusted):
             families.setdefault(found.stem, set()).add(found.family)
+        else:
+            problems.append(f"{found.stem}: has {found.leaf} twice, in two spellings")
     # What a key does not say by itself, the keys of its module may.
     unexplained = [name for name in unexplained if name not in SHARED_KEYS and not _ia3_weight(name, header, leaves)]
     _complete(leaves, header)
@@ -217,7 +227,40 @@ def list_adapter(file: AdapterFile) -> AdapterListing:
         ModuleLeaves(Module(*adapter_component(stem), stem), leaves[stem], frozenset(families[stem]))
         for stem in sorted(families)
     )
-    return AdapterListing(file, groups, tuple(extras), tuple(unexplained), tuple(problems), _configs(file, groups))
+    listing = AdapterListing(file, groups, tuple(extras), tuple(unexplained), tuple(problems), _configs(file, groups))
+    return replace(listing, parameters=dict(_target_parameters(listing)))
+
+
+def _take_leaf(
+    found: ParsedKey,
+    info: TensorInfo,
+    leaves: dict[str, dict[str, TensorInfo]],
+    trusted: dict[tuple[str, str], int | None],
+) -> bool:
+    """Puts a tensor among the leaves of its module; False where another one is there, and neither is a copy of the other."""
+    of_module, place = leaves.setdefault(found.stem, {}), (found.stem, found.leaf)
+    if found.leaf in of_module:
+        before = trusted[place]
+        if found.trust is None or before is None or found.trust == before:
+            return False
+        # A copy, or the value before it was trained, as PEFT stores them of an embedding that grew.
+        if found.trust < before:
+            return True
+    of_module[found.leaf], trusted[place] = info, found.trust
+    return True
+
+
+def _target_parameters(found: AdapterListing) -> Iterator[tuple[str, TargetParameter]]:
+    """The parameters that PEFT's target_parameters name, by the stem of the module that holds their factors."""
+    wrappers = Counter(group.module.stem.replace(".base_layer", "") for group in found.groups if "down" in group.leaves)
+    for group in found.groups:
+        config, down = found.config(group.module), group.leaves.get("down")
+        if config is None or not config.parameters or down is None or len(down.shape) != 2:
+            continue
+        stem = group.module.stem
+        target = config.parameter_of(group.module.path, wrappers[stem.replace(".base_layer", "")], down.shape[0])
+        if target:
+            yield stem, target
 
 
 def _whole_file_problems(file: AdapterFile) -> Iterator[str]:

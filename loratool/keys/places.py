@@ -23,6 +23,7 @@ from loratool.files.header import read_json
 from loratool.files.layout import Layout
 from loratool.keys.detect import NamedWidth
 from loratool.keys.rows import Places, WeightRows, places_in_memory, split_heads
+from loratool.keys.stacks import expert_names, has_inputs_first, has_interleaved_halves
 from loratool.names import COMPONENTS, ENCODERS, WHOLE, Module, base_component, candidate_names, flat, without_wrappers
 
 Key = tuple[str, str]
@@ -91,8 +92,35 @@ class WeightIndex:
             if key in self._doubles:
                 one, other = self._doubles[key]
                 raise LoratoolError(f"{self._layout.root}: {one} and {other} both go by the name of {module}")
-            if places := self._places[parameter].get(key):
+            if places := self._places[parameter].get(key) or self._in_stack(key, parameter):
                 return places
+        return ()
+
+    def _in_stack(self, key: Key, parameter: str) -> tuple[WeightRows, ...]:
+        """The place of a single expert's weight in a stack of the base; empty where there is none.
+
+        Raises `LoratoolError` where only the model's class could tell the expert's rows, and no config names it.
+        """
+        component, path = key
+        for name in expert_names(path) if parameter == WEIGHT else ():
+            stored = self._places[WEIGHT].get((component, name.stack))
+            shape = self._layout.info(stored[0].tensor).shape if stored else ()
+            if not stored or len(shape) != 3 or name.expert >= shape[0]:
+                continue
+            tensor, turned = stored[0].tensor, has_inputs_first(self._layout, stored[0].tensor)
+            by_turns = has_interleaved_halves(self._layout) if name.half is not None and turned else False
+            if turned is None or by_turns is None:
+                raise LoratoolError(
+                    f"{self._layout.root}: which part of {tensor} is {path} only the model's class tells; put the model's "
+                    "config.json beside its weights, and name the folder"
+                )
+            rows = WeightRows(tensor, 0, shape[2 if turned else 1], turned, expert=name.expert)
+            if name.half is None:
+                return (rows,)
+            if by_turns:
+                return (replace(rows, start=name.half, step=2),)
+            half = rows.stop // 2
+            return (replace(rows, start=name.half * half, stop=(name.half + 1) * half),)
         return ()
 
     def nearest(self, module: Module) -> str | None:
@@ -169,6 +197,9 @@ class WeightIndex:
         tell components apart, in the other components."""
         path = flat(module.path)
         yield from ((component, flat(path)) for component, path in candidate_names(module))
+        # A raw parameter that PEFT names in full, such as the `weight` of JetMoE's stacks.
+        if path.endswith("_weight"):
+            yield module.component, path.removesuffix("_weight")
         if module.component == WHOLE:
             yield from ((component, path) for component in COMPONENTS if component in self._paths)
             return

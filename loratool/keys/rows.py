@@ -12,17 +12,23 @@ from loratool.files.layout import Layout
 
 @dataclass(frozen=True, slots=True)
 class WeightRows:
-    """Rows `start` to `stop` by `step`, along the output, of a base tensor; `transposed` where it is stored as (in, out)."""
+    """Rows `start` to `stop` by `step`, along the output, of a base tensor, or of the matrix of one `expert` in a stack;
+    `transposed` where it is stored as (in, out)."""
 
     tensor: str
     start: int
     stop: int
     transposed: bool = False
     step: int = 1
+    expert: int | None = None
 
     @property
     def rows(self) -> int:
         return len(range(self.start, self.stop, self.step))
+
+    def matrix_of(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what the rows are of, as it is stored in a tensor of the shape `stored`."""
+        return stored if self.expert is None else stored[1:]
 
     def part(self, start: int, stop: int) -> WeightRows:
         """Rows `start` to `stop` of these rows."""

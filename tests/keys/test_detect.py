@@ -80,6 +80,7 @@ KEYS = {
     "nunchaku": ("transformer_blocks.0.mlp_context_fc1.lora_down", "4-bit"),
     "control-LoRA": ("lora_controlnet", "ControlNet"),
     "MLX": ("model.layers.0.self_attn.q_proj.lora_a", "MLX"),
+    "Tinker": ("base_model.model.model.unembed_tokens.lora_A.weight", "Tinker"),
 }
 
 

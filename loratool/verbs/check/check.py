@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.adapter.adapter import Adapter, Change, require_unchanged
-from loratool.adapter.load import open_source
+from loratool.adapter.load import load_listing
 from loratool.adapter.spell import has_lora
-from loratool.deltas.base import Delta, scale_or_one
+from loratool.deltas.base import scale_or_one
 from loratool.deltas.relations import norm_of
 from loratool.errors import LoratoolError, first_few
 from loratool.files.layout import Layout, open_layout
@@ -20,6 +20,7 @@ from loratool.formats.peft import PeftConfig
 from loratool.formats.table import format_named
 from loratool.keys.detect import is_language_model
 from loratool.keys.identify import archs_of_adapters, format_of
+from loratool.keys.listing import read_listing
 from loratool.numbers.settings import steady_arithmetic
 from loratool.verbs.merge.plan import MergeInput, make_plan
 from loratool.verbs.reports import Report
@@ -93,9 +94,9 @@ class CheckContext:
         return is_language_model([change.module for change in self.adapter.changes])
 
     def loras(self) -> Iterator[tuple[Change, int, float]]:
-        """Each change that is a pair of factors, with its rank and its scale."""
+        """Each change that is a pair of factors, or one for each expert, with its rank and its scale."""
         for change in self.adapter.changes:
-            if is_pair(change.delta):
+            if change.delta.rank is not None:
                 yield change, change.delta.rank or 0, scale_or_one(change.delta.scale)
 
 
@@ -104,7 +105,11 @@ def check(adapter: Adapter | str | Path, program: str, *, base: str | Path | Non
     `base`, also whether that model has all of the adapter's modules. Raises `LoratoolError` where the adapter cannot be
     read."""
     path = adapter.path if isinstance(adapter, Adapter) else adapter
-    adapter = open_source(adapter)
+    if not isinstance(adapter, Adapter):
+        found = read_listing(Path(adapter).expanduser())
+        if (config := found.configs.get("")) and config.refusal:
+            return _report(path, consumer_named(program), tuple(_unread_config(config, consumer_named(program))), ())
+        adapter = load_listing(found)
     report = check_adapter(adapter, path, program, open_layout(Path(base).expanduser()) if base else None)
     # Rules look at tensors long after the header was read: a file replaced meanwhile makes the report worthless.
     require_unchanged([adapter])
@@ -117,21 +122,31 @@ def check_adapter(adapter: Adapter, path: str | Path, program: str, base: Layout
     context = CheckContext(adapter, consumer_named(program), base)
     # An adapter for another sort of model breaks every other rule too, and none of those findings would help.
     findings = tuple(_unlike_model(context)) or tuple(finding for rule in _RULES for finding in rule(context))
+    return _report(path, context.consumer, findings, context.adapter.warnings)
+
+
+def _report(path: str | Path, consumer: Consumer, findings: tuple[Finding, ...], warnings: tuple[str, ...]) -> CheckReport:
+    """The report of what was found, with the verdict that follows from it."""
     levels = {finding.level for finding in findings}
     return CheckReport(
         path=str(path),
-        target=context.consumer.title,
-        source=context.consumer.source,
+        target=consumer.title,
+        source=consumer.source,
         verdict=next((words for level, words in VERDICTS.items() if level in levels), SAME),
         good=levels <= {NOTE},
         findings=findings,
-        warnings=context.adapter.warnings,
+        warnings=warnings,
     )
 
 
-def is_pair(delta: Delta) -> bool:
-    """Whether a delta is one pair of factors, with one rank and one scale. Stacked experts are several."""
-    return delta.rank is not None and not delta.stacked
+def _unread_config(config: PeftConfig, consumer: Consumer) -> Iterator[Finding]:
+    """Findings on an adapter that is not computed here: PEFT reads all that it writes, and others read its LoRA alone."""
+    if consumer.name == "peft":
+        yield Finding(NOTE, f"is not looked into: {config.refusal}", "load it with PEFT itself", False)
+    elif not config.is_lora:
+        yield Finding(REFUSED, f"has peft_type {config.kind}; {consumer.title} loads LoRA alone", config.refusal, False)
+    else:
+        yield Finding(REFUSED, config.refusal, "load it with PEFT", False)
 
 
 def norm_or_zero(change: Change) -> float:
@@ -141,7 +156,8 @@ def norm_or_zero(change: Change) -> float:
 
 def kind_of(change: Change) -> str:
     """The kind of a change, as the rows of `CONSUMERS` name it."""
-    return consumer_kind(change.delta.kind, change.parameter, len(change.delta.shape))
+    delta = change.delta
+    return consumer_kind(delta.kind, change.parameter, len(delta.shape), shares_scale=delta.shares_scale)
 
 
 def _unlike_model(context: CheckContext) -> Iterator[Finding]:
@@ -191,6 +207,11 @@ def _other_kinds(context: CheckContext) -> Iterator[Finding]:
             continue
         names = tuple(str(change) for change in changes)
         # One change stands for all of its kind: whether a LoRA can take its place depends on the kind and the parameter.
+        if changes[0].delta.stacked:
+            # Neither left out nor made LoRA of: a stack has no LoRA, and is the most of what was trained.
+            what = f"has LoRA on {len(changes)} stacks of experts, which {context.consumer.title} does not have"
+            yield Finding(REFUSED, what, "merge it into its base: `merge()`", False, names)
+            continue
         gone = not has_lora(changes[0].parameter, changes[0].delta)
         lost = math.hypot(*map(norm_or_zero, changes)) if gone else 0.0
         title = WORDS.get(kind, kind)

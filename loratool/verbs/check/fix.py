@@ -22,7 +22,7 @@ from loratool.formats.table import format_named
 from loratool.keys.resolve import Hints, resolve_routes
 from loratool.numbers.ranks import Rule
 from loratool.numbers.settings import steady_arithmetic
-from loratool.verbs.check.check import REFUSED, CheckReport, check_adapter, is_pair, kind_of, norm_or_zero
+from loratool.verbs.check.check import REFUSED, CheckReport, check_adapter, kind_of, norm_or_zero
 
 
 @steady_arithmetic()
@@ -99,7 +99,7 @@ def _leave_out(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[Chan
 def _unify_scales(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[str]]:
     """The adapter with ranks and scales as the program reads them (one scale, and one rank where the program divides by each
     module's own), and what was done, in words."""
-    factored = [change.delta for change in adapter.changes if is_pair(change.delta)]
+    factored = [change.delta for change in adapter.changes if change.delta.rank is not None]
     ranks, scales = {delta.rank or 0 for delta in factored}, {scale_or_one(delta.scale) for delta in factored}
     most, done = max(ranks, default=0), list[str]()
     # Beyond vLLM's usual rank the next step is allotted anyway; below, filling up would only cost bytes.
@@ -116,8 +116,10 @@ def _unify_scales(adapter: Adapter, consumer: Consumer) -> tuple[Adapter, list[s
 
 
 def _each(adapter: Adapter, made: Callable[[Delta], Delta]) -> Adapter:
-    """The adapter with `made` of every pair of factors in its place."""
-    changes = (replace(change, delta=made(change.delta)) if is_pair(change.delta) else change for change in adapter.changes)
+    """The adapter with `made` of every pair of factors, and of those of stacked experts, in its place."""
+    changes = (
+        replace(change, delta=made(change.delta)) if change.delta.rank is not None else change for change in adapter.changes
+    )
     return replace(adapter, changes=tuple(changes))
 
 

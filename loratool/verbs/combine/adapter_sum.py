@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from loratool.adapter.adapter import Adapter, Change, with_one_expert_rank
+from loratool.adapter.adapter import Adapter, Change
 from loratool.adapter.approximate import (
     ApproximatedDeltas,
     ApproximatedModule,
@@ -30,7 +30,7 @@ from loratool.deltas.full import Replace
 from loratool.deltas.relations import norm_and_distance
 from loratool.deltas.sums import LazySum, Merge, add_deltas
 from loratool.errors import LoratoolError, NonFinite, ShapeMismatch, error_context, first_few
-from loratool.formats.table import CONFIG, Format
+from loratool.formats.table import Format
 from loratool.keys.routes import Route
 from loratool.names import DIFFUSERS, Module
 from loratool.numbers.devices import DevicePool
@@ -81,8 +81,7 @@ class AdapterSum:
         self.merge, self.devices = merge, devices
         self.terms: dict[OutputPlace, list[_Term]] = {}
         self.common = 0
-        # PEFT gives a bias the scale of its module's factors, and all stacked experts a common one: both must be 1 after a
-        # sum, whose terms had scales of their own.
+        # PEFT gives a bias the scale of its module's factors: 1 after a sum, whose terms had scales of their own.
         self.biased = False
         self.warnings: list[str] = []
 
@@ -96,11 +95,7 @@ class AdapterSum:
                 self.warnings.append(
                     f"{adapter.path}: {len(unnamed)} modules are in blocks that the vector has no number for: {shown}"
                 )
-            # A PEFT folder alone can hold stacked experts, as they are. `rename_changes` refuses changes that still list
-            # their single experts.
-            together = self.target.alpha == CONFIG
-            changes = [replace(change, per_expert=()) if together else change for change in adapter.changes]
-            for item in rename_changes(changes, self.routes):
+            for item in rename_changes(adapter.changes, self.routes):
                 module = item.sources[0].module
                 # PEFT's (IA)³ multiplies a bias where the layer has one, which the base alone can tell.
                 if item.sources[0].optional and not (self.base and self.base.targets.find(module, item.parameter)):
@@ -180,7 +175,8 @@ class AdapterSum:
             return [whole]
         # Readers put a replaced value (PEFT's modules_to_save) in the weight's place, so it has to include the whole sum.
         value = self.base.of(terms[0].module, parameter).float() + whole.dense().reshape(replaced.shape)
-        return [Replace(value, *replaced.leaves())]
+        (leaf,) = replaced.leaves()
+        return [Replace(value, leaf)]
 
     def _exact(
         self, combined: Adapter, dtype: torch.dtype | None, describe: Describe
@@ -189,7 +185,7 @@ class AdapterSum:
         done = map_on_threads(partial(_as_stored, change, dtype, self.target) for change in combined.changes)
         changes = [replace(change, delta=delta) for change, (delta, _) in zip(combined.changes, done, strict=True)]
         rounded = tuple(figures for _, figures in done if figures)
-        return describe(replace(combined, changes=tuple(with_one_expert_rank(changes)))), rounded
+        return describe(replace(combined, changes=tuple(changes))), rounded
 
     def _approximate(
         self, combined: Adapter, rule: Rule | Budget, dtype: torch.dtype | None, describe: Describe

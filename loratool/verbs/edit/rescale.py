@@ -107,8 +107,8 @@ def _scale_config(change: Change, factor: float, config: Mapping[str, Any]) -> d
     down = next((tensor for leaf, tensor in change.delta.leaves().items() if leaf.endswith("down")), None)
     if down is None or change.delta.scale is None:
         return dict(config)
-    path = change.module.stem.removeprefix(CONTAINER)
-    return with_scale(config, path, len(down), change.delta.scale * factor)
+    path = change.stem.removeprefix(CONTAINER)
+    return with_scale(config, path, change.delta.rank or len(down), change.delta.scale * factor)
 
 
 def _fold_scale(change: Change, factor: float, by_leaf: Mapping[str, str]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from loratool.adapter.adapter import Change, with_one_expert_rank
+from loratool.adapter.adapter import Change
 from loratool.adapter.approximate import placeholder_lora
 from loratool.base.pairs import Pair
 from loratool.deltas.full import Replace
@@ -43,8 +43,7 @@ def assemble_changes(
             nothing = placeholder_lora(_weight_shape(item, items), 1, torch.zeros(1, dtype=delta.dense().dtype))
             changes.append(Change(item.pair.module, "weight", nothing))
         changes.append(Change(item.pair.module, item.pair.parameter, delta))
-    # PEFT's config has one rank for all stacked experts, whatever the rule found for each layer.
-    return with_one_expert_rank(changes) + _siblings(items, changes, work), lost
+    return changes + _siblings(items, changes, work), lost
 
 
 def _weight_shape(item: ExtractItem, items: Sequence[ExtractItem]) -> tuple[int, ...]:

@@ -38,6 +38,8 @@ def _summary(value: str) -> str:
 def describe_format(found: AdapterListing) -> str:
     """An adapter's format in words: the title of a row of `FORMATS` that all keys fit, else how its keys are made up."""
     prefixes = [prefix for prefix, _ in found.prefix_counts.most_common()]
+    if not prefixes and found.file.config:
+        return "PEFT folder"
     shown = ", ".join(prefix + "…" for prefix in prefixes if prefix)
     # The container is PEFT's mark, whatever the names behind it are.
     if CONTAINER in prefixes:

@@ -47,10 +47,11 @@ class ModuleReport:
 class AdapterReport:
     """What `inspect` finds in an adapter. `nbytes` counts its tensors alone; `share` is the number of its parameters over
     those of the weights that it changes, or of the whole base where one is given; `history` is what loratool did to the
-    file, the last command first."""
+    file, the last command first, and `peft_type` the tuner that PEFT's config names."""
 
     path: str
     format: str
+    peft_type: str | None
     trainer: str | None
     arch: Detection
     components: Mapping[str, int]
@@ -69,8 +70,9 @@ class AdapterReport:
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """(name, text) of what the adapter is made up of: its modules, kinds, ranks, alphas and bytes."""
-        yield "modules", histogram(self.components)
-        yield "kinds", histogram(self.kinds)
+        if self.modules:
+            yield "modules", histogram(self.components)
+            yield "kinds", histogram(self.kinds)
         if self.ranks:
             yield "rank", histogram(self.ranks)
             yield "alpha", histogram(self.alphas)
@@ -140,6 +142,7 @@ def inspect_adapter(found: AdapterListing, whole: int | None = None, *, values: 
     return AdapterReport(
         path=str(found.path),
         format=describe_format(found),
+        peft_type=next((config.kind for config in found.configs.values()), None),
         trainer=trainer(found.header.metadata),
         arch=verdict,
         components=Counter(group.module.component or "model" for group in found.groups),
@@ -152,7 +155,8 @@ def inspect_adapter(found: AdapterListing, whole: int | None = None, *, values: 
         share=parameters / (whole or touched) if whole or touched else None,
         metadata=summarise_metadata(found.header.metadata),
         history=tuple(history_steps(found.header.metadata)),
-        suspicions=(*problems, *suspicions(found)),
+        # A layout that is not read has modules that only seem broken.
+        suspicions=(*(problems if not refusal(found.header.tensors) else ()), *suspicions(found)),
         modules=modules,
     )
 
@@ -240,9 +244,17 @@ def _checkpoint(layout: Layout) -> CheckpointReport:
         history=tuple(history_steps(_first_metadata(layout.files.values()))),
         suspicions=(
             *(why for why in [refusal(layout.tensors)] if why),
+            *_quantisation_of(layout),
             *(f"{name} is not part of the model and is left alone" for name in layout.left_out),
         ),
     )
+
+
+def _quantisation_of(layout: Layout) -> Iterator[str]:
+    """A note of how a checkpoint is quantised, if its config says so."""
+    if said := layout.config.get("quantization_config"):
+        method = said.get("quant_method") if isinstance(said, Mapping) else None
+        yield f"is quantised{f' ({method})' if isinstance(method, str) else ''}, by its config.json"
 
 
 def _layout_name(layout: Layout) -> str:

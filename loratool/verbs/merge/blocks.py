@@ -168,8 +168,11 @@ def by_blocks(tensor: TensorPlan) -> bool:
         return False
     # Segments are runs of whole stored rows. A kind that depends on the weight may need all of it (DoRA's norms), Meta's
     # Llama interleaves the rows of a head's two halves (step 2), and a transposed weight has outputs as its columns.
+    # A change of one expert is laid out as that expert's whole row.
     return all(
-        term.delta.additive and term.step == 1 and (not term.transposed or _spans(term, tensor)) for term in tensor.terms
+        term.delta.additive
+        and (term.expert is not None or (term.step == 1 and (not term.transposed or _spans(term, tensor))))
+        for term in tensor.terms
     )
 
 
@@ -211,14 +214,17 @@ def apply_terms(tensor: TensorPlan, base: Tensor) -> tuple[Tensor, Tensor]:
     """The result of a tensor's terms on its widened `base`, before rounding; and the base in the result's shape."""
     # False sorts first: a replaced weight is stored as it is given and not as W + (W' − W), and a weight
     # that grows has its new shape before anything is added.
-    result = base.clone()
-    for term in sorted(tensor.terms, key=lambda term: term.delta.additive):
+    result, replaced = base.clone(), False
+    for term in sorted(tensor.terms, key=lambda term: (not term.delta.replaces, term.delta.additive)):
         if tensor.shape != base.shape:
             # The term that reshapes is given the stored weight; all later terms see a base padded to the new shape.
-            result = term.delta.apply(base, term.strength)
+            # A copy: a replaced value may be that of several tensors, and later terms are added to the result in its place.
+            result = term.delta.apply(base, term.strength).clone()
             base = _pad_shape(base, tensor.shape)
         else:
-            _apply(term, base, result)
+            # What depends on the weight was trained on the weight that was put in the base's place.
+            _apply(term, result.clone() if replaced and not term.delta.additive else base, result)
+        replaced |= term.delta.replaces
     return result, base
 
 
@@ -298,8 +304,7 @@ def _overflow_message(tensor: TensorPlan, result: Tensor) -> str:
 
 def _apply(term: Term, base: Tensor, result: Tensor) -> None:
     """Adds one term's change of `base` to `result`."""
-    rows = slice(term.start, term.stop, term.step)
-    before, after = (base.T[rows], result.T[rows]) if term.transposed else (base[rows], result[rows])
+    before, after = term.part_of(base), term.part_of(result)
     changed = term.delta.apply(before, term.strength)
     # Rows that no term has changed yet take the term's result itself, without the rounding of a difference and a sum.
     after.copy_(changed if torch.equal(after, before) else after + (changed - before))

@@ -11,8 +11,9 @@ from loratool.adapter.adapter import Adapter, Change
 from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import Strength, strengths_of
 from loratool.deltas.full import Enlarge
+from loratool.deltas.relations import same_bytes
 from loratool.deltas.schema import BIAS
-from loratool.errors import LoratoolError, UnmatchedModules, Unsupported, first_few
+from loratool.errors import LoratoolError, UnmatchedModules, Unsupported, error_context, first_few
 from loratool.files.header import BITS, TensorInfo
 from loratool.files.layout import Layout
 from loratool.files.tensors import FLOATS
@@ -20,6 +21,9 @@ from loratool.keys.detect import detect
 from loratool.keys.places import WeightIndex
 from loratool.names import Module
 from loratool.numbers.workload import Workload
+from loratool.verbs.merge.heads import class_with_head, head_config, is_of_head, require_head
+from loratool.verbs.merge.sizes import resize_config
+from loratool.verbs.merge.stacks import lay_experts
 from loratool.verbs.merge.terms import Term, grows, require_no_overlap, terms_of
 from loratool.verbs.merge.ties import UntiedWeights, is_of_all
 
@@ -106,6 +110,7 @@ def make_plan(
         raise LoratoolError("nothing to merge: `Selection(include=)` and `exclude=` leave no module of any adapter")
     # Only now is it known which heads are untied: `tensors` adds those, and fills in `config` on the way.
     tensors = draft.tensors(dtype)
+    resize_config(layout, tensors.values(), draft.config)
     warnings = [f"{name} is not part of the model and is left out of the output" for name in layout.left_out]
     warnings += draft.untied.warnings()
     # Training scripts of Stable Diffusion keep averaged copies of the weights in the same file; inference reads the others.
@@ -115,7 +120,8 @@ def make_plan(
 
 
 class _PlanDraft:
-    """Terms by tensor, collected from one adapter after the other; `of_ties` are those that are of all weights of a tie."""
+    """Terms by tensor, collected from one adapter after the other; `of_ties` are those that are of all weights of a tie, and
+    `heads` maps new tensors to those that lend them dtype and file."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -123,6 +129,7 @@ class _PlanDraft:
         self.terms: dict[str, list[Term]] = {}
         self.untied = UntiedWeights(layout, self.targets)
         self.of_ties: list[tuple[str, Term]] = []
+        self.heads: dict[str, str] = {}
         self.unmatched: list[Change] = []
         self.matched = 0
         self.config = self.untied.config
@@ -130,13 +137,11 @@ class _PlanDraft:
     def add(self, adapter: Adapter, selection: Selection, strengths: Mapping[Module, float]) -> None:
         """Adds the terms of one adapter, and its modules without a target to `unmatched`."""
         # First the changes that are selected, each in the parts that the base stores; parts inherit the strength.
-        taken: list[Change] = []
-        by_module = dict(strengths)
-        for change in adapter.changes:
-            if selection.takes(change.module):
-                stored = self._as_stored(change)
-                by_module |= dict.fromkeys((part.module for part in stored), strengths[change.module])
-                taken += stored
+        chosen = [change for change in adapter.changes if selection.takes(change.module)]
+        by_module = {**strengths}
+        for change in chosen:
+            by_module |= dict.fromkeys((part.module for part in change.per_expert), strengths[change.module])
+        taken = lay_experts(adapter, self._without_tied_copies(chosen), self.targets, self.layout)
         # Then the modules that the base does not know: one prefix must place all of them, as a wrapper adds or drops one.
         lost = {
             change.module
@@ -148,13 +153,40 @@ class _PlanDraft:
         # At last the terms. They are collected by adapter, since `require_no_overlap` forbids an adapter to change a row
         # twice while several adapters may well change the same row.
         mine: dict[str, list[Term]] = {}
+        cls, head = class_with_head(adapter, self.layout), list[Change]()
         kept = self.untied.without_copies(adapter, named)
         self.matched += len(named) - len(kept)
         for change, module in kept:
-            self._place(adapter, change, module, by_module[change.module], mine)
+            if cls and is_of_head(change, cls) and not self.untied.places(module, change.parameter):
+                head.append(change)
+            else:
+                self._place(adapter, change, module, by_module[change.module], mine)
         for name, terms in mine.items():
             require_no_overlap(adapter, name, terms)
             self.terms.setdefault(name, []).extend(terms)
+        if head:
+            require_head(self.layout, cls, head)
+            self._add_head(cls, head, by_module)
+
+    def _new_shape(self, tensor: str, terms: Mapping[str, Sequence[Term]]) -> tuple[int, ...] | None:
+        """The shape of the weight that `terms` put in the place of a tensor, or of the one that it is a copy of."""
+        own = [term for term in terms.get(tensor, ()) if term.delta.replaces]
+        shared = terms.get(self.untied.added.get(tensor, ""), ())
+        own += [term for term in shared if term.delta.replaces and term.delta.acts_on_tied_head]
+        return own[0].delta.shape if own else None
+
+    def _add_head(self, name: str, head: Sequence[Change], strengths: Mapping[Module, float]) -> None:
+        """Has the output store a head that only the adapter has, and its config name the class `name` that has it."""
+        # The values come from the adapter alone: any weight lends the new ones its dtype and its file.
+        source = next(tensor for tensor, (_, info) in self.layout.tensors.items() if info.dtype in FLOATS and info.shape)
+        for change in head:
+            tensor = f"{change.module.path}.{change.parameter}"
+            self.heads[tensor] = source
+            rows = change.delta.shape[0]
+            term = Term(str(change), change.delta, strengths[change.module], 0, rows, transposed=False)
+            self.terms.setdefault(tensor, []).append(term)
+        self.matched += len(head)
+        self.config |= head_config(self.layout, name, head)
 
     def _place(
         self, adapter: Adapter, change: Change, module: Module, strength: float, terms: dict[str, list[Term]]
@@ -166,8 +198,12 @@ class _PlanDraft:
             return
         self.matched += 1
         for places in settled:
-            base = self._stored_info(places[0].tensor)
-            for name, term in terms_of(base.shape, self._fit(change, base.shape), places, strength):
+            tensor, shape = places[0].tensor, self._stored_info(places[0].tensor).shape
+            # What a replaced weight gets on top of it has the new shape, as the LoRA of a vocabulary that grew.
+            grown = self._new_shape(tensor, terms)
+            if grown and len(places) == 1:
+                shape, places = grown, (replace(places[0], stop=grown[0]),)  # noqa: PLW2901
+            for name, term in terms_of(shape, self._fit(change, shape), places, strength):
                 terms.setdefault(name, []).append(term)
         if is_of_all(adapter, change):
             tensor = settled[0][0].tensor
@@ -179,15 +215,33 @@ class _PlanDraft:
         Control LoRAs see twice the channels, and ComfyUI pads the weight (comfy/lora.py). In a diffusers folder a config
         would have to change with the shape, and a mismatch stays an error there.
         """
+        with error_context(change):
+            change = replace(change, delta=change.delta.fitted(base))
         delta, inputs = change.delta, change.module.path.endswith(CONTROL_INPUTS)
         if not inputs or not delta.resizable or self.layout.is_folder or delta.shape != (base[0], 2 * base[-1]):
             return change
         return replace(change, delta=Enlarge(delta, delta.shape))
 
-    def _as_stored(self, change: Change) -> tuple[Change, ...]:
-        """The change itself, or one change for each expert where the base stores the experts' weights one by one."""
-        together = not change.per_expert or self.untied.places(change.module, change.parameter)
-        return (change,) if together else change.per_expert
+    def _without_tied_copies(self, changes: Sequence[Change]) -> list[Change]:
+        """The changes without those of a head that the base ties, where they are the embedding's once more.
+
+        PEFT stores both; what is one stays one, unless one of the two was trained further."""
+        whole = [change for change in changes if change.delta.replaces or change.delta.acts_on_tied_head]
+        further = {change.module for change in changes if not (change.delta.replaces or change.delta.acts_on_tied_head)}
+        alone = [change for change in whole if change.module not in further]
+        stored = [change for change in alone if self.targets.find(change.module, change.parameter)]
+        kept, left_out = set[int](), set[int]()
+        for change in alone:
+            if not self.targets.find(change.module, change.parameter):
+                same = [other for other in stored if same_bytes(other.delta, change.delta)]
+                kept |= {id(other) for other in same}
+                left_out |= {id(change)} if same else set()
+        self.matched += len(left_out)
+        return [
+            replace(change, delta=change.delta.shared()) if id(change) in kept else change
+            for change in changes
+            if id(change) not in left_out
+        ]
 
     def tensors(self, dtype: str | None) -> dict[str, TensorPlan]:
         """Every tensor of the output: those of the base, then the heads that were untied."""
@@ -199,7 +253,7 @@ class _PlanDraft:
             for name in self.untied.late_copies(tensor):
                 if term not in self.terms.get(name, ()):
                     self.terms.setdefault(name, []).insert(0, term)
-        for name, source in self.untied.added.items():
+        for name, source in {**self.untied.added, **self.heads}.items():
             file, info = self.layout.tensors[source]
             plans[name] = self._tensor(name, file, info, dtype)
         return plans
@@ -211,9 +265,6 @@ class _PlanDraft:
             raise Unsupported(f"{self.layout.root}: {name} is stored as {info.dtype}; an adapter cannot be added to it")
         stored = dtype if dtype and info.dtype in FLOATS else info.dtype
         shape = next((term.delta.shape for term in terms if grows(term, info)), info.shape)
-        # Of the kinds that reshape a weight, a replaced one has grown by tokens (PEFT's modules_to_save on an embedding).
-        if shape != info.shape and any(term.delta.replaces for term in terms):
-            self.config["vocab_size"] = shape[0]
         return TensorPlan(name, file, info, stored, shape, terms)
 
     def _stored_info(self, tensor: str) -> TensorInfo:
@@ -239,4 +290,7 @@ def _unmatched_message(draft: _PlanDraft, adapters: Sequence[Adapter]) -> str:
         f"; the adapter looks like one for {first_few(sorted(verdicts))}" if verdicts - {"unknown", "undecided"} else ""
     )
     way_out = "`allow_unmatched=True` leaves them out" if draft.matched else "is the adapter for another model?"
+    trained = next((change for change in draft.unmatched if change.delta.replaces), None)
+    if draft.matched and trained:
+        way_out += f", and loses {trained}, a trained weight: a base of the class that was trained has it"
     return f"{message}{families}; {way_out}"

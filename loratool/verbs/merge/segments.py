@@ -52,7 +52,10 @@ def segments_of(tensor: TensorPlan, rows: int, columns: int, *, factored: bool =
 
     With `factored`, terms that have factors are never multiplied out, whatever their rank.
     """
-    pieces = [_as_stored(term, rows, columns, factored=factored) for term in tensor.terms]
+    pieces = [
+        _as_stored(term, rows, columns, factored=factored) if term.expert is None else _expert_row(term, tensor.shape)
+        for term in tensor.terms
+    ]
     edges = sorted({edge for piece in pieces for edge in (piece.start, piece.stop)})
     segments = []
     for first, last in pairwise(edges):
@@ -87,6 +90,14 @@ def _as_stored(term: Term, rows: int, columns: int, *, factored: bool) -> Segmen
     if term.transposed:
         up, down = down.T, up.T
     return Segment(start, stop, up.contiguous(), down.contiguous(), ())
+
+
+def _expert_row(term: Term, shape: tuple[int, ...]) -> Segment:
+    """A term on one expert of a stack of `shape`, as the row that the expert is to blocks: zeros around its part."""
+    assert term.expert is not None
+    row = torch.zeros(1, *shape[1:])
+    replace(term, expert=0).part_of(row).copy_(term.delta.dense().mul_(term.strength))
+    return Segment(term.expert, term.expert + 1, None, None, (row.flatten(1),))
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

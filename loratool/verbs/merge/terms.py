@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
+from torch import Tensor
+
 from loratool.adapter.adapter import Adapter, Change
 from loratool.deltas.base import Delta
 from loratool.deltas.schema import ANY
@@ -17,7 +19,8 @@ from loratool.keys.rows import WeightRows
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One delta, or a part of one, on output rows `start` to `stop` by `step` of a tensor.
+    """One delta, or a part of one, on output rows `start` to `stop` by `step` of a tensor, or of the matrix of one `expert`
+    in a stack.
 
     With `transposed` the tensor is stored as (in, out), and its columns are the output rows.
     """
@@ -29,6 +32,12 @@ class Term:
     stop: int
     transposed: bool
     step: int = 1
+    expert: int | None = None
+
+    def part_of(self, weight: Tensor) -> Tensor:
+        """The part of a stored weight that the term acts on, as a view with the output's rows first."""
+        matrix = weight if self.expert is None else weight[self.expert]
+        return (matrix.T if self.transposed else matrix)[self.start : self.stop : self.step]
 
 
 def terms_of(
@@ -38,6 +47,7 @@ def terms_of(
     # A module's rows may be spread over several tensors, or over row ranges of one, in this order.
     rows = sum(place.rows for place in places)
     delta, shape = change.delta, change.delta.shape
+    base = places[0].matrix_of(base)
     wanted = (rows, *base[1:]) if not places[0].transposed else (rows, *base[:1])
     # Kinds that may give the weight another shape (a grown vocabulary, a padded input layer) need no exact fit.
     if len(places) == 1 and delta.may_reshape(base):
@@ -48,10 +58,11 @@ def terms_of(
             "the adapter is for another model"
         )
     parts = [delta] if len(places) == 1 else delta.split([place.rows for place in places])
-    return [
-        (place.tensor, Term(str(change), part, strength, place.start, place.stop, place.transposed, place.step))
-        for place, part in zip(places, parts, strict=True)
-    ]
+    return [(place.tensor, _term(change, part, strength, place)) for place, part in zip(places, parts, strict=True)]
+
+
+def _term(change: Change, delta: Delta, strength: float, place: WeightRows) -> Term:
+    return Term(str(change), delta, strength, place.start, place.stop, place.transposed, place.step, place.expert)
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:
@@ -85,15 +96,23 @@ def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
 
 def grows(term: Term, info: TensorInfo) -> bool:
     """Whether a term leaves its weight with another shape than the stored one."""
-    return term.delta.reshapes and term.delta.shape != info.shape
+    return term.delta.reshapes and ANY not in term.delta.shape and term.delta.shape != info.shape
 
 
 def require_no_overlap(adapter: Adapter, name: str, terms: list[Term]) -> None:
     """Raises `LoratoolError` where one adapter adds to a row twice; a replaced weight may receive a LoRA on top."""
     # Two names of one weight (dotted and kohya's, parts and whole) may lead here; parts of one change may interleave.
-    added = sorted((term for term in terms if not term.delta.replaces), key=lambda term: term.start)
+    added = sorted((term for term in terms if not term.delta.replaces), key=_order)
     for one, other in pairwise(added):
-        if other.start < one.stop and one.change != other.change:
+        # A term without an expert is of all experts of a stack.
+        together = one.expert == other.expert and one.start % one.step == other.start % other.step
+        overlaps = other.start < one.stop if together else (one.expert is None) != (other.expert is None)
+        if overlaps and one.change != other.change:
             raise LoratoolError(
                 f"{adapter.path}: {one.change} and {other.change} both go to {name}; use `Selection(exclude=)` for one"
             )
+
+
+def _order(term: Term) -> tuple[int, int, int]:
+    """The sorting key that brings terms together that may overlap: of one expert, of the same of interleaved rows."""
+    return -1 if term.expert is None else term.expert, term.start % term.step, term.start

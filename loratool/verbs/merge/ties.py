@@ -69,12 +69,13 @@ class UntiedWeights:
         kept: dict[tuple[Tie, str], Module] = {}
         # The first of the weights that are stored speaks for all.
         for change, module in sorted(changes, key=lambda item: not self.targets.find(item[1], item[0].parameter)):
-            if tie := self.targets.tie_of(module, change.parameter):
+            if (tie := self.targets.tie_of(module, change.parameter)) and self._holds(tie):
                 kept.setdefault((tie, change.parameter), module)
         return [
             (change, module)
             for change, module in changes
-            if (tie := self.targets.tie_of(module, change.parameter)) is None or kept[tie, change.parameter] == module
+            if (tie := self.targets.tie_of(module, change.parameter)) is None
+            or kept.get((tie, change.parameter), module) == module
         ]
 
     def warnings(self) -> Iterator[str]:
