@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import signal
 import sys
+import warnings
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -148,7 +150,17 @@ def main() -> NoReturn:
         # Names may hold characters that the terminal's encoding lacks: an escape is better than a traceback.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    _silence_libraries()
     sys.exit(cli())
+
+
+def _silence_libraries() -> None:
+    """Keeps warnings and log lines of other libraries, which show paths of source files, from standard error, unless they
+    are asked for (`python -W`, PYTHONWARNINGS)."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    # With a handler, logging does not print what nobody handles.
+    logging.getLogger().addHandler(logging.NullHandler())
 
 
 def _forget_output() -> None:
