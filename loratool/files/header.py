@@ -98,9 +98,18 @@ class Header:
     size: int
     identity: tuple[int, ...]
 
+    @property
+    def read_files(self) -> tuple[Path, ...]:
+        """The file itself."""
+        return (self.path,)
+
     def require_unchanged(self) -> None:
         """Raises `InvalidFile` where the file is no longer the one whose header was read."""
         require_unchanged(self.path, self.identity)
+
+    def links_out(self) -> tuple[Path, ...]:
+        """None: a file that was named is the one that was meant."""
+        return ()
 
 
 def open_regular(path: Path) -> int:
@@ -117,7 +126,8 @@ def open_regular(path: Path) -> int:
 
 
 def identity(descriptor: int) -> tuple[int, ...]:
-    """The device, inode, size and time of the last change of an open file, which tell when it is replaced or written to."""
+    """The device, inode, size and times of the last changes of an open file and of its inode, which tell when it is replaced
+    or written to: the second time is none that a program can put back."""
     return _identity(os.fstat(descriptor))
 
 
@@ -133,7 +143,7 @@ def require_unchanged(path: Path, known: tuple[int, ...]) -> None:
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def read_header(path: Path, limit: int = BASE_HEADER_BYTES) -> Header:

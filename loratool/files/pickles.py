@@ -55,8 +55,8 @@ def _require_zip(path: Path) -> None:
 def _convert_in_child(path: Path, converted: Path) -> None:
     # A fresh interpreter, not a fork: its limits are its own, and a crash there ends nothing here.
     limits = [str(SPARE_BYTES + 4 * path.stat().st_size), str(SECONDS)]
-    # Isolated and elsewhere: `python -m`, or a path of imports that begins with the current folder, would run a torch.py that
-    # lies beside a stranger's adapter.
+    # Isolated and elsewhere: `python -m`, or a path of imports that begins with the current folder, would run a torch.py
+    # that lies beside a stranger's adapter.
     files = [os.path.abspath(path), os.path.abspath(converted)]
     command = [sys.executable, "-I", os.path.abspath(pickle_child.__file__), *files, *limits, *_package_folders()]
     try:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loratool.adapter.adapter import Adapter, Assumptions, files_of
+from loratool.adapter.adapter import Adapter, Assumptions, inputs_of
 from loratool.adapter.approximate import ApproximatedModule, approximate_adapter, error_of
 from loratool.adapter.load import is_as_stored, open_source
 from loratool.adapter.write import require_folder_name, write_adapter
@@ -79,7 +79,7 @@ def convert(
             return _copy_folder(adapter, folder, target, out, overwrite=overwrite)
         adapter = replace(adapter, metadata={**adapter.metadata, **_history(adapter, target, converted)})
         found, routes = resolve_routes([adapter.keys], target, Hints(arch, from_format, weights.layout if weights else None))
-        written = write_adapter(adapter, target, routes, out, inputs=files_of([adapter]), overwrite=overwrite)
+        written = write_adapter(adapter, target, routes, out, inputs=inputs_of([adapter], weights), overwrite=overwrite)
         report = _report(adapter, target, out, written.nbytes)
         return replace(
             report,

@@ -10,7 +10,7 @@ from typing import Final
 
 from torch import Tensor
 
-from loratool.adapter.adapter import Adapter, Assumptions, Change, files_of
+from loratool.adapter.adapter import Adapter, Assumptions, Change, inputs_of
 from loratool.adapter.approximate import (
     ApproximatedDeltas,
     ApproximatedModule,
@@ -132,7 +132,9 @@ def _approximate_and_write(
             done = work.approximate(rule)
         else:
             done = work.within(rule, lambda imagined: contents_size(_contents(said, work, imagined, kept)))
-    nbytes = write_contents(_contents(said, work, done, kept), files_of([adapter]), out.expanduser(), overwrite=overwrite)
+    nbytes = write_contents(
+        _contents(said, work, done, kept), inputs_of([adapter], work.base), out.expanduser(), overwrite=overwrite
+    )
     figures = tuple(figures for figures, _ in done.values())
     notes = (*adapter.warnings, *work.devices.warnings())
     return ResizeReport(str(out), figures, len(work.kept), error_of(figures), nbytes, warnings=notes)

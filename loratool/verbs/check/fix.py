@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loratool.adapter.adapter import Adapter, Change, files_of
+from loratool.adapter.adapter import Adapter, Change, inputs_of
 from loratool.adapter.approximate import ApproximatedModule, approximate_adapter, error_of
 from loratool.adapter.load import open_source
 from loratool.adapter.spell import has_lora
@@ -71,7 +71,7 @@ def fix(
         )
         adapter = replace(adapter, metadata={**adapter.metadata, **said})
         out = Path(out).expanduser()
-        written = write_adapter(adapter, form, routes, out, inputs=files_of([adapter]), overwrite=overwrite)
+        written = write_adapter(adapter, form, routes, out, inputs=inputs_of([adapter], weights), overwrite=overwrite)
     return replace(
         report, out=str(out), done=(f"spelled it as {form.title}", *done), error=error, lost=lost, nbytes=written.nbytes
     )

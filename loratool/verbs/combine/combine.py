@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter.adapter import Adapter, files_of
+from loratool.adapter.adapter import Adapter, inputs_of
 from loratool.adapter.approximate import ApproximatedModule, error_of
 from loratool.adapter.load import open_source
 from loratool.adapter.strengths import AdapterLike, weighted_adapters
@@ -129,8 +129,8 @@ def combine(
     sources = [adapter for adapter, _ in loaded]
     target = format_named(to) if to else format_of(sources[0].keys)
     require_folder_name(target, out)
-    require_target(out, folder=target.folder, overwrite=overwrite, inputs=[adapter.path for adapter in sources])
     weights = open_base(base)
+    require_target(out, folder=target.folder, overwrite=overwrite, inputs=inputs_of(sources, weights))
     found, routes = resolve_common_routes(
         [adapter.keys for adapter in sources], target, arch, weights.layout if weights else None
     )
@@ -154,7 +154,7 @@ def combine(
     combined, lowered = combining.materialise(sources, rule, stored, describe)
     # The error is known only now. Its width is fixed, so the size that a budget was met with still holds.
     combined = describe(combined, error_of(lowered))
-    inputs = files_of(sources)
+    inputs = inputs_of(sources, weights)
     written = write_adapter(
         combined, combining.target, combining.routes_of(combined), out, inputs=inputs, overwrite=overwrite
     )

@@ -193,7 +193,7 @@ def _plan_run(
             )
         ]
     require_folder_name(target, out)
-    inputs = [base.layout.root, tuned.layout.root]
+    inputs = [base.layout, tuned.layout]
     require_target(out, folder=target.folder, overwrite=overwrite, inputs=inputs)
     model, routes, reasons = resolve_base_routes(modules, found, target)
     # A bias beside one of these weights is a layer's, and any other bias is a norm's: formats have a leaf for each.

@@ -13,6 +13,7 @@ from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import AdapterLike, weighted_adapters
 from loratool.errors import Unsupported, first_few
 from loratool.files.header import TensorInfo, stored_dtype
+from loratool.files.in_place import finish_change_in_place
 from loratool.files.layout import Layout, open_layout, require_weights
 from loratool.numbers.devices import open_devices
 from loratool.numbers.threads import Progress
@@ -78,7 +79,10 @@ def merge(
     Raises `LoratoolError` and leaves nothing behind where a module has no target, a shape does not fit, a value is not
     finite, or the output cannot be written.
     """
-    layout = open_layout(Path(base).expanduser())
+    path = Path(base).expanduser()
+    if out is None and not dry_run:
+        finish_change_in_place(path)
+    layout = open_layout(path)
     require_weights(layout, LOST)
     inputs = open_inputs(adapters, selection, assume, allow_pickle=allow_pickle)
     if undo:

@@ -32,6 +32,7 @@ from loratool.files.history import HISTORY_KEY
 from loratool.files.output import Input, NewOutput
 from loratool.files.strict_json import strict_json
 from loratool.files.tensors import DTYPES, TensorFile, tensor_bytes
+from loratool.files.transaction import decided_path
 from loratool.files.writer import ENTRY_BYTES, SafetensorsAppender, TensorBytes, Writer
 from loratool.numbers.residuals import pack_residual
 from loratool.numbers.threads import map_on_threads
@@ -54,7 +55,7 @@ class UndoWriter:
         for each in merged:
             _file_of(each.adapter)
         inputs: list[Input] = [plan.layout, *files_of(each.adapter for each in merged)]
-        self._output = NewOutput(path, folder=False, overwrite=overwrite, nbytes=0, inputs=inputs)
+        self.output = NewOutput(path, folder=False, overwrite=overwrite, nbytes=0, inputs=inputs)
         self._stack = ExitStack()
         self._numbers = count()
         # A safetensors header comes before its tensors, whose number and sizes are known only at the end: keep room for the
@@ -67,7 +68,7 @@ class UndoWriter:
         self._room += sum(3 * len(json.dumps(file)) + 4 * ENTRY_BYTES for file in plan.layout.files)
 
     def __enter__(self) -> UndoWriter:
-        output = self._stack.enter_context(self._output)
+        output = self._stack.enter_context(self.output)
         self._file = SafetensorsAppender(self._stack.enter_context(Writer(output.path(""), 0)), self._room)
         return self
 
@@ -84,19 +85,19 @@ class UndoWriter:
     def finish(self, files: Sequence[str]) -> int:
         """Writes everything but the residuals, `files` being the files that the merge rewrote, and returns the size.
 
-        The undo file is complete then; `commit` puts it in its place.
+        The undo file is complete then, and takes its place together with the output.
         """
         layout = self.plan.layout
-        digests = map_on_threads(partial(sha256, layout.root / file if file else layout.root) for file in files)
+        digests = map_on_threads(partial(sha256, layout.files[file].path) for file in files)
         of = dict(zip(files, digests, strict=True))
         for file in files:
             header = layout.files[file]
             with TensorFile(header) as source:
                 self._file.copy(f"header/{file}", source.descriptor, header.data_start)
         # The indexes and the config that the merge may have rewritten; all other files are the same in its output.
-        kept = [name for name in (*layout.indexes, "config.json") if layout.is_folder and (layout.root / name).is_file()]
-        for name in kept:
-            self._file.append(_bytes(f"file/{name}", (layout.root / name).read_bytes()))
+        kept = {**layout.indexes, **({"config.json": layout.config_file} if layout.config_file else {})}
+        for name, config in kept.items():
+            self._file.append(_bytes(f"file/{name}", config.raw))
         for number, each in enumerate(self.merged):
             read = _file_of(each.adapter)
             with TensorFile(read.header) as source:
@@ -111,14 +112,6 @@ class UndoWriter:
             "adapters": [self._of(each) for each in self.merged],
         }
         return self._file.finish({HISTORY_KEY: json.dumps(document)})
-
-    def commit(self) -> None:
-        """Puts the undo file in its place."""
-        self._output.commit()
-
-    def withdraw(self) -> None:
-        """Removes the undo file again, where the output of its merge could not take its place."""
-        self._output.place.unlink(missing_ok=True)
 
     def _keep(self, number: int, job: RowsJob, added: PlannedChange) -> None:
         """Appends the residual of a job's rows, after those of all jobs numbered before."""
@@ -215,7 +208,7 @@ class UndoRecord:
 
 def read_undo(path: Path) -> UndoRecord:
     """Reads and checks the header of an undo file; raises `InvalidFile`."""
-    header = read_header(path)
+    header = read_header(decided_path(path))
     try:
         document = strict_json(header.metadata.get(HISTORY_KEY, "{}").encode())
         if document.get("command") != "undo":

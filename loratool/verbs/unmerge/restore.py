@@ -16,8 +16,9 @@ from loratool.adapter.load import load
 from loratool.errors import InvalidFile, LoratoolError, error_context
 from loratool.files.header import TensorInfo
 from loratool.files.layout import Layout, open_layout
-from loratool.files.output import NewOutput, remove, temporary_in
+from loratool.files.output import NewOutput
 from loratool.files.tensors import TensorFile, tensor_bytes
+from loratool.files.transaction import remove
 from loratool.files.writer import Writer, copy_file
 from loratool.numbers.residuals import unpack_residual
 from loratool.numbers.threads import Progress, map_on_threads, progress_counter, run_all
@@ -51,12 +52,19 @@ def restore_base(merged: Path, out: Path, undo_path: Path, *, overwrite: bool, p
     with ExitStack() as stack:
         kept = stack.enter_context(TensorFile(undo.header))
         output = stack.enter_context(
-            NewOutput(out, folder=layout.is_folder, overwrite=overwrite, nbytes=nbytes, inputs=[layout, undo.header])
+            NewOutput(
+                out,
+                folder=layout.is_folder,
+                overwrite=overwrite,
+                nbytes=nbytes,
+                inputs=[layout, undo.header],
+                written=[*layout.files, *layout.indexes, *layout.other_files(), *undo.files, *undo.names("file/")],
+            )
         )
         # First what the merge did not compute: other files, configs, and the headers of the files to restore.
         _copy_others(layout, undo, kept, output)
         writers = {file: stack.enter_context(_begin_file(file, undo, kept, output)) for file in undo.files}
-        adapters = stack.enter_context(_adapters(undo, kept, out.parent))
+        adapters = stack.enter_context(_adapters(undo, kept, output.scratch()))
         # With headers and configs in place, the output has the layout of the base though no tensor is there yet: the plan
         # of the merge can be made again. A module without a target now had none in the merge, which was allowed then.
         with error_context(undo_path):
@@ -84,8 +92,11 @@ def _check_hashes(merged: Path, undo: UndoRecord, output: NewOutput) -> dict[str
 
 def _copy_others(layout: Layout, undo: UndoRecord, kept: TensorFile, output: NewOutput) -> None:
     """Copies the files that the merge only copied, and from the undo file the configs that the merge may have rewritten."""
-    for name in (*layout.other_files(), *(file for file in layout.files if file not in undo.files)):
+    for name in layout.other_files():
         copy_file(layout.root / name, output.path(name))
+    for name, header in layout.files.items():
+        if name not in undo.files:
+            copy_file(header.path, output.path(name))
     for name, info in undo.names("file/").items():
         path = output.path(name)
         path.unlink(missing_ok=True)
@@ -105,9 +116,8 @@ def _begin_file(file: str, undo: UndoRecord, kept: TensorFile, output: NewOutput
 
 
 @contextmanager
-def _adapters(undo: UndoRecord, kept: TensorFile, folder: Path) -> Iterator[list[MergeInput]]:
-    """The adapters that an undo file holds, unpacked to a temporary folder that is removed at the end."""
-    place = temporary_in(folder)
+def _adapters(undo: UndoRecord, kept: TensorFile, place: Path) -> Iterator[list[MergeInput]]:
+    """The adapters that an undo file holds, unpacked to the temporary folder `place` that is removed at the end."""
     try:
         found = []
         for number, held in enumerate(undo.adapters):
