@@ -28,7 +28,7 @@ LOCK: Final = re.compile(r"\.loratool-([0-9a-f]{16})\.lock")
 """The names of lock files, with the hash of what is locked."""
 TEMPORARY: Final = re.compile(r"\.loratool-([0-9a-f]{16})-[0-9a-f]{8}\.tmp")
 """The names of temporaries, with the hash of the lock that the run that writes there has."""
-TRIES: Final = 5
+LOCK_TRIES: Final = 5
 """How often a lock is asked for before it is another run's: who tidies up has it for a moment."""
 PAUSE: Final = 0.02
 """Seconds between two tries."""
@@ -58,7 +58,7 @@ class Lock:
 
     def take(self) -> None:
         """Takes the lock; raises `OutputError` where another run has it."""
-        for _ in range(TRIES):
+        for _ in range(LOCK_TRIES):
             descriptor = _open_lock(self.path, os.O_CREAT)
             # Another run may have removed the file between the two steps: then this lock is on one that nobody else finds.
             if _try_lock(descriptor) is not False and _is_same(descriptor, self.path):
