@@ -16,6 +16,7 @@ def forget_current_folder() -> None:
 
 
 forget_current_folder()
+sys.argv[0] = __file__
 from loratool.cli import main  # noqa: E402
 
 main()

@@ -80,8 +80,10 @@ def leads_out(root: Path, path: Path) -> bool:
 
 
 def foreign_files(folder: Path, written: Iterable[str]) -> list[str]:
-    """What lies in `folder`, at any depth, that is neither to be `written` nor called as the files of a model are."""
+    """What lies in `folder`, at any depth, that is neither to be `written` nor called as the files of a model are; without
+    any weights, all that is not to be written."""
     known = set(written)
+    is_model = any(path.suffix in WEIGHT_SUFFIXES for path in folder.rglob("*"))
     found = []
     for place, folders, names in os.walk(folder):
         # Links to folders are entries, too, and are not followed.
@@ -89,7 +91,7 @@ def foreign_files(folder: Path, written: Iterable[str]) -> list[str]:
         for name in (*links, *names):
             path = Path(place, name)
             relative = path.relative_to(folder).as_posix()
-            a_models = any(fnmatchcase(name, pattern) for pattern in A_MODELS) and relative.count("/") < 2
+            a_models = is_model and any(fnmatchcase(name, pattern) for pattern in A_MODELS) and relative.count("/") < 2
             if relative not in known and not (a_models and not path.is_symlink()) and not OURS.fullmatch(name):
                 found.append(relative)
     return sorted(found)

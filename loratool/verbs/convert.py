@@ -15,6 +15,7 @@ from loratool.errors import error_in_file
 from loratool.files.adapter_files import AdapterFile
 from loratool.files.adapter_writer import AdapterContents, write_contents
 from loratool.files.history import history_entry, input_record
+from loratool.files.paths import path_of
 from loratool.files.tensors import TensorFile, torch_dtype
 from loratool.formats.table import Format, format_named
 from loratool.keys.resolve import Hints, resolve_routes
@@ -66,7 +67,7 @@ def convert(
     in_memory = isinstance(adapter, Adapter)
     with error_in_file(adapter.path if isinstance(adapter, Adapter) else adapter):
         adapter, target = open_source(adapter, allow_pickle=allow_pickle, assume=assume), format_named(to)
-        out = Path(out).expanduser()
+        out = path_of(out)
         require_folder_name(target, out)
         converted: list[ApproximatedModule] = []
         weights = open_base(base)

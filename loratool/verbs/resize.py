@@ -26,6 +26,7 @@ from loratool.deltas.schema import WEIGHT
 from loratool.errors import error_in_file
 from loratool.files.adapter_writer import AdapterContents, contents_size, write_contents
 from loratool.files.history import history_entry, input_record
+from loratool.files.paths import path_of
 from loratool.files.tensors import torch_dtype
 from loratool.numbers.budgets import RankAllocator
 from loratool.numbers.devices import open_devices
@@ -133,7 +134,7 @@ def _approximate_and_write(
         else:
             done = work.within(rule, lambda imagined: contents_size(_contents(said, work, imagined, kept)))
     nbytes = write_contents(
-        _contents(said, work, done, kept), inputs_of([adapter], work.base), out.expanduser(), overwrite=overwrite
+        _contents(said, work, done, kept), inputs_of([adapter], work.base), path_of(out), overwrite=overwrite
     )
     figures = tuple(figures for figures, _ in done.values())
     notes = (*adapter.warnings, *work.devices.warnings())

@@ -13,6 +13,7 @@ from loratool.adapter.adapter import Assumptions
 from loratool.adapter.strengths import AdapterLike, weighted_adapters
 from loratool.files.in_place import finish_change_in_place
 from loratool.files.layout import open_layout, require_weights
+from loratool.files.paths import path_of
 from loratool.numbers.threads import Progress
 from loratool.verbs.merge.merge import LOST, MergeReport, merge_inputs
 from loratool.verbs.merge.write import open_inputs
@@ -37,7 +38,7 @@ def swap(
     The result goes to `out`, or without `out` into `merged` itself, and is a rounding away from merging `incoming` into the
     original base. Raises `LoratoolError` where a change of `outgoing` depends on the weight, and whatever `merge` raises.
     """
-    path = Path(merged).expanduser()
+    path = path_of(merged)
     if out is None and not dry_run:
         finish_change_in_place(path)
     layout = open_layout(path)

@@ -225,7 +225,7 @@ def test_a_disk_that_is_too_small_is_said_before_any_work(
 def test_a_folder_that_is_no_model_is_not_replaced(tmp_path: Path, invoke: Run) -> None:
     (folder(tmp_path / "photos", "holiday.jpg")).resolve()
     done = invoke("merge", LLAMA, LORA, "-o", "photos", "--overwrite")
-    assert "error: photos: holds files but no model; --overwrite would delete them" in done.stderr
+    assert "error: photos: --overwrite would delete holiday.jpg, which belongs to no model" in done.stderr
     shutil.copytree(LLAMA, tmp_path / "models" / "llama")
     (tmp_path / "models" / "config.json").write_text("{}")
     done = invoke("merge", "models/llama", LORA, "-o", "models", "--overwrite")

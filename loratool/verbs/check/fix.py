@@ -16,6 +16,7 @@ from loratool.base.base import BaseCheckpoint, open_base
 from loratool.deltas.base import Delta, scale_or_one
 from loratool.errors import LoratoolError, error_in_file
 from loratool.files.history import history_entry, input_record
+from loratool.files.paths import path_of
 from loratool.formats.consumers import OWN_SCALE, SHARED_SCALE, Consumer, consumer_named
 from loratool.formats.peft_writer import without_saved
 from loratool.formats.table import format_named
@@ -70,7 +71,7 @@ def fix(
             "check --fix", [input_record(adapter.path, adapter.file)], adapter.metadata, target=program, error=error
         )
         adapter = replace(adapter, metadata={**adapter.metadata, **said})
-        out = Path(out).expanduser()
+        out = path_of(out)
         written = write_adapter(adapter, form, routes, out, inputs=inputs_of([adapter], weights), overwrite=overwrite)
     return replace(
         report, out=str(out), done=(f"spelled it as {form.title}", *done), error=error, lost=lost, nbytes=written.nbytes

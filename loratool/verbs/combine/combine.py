@@ -21,6 +21,7 @@ from loratool.deltas.sums import Merge
 from loratool.errors import LoratoolError, look_up
 from loratool.files.history import HISTORY_KEY, history_entry, input_record
 from loratool.files.output import require_target
+from loratool.files.paths import path_of
 from loratool.files.tensors import torch_dtype
 from loratool.formats.table import format_named
 from loratool.keys.identify import format_of
@@ -118,7 +119,7 @@ def combine(
     Raises `LoratoolError`, and writes nothing, where the adapters are for different models, where a kind depends on its
     weight and there is no base, and where the output's format has no place for a sum.
     """
-    out, how, stored = Path(out).expanduser(), CombineMethod(method, density, seed), torch_dtype(dtype)
+    out, how, stored = path_of(out), CombineMethod(method, density, seed), torch_dtype(dtype)
     given = weighted_adapters(adapters)
     if how.dense and rule is None:
         raise LoratoolError(

@@ -71,7 +71,7 @@ class PlannedChange:
 
     def _blocks(self, merged: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Some rows of `merged` at a time, and the plan's change of them."""
-        rows = merged.reshape(-1, self.columns)
+        rows = merged.reshape(merged.numel() // max(self.columns, 1), self.columns)
         for first, last in row_blocks(len(rows), self.columns, _BLOCK):
             yield rows[first:last], self._change(start + first, last - first)
 

@@ -11,7 +11,7 @@ from loratool.adapter.adapter import Adapter, Change
 from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import Strength, strengths_of
 from loratool.deltas.full import Enlarge
-from loratool.errors import LoratoolError, UnmatchedModules, Unsupported, first_few
+from loratool.errors import LoratoolError, UnmatchedModules, Unsupported, error_in_file, first_few
 from loratool.files.header import BITS, TensorInfo
 from loratool.files.layout import Layout
 from loratool.files.tensors import FLOATS
@@ -41,7 +41,8 @@ class TensorPlan:
     @property
     def is_touched(self) -> bool:
         """Whether the tensor's bytes are computed; otherwise they are copied."""
-        return bool(self.terms) or self.dtype != self.source.dtype
+        # Of a tensor without elements there are no bytes, however many rows it says it has.
+        return (bool(self.terms) or self.dtype != self.source.dtype) and prod(self.shape) > 0
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +86,8 @@ def make_plan(
     draft, adapters = _PlanDraft(layout), [each.adapter for each in inputs]
     strengths = strengths_of([(each.adapter, each.strength) for each in inputs])
     for each, by_module in zip(inputs, strengths, strict=True):
-        draft.add(each.adapter, each.selection, by_module)
+        with error_in_file(each.adapter.path):
+            draft.add(each.adapter, each.selection, by_module)
     if draft.unmatched and not (allow_unmatched and draft.matched):
         raise UnmatchedModules(_unmatched_message(draft, adapters))
     if not draft.matched:
@@ -108,6 +110,7 @@ class _PlanDraft:
         self.terms: dict[str, list[Term]] = {}
         self.added: dict[str, str] = {}
         self.unmatched: list[Module] = []
+        self.unmatched_of: dict[str, None] = {}
         self.matched = 0
         self.config: dict[str, Any] = {}
 
@@ -135,6 +138,7 @@ class _PlanDraft:
             if not places:
                 if not change.optional:
                     self.unmatched.append(change.module)
+                    self.unmatched_of[str(adapter.path)] = None
                 continue
             self.matched += 1
             base = self._stored_info(places[0].tensor)
@@ -233,7 +237,8 @@ def _unmatched_message(draft: _PlanDraft, adapters: Sequence[Adapter]) -> str:
         pairs.append(f"{module} (nearest: {near})" if near else str(module))
     more = f" and {count - 5} more" if count > 5 else ""
     total = count + draft.matched
-    message = f"{count} of {total} modules have no target in {draft.layout.root}: {'; '.join(pairs)}{more}"
+    whose = first_few(draft.unmatched_of)
+    message = f"{whose}: {count} of {total} modules have no target in {draft.layout.root}: {'; '.join(pairs)}{more}"
     verdicts = {detect([(change.module, None) for change in adapter.changes]).title for adapter in adapters}
     families = (
         f"; the adapter looks like one for {first_few(sorted(verdicts))}" if verdicts - {"unknown", "undecided"} else ""

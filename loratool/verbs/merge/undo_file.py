@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +25,9 @@ from loratool._version import __version__
 from loratool.adapter.adapter import Adapter, Assumptions, files_of
 from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import Strength
-from loratool.errors import InvalidFile, Unsupported, first_few
+from loratool.errors import InvalidFile, LoratoolError, Unsupported, first_few
 from loratool.files.adapter_files import AdapterFile
-from loratool.files.header import Header, TensorInfo, read_header
+from loratool.files.header import STORED_DTYPES, Header, TensorInfo, read_header
 from loratool.files.history import HISTORY_KEY
 from loratool.files.output import Input, NewOutput
 from loratool.files.strict_json import strict_json
@@ -197,7 +197,8 @@ class UndoRecord:
         found: dict[str, list[int]] = {}
         for name in self.names("rows/"):
             tensor, _, row = name.rpartition("/")
-            if row.isdecimal():
+            # As the merge writes it: a row that is spelled otherwise would be looked for under another name.
+            if row.isdecimal() and len(row) < 20 and str(int(row)) == row:
                 found.setdefault(tensor, []).append(int(row))
         return {tensor: sorted(rows) for tensor, rows in found.items()}
 
@@ -213,25 +214,43 @@ def read_undo(path: Path) -> UndoRecord:
         document = strict_json(header.metadata.get(HISTORY_KEY, "{}").encode())
         if document.get("command") != "undo":
             raise InvalidFile(f"{path}: is not an undo file; `merge(undo=)` writes one")
-        files = {name: (int(facts["size"]), str(facts["sha256"])) for name, facts in document["files"].items()}
+        files = {name: (_size(facts["size"]), str(facts["sha256"])) for name, facts in document["files"].items()}
         adapters = tuple(_adapter(each) for each in document["adapters"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        dtype = document.get("dtype")
+        if dtype is not None and dtype not in STORED_DTYPES.values():
+            raise InvalidFile(f"dtype {dtype!r}")
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError, LoratoolError) as error:
         raise InvalidFile(f"{path}: is not an undo file that this version reads: {error}") from error
-    undo = UndoRecord(header, document.get("dtype"), files, adapters)
+    undo = UndoRecord(header, dtype, files, adapters)
     if any(info.dtype != "U8" or len(info.shape) != 1 for info in header.tensors.values()):
         raise InvalidFile(f"{path}: is not an undo file that this version reads")
     # An undo file may come from anybody: no name in it may lead out of the output. "" is a checkpoint of one file.
     whole = set(files) == {""}
-    unsafe = [name for name in (*files, *undo.names("file/")) if not (_inside(name) or (whole and not name))]
+    unsafe = [
+        name for name in (*files, *undo.names("file/"), *_adapter_files(undo)) if not (_inside(name) or (whole and not name))
+    ]
     if unsafe:
         raise InvalidFile(f"{path}: would write {first_few(map(repr, unsafe))}, which does not lie in the output")
     return undo
+
+
+def _adapter_files(undo: UndoRecord) -> Iterator[str]:
+    """The names of the adapters' files, each in a folder of its number."""
+    for number in range(len(undo.adapters)):
+        yield from undo.names(f"adapter/{number}/")
 
 
 def _inside(name: str) -> bool:
     """Whether a relative path stays below the folder that it is joined to."""
     # A backslash separates folders on Windows, and no POSIX path holds a NUL.
     return bool(name) and not {"", ".", ".."} & set(name.split("/")) and "\\" not in name and "\0" not in name
+
+
+def _size(said: object) -> int:
+    """The size of a file; raises `ValueError` for what no file has."""
+    if type(said) is not int or not 8 <= said < 2**62:
+        raise ValueError(f"a size of {said!r}")
+    return said
 
 
 def _adapter(said: Mapping[str, Any]) -> UndoAdapter:

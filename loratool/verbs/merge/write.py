@@ -78,8 +78,8 @@ class MergeRun:
             with ExitStack() as opened:
                 follow = undo.follow if undo else self.follow
                 # In the metadata an entry is a string of JSON inside of JSON, in which every quote takes two letters.
-                records = [_record(each) for each in self.merged if each.strength.parts or each.strength.vector]
-                room = PROVENANCE_BYTES + (len(json.dumps(json.dumps(records))) if records else 0)
+                records = [_record(each) for each in self.merged]
+                room = PROVENANCE_BYTES + len(json.dumps(json.dumps(records)))
                 files = [
                     OutputFile(plan, file, tensors, output.path(file), opened, room, in_place=output.in_place, follow=follow)
                     for file, tensors in rewritten.items()

@@ -17,10 +17,12 @@ from loratool.files.header import ADAPTER_HEADER_BYTES, Header, encode_header, i
 from loratool.files.history import HISTORY_KEY
 from loratool.files.in_place import current_path, finish_change_in_place
 from loratool.files.output import Input, NewOutput
+from loratool.files.paths import path_of
 from loratool.files.walk import walk_model
 from loratool.files.writer import Writer, copy_file
 from loratool.formats import modelspec
 from loratool.formats.peft import PEFT_METADATA_KEY
+from loratool.text import is_encodable
 from loratool.verbs.hash import hashes_of
 from loratool.verbs.meta.private import without_private
 from loratool.verbs.reports import Report
@@ -49,7 +51,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 def _header(path: str | Path, *, changed: bool = False) -> Header:
     """The header of a safetensors file, or of a PEFT folder's weights, which are about to be `changed` in place."""
-    weights, _ = locate(Path(path).expanduser())
+    weights, _ = locate(path_of(path))
     if changed:
         finish_change_in_place(weights)
     return read_header(current_path(weights))
@@ -63,6 +65,10 @@ def set_metadata(
 
     Raises `LoratoolError`, and changes nothing, where a value is not allowed, or a hash is not the file's.
     """
+    for key, value in values.items():
+        # Bytes of a command line that are no UTF-8 are lone surrogates in Python.
+        if not is_encodable(key + value):
+            raise LoratoolError(f"{key}: is not UTF-8, which metadata is stored in")
     with error_in_file(path):
         modelspec.require_allowed(values)
         header = _header(path, changed=out is None)
@@ -141,8 +147,8 @@ def _write_change(
     others: Sequence[Header] = (),
 ) -> MetaReport:
     """Writes the file at `path`, or a copy `out` of it, with this metadata, in which kohya's legacy hash is made true."""
-    path = Path(path).expanduser()
-    target = Path(out).expanduser() if out else None
+    path = path_of(path)
+    target = path_of(out) if out else None
     before = header.metadata
     # kohya's legacy hash covers the 64 KiB behind the first MiB, which a header of another length moves; sshs_model_hash is
     # of the tensors alone and stays true.

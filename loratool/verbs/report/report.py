@@ -13,6 +13,7 @@ from loratool.adapter.adapter import inputs_of
 from loratool.base.base import BaseCheckpoint, open_base
 from loratool.errors import LoratoolError
 from loratool.files.output import Input, NewOutput, require_target
+from loratool.files.paths import path_of
 from loratool.files.writer import Writer
 from loratool.text import LONGEST_MESSAGE, message, safe, size
 from loratool.verbs.compare.compare import AdapterComparison, MatrixComparison, compare
@@ -79,7 +80,7 @@ def report(
     """
     # What can fail at once fails before minutes of arithmetic: a missing library, a target that must not be written.
     charts.require_matplotlib()
-    places, target = [Path(path).expanduser() for path in paths], Path(out).expanduser()
+    places, target = [path_of(path) for path in paths], path_of(out)
     weights = open_base(base)
     known: list[Input | Path] = [*places, *([weights.layout] if weights else [])]
     require_target(target, folder=False, overwrite=overwrite, inputs=known)

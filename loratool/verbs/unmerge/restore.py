@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from loratool.adapter.load import load
-from loratool.errors import InvalidFile, LoratoolError, error_context
+from loratool.errors import InvalidFile, LoratoolError, error_context, first_few
 from loratool.files.header import TensorInfo
 from loratool.files.layout import Layout, open_layout
 from loratool.files.output import NewOutput
@@ -48,6 +48,12 @@ def restore_base(merged: Path, out: Path, undo_path: Path, *, overwrite: bool, p
     if ("" in undo.files) == layout.is_folder or (not layout.is_folder and undo.names("file/")):
         kind = "one file" if "" in undo.files else "a folder"
         raise InvalidFile(f"{undo_path}: is of a merge into {kind}, {merged} is not")
+    lacking = [name for name in undo.files if name not in layout.files]
+    if lacking:
+        raise InvalidFile(
+            f"{undo_path}: is of a checkpoint with the files {first_few(lacking)}, which {merged} does not have: it is of "
+            "another checkpoint, or one that was saved anew in other files"
+        )
     nbytes = sum(size for size, _ in undo.files.values())
     with ExitStack() as stack:
         kept = stack.enter_context(TensorFile(undo.header))
@@ -63,7 +69,7 @@ def restore_base(merged: Path, out: Path, undo_path: Path, *, overwrite: bool, p
         )
         # First what the merge did not compute: other files, configs, and the headers of the files to restore.
         _copy_others(layout, undo, kept, output)
-        writers = {file: stack.enter_context(_begin_file(file, undo, kept, output)) for file in undo.files}
+        writers = {file: stack.enter_context(_begin_file(file, layout, undo, kept, output)) for file in undo.files}
         adapters = stack.enter_context(_adapters(undo, kept, output.scratch()))
         # With headers and configs in place, the output has the layout of the base though no tensor is there yet: the plan
         # of the merge can be made again. A module without a target now had none in the merge, which was allowed then.
@@ -104,13 +110,19 @@ def _copy_others(layout: Layout, undo: UndoRecord, kept: TensorFile, output: New
             writer.copy(kept.descriptor, info.start, info.nbytes, 0)
 
 
-def _begin_file(file: str, undo: UndoRecord, kept: TensorFile, output: NewOutput) -> Writer:
+def _begin_file(file: str, merged: Layout, undo: UndoRecord, kept: TensorFile, output: NewOutput) -> Writer:
     """A file of the base with its header, and room for its tensors; raises `InvalidFile` where the undo file lacks it."""
     header = undo.header.tensors.get(f"header/{file}")
     if header is None:
         raise InvalidFile(f"{undo.header.path}: lacks the header of {file}")
-    # A damaged undo file may say a size that is too small for the header.
-    writer = Writer(output.path(file), max(undo.files[file][0], header.nbytes))
+    size, merged_size = undo.files[file][0], merged.files[file].size
+    # A damaged undo file may say any size. A merge changes dtypes at most to ones of a fourth of the bytes or of four times
+    # as many, and shapes by a few rows.
+    if not header.nbytes <= size <= 16 * merged_size + (1 << 30):
+        raise InvalidFile(
+            f"{undo.header.path}: says that {file or 'the base'} had {size} bytes; the merged file has {merged_size}"
+        )
+    writer = Writer(output.path(file), size)
     writer.copy(kept.descriptor, header.start, header.nbytes, 0)
     return writer
 
@@ -166,7 +178,10 @@ class RestoreRun:
             if tensor.source.nbytes and starts[:1] != [0]:
                 raise InvalidFile(f"{self.undo.header.path}: holds nothing of {tensor.name}")
             # The pieces are those in which the undo file was written, which need not be those of a merge today.
-            for start, stop in pairwise([*starts, matrix_shape(tensor.shape)[0]]):
+            rows = matrix_shape(tensor.shape)[0]
+            if starts and starts[-1] >= max(rows, 1):
+                raise InvalidFile(f"{self.undo.header.path}: holds row {starts[-1]} of {tensor.name}, which has {rows}")
+            for start, stop in pairwise([*starts, rows]):
                 job = RowsJob(tensor, opened[tensor.file], self.writers[tensor.file], 0, (), start, stop, by_blocks(tensor))
                 yield partial(self._undo, job, info, added)
 
