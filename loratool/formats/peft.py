@@ -1,20 +1,19 @@
 """PEFT's adapter_config.json: the scale of each module, and what else the factors themselves do not show.
 
 Source: PEFT tuners/lora/config.py and utils/other.py (get_pattern_key). The file comes from strangers: nothing in it
-is followed, imported or fetched, and its patterns are matched only where they cannot take exponential time.
+is followed, imported or fetched, and its patterns are matched by `PatternMap`, for a while at most.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Final
 
 from loratool.errors import InvalidConfig
+from loratool.formats.patterns import PatternMap
 
 PEFT_METADATA_KEY: Final = "lora_adapter_metadata"
 """Where diffusers keeps the same facts, prefixed by component (loaders/lora_base.py)."""
@@ -47,8 +46,8 @@ class PeftConfig:
     alpha: float | None = None
     rslora: bool = False
     dora: bool = False
-    rank_pattern: Mapping[str, Any] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, Any] = field(default_factory=dict)
+    rank_pattern: PatternMap = field(default_factory=lambda: PatternMap({}, ""))
+    alpha_pattern: PatternMap = field(default_factory=lambda: PatternMap({}, ""))
     tied: bool = False
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     neumann_terms: int = 0
@@ -71,7 +70,7 @@ class PeftConfig:
             alpha=_number(document[alpha], f"{where}: {alpha}") if alpha else None,
             rslora=_flag(document, "use_rslora", where),
             dora=_flag(document, "use_dora", where),
-            rank_pattern={} if adaptive else _pattern(document, "rank_pattern", where),
+            rank_pattern=_pattern({} if adaptive else document, "rank_pattern", where),
             alpha_pattern=_pattern(document, "alpha_pattern", where),
             tied=_flag(document, "ensure_weight_tying", where),
             tokens=_tokens(document.get("trainable_token_indices"), where),
@@ -83,12 +82,12 @@ class PeftConfig:
 
     def alpha_of(self, path: str) -> float | None:
         """The alpha of the module at `path`, None where the config has none."""
-        alpha = _first_match(self.alpha_pattern, path, self.alpha, self.where)
+        alpha = self.alpha_pattern.value_of(path, self.alpha)
         return None if alpha is None else _number(alpha, f"{self.where}: alpha of {path}")
 
     def rank_of(self, path: str) -> int:
         """The rank that the config gives the module at `path`, 0 where the config has none."""
-        return _rank(_first_match(self.rank_pattern, path, self.rank, self.where), f"{self.where}: rank of {path}")
+        return _rank(self.rank_pattern.value_of(path, self.rank), f"{self.where}: rank of {path}")
 
     def tokens_of(self, path: str) -> tuple[int, ...]:
         """The trainable_token_indices of the embedding at `path`."""
@@ -163,31 +162,6 @@ def _refusal(document: Mapping[str, Any], kind: str) -> str:
     return "" if kind in TUNERS else f"peft_type {kind} is not a kind that this version computes"
 
 
-def _first_match(patterns: Mapping[str, Any], path: str, default: Any, where: str) -> Any:
-    """The value of the first pattern that matches `path`, by PEFT's rule: re.match(rf"(.*\\.)?({key})$", path)."""
-    # PEFT's `(.*\.)?` is tried as a start behind every dot instead, which takes no backtracking.
-    for pattern, value in patterns.items():
-        compiled = _compile(pattern, where)
-        starts = [0, *(found.end() for found in re.finditer(r"\.", path))]
-        if any(compiled.match(path, start) for start in starts):
-            return value
-    return default
-
-
-@lru_cache(maxsize=4096)
-def _compile(pattern: str, where: str) -> re.Pattern[str]:
-    """Compiles a stranger's pattern; raises `InvalidConfig` where matching it could take exponential time."""
-    # Backtracking is exponential in nested repetitions, and polynomial in those side by side: so no group may be repeated,
-    # and two repetitions are the most. Escapes and sets count as one character.
-    bare = re.sub(r"\[[^\]]*\]", "c", re.sub(r"\\.", "c", pattern))
-    if len(pattern) > 1000 or re.search(r"\)[*+{]|\(\?[^:]", bare) or len(re.findall(r"[*+{]", bare)) > 2:
-        raise InvalidConfig(f"{where}: pattern {pattern!r} is too intricate to be matched safely; list module names instead")
-    try:
-        return re.compile(f"(?:{pattern})$")
-    except (re.error, OverflowError, RecursionError) as error:
-        raise InvalidConfig(f"{where}: pattern {pattern!r} is not a regular expression: {error}") from error
-
-
 def _rank(value: object, what: str) -> int:
     # type, not isinstance: True is an int to Python.
     if type(value) is not int or value < 0:
@@ -208,11 +182,11 @@ def _flag(document: Mapping[str, Any], name: str, where: str) -> bool:
     return bool(value)
 
 
-def _pattern(document: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+def _pattern(document: Mapping[str, Any], name: str, where: str) -> PatternMap:
     value = document.get(name) or {}
     if not isinstance(value, dict):
         raise InvalidConfig(f"{where}: {name} is {value!r}, expected a map from patterns to numbers")
-    return value
+    return PatternMap(value, where)
 
 
 def _tokens(value: object, where: str) -> dict[str, tuple[int, ...]]:
