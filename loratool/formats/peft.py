@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from loratool.errors import InvalidConfig
+from loratool.errors import InvalidConfig, first_few
 from loratool.formats.patterns import PatternMap
 
 PEFT_METADATA_KEY: Final = "lora_adapter_metadata"
@@ -28,12 +28,47 @@ PROMPTS: Final = frozenset(
 )
 """The values of peft_type that act on prompts or activations, and change no weight."""
 
-_REFUSED: Final[Mapping[str, str]] = {
+USED: Final = frozenset(
+    {
+        "peft_type", "r", "init_r", "lora_alpha", "alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+        "ensure_weight_tying", "trainable_token_indices", "token_indices", "use_cayley_neumann", "num_cayley_neumann_terms",
+        "target_parameters", "feedforward_modules", "init_lora_weights",
+    }
+)  # fmt: skip
+"""Fields of configs that something here depends on."""
+HARMLESS: Final = frozenset(
+    {
+        # Of a file and its training.
+        "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+        "runtime_config", "lora_dropout", "rank_dropout", "rank_dropout_scale", "module_dropout", "boft_dropout",
+        "vera_dropout", "init_weights", "init_ia3_weights", "d_initial", "target_r", "tinit", "tfinal", "deltaT", "beta1",
+        "beta2", "orth_reg_weight", "total_step", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+        "velora_config",
+        # Of what is adapted, which the names of the tensors say.
+        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "lora_bias",
+        "fan_in_fan_out",
+        # Of how, which their shapes say, or whether they are there.
+        "use_effective_conv2d", "decompose_both", "decompose_factor", "oft_block_size", "block_share", "boft_block_size",
+        "boft_block_num", "boft_n_butterfly_factor", "projection_prng_key", "save_projection",
+        # Of a method that another field turns on.
+        "eps", "qalora_group_size", "megatron_core",
+    }
+)  # fmt: skip
+"""Fields of configs whose value changes no number of a merge."""
+REFUSED: Final[Mapping[str, str]] = {
     "layer_replication": "the base must have its layers replicated first (layer_replication)",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only and cannot be merged into weights",
     "megatron_config": "Megatron's parallel layers store factors in pieces",
+    "coft": "a constrained OFT (coft) projects its blocks before it rotates; merge it with PEFT",
+    "use_qalora": "QALoRA (use_qalora) adds to averages of groups of inputs; merge it with PEFT",
+    "use_bdlora": "BD-LoRA (use_bdlora) stores the blocks of block-diagonal factors; merge it with PEFT",
+    "kasa_config": "KaSA (kasa_config) cuts the base's smallest singular values first; merge it with PEFT",
+    "monteclora_config": "MonteCLoRA (monteclora_config) draws its factors at random; merge it with PEFT",
+    "arrow_config": "Arrow (arrow_config) chooses among adapters for each token, which no weight can",
 }
-"""Entries of a config that are refused where they are set, and why."""
+"""Fields of configs that are refused where they are set, and why."""
+MOST_TERMS: Final = 100
+"""The longest Neumann series that is computed; PEFT's usual one has 5 terms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +108,7 @@ class PeftConfig:
             rank_pattern=_pattern({} if adaptive else document, "rank_pattern", where),
             alpha_pattern=_pattern(document, "alpha_pattern", where),
             tied=_flag(document, "ensure_weight_tying", where),
-            tokens=_tokens(document.get("trainable_token_indices"), where),
+            tokens=_tokens(document.get("trainable_token_indices") or document.get("token_indices"), where),
             neumann_terms=_neumann_terms(document, where) if kind == "OFT" else 0,
             parameters=_names(document, "target_parameters", where),
             feedforward=_names(document, "feedforward_modules", where) if kind == "IA3" else (),
@@ -148,9 +183,19 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> dict[str, PeftConf
 
 def _refusal(document: Mapping[str, Any], kind: str) -> str:
     """Why an adapter with this config cannot be merged into weights, "" where it can."""
-    for name, reason in _REFUSED.items():
+    for name, reason in REFUSED.items():
         if document.get(name):
             return reason
+    # Of a later PEFT, perhaps: a method is turned on by a flag, a list or a config of its own, and numbers only tune it.
+    new = [
+        name
+        for name, value in document.items()
+        if name not in USED | HARMLESS and (value is True or (isinstance(value, dict | list) and value))
+    ]
+    if new:
+        return (
+            f"{first_few(new)} in the config are unknown to this version, and may change what is added; merge it with PEFT"
+        )
     init = document.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         return (
@@ -201,7 +246,11 @@ def _tokens(value: object, where: str) -> dict[str, tuple[int, ...]]:
 def _neumann_terms(document: Mapping[str, Any], where: str) -> int:
     if not _flag(document, "use_cayley_neumann", where):
         return 0
-    return _rank(document.get("num_cayley_neumann_terms", 5), f"{where}: num_cayley_neumann_terms")
+    terms = _rank(document.get("num_cayley_neumann_terms", 5), f"{where}: num_cayley_neumann_terms")
+    if terms > MOST_TERMS:
+        raise InvalidConfig(f"{where}: num_cayley_neumann_terms is {terms}, expected at most {MOST_TERMS}")
+    # No term and one are the same to PEFT; 0 is the exact transform here.
+    return max(terms, 1)
 
 
 def _names(document: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -34,10 +35,8 @@ def test_the_first_pattern_that_matches_by_pefts_rule_counts(keys: list[str], pa
 def test_no_pattern_takes_long(pattern: str) -> None:
     found = PatternMap({pattern: 1}, "config")
     for number in range(20):
-        try:
+        with suppress(InvalidConfig):
             assert found.value_of(f"{PATH}{number}", 0) in (0, 1)
-        except InvalidConfig as error:
-            assert str(error).startswith("config: pattern ")
 
 
 def test_thousands_of_names_take_a_moment() -> None:
