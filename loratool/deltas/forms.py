@@ -1,7 +1,7 @@
 """The shapes that a kind's leaves must have, as forms: a letter stands for one size, the same wherever it occurs.
 
-In a form, `1` is the size 1, `*k` a kernel, which all that have one share, and `*1` any number of ones. No size is 0: nothing
-would be left to be added, and torch would broadcast it. What a form cannot say, a kind checks by itself.
+In a form, `1` is the size 1, `*k` a kernel, which all that have one share, and `*1` any number of ones. No size is 0:
+nothing would be left to be added, and torch would broadcast it. What a form cannot say, a kind checks by itself.
 """
 
 from __future__ import annotations

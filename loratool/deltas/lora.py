@@ -25,7 +25,7 @@ from loratool.deltas.base import (
     with_rows,
 )
 from loratool.deltas.schema import ANY, Given
-from loratool.errors import Unsupported
+from loratool.errors import ShapeMismatch, Unsupported
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,6 @@ ANY: Final = -1
 """In a delta's shape: a dimension that only the weight knows."""
 
 
-
 OVER_RANK: Final = "over rank"
 """Alpha over the rank multiplies the product of the factors."""
 CONSTRAINT: Final = "constraint"
@@ -116,7 +115,12 @@ def _unknown(shapes: Shapes) -> Shape | None:
 
 
 def _of(leaf: str) -> Callable[[Shapes], Shape]:
-    return lambda shapes: shapes[leaf]
+    def shape(shapes: Shapes) -> Shape:
+        if not shapes[leaf]:
+            raise InvalidAdapter(f"{leaf} is a single number, expected a change of a whole weight or bias")
+        return shapes[leaf]
+
+    return shape
 
 
 def _rows(leaf: str) -> Callable[[Shapes], int]:
@@ -332,6 +336,9 @@ def explain(shapes: Shapes) -> tuple[DeltaSpec, ...]:
     """The deltas that a module's leaves make up, accounting for every leaf; raises `InvalidAdapter`."""
     # One kind after the other takes its leaves away, until no row is complete; nothing may be left then.
     left = dict(shapes)
+    empty = [f"{leaf} {list(shape)}" for leaf, shape in shapes.items() if 0 in shape]
+    if empty:
+        raise InvalidAdapter(f"has leaves without elements: {', '.join(empty)}")
     parts = []
     while kind := _largest(left):
         leaves = tuple(leaf for leaf in left if leaf in kind.required | kind.optional)
