@@ -55,7 +55,7 @@ HARMLESS: Final = frozenset(
     }
 )  # fmt: skip
 """Fields of configs whose value changes no number of a merge."""
-REFUSED: Final[Mapping[str, str]] = {
+REFUSED_FIELDS: Final[Mapping[str, str]] = {
     "layer_replication": "the base must have its layers replicated first (layer_replication)",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only and cannot be merged into weights",
     "megatron_config": "Megatron's parallel layers store factors in pieces",
@@ -183,7 +183,7 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> dict[str, PeftConf
 
 def _refusal(document: Mapping[str, Any], kind: str) -> str:
     """Why an adapter with this config cannot be merged into weights, "" where it can."""
-    for name, reason in REFUSED.items():
+    for name, reason in REFUSED_FIELDS.items():
         if document.get(name):
             return reason
     # Of a later PEFT, perhaps: a method is turned on by a flag, a list or a config of its own, and numbers only tune it.

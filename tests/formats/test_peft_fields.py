@@ -9,24 +9,24 @@ import pytest
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from loratool.formats.peft import HARMLESS, REFUSED, TUNERS, USED, PeftConfig
+from loratool.formats.peft import HARMLESS, REFUSED_FIELDS, TUNERS, USED, PeftConfig
 
 
 @pytest.mark.parametrize("kind", sorted(TUNERS))
 def test_every_field_of_the_installed_peft_is_in_the_table(kind: str) -> None:
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
     fields = {field.name for field in dataclasses.fields(config)}
-    assert fields - USED - HARMLESS - REFUSED.keys() == set(), f"new in PEFT {peft.__version__}"
+    assert fields - USED - HARMLESS - REFUSED_FIELDS.keys() == set(), f"new in PEFT {peft.__version__}"
 
 
 def test_no_field_is_in_the_table_twice() -> None:
     assert not USED & HARMLESS
-    assert not (USED | HARMLESS) & REFUSED.keys()
+    assert not (USED | HARMLESS) & REFUSED_FIELDS.keys()
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", REFUSED_FIELDS)
 def test_what_is_refused_is_refused_where_it_is_set(name: str) -> None:
-    assert PeftConfig.parse({"peft_type": "LORA", name: {"a": 1}}, "config").refusal == REFUSED[name]
+    assert PeftConfig.parse({"peft_type": "LORA", name: {"a": 1}}, "config").refusal == REFUSED_FIELDS[name]
     assert not PeftConfig.parse({"peft_type": "LORA", name: None}, "config").refusal
 
 
