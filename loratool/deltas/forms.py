@@ -19,7 +19,7 @@ MOST_KERNEL: Final = 3
 _W1: Final[Sequence[Form]] = ({"lokr_w1": "a b"}, {"lokr_w1_a": "a r", "lokr_w1_b": "r b"})
 _W2: Final[Sequence[Form]] = (
     {"lokr_w2": "c d *k"},
-    {"lokr_w2_a": "c s", "lokr_w2_b": "s d *k"},
+    {"lokr_w2_a": "c s", "lokr_w2_b": "s d *1"},
     {"lokr_t2": "s s *k", "lokr_w2_a": "s c", "lokr_w2_b": "s d"},
 )
 FORMS: Final[Mapping[str, Sequence[Form]]] = {
