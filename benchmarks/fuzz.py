@@ -1,4 +1,4 @@
-"""Fuzzing what looks at files first: `python -m benchmarks.fuzz [--what headers|formats] [--count N] [--seed N]`.
+"""Fuzzing what looks at files first: `python -m benchmarks.fuzz [--what headers|formats|kinds] [--count N] [--seed N]`.
 
 The header check goes against the reference:
 
@@ -12,6 +12,9 @@ search goes where it has not been. Exit code 1 where anything leaked or was let 
 
 The readers of formats are given adapters of one model in every format that it has, with mutated headers: `inspect` has to
 say what they are, or why not. Mutants are steered in the same way, by all that the report says.
+
+Files of every kind are mutated (`benchmarks.mutants`: shapes, dtypes, numbers, leaves, configs) and go through every verb,
+which writes an output, from which an undo file leads back, or ends in an error in words.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,6 +39,7 @@ from pathlib import Path
 from safetensors import SafetensorError, deserialize
 
 from benchmarks import common
+from benchmarks.mutants import SORTS, VERBS, run_verb
 from loratool import LoratoolError, convert, edit, inspect
 from loratool.files.header import BASE_HEADER_BYTES, parse_header
 from loratool.formats.table import FORMATS
@@ -51,6 +56,8 @@ DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1, "BOOL": 1, "F8_E4M3"
 LARGEST_SEED = 4096
 """Bytes of a mutated header that joins the seeds."""
 MOST_SEEDS = 5000
+MOST_SECONDS = 10
+"""The longest that a run on a small file may take."""
 
 
 def sound(chance: random.Random) -> bytes:
@@ -142,11 +149,11 @@ def reference(raw: bytes) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--what", choices=["headers", "formats"], default="headers")
+    parser.add_argument("--what", choices=["headers", "formats", "kinds"], default="headers")
     parser.add_argument("--count", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    {"headers": headers, "formats": formats}[arguments.what](arguments)
+    {"headers": headers, "formats": formats, "kinds": kinds}[arguments.what](arguments)
 
 
 @dataclass
@@ -223,6 +230,28 @@ def spellings(folder: Path) -> Iterator[bytes]:
             with contextlib.suppress(LoratoolError):
                 convert(small, out, row.name)
                 yield (out / "adapter_model.safetensors" if out.is_dir() else out).read_bytes()
+
+
+def kinds(arguments: argparse.Namespace) -> None:
+    """Prints what all verbs made of mutants of every kind."""
+    chance, found, started = random.Random(arguments.seed), Search(), time.monotonic()
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory(prefix="loratool-fuzz-") as name, contextlib.chdir(name):
+        for _ in range(arguments.count):
+            sort, verb, seed = chance.choice(list(SORTS)), chance.choice(VERBS), chance.randrange(1, 2**32)
+            before = time.perf_counter()
+            try:
+                code, _ = run_verb(Path(name), sort, seed, verb)
+                found.answers[f"exit {code}"] += 1
+            except Exception as error:
+                found.leaked[f"{type(error).__name__}: {str(error)[:100]} ({sort}, seed {seed}: {verb})"] += 1
+            found.slow = max(found.slow, time.perf_counter() - before)
+    found.minutes = (time.monotonic() - started) / 60
+    many = f"{arguments.count:,} runs on mutants of {len(SORTS)} files through {len(VERBS)} commands"
+    print(f"{common.machine()}: {many} in {found.minutes:.1f} min, seed {arguments.seed}")
+    print(f"  {dict(found.answers)}; longest {found.slow:.3f} s")
+    print(f"  exceptions that are not ours, and outputs that are wrong: {sum(found.leaked.values())} {dict(found.leaked)}")
+    sys.exit(1 if found.leaked or found.slow > MOST_SECONDS else 0)
 
 
 def headers(arguments: argparse.Namespace) -> None:

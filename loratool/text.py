@@ -20,6 +20,15 @@ def safe(text: object, longest: int = LONGEST) -> str:
     return "".join(character if character.isprintable() else _escape(character) for character in cut)
 
 
+def is_encodable(text: str) -> bool:
+    """Whether `text` can be written as UTF-8: bytes of names and of arguments that are no UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def message(text: str) -> str:
     """The text of an error or a warning in the command line's words (`flags`), made safe."""
     return safe(in_flags(text), LONGEST_MESSAGE)

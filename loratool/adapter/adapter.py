@@ -10,9 +10,11 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from loratool.base.base import BaseCheckpoint
 from loratool.deltas.base import Delta
 from loratool.deltas.schema import ANY
 from loratool.files.adapter_files import AdapterFile
+from loratool.files.output import Input
 from loratool.keys.listing import AdapterKeys
 from loratool.names import CONTAINER, Module
 from loratool.numbers.workload import OPERATIONS_OF_FACTORS, Workload
@@ -108,6 +110,11 @@ def factor_workload(adapters: Iterable[Adapter]) -> Workload:
 def files_of(adapters: Iterable[Adapter]) -> list[AdapterFile]:
     """The files that `adapters` were read from, without adapters that were computed."""
     return [adapter.file for adapter in adapters if adapter.file]
+
+
+def inputs_of(adapters: Iterable[Adapter], *bases: BaseCheckpoint | None) -> list[Input]:
+    """What an output is made of: the files of `adapters`, and the checkpoints that were asked about them."""
+    return [*files_of(adapters), *(base.layout for base in bases if base)]
 
 
 def require_unchanged(adapters: Iterable[Adapter]) -> None:

@@ -21,6 +21,7 @@ from loratool.errors import InvalidAdapter, NonFinite, Unsupported, error_contex
 from loratool.files.adapter_files import CONFIG_NAME, PICKLE_SUFFIXES, adapter_file, identity_of, locate
 from loratool.files.header import TensorInfo
 from loratool.files.layout import Layout
+from loratool.files.paths import path_of
 from loratool.files.pickles import open_pickle
 from loratool.files.tensors import FLOATS, TensorFile
 from loratool.formats.leaves import UNTRAINED
@@ -45,7 +46,7 @@ def load(path: str | Path, *, allow_pickle: bool = False, assume: Assumptions | 
     Raises `LoratoolError`: every tensor must be explained, every factor finite, every alpha a number. A pickle (`.bin`)
     is refused unless `allow_pickle`, and is then read in a process of its own that may build nothing but tensors.
     """
-    path = Path(path).expanduser()
+    path = path_of(path)
     weights, _ = locate(path)
     if allow_pickle and weights.suffix in PICKLE_SUFFIXES:
         # The identity of the pickle itself; the header is that of a temporary file with the same tensors.

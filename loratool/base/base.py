@@ -11,6 +11,7 @@ from torch import Tensor
 from loratool.deltas.schema import WEIGHT
 from loratool.errors import LoratoolError
 from loratool.files.layout import Layout
+from loratool.files.paths import path_of
 from loratool.files.tensors import Checkpoint
 from loratool.keys.places import WeightIndex
 from loratool.keys.rows import WeightRows
@@ -93,4 +94,4 @@ def open_base(base: str | Path | BaseCheckpoint | None) -> BaseCheckpoint | None
     """The checkpoint at a path, `base` itself where it is open already, or None for None. Raises `LoratoolError`."""
     if base is None or isinstance(base, BaseCheckpoint):
         return base
-    return BaseCheckpoint(Path(base).expanduser())
+    return BaseCheckpoint(path_of(base))

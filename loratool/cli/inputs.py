@@ -6,14 +6,17 @@ import glob
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import click
 from click.shell_completion import CompletionItem
 
 from loratool.errors import LoratoolError
 from loratool.files import hub
+from loratool.files.header import BASE_HEADER_BYTES, tensors_size
+from loratool.files.paths import path_of
 
 STDIN = "-"
 
@@ -50,7 +53,7 @@ def resolve_input(text: str, ctx: click.Context | None = None) -> Path:
         return _spool(ctx or click.get_current_context())
     if hub.is_named(text):
         return hub.fetch(text)
-    path = Path(text).expanduser()
+    path = path_of(text)
     # ORG/NAME without hf: is a path first, so that no command depends on what the hub has.
     if not exists(text) and hub.might_be_named(text):
         try:
@@ -64,7 +67,7 @@ def resolve_input(text: str, ctx: click.Context | None = None) -> Path:
 def exists(text: str) -> bool:
     """Whether there is a file or folder called `text`; false where no path can have that name."""
     try:
-        return Path(text).expanduser().exists()
+        return path_of(text).exists()
     except (OSError, ValueError, RuntimeError):
         # A name too long, with a NUL in it, or with a ~user that nobody is.
         return False
@@ -78,7 +81,7 @@ def expand_inputs(ctx: click.Context, param: click.Parameter, values: Iterable[s
         if exists(text) or not glob.has_magic(text):
             paths.append(resolve_input(text, ctx))
             continue
-        matches = sorted(glob.glob(str(Path(text).expanduser()), recursive=True))
+        matches = sorted(glob.glob(str(path_of(text)), recursive=True))
         if not matches:
             raise LoratoolError(f"{text}: matches no file")
         paths += map(Path, matches)
@@ -92,5 +95,24 @@ def _spool(ctx: click.Context) -> Path:
     ctx.find_root().call_on_close(lambda: shutil.rmtree(folder, ignore_errors=True))
     path = Path(folder, "stdin")
     with open(path, "wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
+        for block in _safetensors_blocks(sys.stdin.buffer):
+            file.write(block)
     return path
+
+
+def _safetensors_blocks(stream: BinaryIO) -> Iterator[bytes]:
+    """The bytes of a stream as far as its safetensors header says that the file goes, and one more, which tells that it goes
+    on; of any other stream the first few, by which the reader says what it is."""
+    prefix = stream.read(8)
+    yield prefix
+    length = int.from_bytes(prefix, "little")
+    if not 2 <= length <= BASE_HEADER_BYTES:
+        yield stream.read(64)
+        return
+    header = stream.read(length)
+    yield header
+    left = tensors_size(header)
+    while left > 0 and (block := stream.read(min(left, 1 << 20))):
+        yield block
+        left -= len(block)
+    yield stream.read(1)

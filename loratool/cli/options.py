@@ -155,7 +155,10 @@ class Bytes(click.ParamType[int]):
             self.fail(f"{value!r} is not a size, such as 50MB or 48MiB", param, ctx)
         number, unit, binary = found.groups()
         # The unit's place in " kmg" is its exponent.
-        return int(float(number) * (1024 if binary else 1000) ** " kmg".index(unit.lower() or " "))
+        count = float(number) * (1024 if binary else 1000) ** " kmg".index(unit.lower() or " ")
+        if count >= 2**63:
+            self.fail(f"{value[:40]!r} is larger than any file", param, ctx)
+        return int(count)
 
 
 class Keep(click.ParamType[tuple[str, float]]):

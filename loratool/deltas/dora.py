@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loratool.deltas.base import Delta, Leaves, StoredDelta, split_rows, stack, to_compute_dtype
 from loratool.deltas.schema import ANY, DORA, Given
-from loratool.errors import InvalidAdapter, NeedsBase, Unsupported
+from loratool.errors import InvalidAdapter, NeedsBase, ShapeMismatch, Unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,8 @@ class DoRA(StoredDelta):
         kept = 1 if self.on_input else 0
         others = [axis for axis in range(target.ndim) if axis != kept]
         norm = torch.linalg.vector_norm(target, dim=others, keepdim=True) + torch.finfo(torch.float32).eps
+        if self.magnitude.numel() != norm.numel():
+            raise ShapeMismatch(f"has a magnitude of {list(self.magnitude.shape)}, its target has {norm.numel()} norms")
         full: Tensor = target * (self.magnitude.to(base.dtype).flatten().reshape(norm.shape) / norm)
         return full if strength == 1.0 else base + strength * (full - base)
 

@@ -25,7 +25,7 @@ from loratool.deltas.base import (
     with_rows,
 )
 from loratool.deltas.schema import ANY, Given
-from loratool.errors import Unsupported
+from loratool.errors import ShapeMismatch, Unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +265,9 @@ class VeRA(StoredDelta):
         return up @ (self.lambda_d.float()[:, None] * self.shared_a.float())
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        inputs, outputs = self.shared_a.shape[1], self.shared_b.shape[0] - self.first
+        if weight.ndim != 2 or inputs < weight.shape[1] or outputs < len(weight):
+            raise ShapeMismatch(f"its projections are for [{outputs}, {inputs}] at most, its target is {list(weight.shape)}")
         return to_compute_dtype(weight) + strength * self.dense()[:, : weight.shape[1]]
 
     def scaled(self, by: float) -> Self:

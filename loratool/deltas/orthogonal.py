@@ -148,11 +148,12 @@ class InputOFT(StoredDelta):
             # PEFT's exact transform turns the other way from its series; each file is merged as it was trained.
             exact: Tensor = (one - skew) @ torch.linalg.inv(one + skew)
             return exact
-        # 1 + 2Q + 2Q² + … + Qⁿ, the last term halved (PEFT tuners/oft/layer.py, _cayley_batch).
-        total, power = one.expand_as(skew).clone(), one.expand_as(skew)
-        for term in range(1, self.terms):
+        # 1 + 2Q + 2Q² + … + Qⁿ, the last one halved; of three terms PEFT makes four (tuners/oft/layer.py, _cayley_batch).
+        total, last = one.expand_as(skew).clone(), max(self.terms - 1, 3) if self.terms > 2 else self.terms - 1
+        power = total
+        for exponent in range(1, last + 1):
             power = power @ skew
-            total = total + (power if term == self.terms - 1 and term > 1 else 2 * power)
+            total = total + (power if exponent == last > 1 else 2 * power)
         return total
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isqrt, prod
 from typing import Any, Final
 
+from loratool.deltas.forms import MOST_KERNEL, require_form
 from loratool.errors import InvalidAdapter
 
 Shape = tuple[int, ...]
@@ -20,9 +21,6 @@ WEIGHT: Final = "weight"
 BIAS: Final = "bias"
 ANY: Final = -1
 """In a delta's shape: a dimension that only the weight knows."""
-
-MAX_KERNEL: Final = 3
-"""The most dimensions of a kernel: three, in the convolutions of video models."""
 
 
 OVER_RANK: Final = "over rank"
@@ -119,7 +117,12 @@ def _unknown(shapes: Shapes) -> Shape | None:
 
 
 def _of(leaf: str) -> Callable[[Shapes], Shape]:
-    return lambda shapes: shapes[leaf]
+    def shape(shapes: Shapes) -> Shape:
+        if not shapes[leaf]:
+            raise InvalidAdapter(f"{leaf} is a single number, expected a change of a whole weight or bias")
+        return shapes[leaf]
+
+    return shape
 
 
 def _rows(leaf: str) -> Callable[[Shapes], int]:
@@ -128,8 +131,8 @@ def _rows(leaf: str) -> Callable[[Shapes], int]:
 
 def _lora_rank(shapes: Shapes) -> int:
     down, up = shapes["down"], shapes["up"]
-    if not 2 <= len(down) <= 2 + MAX_KERNEL or not 2 <= len(up) <= 2 + MAX_KERNEL:
-        raise InvalidAdapter(f"down {list(down)} and up {list(up)} must have 2 to {2 + MAX_KERNEL} dimensions")
+    if not 2 <= len(down) <= 2 + MOST_KERNEL or not 2 <= len(up) <= 2 + MOST_KERNEL:
+        raise InvalidAdapter(f"down {list(down)} and up {list(up)} must have 2 to {2 + MOST_KERNEL} dimensions")
     if down[0] == 0:
         raise InvalidAdapter(f"rank 0: down is {list(down)}, up {list(up)}")
     if down[0] != up[1]:
@@ -206,9 +209,41 @@ def _glora_shape(shapes: Shapes) -> Shape:
 
 
 def _oft_shape(shapes: Shapes) -> Shape | None:
-    blocks = shapes["oft_blocks"]
-    if len(blocks) not in (3, 4) or blocks[-1] != blocks[-2]:
-        raise InvalidAdapter(f"oft_blocks {list(blocks)} are not square blocks")
+    blocks, rescale = shapes["oft_blocks"], shapes.get("rescale")
+    if len(blocks) == 4:
+        _require_stages("oft_blocks", blocks)
+    rows = blocks[-3] * blocks[-1]
+    if rescale and rescale[0] != rows:
+        raise InvalidAdapter(f"rescale {list(rescale)} is not of the {rows} rows that oft_blocks {list(blocks)} turn")
+    return None
+
+
+def _require_stages(leaf: str, blocks: Shape) -> None:
+    """Raises `InvalidAdapter` where butterfly stages (m, n, b, b) cannot bring together what they turn: the last one takes
+    half-blocks that are 2^(m − 1) apart."""
+    stages, count, width = blocks[:3]
+    if width % 2 or stages > 64 or count % 2 ** (stages - 1):
+        raise InvalidAdapter(f"{leaf} {list(blocks)}: {count} blocks of {width} make no butterfly of {stages} stages")
+
+
+def _boft_shape(shapes: Shapes) -> Shape | None:
+    _require_stages("boft_r", shapes["boft_r"])
+    return None
+
+
+def _input_oft_shape(shapes: Shapes) -> Shape | None:
+    numbers = shapes["oft_r"][1]
+    width = (1 + isqrt(1 + 8 * numbers)) // 2
+    if width * (width - 1) // 2 != numbers:
+        raise InvalidAdapter(f"oft_r {list(shapes['oft_r'])}: {numbers} numbers are no triangle of a square block")
+    return None
+
+
+def _vera_shape(shapes: Shapes) -> Shape | None:
+    if shapes["vera_lambda_b"][0] > shapes["vera_b"][0]:
+        raise InvalidAdapter(
+            f"vera_lambda_b {list(shapes['vera_lambda_b'])} has more rows than the projection, {list(shapes['vera_b'])}"
+        )
     return None
 
 
@@ -250,7 +285,7 @@ KINDS: Final[Sequence[Kind]] = (
           rank=_embedding_rank, writer="LoRA on an embedding (PEFT)"),
     _kind("adalora", "lora.AdaLoRA", "loralib_a loralib_b lora_e", shape=_adalora_shape, rank=_rows("loralib_a"),
           writer="AdaLoRA (PEFT)"),
-    _kind("vera", "lora.VeRA", "vera_lambda_b vera_lambda_d vera_a vera_b", shape=_unknown, rank=_rows("vera_lambda_d"),
+    _kind("vera", "lora.VeRA", "vera_lambda_b vera_lambda_d vera_a vera_b", shape=_vera_shape, rank=_rows("vera_lambda_d"),
           writer="VeRA with its projections saved (PEFT)"),
     _kind("loha", "loha.LoHa", "hada_w1_a hada_w1_b hada_w2_a hada_w2_b", f"hada_t1 hada_t2 alpha {DORA}",
           shape=_loha_shape, rank=_rows("hada_w1_b"), writer="LoHa, with and without Tucker cores"),
@@ -267,8 +302,8 @@ KINDS: Final[Sequence[Kind]] = (
     ),
     _kind("oft", "orthogonal.OFT", "oft_blocks", "rescale alpha", shape=_oft_shape, alpha=CONSTRAINT,
           writer="Diag-OFT and BOFT (LyCORIS), rescaled or constrained"),
-    _kind("input oft", "orthogonal.InputOFT", "oft_r", "scaled_oft", shape=_unknown, writer="OFT (PEFT)"),
-    _kind("input boft", "orthogonal.InputBOFT", "boft_r boft_s", shape=_unknown, writer="BOFT (PEFT)"),
+    _kind("input oft", "orthogonal.InputOFT", "oft_r", "scaled_oft", shape=_input_oft_shape, writer="OFT (PEFT)"),
+    _kind("input boft", "orthogonal.InputBOFT", "boft_r boft_s", shape=_boft_shape, writer="BOFT (PEFT)"),
     _kind("loralib", "loralib.LoRALib", "loralib_a loralib_b", shape=_loralib_shape,
           rank=lambda shapes: shapes["loralib_b"][1], writer="microsoft/loralib: Linear, Embedding, Conv, MergedLinear"),
     _kind("tokens", "full.TokenRows", "token_rows", shape=_unknown, writer="`trainable_token_indices` (PEFT)"),
@@ -303,9 +338,13 @@ def explain(shapes: Shapes) -> tuple[DeltaSpec, ...]:
     """The deltas that a module's leaves make up, accounting for every leaf; raises `InvalidAdapter`."""
     # One kind after the other takes its leaves away, until no row is complete; nothing may be left then.
     left = dict(shapes)
+    empty = [f"{leaf} {list(shape)}" for leaf, shape in shapes.items() if 0 in shape]
+    if empty:
+        raise InvalidAdapter(f"has leaves without elements: {', '.join(empty)}")
     parts = []
     while kind := _largest(left):
         leaves = tuple(leaf for leaf in left if leaf in kind.required | kind.optional)
+        require_form(kind.name, {leaf: left[leaf] for leaf in leaves})
         parts.append(DeltaSpec(kind, leaves, kind.shape(left), kind.rank(left)))
         for leaf in leaves:
             del left[leaf]

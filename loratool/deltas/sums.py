@@ -15,6 +15,7 @@ from loratool.deltas.base import Delta, same_bits, scale_exactly, scale_or_one, 
 from loratool.deltas.experts import ExpertLoRA
 from loratool.deltas.full import Full
 from loratool.deltas.lora import Embedding, LoRA
+from loratool.errors import ShapeMismatch
 
 Strengths = Sequence[float]
 Merge = Callable[[Sequence[Delta], Strengths], Delta]
@@ -121,6 +122,9 @@ def _of_kinds(terms: Sequence[Delta]) -> Delta:
         ones = (1,) * len(shape[2:])
         up, down = torch.cat([up for up, _ in pairs], dim=1), torch.cat([down for _, down in pairs])
         return LoRA(down.reshape(-1, *shape[1:]), up.reshape(*up.shape, *ones))
+    unlike = [term.shape for term in terms if prod(term.shape) != prod(shape)]
+    if unlike:
+        raise ShapeMismatch(f"changes weights of {list(unlike[0])} and of {list(shape)}: the adapters are for other models")
     leaf = next((term.leaf for term in terms if isinstance(term, Full)), "diff")
     # Not by way of `dense`, which would round a float64 difference to float32 even where no scale changes it.
     if all(isinstance(term, Full) for term in terms):

@@ -19,6 +19,8 @@ from loratool.files.header import (
     read_json_file,
     require_unchanged,
 )
+from loratool.files.in_place import current_path
+from loratool.files.walk import leads_out
 
 CONFIG_NAME: Final = "adapter_config.json"
 """PEFT's config, beside the tensors."""
@@ -79,6 +81,17 @@ class AdapterFile:
         """PEFT's adapter_config.json, empty where there is none."""
         return self.config_file.document if self.config_file else {}
 
+    @property
+    def read_files(self) -> tuple[Path, ...]:
+        """The tensors' file and the config."""
+        return (self.weights, *((self.config_file.path,) if self.config_file else ()))
+
+    def links_out(self) -> tuple[Path, ...]:
+        """The files that links lead to out of the folder that was named."""
+        if not self.path.is_dir():
+            return ()
+        return tuple(path for path in self.read_files if leads_out(self.path, path))
+
     def require_unchanged(self) -> None:
         """Raises `InvalidFile` where the tensors' file, or the config, is no longer the one that was read."""
         require_unchanged(self.weights, self.identity)
@@ -95,7 +108,7 @@ def open_adapter(path: Path) -> AdapterFile:
             f"{weights}: a pickle can run code when it is opened; load it with PEFT and save_pretrained it as safetensors, "
             "or pass `allow_pickle=True` if you trust where it comes from"
         )
-    header = read_header(weights, ADAPTER_HEADER_BYTES)
+    header = read_header(current_path(weights), ADAPTER_HEADER_BYTES)
     return adapter_file(path, header, header.identity)
 
 

@@ -56,6 +56,8 @@ CONFIG_BYTES: Final = 100_000_000
 MAX_ELEMENTS: Final = 2**63 - 1
 """The most elements of a tensor that torch, which counts them in an int64_t, can count."""
 MAX_DIMENSIONS: Final = 32
+MOST_EMPTY: Final = 2**24
+"""The largest dimension of a tensor that another dimension, of 0, leaves without elements."""
 
 MAGICS: Final = (
     (b"version https://git-lfs", "a git-lfs pointer: run `git lfs pull`, or download it again"),
@@ -98,9 +100,18 @@ class Header:
     size: int
     identity: tuple[int, ...]
 
+    @property
+    def read_files(self) -> tuple[Path, ...]:
+        """The file itself."""
+        return (self.path,)
+
     def require_unchanged(self) -> None:
         """Raises `InvalidFile` where the file is no longer the one whose header was read."""
         require_unchanged(self.path, self.identity)
+
+    def links_out(self) -> tuple[Path, ...]:
+        """None: a file that was named is the one that was meant."""
+        return ()
 
 
 def open_regular(path: Path) -> int:
@@ -117,7 +128,8 @@ def open_regular(path: Path) -> int:
 
 
 def identity(descriptor: int) -> tuple[int, ...]:
-    """The device, inode, size and time of the last change of an open file, which tell when it is replaced or written to."""
+    """The device, inode, size and times of the last changes of an open file and of its inode, which tell when it is replaced
+    or written to: the second time is none that a program can put back."""
     return _identity(os.fstat(descriptor))
 
 
@@ -133,7 +145,7 @@ def require_unchanged(path: Path, known: tuple[int, ...]) -> None:
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def read_header(path: Path, limit: int = BASE_HEADER_BYTES) -> Header:
@@ -181,6 +193,15 @@ def parse_header(raw: bytes, size: int) -> tuple[dict[str, TensorInfo], dict[str
     found.sort(key=lambda tensor: (tensor.start, tensor.stop))
     _check_tiling(found, begin, size)
     return {tensor.name: tensor for tensor in found}, metadata
+
+
+def tensors_size(raw: bytes) -> int:
+    """How many bytes of tensors follow the JSON of a header, by that JSON alone; 0 where it is no header's."""
+    try:
+        entries = strict_json(raw)
+        return max((int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"), default=0)
+    except (LoratoolError, AttributeError, LookupError, TypeError, ValueError):
+        return 0
 
 
 def stored_order(dtype: str, name: str) -> tuple[int, str]:
@@ -339,18 +360,27 @@ def _tensor(name: str, entry: object, begin: int) -> TensorInfo:
         raise InvalidFile(f"tensor {name!r}: shape is not a list of at most {MAX_DIMENSIONS} non-negative integers")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
         raise InvalidFile(f"tensor {name!r}: data_offsets are not two integers in order")
-    # Each dimension by itself too: beside a 0 the product would hide one that nothing can count.
-    elements = 1
-    for dimension in shape:
-        elements *= dimension
-        if elements > MAX_ELEMENTS or dimension > MAX_ELEMENTS:
-            raise InvalidFile(f"tensor {name!r}: shape {shape} overflows")
+    elements = _count_elements(name, shape)
     # Elements of 4 or 6 bits share bytes, and the reference refuses tensors that end inside a byte.
     bits = elements * BITS[dtype]
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         found = offsets[1] - offsets[0]
         raise InvalidFile(f"tensor {name!r}: shape {shape} of {dtype} needs {bits / 8:g} bytes, its offsets give {found}")
     return TensorInfo(name, dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
+
+
+def _count_elements(name: str, shape: list[int]) -> int:
+    """The number of elements of a shape; raises `InvalidFile` for more than anything can count."""
+    # Each dimension by itself too: beside a 0 the product would hide one that nothing can count.
+    elements = 1
+    for dimension in shape:
+        elements *= dimension
+        if elements > MAX_ELEMENTS or dimension > MAX_ELEMENTS:
+            raise InvalidFile(f"tensor {name!r}: shape {shape} overflows")
+    # Rows are gone through one block after the other, and those without bytes cost a file nothing.
+    if not elements and max(shape) > MOST_EMPTY:
+        raise InvalidFile(f"tensor {name!r}: has no elements and a dimension of {max(shape)}; at most {MOST_EMPTY} are read")
+    return elements
 
 
 def _check_tiling(tensors: list[TensorInfo], begin: int, size: int) -> None:

@@ -49,7 +49,7 @@ def fetch(text: str) -> Path:
     """Downloads what `text` names on the hub and returns its path in the hub's cache; raises `LoratoolError` where that
     fails."""
     found = NAME.fullmatch(text.removeprefix(_PREFIX))
-    if not found:
+    if not found or ".." in (found[3] or "").split("/"):
         raise LoratoolError(f"{text}: expected hf:ORG/NAME, hf:ORG/NAME@REVISION, or either with /FILE behind it")
     if find_spec("huggingface_hub") is None:
         raise LoratoolError(f"{text}: needs huggingface_hub; pip install 'loratool[hub]', or download it yourself")
@@ -99,7 +99,10 @@ class _Repository:
             siblings = HfApi(endpoint=self.endpoint).model_info(self.name, revision=self.revision).siblings
         except OfflineModeIsEnabled:
             return None
-        return [sibling.rfilename for sibling in siblings or ()]
+        names = [sibling.rfilename for sibling in siblings or ()]
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("a file of it has no name")
+        return names
 
     def _cached_path(self) -> Path:
         """The path of what an earlier run downloaded: a lone safetensors file, else the folder."""
@@ -136,6 +139,9 @@ class _Repository:
             return ask()
         except Exception as error:
             words = _words(error, self.revision)
+            # A captive portal, a proxy or a mirror may answer anything, on which huggingface_hub stumbles.
+            if words is None and isinstance(error, ValueError | TypeError | LookupError | AttributeError | RecursionError):
+                words = f"what answers there is not the hub: {type(error).__name__}: {str(error)[:200]}"
             if words is None:
                 raise
             raise LoratoolError(f"{self.text}: {words}") from error

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any, Final
 
 from loratool.errors import InvalidConfig, InvalidFile, Unsupported, first_few
 from loratool.files.adapter_files import PICKLE_SUFFIXES
-from loratool.files.header import Header, JsonFile, TensorInfo, read_header, read_index, read_json
-from loratool.files.in_place import complete_interrupted_change
+from loratool.files.header import Header, JsonFile, TensorInfo, read_header, read_index, read_json_file
+from loratool.files.in_place import current_path
+from loratool.files.transaction import decided_path
+from loratool.files.walk import WEIGHT_SUFFIXES, FolderFiles, leads_out, walk_model
 
 SINGLE_NAMES: Final = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 """What transformers and diffusers call the file of a model that is not sharded."""
@@ -20,9 +21,6 @@ INDEX_SUFFIX: Final = ".safetensors.index.json"
 """The ending of shard indexes."""
 PIPELINE: Final = "model_index.json"
 """The file by which a diffusers folder is known."""
-WEIGHT_SUFFIXES: Final = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5", ".tflite"}
-)
 _QUANTISED: Final = (
     ".qweight", ".qzeros", ".scales", ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".SCB",
     ".scale_weight", ".weight_scale", ".weight_scale_inv", ".g_idx", ".wscales",
@@ -60,41 +58,64 @@ class Layout:
     def path(self) -> Path:
         return self.root
 
+    @property
+    def read_files(self) -> tuple[Path, ...]:
+        """The files that were read: weights, indexes, and the config where somebody asked for it."""
+        documents = (*self.indexes.values(), *((self.config_file,) if self.config_file else ()))
+        return (*(header.path for header in self.files.values()), *(document.path for document in documents))
+
     def require_unchanged(self) -> None:
-        """Raises `InvalidFile` where one of the checkpoint's files was changed since its header was read."""
+        """Raises `InvalidFile` where one of the checkpoint's files was changed since it was read."""
         for header in self.files.values():
             header.require_unchanged()
+        for index in self.indexes.values():
+            index.require_unchanged()
+        if self.config_file:
+            self.config_file.require_unchanged()
+
+    def links_out(self) -> tuple[Path, ...]:
+        """The files that links lead to out of the folder that was named."""
+        names = (*self.files, *self.indexes, "config.json") if self.is_folder else ()
+        return tuple(self.root / name for name in names if leads_out(self.root, self.root / name))
 
     @cached_property
-    def config(self) -> Mapping[str, Any]:
-        """The model's config.json, empty where there is none."""
+    def config_file(self) -> JsonFile | None:
+        """The model's config.json, read when it is first asked for; None where there is none."""
         path = self.root / "config.json"
-        return read_json(path) if self.is_folder and path.is_file() else {}
+        return read_json_file(path) if self.is_folder and path.is_file() else None
 
-    def other_files(self) -> Iterator[str]:
-        """Gives every file of the folder that is no weight, relative to `root`: configs, tokenizers, licences."""
-        if not self.is_folder:
-            return
-        for folder, folders, names in os.walk(self.root):
-            # Changed in the list itself, by which `os.walk` goes on; hidden folders are git's, or a download's bookkeeping.
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
-                path = Path(folder, name)
-                if path.suffix not in WEIGHT_SUFFIXES and path.is_file():
-                    yield str(path.relative_to(self.root))
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What the model's config.json says, empty where there is none."""
+        return self.config_file.document if self.config_file else {}
+
+    @cached_property
+    def folder_files(self) -> FolderFiles:
+        """All that belongs to the model in its folder, and the links there that lead out of it."""
+        return walk_model(self.root) if self.is_folder else FolderFiles((), ())
+
+    def other_files(self) -> tuple[str, ...]:
+        """Every file of the folder that is no weight, relative to `root`: configs, tokenizers, licences."""
+        return tuple(name for name in self.folder_files.files if Path(name).suffix not in WEIGHT_SUFFIXES)
+
+    def notes(self) -> tuple[str, ...]:
+        """Warnings of files that no output takes over."""
+        outside = self.folder_files.outside
+        if not outside:
+            return ()
+        return (f"{self.root}: left out {first_few(outside)}, which links lead to out of the folder",)
 
 
 def open_layout(path: Path) -> Layout:
     """Reads the headers of the checkpoint at `path`; raises `InvalidFile`, `InvalidConfig` or `Unsupported`."""
+    path = decided_path(path)
     if path.is_dir():
-        # Before any header is read, lest some files be from before the change and others from after it.
-        complete_interrupted_change(path)
         return _folder(path)
     if path.name.endswith(INDEX_SUFFIX):
         return _folder(path.parent)
     if path.suffix in PICKLE_SUFFIXES:
         raise Unsupported(f"{path}: a pickle can run code when it is opened; save it as safetensors first")
-    return layout_of_file(read_header(path))
+    return layout_of_file(read_header(current_path(path)))
 
 
 def layout_of_file(header: Header) -> Layout:
@@ -153,7 +174,7 @@ def _model(root: Path) -> Layout:
     chosen = single or (weights[0] if len(weights) == 1 else None)
     if chosen is None:
         raise InvalidFile(f"{root}: {_no_choice(names, weights, indexes)}")
-    header = read_header(root / chosen)
+    header = read_header(current_path(root / chosen))
     tensors = {name: (chosen, info) for name, info in header.tensors.items()}
     return Layout(root, {chosen: header}, {}, tensors, tuple(name for name in names if name != chosen))
 
@@ -176,7 +197,7 @@ def _open_sharded(root: Path, index_name: str, names: list[str]) -> Layout:
     if missing:
         raise InvalidFile(f"{root / index_name}: names {first_few(missing)}, which the folder does not hold")
     # Index and shards must agree in both directions: whoever reads by either then sees the same model.
-    headers = {shard: read_header(root / shard) for shard in shards}
+    headers = {shard: read_header(current_path(root / shard)) for shard in shards}
     tensors: dict[str, tuple[str, TensorInfo]] = {}
     for shard, header in headers.items():
         for name, info in header.tensors.items():

@@ -7,17 +7,18 @@ the child's memory and time, the zip's sizes checked before and the tensors' sto
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
 from loratool.errors import InvalidFile
+from loratool.files import pickle_child
 from loratool.files.header import ADAPTER_HEADER_BYTES, Header, open_regular, read_header
 
 SECONDS: Final = 60
@@ -53,9 +54,13 @@ def _require_zip(path: Path) -> None:
 
 def _convert_in_child(path: Path, converted: Path) -> None:
     # A fresh interpreter, not a fork: its limits are its own, and a crash there ends nothing here.
-    command = [sys.executable, "-m", "loratool.files.pickles", os.fspath(path), os.fspath(converted)]
+    limits = [str(SPARE_BYTES + 4 * path.stat().st_size), str(SECONDS)]
+    # Isolated and elsewhere: `python -m`, or a path of imports that begins with the current folder, would run a torch.py
+    # that lies beside a stranger's adapter.
+    files = [os.path.abspath(path), os.path.abspath(converted)]
+    command = [sys.executable, "-I", os.path.abspath(pickle_child.__file__), *files, *limits, *_package_folders()]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False, cwd=converted.parent)
     except subprocess.TimeoutExpired as error:
         raise InvalidFile(f"{path}: reading this pickle took over {SECONDS} seconds") from error
     if done.returncode:
@@ -63,27 +68,7 @@ def _convert_in_child(path: Path, converted: Path) -> None:
         raise InvalidFile(f"{path}: cannot be read as a pickle of tensors ({reason or f'exit {done.returncode}'})")
 
 
-def convert(source: str, target: str) -> None:
-    """Turns a pickle into a safetensors file, in the child; exits with a one-line reason where the pickle is not tensors."""
-    # Limits before torch is imported and the pickle opened.
-    size = os.stat(source).st_size
-    limit = SPARE_BYTES + 4 * size
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    import torch
-    from safetensors.torch import save_file
-
-    try:
-        loaded = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a hostile pickle provokes ends here, in the child
-        sys.exit(f"{type(error).__name__}; torch's restricted loader refuses it")
-    if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
-        sys.exit("it does not hold a dictionary of tensors")
-    # An expanded tensor claims elements that it does not store, and would be written out in full.
-    if sum(tensor.numel() * tensor.element_size() for tensor in loaded.values()) > size:
-        sys.exit("its tensors claim more bytes than the file has")
-    save_file({str(name): tensor.contiguous() for name, tensor in loaded.items()}, target)
-
-
-if __name__ == "__main__":
-    convert(*sys.argv[1:])
+def _package_folders() -> list[str]:
+    """The folders that this process has torch and safetensors from, which may be in nobody's default path."""
+    found = [find_spec(name) for name in ("torch", "safetensors")]
+    return list(dict.fromkeys(str(Path(spec.origin).parents[1].absolute()) for spec in found if spec and spec.origin))

@@ -88,8 +88,10 @@ class Writer:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copies the bytes of `source` to a new file `target`, whose permissions are those of any new file."""
+    """Copies the bytes of `source` to a new file `target`, which others may read no more than they may read `source`."""
     with open(source, "rb") as reading, Writer(target, 0) as writer:
+        granted = os.fstat(reading.fileno()).st_mode | 0o600
+        os.chmod(target, os.fstat(writer.descriptor).st_mode & granted & 0o777)
         writer.copy(reading.fileno(), 0, os.fstat(reading.fileno()).st_size, 0)
 
 

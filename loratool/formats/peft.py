@@ -1,7 +1,7 @@
 """PEFT's adapter_config.json: the scale of each module, and what else the factors themselves do not show.
 
 Source: PEFT tuners/lora/config.py and utils/other.py (get_pattern_key). The file comes from strangers: nothing in it
-is followed, imported or fetched, and its patterns are matched only where they cannot take exponential time.
+is followed, imported or fetched, and its patterns are matched by `PatternMap`, for a while at most.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Final
 
-from loratool.errors import InvalidAdapter, InvalidConfig
+from loratool.errors import InvalidAdapter, InvalidConfig, first_few
+from loratool.formats.patterns import PatternMap
 from loratool.names import CONTAINER, WRAPPERS, without_wrappers
 
 PEFT_METADATA_KEY: Final = "lora_adapter_metadata"
@@ -55,15 +55,47 @@ STACK_RULES: Final[tuple[tuple[tuple[int, ...], str], ...]] = (
 )
 """The first version of PEFT with each rule, the latest first (tuners/lora/layer.py, class ParamWrapper)."""
 
-_REFUSED: Final[Mapping[str, str]] = {
+USED: Final = frozenset(
+    {
+        "peft_type", "r", "init_r", "lora_alpha", "alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+        "ensure_weight_tying", "trainable_token_indices", "token_indices", "use_cayley_neumann", "num_cayley_neumann_terms",
+        "target_parameters", "feedforward_modules", "init_lora_weights",
+    }
+)  # fmt: skip
+"""Fields of configs that something here depends on."""
+HARMLESS: Final = frozenset(
+    {
+        # Of a file and its training.
+        "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+        "runtime_config", "lora_dropout", "rank_dropout", "rank_dropout_scale", "module_dropout", "boft_dropout",
+        "vera_dropout", "init_weights", "init_ia3_weights", "d_initial", "target_r", "tinit", "tfinal", "deltaT", "beta1",
+        "beta2", "orth_reg_weight", "total_step", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+        "velora_config",
+        # Of what is adapted, which the names of the tensors say.
+        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "lora_bias",
+        "fan_in_fan_out",
+        # Of how, which their shapes say, or whether they are there.
+        "use_effective_conv2d", "decompose_both", "decompose_factor", "oft_block_size", "block_share", "boft_block_size",
+        "boft_block_num", "boft_n_butterfly_factor", "projection_prng_key", "save_projection",
+        # Of a method that another field turns on.
+        "eps", "qalora_group_size", "megatron_core",
+    }
+)  # fmt: skip
+"""Fields of configs whose value changes no number of a merge."""
+REFUSED_FIELDS: Final[Mapping[str, str]] = {
     "layer_replication": "the base must have its layers replicated first (layer_replication)",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only and cannot be merged into weights",
     "megatron_config": "Megatron's parallel layers store factors in pieces",
     "use_bdlora": f"BD-LoRA's factors are blocks along a diagonal (use_bdlora); {_BY_PEFT}",
     "kasa_config": f"KaSA took the smallest singular values out of the base it was trained on (kasa_config); {_BY_PEFT}",
     "monteclora_config": f"MonteCLoRA averages samples of its factors (monteclora_config); {_BY_PEFT}",
+    "coft": f"a constrained OFT (coft) projects its blocks before it rotates; {_BY_PEFT}",
+    "use_qalora": f"QALoRA (use_qalora) adds to averages of groups of inputs; {_BY_PEFT}",
+    "arrow_config": "Arrow (arrow_config) chooses among adapters for each token, which no weight can",
 }
-"""Entries of a config that are refused where they are set, and why."""
+"""Fields of configs that are refused where they are set, and why."""
+MOST_TERMS: Final = 100
+"""The longest Neumann series that is computed; PEFT's usual one has 5 terms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +108,8 @@ class PeftConfig:
     alpha: float | None = None
     rslora: bool = False
     dora: bool = False
-    rank_pattern: Mapping[str, Any] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, Any] = field(default_factory=dict)
+    rank_pattern: PatternMap = field(default_factory=lambda: PatternMap({}, ""))
+    alpha_pattern: PatternMap = field(default_factory=lambda: PatternMap({}, ""))
     tied: bool = False
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     neumann_terms: int = 0
@@ -108,7 +140,7 @@ class PeftConfig:
             alpha=_number(document[alpha], f"{where}: {alpha}") if alpha else None,
             rslora=_flag(document, "use_rslora", where),
             dora=_flag(document, "use_dora", where),
-            rank_pattern={} if adaptive else _pattern(document, "rank_pattern", where),
+            rank_pattern=_pattern({} if adaptive else document, "rank_pattern", where),
             alpha_pattern=_pattern(document, "alpha_pattern", where),
             tied=_flag(document, "ensure_weight_tying", where),
             tokens=_tokens(tokens, where),
@@ -127,12 +159,12 @@ class PeftConfig:
 
     def alpha_of(self, path: str) -> float | None:
         """The alpha of the module at `path`, None where the config has none."""
-        alpha = _first_match(self.alpha_pattern, path, self.alpha, self.where)
+        alpha = self.alpha_pattern.value_of(path, self.alpha)
         return None if alpha is None else _number(alpha, f"{self.where}: alpha of {path}")
 
     def rank_of(self, path: str) -> int:
         """The rank that the config gives the module at `path`, 0 where the config has none."""
-        return _rank(_first_match(self.rank_pattern, path, self.rank, self.where), f"{self.where}: rank of {path}")
+        return _rank(self.rank_pattern.value_of(path, self.rank), f"{self.where}: rank of {path}")
 
     @property
     def stack_rule(self) -> str:
@@ -252,11 +284,21 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> dict[str, PeftConf
 
 def _refusal(document: Mapping[str, Any], kind: str) -> str:
     """Why an adapter with this config cannot be merged into weights, "" where it can."""
-    for name, reason in _REFUSED.items():
+    for name, reason in REFUSED_FIELDS.items():
         # One block along the diagonal is a plain LoRA.
         whole = isinstance(document.get(name), dict) and document[name].get("nblocks") == 1
         if document.get(name) and not whole:
             return reason
+    # Of a later PEFT, perhaps: a method is turned on by a flag, a list or a config of its own, and numbers only tune it.
+    new = [
+        name
+        for name, value in document.items()
+        if name not in USED | HARMLESS and (value is True or (isinstance(value, dict | list) and value))
+    ]
+    if new:
+        return (
+            f"{first_few(new)} in the config are unknown to this version, and may change what is added; merge it with PEFT"
+        )
     init = document.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         return (
@@ -266,31 +308,6 @@ def _refusal(document: Mapping[str, Any], kind: str) -> str:
     if why := UNMERGEABLE.get(kind):
         return f"peft_type {kind} {why}, and cannot be merged into weights"
     return "" if kind in TUNERS else f"peft_type {kind} is not a kind that this version computes; {_BY_PEFT}"
-
-
-def _first_match(patterns: Mapping[str, Any], path: str, default: Any, where: str) -> Any:
-    """The value of the first pattern that matches `path`, by PEFT's rule: re.match(rf"(.*\\.)?({key})$", path)."""
-    # PEFT's `(.*\.)?` is tried as a start behind every dot instead, which takes no backtracking.
-    for pattern, value in patterns.items():
-        compiled = _compile(pattern, where)
-        starts = [0, *(found.end() for found in re.finditer(r"\.", path))]
-        if any(compiled.match(path, start) for start in starts):
-            return value
-    return default
-
-
-@lru_cache(maxsize=4096)
-def _compile(pattern: str, where: str) -> re.Pattern[str]:
-    """Compiles a stranger's pattern; raises `InvalidConfig` where matching it could take exponential time."""
-    # Backtracking is exponential in nested repetitions, and polynomial in those side by side: so no group may be repeated,
-    # and two repetitions are the most. Escapes and sets count as one character.
-    bare = re.sub(r"\[[^\]]*\]", "c", re.sub(r"\\.", "c", pattern))
-    if len(pattern) > 1000 or re.search(r"\)[*+{]|\(\?[^:]", bare) or len(re.findall(r"[*+{]", bare)) > 2:
-        raise InvalidConfig(f"{where}: pattern {pattern!r} is too intricate to be matched safely; list module names instead")
-    try:
-        return re.compile(f"(?:{pattern})$")
-    except (re.error, OverflowError, RecursionError) as error:
-        raise InvalidConfig(f"{where}: pattern {pattern!r} is not a regular expression: {error}") from error
 
 
 def _rank(value: object, what: str) -> int:
@@ -320,7 +337,7 @@ def _text(document: Mapping[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _pattern(document: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+def _pattern(document: Mapping[str, Any], name: str, where: str) -> PatternMap:
     value = document.get(name) or {}
     if not isinstance(value, dict):
         raise InvalidConfig(f"{where}: {name} is {value!r}, expected a map from patterns to numbers")
@@ -328,7 +345,7 @@ def _pattern(document: Mapping[str, Any], name: str, where: str) -> Mapping[str,
     for key, number in value.items():
         # The first pattern that matches decides.
         found.setdefault(_without_wrappers(key), number)
-    return found
+    return PatternMap(found, where)
 
 
 def _without_wrappers(pattern: str) -> str:
@@ -351,7 +368,11 @@ def _tokens(value: object, where: str) -> dict[str, tuple[int, ...]]:
 def _neumann_terms(document: Mapping[str, Any], where: str) -> int:
     if not _flag(document, "use_cayley_neumann", where):
         return 0
-    return _rank(document.get("num_cayley_neumann_terms", 5), f"{where}: num_cayley_neumann_terms")
+    terms = _rank(document.get("num_cayley_neumann_terms", 5), f"{where}: num_cayley_neumann_terms")
+    if terms > MOST_TERMS:
+        raise InvalidConfig(f"{where}: num_cayley_neumann_terms is {terms}, expected at most {MOST_TERMS}")
+    # No term and one are the same to PEFT; 0 is the exact transform here.
+    return max(terms, 1)
 
 
 def _names(document: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loratool.adapter.adapter import Adapter, Assumptions, files_of
+from loratool.adapter.adapter import Adapter, Assumptions, inputs_of
 from loratool.adapter.approximate import ApproximatedModule, approximate_adapter, error_of
 from loratool.adapter.load import is_as_stored, open_source
 from loratool.adapter.write import require_folder_name, write_adapter
@@ -15,6 +15,7 @@ from loratool.errors import error_in_file
 from loratool.files.adapter_files import AdapterFile
 from loratool.files.adapter_writer import AdapterContents, write_contents
 from loratool.files.history import history_entry, input_record
+from loratool.files.paths import path_of
 from loratool.files.tensors import TensorFile, torch_dtype
 from loratool.formats.table import Format, format_named
 from loratool.keys.resolve import Hints, resolve_routes
@@ -68,7 +69,7 @@ def convert(
     in_memory = isinstance(adapter, Adapter)
     with error_in_file(adapter.path if isinstance(adapter, Adapter) else adapter):
         adapter, target = open_source(adapter, allow_pickle=allow_pickle, assume=assume), format_named(to)
-        out = Path(out).expanduser()
+        out = path_of(out)
         require_folder_name(target, out)
         converted: list[ApproximatedModule] = []
         weights = open_base(base)
@@ -81,7 +82,7 @@ def convert(
             return _copy_folder(adapter, folder, target, out, overwrite=overwrite)
         adapter = replace(adapter, metadata={**adapter.metadata, **_history(adapter, target, converted)})
         found, routes = resolve_routes([adapter.keys], target, Hints(arch, from_format, weights.layout if weights else None))
-        written = write_adapter(adapter, target, routes, out, inputs=files_of([adapter]), overwrite=overwrite)
+        written = write_adapter(adapter, target, routes, out, inputs=inputs_of([adapter], weights), overwrite=overwrite)
         report = _report(adapter, target, out, written.nbytes)
         return replace(
             report,

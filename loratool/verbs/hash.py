@@ -13,6 +13,7 @@ from loratool.errors import InvalidFile
 from loratool.files.adapter_files import locate
 from loratool.files.hashes import LEGACY_BYTES, LEGACY_START, LETTERS, digest_file, header_or_none, kohya_hashes
 from loratool.files.header import Header, identity, open_regular
+from loratool.files.paths import path_of
 
 CLAIMS: Final[Mapping[str, tuple[str, str]]] = {
     "sshs_model_hash": ("sshs_model_hash", ""),
@@ -52,7 +53,7 @@ class Hashes:
 
 def hash_file(path: str | Path) -> Hashes:
     """Hashes the file at `path`, or the weights of the PEFT folder; raises `LoratoolError`."""
-    file = locate(Path(path).expanduser())[0]
+    file = locate(path_of(path))[0]
     return hashes_of(path, file, header_or_none(file))
 
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from torch import Tensor
 
-from loratool.adapter.adapter import Adapter, Assumptions, Change, factor_workload, files_of
+from loratool.adapter.adapter import Adapter, Assumptions, Change, factor_workload, inputs_of
 from loratool.adapter.approximate import (
     ApproximatedDeltas,
     ApproximatedModule,
@@ -26,6 +26,7 @@ from loratool.deltas.schema import WEIGHT
 from loratool.errors import error_in_file
 from loratool.files.adapter_writer import AdapterContents, contents_size, write_contents
 from loratool.files.history import history_entry, input_record
+from loratool.files.paths import path_of
 from loratool.files.tensors import torch_dtype
 from loratool.numbers.budgets import RankAllocator
 from loratool.numbers.devices import open_devices
@@ -125,7 +126,9 @@ def _approximate_and_write(
             done = work.approximate(rule)
         else:
             done = work.within(rule, lambda imagined: contents_size(_contents(said, work, imagined, kept)))
-    nbytes = write_contents(_contents(said, work, done, kept), files_of([adapter]), out.expanduser(), overwrite=overwrite)
+    nbytes = write_contents(
+        _contents(said, work, done, kept), inputs_of([adapter], work.base), path_of(out), overwrite=overwrite
+    )
     figures = tuple(figures for figures, _ in done.values())
     notes = (*adapter.warnings, *work.devices.warnings())
     return ResizeReport(str(out), figures, len(work.kept), error_of(figures), nbytes, warnings=notes)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from loratool.adapter.adapter import Assumptions
 from loratool.adapter.strengths import AdapterLike, weighted_adapters
+from loratool.files.in_place import finish_change_in_place
 from loratool.files.layout import open_layout, require_weights
+from loratool.files.paths import path_of
 from loratool.numbers.settings import steady_arithmetic
 from loratool.numbers.threads import Progress
 from loratool.verbs.merge.merge import LOST, MergeReport, merge_inputs
@@ -38,7 +40,10 @@ def swap(
     The result goes to `out`, or without `out` into `merged` itself, and is a rounding away from merging `incoming` into the
     original base. Raises `LoratoolError` where a change of `outgoing` depends on the weight, and whatever `merge` raises.
     """
-    layout = open_layout(Path(merged).expanduser())
+    path = path_of(merged)
+    if out is None and not dry_run:
+        finish_change_in_place(path)
+    layout = open_layout(path)
     require_weights(layout, LOST)
     # Both go into one plan, at negated and at given strengths, so that weights are rounded once and not in between.
     negated = [each.opposite() for each in weighted_adapters(outgoing)]

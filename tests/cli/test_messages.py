@@ -38,17 +38,17 @@ MALFORMED = {
     ),
     "a LoHa of unlike ranks": (
         {"hada_w1_a": (4, 2), "hada_w1_b": (3, 4), "hada_w2_a": (4, 2), "hada_w2_b": (2, 4)},
-        "ranks are unlike or zero",
+        "shapes do not fit each other: hada_w1_a [4, 2]",
     ),
     "a LoHa of unlike products": (
         {"hada_w1_a": (4, 2), "hada_w1_b": (2, 4), "hada_w2_a": (6, 2), "hada_w2_b": (2, 4)},
-        "the two products have unlike shapes",
+        "shapes do not fit each other: hada_w1_a [4, 2]",
     ),
     "a GLoRA that does not fit": (
         {"a1.weight": (4, 3), "a2.weight": (2, 4), "b1.weight": (4, 2), "b2.weight": (2, 4)},
-        "its factors do not fit",
+        "shapes do not fit each other: a1 [4, 3]",
     ),
-    "OFT blocks that are not square": ({"oft_blocks": (2, 4, 3)}, "are not square blocks"),
+    "OFT blocks that are not square": ({"oft_blocks": (2, 4, 3)}, "shapes do not fit each other: oft_blocks [2, 4, 3]"),
     "an embedding's ranks": ({"lora_embedding_A": (2, 8), "lora_embedding_B": (8, 3)}, "embedding A is [2, 8], B [8, 3]"),
     "loralib's ranks": ({"lora_A": (3, 8), "lora_B": (8, 2)}, "ranks are unlike or zero: A [3, 8], B [8, 2]"),
 }
@@ -225,7 +225,7 @@ def test_a_disk_that_is_too_small_is_said_before_any_work(
 def test_a_folder_that_is_no_model_is_not_replaced(tmp_path: Path, invoke: Run) -> None:
     (folder(tmp_path / "photos", "holiday.jpg")).resolve()
     done = invoke("merge", LLAMA, LORA, "-o", "photos", "--overwrite")
-    assert "error: photos: holds files but no model; --overwrite would delete them" in done.stderr
+    assert "error: photos: --overwrite would delete holiday.jpg, which belongs to no model" in done.stderr
     shutil.copytree(LLAMA, tmp_path / "models" / "llama")
     (tmp_path / "models" / "config.json").write_text("{}")
     done = invoke("merge", "models/llama", LORA, "-o", "models", "--overwrite")

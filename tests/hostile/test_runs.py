@@ -22,9 +22,10 @@ import torch
 
 from loratool import LoratoolError, WeightedAdapter, merge
 from loratool.errors import OutputError
-from loratool.files.locks import Lock, sweep_locks
+from loratool.files.locks import Lock
 from loratool.files.output import NewOutput
 from loratool.files.tensors import TensorFile
+from loratool.files.transaction import sweep
 from loratool.files.writer import Writer
 from loratool.numbers.threads import threads_for
 from tests.conftest import FIXTURES, Run
@@ -49,13 +50,16 @@ def test_two_runs_never_write_one_output(tmp_path: Path) -> None:
 
 
 def test_locks_of_runs_that_are_gone_are_swept_and_others_are_not(tmp_path: Path) -> None:
-    held = Lock(tmp_path / "held")
+    held, gone = (Lock(tmp_path, name, tmp_path / name) for name in ("held", "gone"))
     held.take()
-    gone = Lock(tmp_path / "gone")
     gone.path.touch()
-    sweep_locks(tmp_path)
-    assert list(tmp_path.iterdir()) == [held.path]
+    living, dead = held.temporary(), gone.temporary()
+    for path in (living, dead):
+        path.mkdir()
+    sweep(tmp_path)
+    assert set(tmp_path.iterdir()) == {held.path, living}
     held.release()
+    sweep(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -237,9 +241,9 @@ def test_a_file_system_that_cannot_preallocate_or_copy_is_written_all_the_same(
     assert (tmp_path / "out").read_bytes() == raw
 
 
-def test_a_temporary_that_names_no_process_is_swept(tmp_path: Path) -> None:
+def test_what_is_not_called_as_a_temporary_is_anothers(tmp_path: Path) -> None:
     left = tmp_path / ".loratool-99999999999999999999-00000000.tmp"
     left.touch()
     with NewOutput(tmp_path / "out", folder=True, overwrite=False, nbytes=0, inputs=[]):
         pass
-    assert not left.exists()
+    assert left.exists()

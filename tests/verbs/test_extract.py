@@ -323,12 +323,39 @@ def test_what_was_kept_of_another_input_is_thrown_away(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path, tuned_tensors())
     partial = tmp_path / "out.safetensors.partial"
     partial.mkdir()
-    (partial / "job.json").write_text("{}")
-    (partial / "0-rank-3.safetensors").write_text("no longer true")
+    (partial / "job.json").write_text('{"made_by": "loratool extract --resume", "job": "another"}')
+    (partial / f"0-rank-3.{'0' * 32}.safetensors").write_text("no longer true")
 
     extract(base, tuned, tmp_path / "out.safetensors", Rule("rank", 3), resume=True, **COMFY)
 
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("job", ['{"my": "job"}', "\\xff", None])
+def test_somebody_elses_folder_stays(tmp_path: Path, job: str | None) -> None:
+    base, tuned = pair(tmp_path, tuned_tensors())
+    partial = tmp_path / "out.safetensors.partial"
+    partial.mkdir()
+    if job:
+        (partial / "job.json").write_text(job)
+    (partial / "thesis.txt").write_text("three years of work")
+    with pytest.raises(OutputError, match="is not what an extraction left behind"):
+        extract(base, tuned, tmp_path / "out.safetensors", Rule("rank", 3), resume=True, **COMFY)
+    assert (partial / "thesis.txt").exists()
+
+
+def test_an_outcome_that_a_power_cut_damaged_is_computed_again(tmp_path: Path) -> None:
+    from loratool.verbs.extract.journal import Journal
+    from loratool.verbs.extract.outcomes import ExtractedModule, Outcome
+
+    journal = Journal(tmp_path / "out", "job")
+    journal.put("0-rank-3", Outcome(None, ExtractedModule("x", "", 0, 1.0, 1.0, 1.0, 1.0, None)))
+    (piece,) = journal.folder.glob("0-rank-3.*")
+    raw = piece.read_bytes()
+    assert Journal(tmp_path / "out", "job").get("0-rank-3") is not None
+    for damaged in (b"", raw[: len(raw) // 2], bytes(len(raw)), raw[:-1] + b"\0"):
+        piece.write_bytes(damaged)
+        assert journal.get("0-rank-3") is None
 
 
 def test_a_prefix_makes_no_difference(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from loratool import LoratoolError, Selection, Strength, WeightedAdapter, combin
 from loratool.errors import InvalidAdapter, NonFinite, OutputError, ShapeMismatch, UnmatchedModules, Unsupported
 from loratool.files.adapter_files import open_adapter
 from loratool.files.hashes import short_hash
+from loratool.files.locks import Lock
 from loratool.verbs.merge import blocks as streaming
 from tests.conftest import FIXTURES, examples
 from tests.models import Tensors, kohya, save
@@ -433,13 +434,18 @@ def test_a_full_disk_leaves_the_old_output(tmp_path: Path, monkeypatch: pytest.M
 def test_what_a_killed_run_left_is_swept(tmp_path: Path) -> None:
     save(tmp_path / "base.safetensors", base_tensors())
     save(tmp_path / "a.safetensors", kohya(STEMS, 2, 1.0))
-    (tmp_path / ".loratool-999999999-00000000.tmp").write_text("left behind")
-    (tmp_path / f".loratool-{os.getpid()}-00000000.tmp").write_text("a run that lives")
+    dead, living = (Lock(tmp_path, name, tmp_path / name) for name in ("dead", "living"))
+    left = dead.temporary()
+    left.write_text("left behind")
+    living.take()
+    written = living.temporary()
+    written.write_text("a run that lives, wherever")
 
     merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], tmp_path / "out.safetensors")
 
-    assert not (tmp_path / ".loratool-999999999-00000000.tmp").exists()
-    assert (tmp_path / f".loratool-{os.getpid()}-00000000.tmp").exists()
+    assert not left.exists()
+    assert written.exists()
+    living.release()
 
 
 def test_a_dry_run_plans_and_writes_nothing(tmp_path: Path) -> None:

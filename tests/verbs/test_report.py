@@ -139,7 +139,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path, invoke: Run, monkeypatch: 
     done = invoke("report", LORA, STYLE, "-o", "b.html")
     assert done.returncode == 0
     assert "They cannot be compared" in (tmp_path / "b.html").read_text()
-    monkeypatch.setattr(charts, "mpl", None)
+    monkeypatch.setattr(charts, "find_spec", lambda name: None)
     with pytest.raises(LoratoolError, match=r"pip install 'loratool\[report\]'"):
         report([LORA], tmp_path / "c.html")
     assert not os.path.exists(tmp_path / "c.html")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from loratool import Checkpoint, WeightedAdapter, merge, swap
 from loratool.errors import OutputError, Unsupported
-from loratool.files.in_place import READY_FOLDER, complete_interrupted_change
+from loratool.files.in_place import READY_FOLDER, complete_interrupted_change, finish_change_in_place
 from loratool.files.layout import open_layout
 from loratool.files.writer import Writer
 from loratool.numbers.rounding import ulp
@@ -171,7 +171,6 @@ def test_a_crash_at_any_step_leaves_either_state(tmp_path: Path, monkeypatch: py
         seen.append(next(name for name, state in states.items() if same(state, found)))
         # Whatever it was, it can be done, and leaves nothing behind once the process is gone.
         with monkeypatch.context() as patched:
-            patched.setattr("loratool.files.output._alive", lambda pid: False)
             patched.setattr("loratool.files.locks._try_lock", lambda descriptor: True)
             if seen[-1] == "old":
                 swap(victim, [files.a], [files.b], None)
@@ -207,15 +206,34 @@ def test_what_a_killed_run_left_is_swept_by_the_next(tmp_path: Path) -> None:
     assert contents(files.model).keys() == before.keys()
 
 
-def test_an_interrupted_change_is_finished_by_whoever_opens_it(tmp_path: Path) -> None:
+def test_an_interrupted_change_is_read_where_it_lies_and_finished_by_the_next_change(tmp_path: Path) -> None:
     files = checkpoint(tmp_path)
     ready = files.model / READY_FOLDER
     ready.mkdir()
     shard = sorted(files.wanted.glob("*.safetensors"))[0].name
     shutil.copy(files.wanted / shard, ready / shard)
-    open_layout(files.model)
-    assert not ready.exists()
+    before = contents(files.model)
+    index = next(files.model.glob("*.index.json"))
+    for name in (files.model, index):
+        assert open_layout(name).files[shard].path == ready / shard
+    assert open_layout(files.model / shard).files[""].path == ready / shard
+    # Reading changes nothing.
+    assert contents(files.model) == before
+    for path in (ready / shard, ready):
+        finish_change_in_place(files.model / shard)
+        assert not path.exists()
     assert (files.model / shard).read_bytes() == (files.wanted / shard).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["README.md", "more.safetensors"])
+def test_only_weights_that_are_there_are_replaced_by_what_lies_ready(tmp_path: Path, name: str) -> None:
+    (tmp_path / READY_FOLDER).mkdir()
+    (tmp_path / READY_FOLDER / name).write_text("a stranger's")
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(OutputError, match="remove "):
+        complete_interrupted_change(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert not (tmp_path / "more.safetensors").exists()
 
 
 def test_a_strangers_folder_moves_files_nowhere_else(tmp_path: Path) -> None:

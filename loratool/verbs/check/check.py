@@ -15,6 +15,7 @@ from loratool.deltas.base import scale_or_one
 from loratool.deltas.relations import norm_of
 from loratool.errors import LoratoolError, first_few
 from loratool.files.layout import Layout, open_layout
+from loratool.files.paths import path_of
 from loratool.formats.consumers import GLOBAL_SCALE, SHARED_SCALE, Consumer, consumer_kind, consumer_named
 from loratool.formats.peft import PeftConfig
 from loratool.formats.table import format_named
@@ -106,11 +107,11 @@ def check(adapter: Adapter | str | Path, program: str, *, base: str | Path | Non
     read."""
     path = adapter.path if isinstance(adapter, Adapter) else adapter
     if not isinstance(adapter, Adapter):
-        found = read_listing(Path(adapter).expanduser())
+        found = read_listing(path_of(adapter))
         if (config := found.configs.get("")) and config.refusal:
             return _report(path, consumer_named(program), tuple(_unread_config(config, consumer_named(program))), ())
         adapter = load_listing(found)
-    report = check_adapter(adapter, path, program, open_layout(Path(base).expanduser()) if base else None)
+    report = check_adapter(adapter, path, program, open_layout(path_of(base)) if base else None)
     # Rules look at tensors long after the header was read: a file replaced meanwhile makes the report worthless.
     require_unchanged([adapter])
     return report

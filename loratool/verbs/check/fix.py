@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loratool.adapter.adapter import Adapter, Change, files_of
+from loratool.adapter.adapter import Adapter, Change, inputs_of
 from loratool.adapter.approximate import ApproximatedModule, approximate_adapter, error_of
 from loratool.adapter.load import open_source
 from loratool.adapter.spell import has_lora
@@ -16,6 +16,7 @@ from loratool.base.base import BaseCheckpoint, open_base
 from loratool.deltas.base import Delta, scale_or_one
 from loratool.errors import LoratoolError, error_in_file
 from loratool.files.history import history_entry, input_record
+from loratool.files.paths import path_of
 from loratool.formats.consumers import OWN_SCALE, SHARED_SCALE, Consumer, consumer_named
 from loratool.formats.peft_writer import without_saved
 from loratool.formats.table import format_named
@@ -72,8 +73,8 @@ def fix(
             "check --fix", [input_record(adapter.path, adapter.file)], adapter.metadata, target=program, error=error
         )
         adapter = replace(adapter, metadata={**adapter.metadata, **said})
-        out = Path(out).expanduser()
-        written = write_adapter(adapter, form, routes, out, inputs=files_of([adapter]), overwrite=overwrite)
+        out = path_of(out)
+        written = write_adapter(adapter, form, routes, out, inputs=inputs_of([adapter], weights), overwrite=overwrite)
     return replace(
         report, out=str(out), done=(f"spelled it as {form.title}", *done), error=error, lost=lost, nbytes=written.nbytes
     )

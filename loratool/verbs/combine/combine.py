@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter.adapter import Adapter, factor_workload, files_of
+from loratool.adapter.adapter import Adapter, factor_workload, inputs_of
 from loratool.adapter.approximate import ApproximatedModule, error_of
 from loratool.adapter.load import open_source
 from loratool.adapter.strengths import AdapterLike, weighted_adapters
@@ -21,6 +21,7 @@ from loratool.deltas.sums import Merge
 from loratool.errors import LoratoolError, look_up
 from loratool.files.history import HISTORY_KEY, history_entry, input_record
 from loratool.files.output import require_target
+from loratool.files.paths import path_of
 from loratool.files.tensors import torch_dtype
 from loratool.formats.table import format_named
 from loratool.keys.identify import format_of
@@ -120,7 +121,7 @@ def combine(
     Raises `LoratoolError`, and writes nothing, where the adapters are for different models, where a kind depends on its
     weight and there is no base, and where the output's format has no place for a sum.
     """
-    out, how, stored = Path(out).expanduser(), CombineMethod(method, density, seed), torch_dtype(dtype)
+    out, how, stored = path_of(out), CombineMethod(method, density, seed), torch_dtype(dtype)
     given = weighted_adapters(adapters)
     if how.dense and rule is None:
         raise LoratoolError(
@@ -131,8 +132,8 @@ def combine(
     sources = [adapter for adapter, _ in loaded]
     target = format_named(to) if to else format_of(sources[0].keys)
     require_folder_name(target, out)
-    require_target(out, folder=target.folder, overwrite=overwrite, inputs=[adapter.path for adapter in sources])
     weights = open_base(base)
+    require_target(out, folder=target.folder, overwrite=overwrite, inputs=inputs_of(sources, weights))
     found, routes = resolve_common_routes(
         [adapter.keys for adapter in sources], target, arch, weights.layout if weights else None
     )
@@ -157,7 +158,7 @@ def combine(
     combined, lowered = combining.materialise(sources, rule, stored, describe)
     # The error is known only now. Its width is fixed, so the size that a budget was met with still holds.
     combined = describe(combined, error_of(lowered))
-    inputs = files_of(sources)
+    inputs = inputs_of(sources, weights)
     written = write_adapter(
         combined, combining.target, combining.routes_of(combined), out, inputs=inputs, overwrite=overwrite
     )

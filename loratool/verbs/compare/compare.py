@@ -14,6 +14,7 @@ from loratool.adapter.strengths import AdapterLike
 from loratool.base.base import BaseCheckpoint, open_base
 from loratool.errors import LoratoolError
 from loratool.files.layout import Layout, open_layout, require_weights
+from loratool.files.paths import path_of
 from loratool.numbers.devices import DevicePool, open_devices
 from loratool.numbers.settings import steady_arithmetic
 from loratool.numbers.workload import Workload
@@ -103,7 +104,7 @@ def compare(
     def open_one(path: str | Path | Adapter) -> Adapter | Layout:
         if isinstance(path, Adapter):
             return path
-        return open_any(Path(path).expanduser(), allow_pickle=allow_pickle)
+        return open_any(path_of(path), allow_pickle=allow_pickle)
 
     found = [open_one(path) for path in paths]
     layouts = [each for each in found if isinstance(each, Layout)]
@@ -139,7 +140,7 @@ def compare_to(
 ) -> MergeComparison:
     """Compares the checkpoint `merged`, number by number, with what merging `adapters` into `base` should make: the two are
     the same where no number is off by more than half a step of its dtype (a whole step after stochastic rounding)."""
-    layout = open_layout(Path(base).expanduser())
+    layout = open_layout(path_of(base))
     require_weights(layout, "its numbers are not those that a merge adds to")
     inputs = open_inputs(adapters, allow_pickle=allow_pickle)
     plan = make_plan(layout, inputs)
@@ -147,7 +148,7 @@ def compare_to(
     # The merged checkpoint is read instead of written.
     work = plan.workload()
     devices = open_devices(device, replace(work, read=work.read + work.written, written=0), doubles=True)
-    report = compare_merge(BaseCheckpoint(Path(merged).expanduser()), plan, names, devices)
+    report = compare_merge(BaseCheckpoint(path_of(merged)), plan, names, devices)
     require_unchanged([each.adapter for each in inputs])
     return report
 

@@ -20,6 +20,7 @@ from loratool.base.base import BaseCheckpoint, open_base
 from loratool.errors import LoratoolError, error_in_file
 from loratool.files.layout import Layout
 from loratool.files.output import NewOutput
+from loratool.files.paths import path_of
 from loratool.files.tensors import torch_dtype
 from loratool.files.writer import SafetensorsAppender, Writer
 from loratool.numbers.devices import DevicePool, open_devices
@@ -83,7 +84,7 @@ def delta(
     with ExitStack() as stack:
         run = DeltaRun(source, devices, dtype, spectrum=spectrum)
         if out is not None:
-            run.open(Path(out).expanduser(), stack, to, arch, overwrite=overwrite)
+            run.open(path_of(out), stack, to, arch, overwrite=overwrite)
         where = path.path if isinstance(path, Adapter) else path
         with error_in_file(tuned or where):
             run.compute(progress)
@@ -132,11 +133,11 @@ def _source(
 ) -> DeltaSource:
     """The source that the arguments of a verb mean: an adapter, or a pair of checkpoints."""
     takes = (selection or Selection()).takes
-    found = path if isinstance(path, Adapter) else open_any(Path(path).expanduser(), allow_pickle=allow_pickle)
+    found = path if isinstance(path, Adapter) else open_any(path_of(path), allow_pickle=allow_pickle)
     if tuned is not None:
         if isinstance(found, Adapter):
             raise LoratoolError(f"{found.path}: is an adapter; its ΔW is taken by itself, or with `base=` of its model")
-        return CheckpointDeltas(found, Path(tuned).expanduser(), takes)
+        return CheckpointDeltas(found, path_of(tuned), takes)
     if isinstance(found, Layout):
         raise LoratoolError(f"{path}: is no adapter; name the tuned checkpoint too, to have the difference of both")
     source = AdapterDeltas(found, takes, open_base(base))

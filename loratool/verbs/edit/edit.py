@@ -16,6 +16,7 @@ from loratool.archs import Arch
 from loratool.archs.blocks import block_of
 from loratool.deltas.relations import norm_of
 from loratool.errors import LoratoolError, error_in_file, first_few
+from loratool.files.paths import path_of
 from loratool.names import Module
 from loratool.numbers.settings import steady_arithmetic
 from loratool.text import natural
@@ -130,7 +131,7 @@ def edit(
         report = replace(report, warnings=(*report.warnings, note))
     if dry_run or out is None:
         return replace(report, dry_run=True)
-    target = Path(out).expanduser()
+    target = path_of(out)
     with error_in_file(adapter.path):
         nbytes = write_edited(adapter, factors, target, run.history, overwrite=overwrite)
     return replace(report, out=str(target), nbytes=nbytes)

@@ -20,6 +20,7 @@ from loratool.deltas.schema import WEIGHT
 from loratool.errors import LoratoolError, OutputError, ShapeMismatch, error_in_file, first_few, look_up
 from loratool.files.layout import require_weights
 from loratool.files.output import require_target
+from loratool.files.paths import path_of
 from loratool.files.tensors import torch_dtype
 from loratool.formats.table import Format, format_named
 from loratool.keys.resolve import archs_of_base, resolve_base_routes
@@ -114,12 +115,12 @@ def extract(
     Raises `LoratoolError` and leaves nothing behind where the checkpoints are not of the same model, a number is not finite,
     nothing changed, or the output cannot be written.
     """
-    stopwatch, out, selection = Stopwatch(), Path(out).expanduser(), selection or Selection()
+    stopwatch, out, selection = Stopwatch(), path_of(out), selection or Selection()
     stored = torch_dtype(dtype)
     look_up(dict.fromkeys(get_args(Split)), split, "split")
     if clamp is not None and not 0 < clamp <= 1:
         raise LoratoolError(f"`clamp={clamp:g}`: expected a quantile above 0, at most 1")
-    weights = BaseCheckpoint(Path(base).expanduser()), BaseCheckpoint(Path(tuned).expanduser())
+    weights = BaseCheckpoint(path_of(base)), BaseCheckpoint(path_of(tuned))
     for each in weights:
         require_weights(each.layout, _QUANTISED)
     pairing = pair_parameters(*weights, selection.takes)
@@ -194,7 +195,7 @@ def _plan_run(
             )
         ]
     require_folder_name(target, out)
-    inputs = [base.layout.root, tuned.layout.root]
+    inputs = [base.layout, tuned.layout]
     require_target(out, folder=target.folder, overwrite=overwrite, inputs=inputs)
     model, routes, reasons = resolve_base_routes(modules, found, target)
     # A bias beside one of these weights is a layer's, and any other bias is a norm's: formats have a leaf for each.

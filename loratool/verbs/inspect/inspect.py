@@ -14,6 +14,7 @@ from loratool.files.adapter_files import is_adapter_folder
 from loratool.files.header import Header
 from loratool.files.history import history_steps
 from loratool.files.layout import INDEX_SUFFIX, PIPELINE, SINGLE_NAMES, Layout, open_layout
+from loratool.files.paths import path_of
 from loratool.formats.recognise import refusal, trainer
 from loratool.keys.detect import Detection, detect
 from loratool.keys.listing import AdapterListing, ModuleLeaves, open_input
@@ -103,7 +104,7 @@ def inspect(path: str | Path, *, values: bool = False, base: str | Path | None =
 
     With `base`, a checkpoint, an adapter's `share` is of all parameters of that base. Raises `LoratoolError`.
     """
-    return inspect_input(open_input(Path(path).expanduser()), values=values, base=base)
+    return inspect_input(open_input(path_of(path)), values=values, base=base)
 
 
 def inspect_input(
@@ -112,7 +113,7 @@ def inspect_input(
     """The report of `inspect` on an adapter or a checkpoint whose header was read already."""
     if isinstance(found, Layout):
         return _checkpoint(found)
-    whole = sum(info.numel for _, info in open_layout(Path(base).expanduser()).tensors.values()) if base else None
+    whole = sum(info.numel for _, info in open_layout(path_of(base)).tensors.values()) if base else None
     return inspect_adapter(found, whole, values=values)
 
 

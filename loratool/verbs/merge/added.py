@@ -75,7 +75,7 @@ class PlannedChange:
 
     def _blocks(self, merged: Tensor, start: int, device: torch.device = CPU) -> Iterator[tuple[Tensor, Tensor]]:
         """Some rows of `merged` at a time, and the plan's change of them, on `device`."""
-        rows = merged.reshape(-1, self.columns)
+        rows = merged.reshape(merged.numel() // max(self.columns, 1), self.columns)
         for first, last in row_blocks(len(rows), self.columns, _BLOCK if device == CPU else _BLOCK_THERE):
             yield send(rows[first:last], device), self._change(start + first, last - first, device)
 

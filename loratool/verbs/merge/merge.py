@@ -13,7 +13,9 @@ from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import AdapterLike, weighted_adapters
 from loratool.errors import Unsupported, first_few
 from loratool.files.header import TensorInfo, stored_dtype
+from loratool.files.in_place import finish_change_in_place
 from loratool.files.layout import Layout, open_layout, require_weights
+from loratool.files.paths import path_of
 from loratool.numbers.devices import open_devices
 from loratool.numbers.settings import steady_arithmetic
 from loratool.numbers.threads import Progress
@@ -80,7 +82,10 @@ def merge(
     Raises `LoratoolError` and leaves nothing behind where a module has no target, a shape does not fit, a value is not
     finite, or the output cannot be written.
     """
-    layout = open_layout(Path(base).expanduser())
+    path = path_of(base)
+    if out is None and not dry_run:
+        finish_change_in_place(path)
+    layout = open_layout(path)
     require_weights(layout, LOST)
     inputs = open_inputs(adapters, selection, assume, allow_pickle=allow_pickle)
     if undo:
@@ -98,7 +103,7 @@ def merge(
         dtype=dtype,
         rounding=Rounding(stochastic, seed),
         allow_unmatched=allow_unmatched,
-        undo=Path(undo).expanduser() if undo else None,
+        undo=path_of(undo) if undo else None,
         device=device,
         overwrite=overwrite,
         dry_run=dry_run,
@@ -124,7 +129,7 @@ def merge_inputs(
     """Merges adapters that are loaded already; the output's history names `command`. Settings and errors as in `merge`."""
     stopwatch = Stopwatch()
     plan = make_plan(layout, inputs, dtype=stored_dtype(dtype), allow_unmatched=allow_unmatched)
-    target = Path(out).expanduser() if out else layout.root
+    target = path_of(out) if out else layout.root
     # Files that are changed in place keep their layout, so that tensors keep their places and sizes.
     if out is None:
         _require_same_layout(plan)

@@ -13,7 +13,7 @@ from loratool.adapter.strengths import Strength, strengths_of
 from loratool.deltas.full import Enlarge
 from loratool.deltas.relations import same_bytes
 from loratool.deltas.schema import BIAS
-from loratool.errors import LoratoolError, UnmatchedModules, Unsupported, error_context, first_few
+from loratool.errors import LoratoolError, UnmatchedModules, Unsupported, error_context, error_in_file, first_few
 from loratool.files.header import BITS, TensorInfo
 from loratool.files.layout import Layout
 from loratool.files.tensors import FLOATS
@@ -48,7 +48,8 @@ class TensorPlan:
     @property
     def is_touched(self) -> bool:
         """Whether the tensor's bytes are computed; otherwise they are copied."""
-        return bool(self.terms) or self.dtype != self.source.dtype
+        # Of a tensor without elements there are no bytes, however many rows it says it has.
+        return (bool(self.terms) or self.dtype != self.source.dtype) and prod(self.shape) > 0
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +104,8 @@ def make_plan(
     draft, adapters = _PlanDraft(layout), [each.adapter for each in inputs]
     strengths = strengths_of([(each.adapter, each.strength) for each in inputs])
     for each, by_module in zip(inputs, strengths, strict=True):
-        draft.add(each.adapter, each.selection, by_module)
+        with error_in_file(each.adapter.path):
+            draft.add(each.adapter, each.selection, by_module)
     if draft.unmatched and not (allow_unmatched and draft.matched):
         raise UnmatchedModules(_unmatched_message(draft, adapters))
     if not draft.matched:
@@ -131,6 +133,7 @@ class _PlanDraft:
         self.of_ties: list[tuple[str, Term]] = []
         self.heads: dict[str, str] = {}
         self.unmatched: list[Change] = []
+        self.unmatched_of: dict[str, None] = {}
         self.matched = 0
         self.config = self.untied.config
 
@@ -194,7 +197,9 @@ class _PlanDraft:
         """Adds the terms of a change, which the base calls `module`, to `terms` by tensor, or the change to `unmatched`."""
         settled = self.untied.settle(adapter, change, module)
         if not settled:
-            self.unmatched += [] if change.optional else [change]
+            if not change.optional:
+                self.unmatched.append(change)
+                self.unmatched_of[str(adapter.path)] = None
             return
         self.matched += 1
         for places in settled:
@@ -284,7 +289,8 @@ def _unmatched_message(draft: _PlanDraft, adapters: Sequence[Adapter]) -> str:
             pairs.append(f"{change} (nearest: {near})" if near else str(change))
     more = f" and {count - 5} more" if count > 5 else ""
     total = count + draft.matched
-    message = f"{count} of {total} modules have no target in {draft.layout.root}: {'; '.join(pairs)}{more}"
+    whose = first_few(draft.unmatched_of)
+    message = f"{whose}: {count} of {total} modules have no target in {draft.layout.root}: {'; '.join(pairs)}{more}"
     verdicts = {detect([(change.module, None) for change in adapter.changes]).title for adapter in adapters}
     families = (
         f"; the adapter looks like one for {first_few(sorted(verdicts))}" if verdicts - {"unknown", "undecided"} else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,13 +25,14 @@ from loratool._version import __version__
 from loratool.adapter.adapter import Adapter, Assumptions, files_of
 from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import Strength
-from loratool.errors import InvalidFile, Unsupported, first_few
+from loratool.errors import InvalidFile, LoratoolError, Unsupported, first_few
 from loratool.files.adapter_files import AdapterFile
-from loratool.files.header import Header, TensorInfo, read_header
+from loratool.files.header import STORED_DTYPES, Header, TensorInfo, read_header
 from loratool.files.history import HISTORY_KEY
 from loratool.files.output import Input, NewOutput
 from loratool.files.strict_json import strict_json
 from loratool.files.tensors import DTYPES, TensorFile, tensor_bytes
+from loratool.files.transaction import decided_path
 from loratool.files.writer import ENTRY_BYTES, SafetensorsAppender, TensorBytes, Writer
 from loratool.numbers.residuals import pack_residual
 from loratool.numbers.threads import map_on_threads
@@ -54,7 +55,7 @@ class UndoWriter:
         for each in merged:
             _file_of(each.adapter)
         inputs: list[Input] = [plan.layout, *files_of(each.adapter for each in merged)]
-        self._output = NewOutput(path, folder=False, overwrite=overwrite, nbytes=0, inputs=inputs)
+        self.output = NewOutput(path, folder=False, overwrite=overwrite, nbytes=0, inputs=inputs)
         self._stack = ExitStack()
         self._numbers = count()
         # A safetensors header comes before its tensors, whose number and sizes are known only at the end: keep room for the
@@ -67,7 +68,7 @@ class UndoWriter:
         self._room += sum(3 * len(json.dumps(file)) + 4 * ENTRY_BYTES for file in plan.layout.files)
 
     def __enter__(self) -> UndoWriter:
-        output = self._stack.enter_context(self._output)
+        output = self._stack.enter_context(self.output)
         self._file = SafetensorsAppender(self._stack.enter_context(Writer(output.path(""), 0)), self._room)
         return self
 
@@ -84,19 +85,19 @@ class UndoWriter:
     def finish(self, files: Sequence[str]) -> int:
         """Writes everything but the residuals, `files` being the files that the merge rewrote, and returns the size.
 
-        The undo file is complete then; `commit` puts it in its place.
+        The undo file is complete then, and takes its place together with the output.
         """
         layout = self.plan.layout
-        digests = map_on_threads(partial(sha256, layout.root / file if file else layout.root) for file in files)
+        digests = map_on_threads(partial(sha256, layout.files[file].path) for file in files)
         of = dict(zip(files, digests, strict=True))
         for file in files:
             header = layout.files[file]
             with TensorFile(header) as source:
                 self._file.copy(f"header/{file}", source.descriptor, header.data_start)
         # The indexes and the config that the merge may have rewritten; all other files are the same in its output.
-        kept = [name for name in (*layout.indexes, "config.json") if layout.is_folder and (layout.root / name).is_file()]
-        for name in kept:
-            self._file.append(_bytes(f"file/{name}", (layout.root / name).read_bytes()))
+        kept = {**layout.indexes, **({"config.json": layout.config_file} if layout.config_file else {})}
+        for name, config in kept.items():
+            self._file.append(_bytes(f"file/{name}", config.raw))
         for number, each in enumerate(self.merged):
             read = _file_of(each.adapter)
             with TensorFile(read.header) as source:
@@ -111,14 +112,6 @@ class UndoWriter:
             "adapters": [self._of(each) for each in self.merged],
         }
         return self._file.finish({HISTORY_KEY: json.dumps(document)})
-
-    def commit(self) -> None:
-        """Puts the undo file in its place."""
-        self._output.commit()
-
-    def withdraw(self) -> None:
-        """Removes the undo file again, where the output of its merge could not take its place."""
-        self._output.place.unlink(missing_ok=True)
 
     def _keep(self, number: int, job: RowsJob, added: PlannedChange) -> None:
         """Appends the residual of a job's rows, after those of all jobs numbered before."""
@@ -204,7 +197,8 @@ class UndoRecord:
         found: dict[str, list[int]] = {}
         for name in self.names("rows/"):
             tensor, _, row = name.rpartition("/")
-            if row.isdecimal():
+            # As the merge writes it: a row that is spelled otherwise would be looked for under another name.
+            if row.isdecimal() and len(row) < 20 and str(int(row)) == row:
                 found.setdefault(tensor, []).append(int(row))
         return {tensor: sorted(rows) for tensor, rows in found.items()}
 
@@ -215,30 +209,48 @@ class UndoRecord:
 
 def read_undo(path: Path) -> UndoRecord:
     """Reads and checks the header of an undo file; raises `InvalidFile`."""
-    header = read_header(path)
+    header = read_header(decided_path(path))
     try:
         document = strict_json(header.metadata.get(HISTORY_KEY, "{}").encode())
         if document.get("command") != "undo":
             raise InvalidFile(f"{path}: is not an undo file; `merge(undo=)` writes one")
-        files = {name: (int(facts["size"]), str(facts["sha256"])) for name, facts in document["files"].items()}
+        files = {name: (_size(facts["size"]), str(facts["sha256"])) for name, facts in document["files"].items()}
         adapters = tuple(_adapter(each) for each in document["adapters"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        dtype = document.get("dtype")
+        if dtype is not None and dtype not in STORED_DTYPES.values():
+            raise InvalidFile(f"dtype {dtype!r}")
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError, LoratoolError) as error:
         raise InvalidFile(f"{path}: is not an undo file that this version reads: {error}") from error
-    undo = UndoRecord(header, document.get("dtype"), files, adapters)
+    undo = UndoRecord(header, dtype, files, adapters)
     if any(info.dtype != "U8" or len(info.shape) != 1 for info in header.tensors.values()):
         raise InvalidFile(f"{path}: is not an undo file that this version reads")
     # An undo file may come from anybody: no name in it may lead out of the output. "" is a checkpoint of one file.
     whole = set(files) == {""}
-    unsafe = [name for name in (*files, *undo.names("file/")) if not (_inside(name) or (whole and not name))]
+    unsafe = [
+        name for name in (*files, *undo.names("file/"), *_adapter_files(undo)) if not (_inside(name) or (whole and not name))
+    ]
     if unsafe:
         raise InvalidFile(f"{path}: would write {first_few(map(repr, unsafe))}, which does not lie in the output")
     return undo
+
+
+def _adapter_files(undo: UndoRecord) -> Iterator[str]:
+    """The names of the adapters' files, each in a folder of its number."""
+    for number in range(len(undo.adapters)):
+        yield from undo.names(f"adapter/{number}/")
 
 
 def _inside(name: str) -> bool:
     """Whether a relative path stays below the folder that it is joined to."""
     # A backslash separates folders on Windows, and no POSIX path holds a NUL.
     return bool(name) and not {"", ".", ".."} & set(name.split("/")) and "\\" not in name and "\0" not in name
+
+
+def _size(said: object) -> int:
+    """The size of a file; raises `ValueError` for what no file has."""
+    if type(said) is not int or not 8 <= said < 2**62:
+        raise ValueError(f"a size of {said!r}")
+    return said
 
 
 def _adapter(said: Mapping[str, Any]) -> UndoAdapter:

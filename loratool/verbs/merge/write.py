@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from loratool.errors import OutputError, error_in_file
 from loratool.files.header import stored_dtype
 from loratool.files.history import HISTORY_KEY, history_entry, history_of, input_record
 from loratool.files.in_place import InPlaceOutput
-from loratool.files.output import Destination, Input, NewOutput
+from loratool.files.output import Destination, Input, NewOutput, commit_together
 from loratool.files.writer import copy_file
 from loratool.numbers.devices import DevicePool
 from loratool.numbers.threads import Progress
@@ -67,8 +68,7 @@ class MergeRun:
             undo = None
             if self.undo:
                 dtype = stored_dtype(self.dtype)
-                if target and (self.undo == target or target in self.undo.parents):
-                    raise OutputError(f"{self.undo}: is, or lies in, the output of this very run; choose another place")
+                _require_apart(self.undo, target)
                 undo = stack.enter_context(UndoWriter(self.undo, plan, self.merged, dtype, overwrite=self.overwrite))
             output = self._output(target) if target else InPlaceOutput(plan.layout.root, rewritten, self._inputs())
             stack.enter_context(output)
@@ -78,8 +78,8 @@ class MergeRun:
             with ExitStack() as opened:
                 follow = undo.follow if undo else self.follow
                 # In the metadata an entry is a string of JSON inside of JSON, in which every quote takes two letters.
-                records = [_record(each) for each in self.merged if each.strength.parts or each.strength.vector]
-                room = PROVENANCE_BYTES + (len(json.dumps(json.dumps(records))) if records else 0)
+                records = [_record(each) for each in self.merged]
+                room = PROVENANCE_BYTES + len(json.dumps(json.dumps(records)))
                 files = [
                     OutputFile(plan, file, tensors, output.path(file), opened, room, in_place=output.in_place, follow=follow)
                     for file, tensors in rewritten.items()
@@ -89,22 +89,12 @@ class MergeRun:
                     measure = run_files(files, self.rounding, self.devices, progress)
                 provenance = _provenance(self.command, self.merged, self._base_history(), self.rounding, measure)
                 silent = [file for file in files if not file.finish(provenance)]
-            # The undo file takes its place first, so that there is never an output without its way back. The undo file
-            # hashes the base, which an output in place is about to replace.
-            nbytes = None
-            if undo:
-                nbytes = undo.finish(list(rewritten))
-                undo.commit()
-            try:
-                output.commit()
-            except BaseException:
-                # A temporary that is gone has been renamed: the output is there, or will be completed (in place), and needs
-                # its undo file.
-                if undo and output.temporary.exists():
-                    undo.withdraw()
-                raise
+            # The undo file hashes the base, which an output in place is about to replace. Both take their places together,
+            # so that there is never an output without its way back, nor a way back without its output.
+            nbytes = undo.finish(list(rewritten)) if undo else None
+            commit_together([undo.output, output] if undo else [output])
         root, no_room = plan.layout.root, "its header has no room to say what was merged into it; nothing else is missing"
-        notes = [f"{root}: {no_room}"] if silent else []
+        notes = [*([f"{root}: {no_room}"] if silent else []), *(() if output.in_place else plan.layout.notes())]
         return measure, (*notes, *self.devices.warnings()), nbytes
 
     def _base_history(self) -> Mapping[str, str]:
@@ -115,7 +105,14 @@ class MergeRun:
         layout = self.plan.layout
         # Beside the tensors, a megabyte stands for headers and configs.
         needed = sum(tensor.nbytes for tensor in self.plan.tensors.values()) + (1 << 20)
-        return NewOutput(target, folder=layout.is_folder, overwrite=self.overwrite, nbytes=needed, inputs=self._inputs())
+        return NewOutput(
+            target,
+            folder=layout.is_folder,
+            overwrite=self.overwrite,
+            nbytes=needed,
+            inputs=self._inputs(),
+            written=[*layout.files, *layout.indexes, *layout.other_files(), "config.json"],
+        )
 
     def _inputs(self) -> list[Input]:
         return [self.plan.layout, *files_of(each.adapter for each in self.merged)]
@@ -123,9 +120,22 @@ class MergeRun:
     def _copy(self, output: Destination, rewritten: Container[str]) -> None:
         """Copies the files that no tensor changes in, and writes the configs."""
         layout = self.plan.layout
-        for name in (*layout.other_files(), *(file for file in layout.files if file not in rewritten)):
+        for name in layout.other_files():
             copy_file(layout.root / name, output.path(name))
+        for name, header in layout.files.items():
+            if name not in rewritten:
+                copy_file(header.path, output.path(name))
         _write_configs(self.plan, output, self.dtype)
+
+
+def _require_apart(undo: Path, target: Path | None) -> None:
+    """Raises `OutputError` where the undo file would be the output, or lie in it, by whatever names they go."""
+    # A file that is there lies where its folder is, whatever the path to that folder is called.
+    place = Path(os.path.realpath(undo.parent), undo.name)
+    out = target and Path(os.path.realpath(target.parent), target.name)
+    same = target and target.exists() and undo.exists() and os.path.samefile(target, undo)
+    if out and (same or place == out or out in place.parents or Path(os.path.realpath(out)) in place.parents):
+        raise OutputError(f"{undo}: is, or lies in, the output of this very run; choose another place")
 
 
 def _write_configs(plan: Plan, output: Destination, dtype: str | None) -> None:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
 from loratool.errors import InvalidFile, LoratoolError, OutputError, error_in_file
-from loratool.files.adapter_files import locate
+from loratool.files.adapter_files import adapter_file, locate
 from loratool.files.hashes import HASH_LENGTHS, legacy_hash
 from loratool.files.header import ADAPTER_HEADER_BYTES, Header, encode_header, identity, open_regular, read_header
 from loratool.files.history import HISTORY_KEY
-from loratool.files.output import NewOutput
+from loratool.files.in_place import current_path, finish_change_in_place
+from loratool.files.output import Input, NewOutput
+from loratool.files.paths import path_of
+from loratool.files.walk import walk_model
 from loratool.files.writer import Writer, copy_file
 from loratool.formats import modelspec
 from loratool.formats.peft import PEFT_METADATA_KEY
+from loratool.text import is_encodable
 from loratool.verbs.hash import hashes_of
 from loratool.verbs.meta.private import without_private
 from loratool.verbs.reports import Report
@@ -45,8 +49,12 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return dict(_header(path).metadata)
 
 
-def _header(path: str | Path) -> Header:
-    return read_header(locate(Path(path).expanduser())[0])
+def _header(path: str | Path, *, changed: bool = False) -> Header:
+    """The header of a safetensors file, or of a PEFT folder's weights, which are about to be `changed` in place."""
+    weights, _ = locate(path_of(path))
+    if changed:
+        finish_change_in_place(weights)
+    return read_header(current_path(weights))
 
 
 def set_metadata(
@@ -57,9 +65,13 @@ def set_metadata(
 
     Raises `LoratoolError`, and changes nothing, where a value is not allowed, or a hash is not the file's.
     """
+    for key, value in values.items():
+        # Bytes of a command line that are no UTF-8 are lone surrogates in Python.
+        if not is_encodable(key + value):
+            raise LoratoolError(f"{key}: is not UTF-8, which metadata is stored in")
     with error_in_file(path):
         modelspec.require_allowed(values)
-        header = _header(path)
+        header = _header(path, changed=out is None)
         # The one value that can be checked against the file: it is AutoV3, the hash of all that follows the header.
         if claimed := values.get("modelspec.hash_sha256"):
             true = f"0x{hashes_of(path, header.path, header).autov3}"
@@ -73,7 +85,7 @@ def delete_metadata(
 ) -> MetaReport:
     """Deletes the keys that `globs` match; raises `LoratoolError` for a glob that matches no key, and for keys that readers
     need."""
-    header = _header(path)
+    header = _header(path, changed=out is None)
     before = header.metadata
     gone = _matching_keys(path, before, globs)
     # `format` may go: transformers refuses a file without it, but nobody reads other numbers.
@@ -96,18 +108,20 @@ def copy_metadata(
 ) -> MetaReport:
     """Adds the metadata of `source`, or the keys of it that `globs` match, to that of `path`; hashes, histories and the keys
     that readers need stay each file's own."""
-    theirs = read_metadata(source)
+    source_header = _header(source)
+    theirs = source_header.metadata
     chosen = _matching_keys(source, theirs, globs) if globs else theirs.keys()
     copied = {key: theirs[key] for key in theirs if key in chosen and key not in _OWN | NEEDED}
-    header = _header(path)
-    return _write_change(path, header, {**header.metadata, **copied}, out, overwrite=overwrite)
+    header = _header(path, changed=out is None)
+    metadata = {**header.metadata, **copied}
+    return _write_change(path, header, metadata, out, overwrite=overwrite, others=[source_header])
 
 
 def strip_metadata(
     path: str | Path, out: str | Path | None = None, *, private: bool = False, overwrite: bool = False
 ) -> MetaReport:
     """Removes all metadata but what readers need; or, with `private`, only paths and the names of datasets and users."""
-    header = _header(path)
+    header = _header(path, changed=out is None)
     before = header.metadata
     kept = without_private(before) if private else {key: value for key, value in before.items() if key in NEEDED}
     return _write_change(path, header, kept, out, overwrite=overwrite)
@@ -124,11 +138,17 @@ def _matching_keys(path: str | Path, metadata: Mapping[str, str], globs: Sequenc
 
 
 def _write_change(
-    path: str | Path, header: Header, metadata: dict[str, str], out: str | Path | None, *, overwrite: bool
+    path: str | Path,
+    header: Header,
+    metadata: dict[str, str],
+    out: str | Path | None,
+    *,
+    overwrite: bool,
+    others: Sequence[Header] = (),
 ) -> MetaReport:
     """Writes the file at `path`, or a copy `out` of it, with this metadata, in which kohya's legacy hash is made true."""
-    path = Path(path).expanduser()
-    target = Path(out).expanduser() if out else None
+    path = path_of(path)
+    target = path_of(out) if out else None
     before = header.metadata
     # kohya's legacy hash covers the 64 KiB behind the first MiB, which a header of another length moves; sshs_model_hash is
     # of the tensors alone and stays true.
@@ -140,12 +160,11 @@ def _write_change(
         raise LoratoolError(f"{path}: metadata of {len(raw)} bytes is more than readers allow ({ADAPTER_HEADER_BYTES})")
     # In place, a change that changes nothing leaves the file alone; a copy is written all the same.
     if target is None and metadata != before:
-        # No inputs: an output refuses to take the place of one. `_write` looks itself whether the file changed meanwhile.
-        _replace(header, header.path, raw, overwrite=True, inputs=[])
+        _replace(header, header.path, raw, overwrite=True, inputs=others, itself=header)
     elif target is not None and path.is_dir():
-        _copy_folder(path, header, raw, target, overwrite=overwrite)
+        _copy_folder(path, header, raw, target, overwrite=overwrite, others=others)
     elif target is not None:
-        _replace(header, target, raw, overwrite=overwrite, inputs=[header])
+        _replace(header, target, raw, overwrite=overwrite, inputs=[header, *others])
     return MetaReport(
         out=str(target or path),
         added=tuple(sorted(metadata.keys() - before.keys())),
@@ -155,30 +174,29 @@ def _write_change(
     )
 
 
-def _replace(header: Header, target: Path, raw: bytes, *, overwrite: bool, inputs: Sequence[Header]) -> None:
-    """Writes the file with the header `raw` to `target`, which may be the file itself."""
+def _replace(
+    header: Header, target: Path, raw: bytes, *, overwrite: bool, inputs: Sequence[Input], itself: Header | None = None
+) -> None:
+    """Writes the file with the header `raw` to `target`, which may be the file `itself`."""
     nbytes = len(raw) + header.size - header.data_start
-    with NewOutput(target, folder=False, overwrite=overwrite, nbytes=nbytes, inputs=inputs) as output:
+    output = NewOutput(target, folder=False, overwrite=overwrite, nbytes=nbytes, inputs=inputs, itself=itself)
+    with output:
         _write(header, output.path(""), raw)
         # A new file has the permissions of the process, not those of the file whose place it takes.
         shutil.copymode(header.path, output.path(""))
         output.commit()
 
 
-def _copy_folder(path: Path, header: Header, raw: bytes, target: Path, *, overwrite: bool) -> None:
+def _copy_folder(path: Path, header: Header, raw: bytes, target: Path, *, overwrite: bool, others: Sequence[Header]) -> None:
     """Copies a PEFT folder, whose weights get the header `raw`."""
-    with NewOutput(target, folder=True, overwrite=overwrite, nbytes=header.size + len(raw), inputs=[header]) as output:
-        for name in _others(path, header.path.name):
+    inputs: list[Input] = [adapter_file(path, header, header.identity), *others]
+    nbytes = header.size + len(raw)
+    beside = [name for name in walk_model(path).files if name != header.path.name]
+    with NewOutput(target, folder=True, overwrite=overwrite, nbytes=nbytes, inputs=inputs, written=beside) as output:
+        for name in beside:
             copy_file(path / name, output.path(name))
         _write(header, output.path(header.path.name), raw)
         output.commit()
-
-
-def _others(folder: Path, weights: str) -> Iterator[str]:
-    """The names of the other files in a PEFT folder, hidden ones (a .git, a hub's cache) left out."""
-    for entry in sorted(folder.iterdir()):
-        if entry.name != weights and entry.is_file() and not entry.name.startswith("."):
-            yield entry.name
 
 
 def _write(header: Header, path: Path, raw: bytes) -> None:

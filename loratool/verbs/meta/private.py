@@ -24,9 +24,16 @@ BY_DATASET: Final = frozenset(
 """Keys of JSON objects whose own keys are names of folders."""
 NAMES_OF_DATASETS: Final = frozenset({"image_dir", "metadata_file", "conditioning_data_dir", "name_or_path", "dataset_path"})
 """Fields that name a folder or a file of a dataset."""
-_PLACES: Final = "home|Users|root|mnt|media|workspace|content|tmp|data|srv|opt|Volumes"
-PATH: Final = re.compile(rf"(?:[A-Za-z]:[\\/]|\\\\|~/|/(?:{_PLACES})/)[^\"'\s,;]*")
-"""Text that looks like a path on somebody's disk: of Windows, a network share, a home, or a usual top folder."""
+DATASETS: Final = frozenset({"ss_datasets", "datasets", "subsets"})
+"""Keys of JSON lists of datasets, whose members have names of their own."""
+PATH: Final = re.compile(
+    # The start: a file's URL, a drive of Windows, a network share, a home, or a folder at the top. Nothing of that begins
+    # within a word or behind a colon or a slash, as the parts of a web address do.
+    r"(?:\bfile://|(?<![\w:/\\.-])(?:[A-Za-z]:[\\/]|\\\\|~[\w.-]*/|/(?=[^\s/\"']+/)))"
+    # Folders, whose names may hold blanks and commas, as far as the last of them; then a name.
+    r"(?:[^\"'\n:;<>|]*[\\/])?[^\"'\s,;<>|]*"
+)
+"""Text that looks like a path on somebody's disk."""
 # Three letters at least: a shorter name would be found in values that have nothing to do with a person.
 USER: Final = re.compile(r"(?:/home/|/Users/|[A-Za-z]:[\\/]+Users[\\/]+)([^\\/\"'\s,;]{3,})", re.IGNORECASE)
 
@@ -62,7 +69,12 @@ def _clean_text(key: str, value: Any) -> Any:
             name: f"dataset {place + 1}" if key in BY_DATASET else _without_paths(name) for place, name in enumerate(value)
         }
         # A folder may be called as a field is: below a folder's name, `key` says nothing.
-        return {keys[name]: _clean_text("" if key in BY_DATASET else name, item) for name, item in value.items()}
+        return {
+            keys[name]: "dataset"
+            if key in DATASETS and name in ("name", "id", "title") and isinstance(item, str)
+            else _clean_text("" if key in BY_DATASET else name, item)
+            for name, item in value.items()
+        }
     if isinstance(value, list):
         return [_clean_text(key, item) for item in value]
     if key in NAMES_OF_DATASETS:

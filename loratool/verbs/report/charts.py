@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import chdir, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.errors import Unsupported
@@ -25,16 +29,16 @@ _SHADES: Final = "viridis"
 BANDS: Final = ((0.1, 0.9, 0.15), (0.25, 0.75, 0.3))
 """The bands of a spectrum: the quantiles from and to which each goes, and its opacity."""
 
-try:
-    import matplotlib as mpl
-except ImportError:
-    mpl = None  # type: ignore[assignment]
-
 
 def require_matplotlib() -> None:
-    """Raises `Unsupported` where matplotlib is not installed."""
-    if mpl is None:
+    """Imports matplotlib, before anything of it is used; raises `Unsupported` where it is not installed."""
+    found = find_spec("matplotlib")
+    if found is None or found.origin is None:
         raise Unsupported("a report is drawn by matplotlib: pip install 'loratool[report]'")
+    # While it is imported, matplotlib reads a matplotlibrc of the current folder, which may be a stranger's. In its own
+    # folder there is none.
+    with chdir(Path(found.origin).parent) if os.path.lexists("matplotlibrc") else nullcontext():
+        import matplotlib  # noqa: F401
 
 
 def heat_map(found: BlockMap) -> str:
@@ -135,6 +139,7 @@ def matrix(names: Sequence[str], cells: Sequence[Sequence[float | None]]) -> str
 
 def _draw(draw: Callable[[Figure, Axes], None], width: float, height: float, title: str) -> str:
     """An SVG element that scales with the page, has a title for screen readers, and is the same each time."""
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     # Text stays text (fonttype none), to be searched and in the page's font. A fixed salt gives elements the same names, and
@@ -144,7 +149,10 @@ def _draw(draw: Callable[[Figure, Axes], None], width: float, height: float, tit
         "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
         "axes.spines.right": False, "axes.linewidth": 0.6,
     }  # fmt: skip
-    with mpl.rc_context(settings):
+    with mpl.rc_context():
+        # Of matplotlib's own defaults: somebody's matplotlibrc could have LaTeX run on names from an adapter.
+        mpl.rcdefaults()
+        mpl.rcParams.update(settings)
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure, figure.subplots())
         stream = io.StringIO()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from loratool.adapter.load import load_listing
 from loratool.base.base import BaseCheckpoint
 from loratool.errors import InvalidFile, LoratoolError
 from loratool.files.layout import Layout
+from loratool.files.strict_json import strict_json
 from loratool.keys.listing import open_input
 from loratool.text import count
 from loratool.verbs.delta.delta import DeltaReport, delta
@@ -102,8 +102,8 @@ def _tags(metadata: Mapping[str, str]) -> Counter[str]:
     """kohya's counts of tags, summed over all folders (ss_tag_frequency: folder to tag to count)."""
     found: Counter[str] = Counter()
     try:
-        document = json.loads(metadata.get("ss_tag_frequency", "{}"))
-    except (ValueError, RecursionError):
+        document = strict_json(metadata.get("ss_tag_frequency", "{}").encode(errors="surrogatepass"))
+    except LoratoolError:
         return found
     # The document comes from strangers: what has another form is left out.
     for tags in document.values() if isinstance(document, dict) else ():

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Final
 
 from loratool._version import __version__
-from loratool.adapter.adapter import files_of
+from loratool.adapter.adapter import inputs_of
 from loratool.base.base import BaseCheckpoint, open_base
 from loratool.errors import LoratoolError
-from loratool.files.output import NewOutput, require_target
+from loratool.files.output import Input, NewOutput, require_target
+from loratool.files.paths import path_of
 from loratool.files.writer import Writer
 from loratool.numbers.settings import steady_arithmetic
 from loratool.text import LONGEST_MESSAGE, message, safe, size
@@ -81,11 +82,12 @@ def report(
     """
     # What can fail at once fails before minutes of arithmetic: a missing library, a target that must not be written.
     charts.require_matplotlib()
-    places, target = [Path(path).expanduser() for path in paths], Path(out).expanduser()
-    require_target(target, folder=False, overwrite=overwrite, inputs=places)
+    places, target = [path_of(path) for path in paths], path_of(out)
     weights = open_base(base)
+    known: list[Input | Path] = [*places, *([weights.layout] if weights else [])]
+    require_target(target, folder=False, overwrite=overwrite, inputs=known)
     found = [facts_of(path, weights) for path in places]
-    inputs = files_of(facts.adapter for facts in found)
+    inputs = inputs_of((facts.adapter for facts in found), weights)
     text = "\n".join(_page(found, weights))
     # POSIX lets names hold bytes that are no UTF-8; Python has them as lone surrogates, which UTF-8 cannot encode.
     raw = text.encode(errors="backslashreplace")

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 from loratool.adapter.load import load
-from loratool.errors import InvalidFile, LoratoolError, error_context
+from loratool.errors import InvalidFile, LoratoolError, error_context, first_few
 from loratool.files.header import TensorInfo
 from loratool.files.layout import Layout, open_layout
-from loratool.files.output import NewOutput, remove, temporary_in
+from loratool.files.output import NewOutput
 from loratool.files.tensors import TensorFile, tensor_bytes
+from loratool.files.transaction import remove
 from loratool.files.writer import Writer, copy_file
 from loratool.numbers.residuals import unpack_residual
 from loratool.numbers.threads import Progress, map_on_threads, progress_counter, run_all
@@ -47,16 +48,29 @@ def restore_base(merged: Path, out: Path, undo_path: Path, *, overwrite: bool, p
     if ("" in undo.files) == layout.is_folder or (not layout.is_folder and undo.names("file/")):
         kind = "one file" if "" in undo.files else "a folder"
         raise InvalidFile(f"{undo_path}: is of a merge into {kind}, {merged} is not")
+    lacking = [name for name in undo.files if name not in layout.files]
+    if lacking:
+        raise InvalidFile(
+            f"{undo_path}: is of a checkpoint with the files {first_few(lacking)}, which {merged} does not have: it is of "
+            "another checkpoint, or one that was saved anew in other files"
+        )
     nbytes = sum(size for size, _ in undo.files.values())
     with ExitStack() as stack:
         kept = stack.enter_context(TensorFile(undo.header))
         output = stack.enter_context(
-            NewOutput(out, folder=layout.is_folder, overwrite=overwrite, nbytes=nbytes, inputs=[layout, undo.header])
+            NewOutput(
+                out,
+                folder=layout.is_folder,
+                overwrite=overwrite,
+                nbytes=nbytes,
+                inputs=[layout, undo.header],
+                written=[*layout.files, *layout.indexes, *layout.other_files(), *undo.files, *undo.names("file/")],
+            )
         )
         # First what the merge did not compute: other files, configs, and the headers of the files to restore.
         _copy_others(layout, undo, kept, output)
-        writers = {file: stack.enter_context(_begin_file(file, undo, kept, output)) for file in undo.files}
-        adapters = stack.enter_context(_adapters(undo, kept, out.parent))
+        writers = {file: stack.enter_context(_begin_file(file, layout, undo, kept, output)) for file in undo.files}
+        adapters = stack.enter_context(_adapters(undo, kept, output.scratch()))
         # With headers and configs in place, the output has the layout of the base though no tensor is there yet: the plan
         # of the merge can be made again. A module without a target now had none in the merge, which was allowed then.
         with error_context(undo_path):
@@ -84,8 +98,11 @@ def _check_hashes(merged: Path, undo: UndoRecord, output: NewOutput) -> dict[str
 
 def _copy_others(layout: Layout, undo: UndoRecord, kept: TensorFile, output: NewOutput) -> None:
     """Copies the files that the merge only copied, and from the undo file the configs that the merge may have rewritten."""
-    for name in (*layout.other_files(), *(file for file in layout.files if file not in undo.files)):
+    for name in layout.other_files():
         copy_file(layout.root / name, output.path(name))
+    for name, header in layout.files.items():
+        if name not in undo.files:
+            copy_file(header.path, output.path(name))
     for name, info in undo.names("file/").items():
         path = output.path(name)
         path.unlink(missing_ok=True)
@@ -93,21 +110,26 @@ def _copy_others(layout: Layout, undo: UndoRecord, kept: TensorFile, output: New
             writer.copy(kept.descriptor, info.start, info.nbytes, 0)
 
 
-def _begin_file(file: str, undo: UndoRecord, kept: TensorFile, output: NewOutput) -> Writer:
+def _begin_file(file: str, merged: Layout, undo: UndoRecord, kept: TensorFile, output: NewOutput) -> Writer:
     """A file of the base with its header, and room for its tensors; raises `InvalidFile` where the undo file lacks it."""
     header = undo.header.tensors.get(f"header/{file}")
     if header is None:
         raise InvalidFile(f"{undo.header.path}: lacks the header of {file}")
-    # A damaged undo file may say a size that is too small for the header.
-    writer = Writer(output.path(file), max(undo.files[file][0], header.nbytes))
+    size, merged_size = undo.files[file][0], merged.files[file].size
+    # A damaged undo file may say any size. A merge changes dtypes at most to ones of a fourth of the bytes or of four times
+    # as many, and shapes by a few rows.
+    if not header.nbytes <= size <= 16 * merged_size + (1 << 30):
+        raise InvalidFile(
+            f"{undo.header.path}: says that {file or 'the base'} had {size} bytes; the merged file has {merged_size}"
+        )
+    writer = Writer(output.path(file), size)
     writer.copy(kept.descriptor, header.start, header.nbytes, 0)
     return writer
 
 
 @contextmanager
-def _adapters(undo: UndoRecord, kept: TensorFile, folder: Path) -> Iterator[list[MergeInput]]:
-    """The adapters that an undo file holds, unpacked to a temporary folder that is removed at the end."""
-    place = temporary_in(folder)
+def _adapters(undo: UndoRecord, kept: TensorFile, place: Path) -> Iterator[list[MergeInput]]:
+    """The adapters that an undo file holds, unpacked to the temporary folder `place` that is removed at the end."""
     try:
         found = []
         for number, held in enumerate(undo.adapters):
@@ -156,7 +178,10 @@ class RestoreRun:
             if tensor.source.nbytes and starts[:1] != [0]:
                 raise InvalidFile(f"{self.undo.header.path}: holds nothing of {tensor.name}")
             # The pieces are those in which the undo file was written, which need not be those of a merge today.
-            for start, stop in pairwise([*starts, matrix_shape(tensor.shape)[0]]):
+            rows = matrix_shape(tensor.shape)[0]
+            if starts and starts[-1] >= max(rows, 1):
+                raise InvalidFile(f"{self.undo.header.path}: holds row {starts[-1]} of {tensor.name}, which has {rows}")
+            for start, stop in pairwise([*starts, rows]):
                 job = RowsJob(tensor, opened[tensor.file], self.writers[tensor.file], 0, (), start, stop, by_blocks(tensor))
                 yield partial(self._undo, job, info, added)
 

@@ -16,6 +16,7 @@ from loratool.adapter.strengths import AdapterLike, weighted_adapters
 from loratool.errors import LoratoolError, Unsupported
 from loratool.files.history import history_of, input_name
 from loratool.files.layout import Layout, open_layout
+from loratool.files.paths import path_of
 from loratool.numbers.devices import CPU, DevicePool, open_devices
 from loratool.numbers.settings import steady_arithmetic
 from loratool.numbers.threads import Progress
@@ -69,11 +70,11 @@ def unmerge(
     change depends on the weight and cannot be subtracted.
     """
     stopwatch = Stopwatch()
-    source, target = Path(merged).expanduser(), Path(out).expanduser()
+    source, target = path_of(merged), path_of(out)
     if bool(adapters) == bool(undo):
         raise LoratoolError(f"{merged}: give either the adapters to subtract, or the undo file of the merge")
     if undo:
-        found = restore_base(source, target, Path(undo).expanduser(), overwrite=overwrite, progress=progress)
+        found = restore_base(source, target, path_of(undo), overwrite=overwrite, progress=progress)
         report = _report(target, found.plan, found.adapters, found.nbytes, sha256=found.sha256)
     else:
         layout = open_layout(source)

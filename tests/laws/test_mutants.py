@@ -1,0 +1,64 @@
+"""Files of every kind, as they are and mutated, through every verb: an output or an error in words, and a way back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.mutants import SORTS, VERBS, run_verb
+from loratool.deltas.forms import FORMS, require_form
+from loratool.errors import InvalidAdapter
+from tests.conftest import examples
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.mark.parametrize("name", SORTS)
+def test_the_files_themselves_can_be_merged_and_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (undo,) = (verb for verb in VERBS if "--undo" in verb)
+    assert run_verb(tmp_path, name, 0, undo)[0] == 0
+
+
+@given(name=st.sampled_from(sorted(SORTS)), seed=st.integers(1, 2**32), verb=st.sampled_from(VERBS))
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_mutants_end_in_an_output_or_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, seed: int, verb: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_verb(tmp_path, name, seed, verb)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [
+        ("loha", {"hada_w1_a": (12, 2), "hada_w1_b": (2, 8), "hada_w2_a": (12, 2), "hada_w2_b": (2, 1)}),
+        ("loha", {"hada_w1_a": (2, 12), "hada_w1_b": (2, 8), "hada_t1": (1, 2, 3, 3), "hada_w2_a": (2, 12),
+                  "hada_w2_b": (2, 8), "hada_t2": (2, 2, 3, 3)}),
+        ("lokr", {"lokr_w1": (4, 2), "lokr_w2_a": (3, 2), "lokr_w2_b": (1, 4)}),
+        ("lokr", {"lokr_w1": (4,), "lokr_w2": (3, 4)}),
+        ("glora", {"a1": (8, 2), "a2": (2, 1), "b1": (12, 2), "b2": (2, 8)}),
+        ("oft", {"oft_blocks": (6, 2, 3)}),
+        ("oft", {"oft_blocks": (6, 2, 2), "rescale": (12, 8)}),
+        ("input boft", {"boft_r": (2, 4, 4, 4), "boft_s": (12, 2)}),
+        ("adalora", {"loralib_a": (2, 8), "loralib_b": (12, 2), "lora_e": (1, 1)}),
+        ("ia3", {"ia3_l": (12, 2)}),
+        ("vera", {"vera_lambda_b": (12,), "vera_lambda_d": (1,), "vera_a": (2, 8), "vera_b": (12, 2)}),
+    ],
+)  # fmt: skip
+def test_what_torch_would_broadcast_is_named(kind: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    with pytest.raises(InvalidAdapter, match="shapes do not fit each other: ") as error:
+        require_form(kind, shapes)
+    assert all(f"{leaf} {list(shape)}" in str(error.value) for leaf, shape in shapes.items())
+
+
+def test_a_form_has_each_of_its_kinds_leaves() -> None:
+    for kind, forms in FORMS.items():
+        for form in forms:
+            sizes = {leaf.rstrip("?"): tuple(1 for word in words.split() if word[0] != "*") for leaf, words in form.items()}
+            require_form(kind, sizes)
