@@ -17,7 +17,7 @@ from loratool.archs.classes import ModelPart, conversion_rows, model_parts
 _EXPERT: Final = re.compile(r"(?<=experts\.)\d+(?=\.)")
 """The number of an expert, which no conversion looks at: experts are renamed by the first of each kind."""
 
-Step = tuple[str, Mapping[str, Any]]
+ConversionStep = tuple[str, Mapping[str, Any]]
 """An operation of transformers on tensors, by its class's name, and its settings."""
 
 
@@ -32,7 +32,7 @@ class NameTransform:
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[ConversionStep, ...]
     pattern: re.Pattern[str]
     scopes: tuple[str, ...] = ("",)
     group: bool = False
@@ -62,7 +62,7 @@ class MemoryTensors:
 
     names: tuple[str, ...]
     sources: tuple[tuple[str, ...], ...]
-    steps: tuple[Step, ...] = ()
+    steps: tuple[ConversionStep, ...] = ()
 
 
 def transforms_of(config: Mapping[str, Any], *, saving: bool = False) -> tuple[NameTransform, ...]:
