@@ -117,12 +117,7 @@ def _unknown(shapes: Shapes) -> Shape | None:
 
 
 def _of(leaf: str) -> Callable[[Shapes], Shape]:
-    def shape(shapes: Shapes) -> Shape:
-        if not shapes[leaf]:
-            raise InvalidAdapter(f"{leaf} is a single number, expected a change of a whole weight or bias")
-        return shapes[leaf]
-
-    return shape
+    return lambda shapes: shapes[leaf]
 
 
 def _rows(leaf: str) -> Callable[[Shapes], int]:

@@ -35,7 +35,7 @@ _REFUSED: Final[Mapping[str, str]] = {
     ),
     r"(?:^|\.)decoder\.layers\.\d+\.(?:self_attention\.linear_(?:qkv|proj)|mlp\.(?:[\w.]+\.)?linear_fc[12])\.lora_": (
         "is an adapter of Megatron-core's modules, which stack and interleave those of the Hugging Face model; export it "
-        "with what trained it (ms-swift: swift export --to_hf true)"
+        "with what trained it (ms-swift: swift export, with to_hf true)"
     ),
 }
 """Patterns of keys, and why files that have such keys are refused."""

@@ -4,6 +4,7 @@ not be written. One message, the file in it, and nothing left behind."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -70,11 +71,12 @@ def spoiled(path: Path, name: str) -> None:
 
 def linked(base: Path) -> None:
     """As the hub's cache has it: every file a link to a blob elsewhere."""
-    blobs = base.parent / "blobs"
-    blobs.mkdir()
+    blobs = base.parent / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
     for path in list(base.iterdir()):
-        path.rename(blobs / path.name)
-        path.symlink_to(blobs / path.name)
+        blob = blobs / hashlib.sha256(path.read_bytes()).hexdigest()
+        path.rename(blob)
+        path.symlink_to(blob)
 
 
 Q = "model__layers__0__self_attn__q_proj__weight"

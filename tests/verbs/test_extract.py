@@ -323,7 +323,7 @@ def test_what_was_kept_of_another_input_is_thrown_away(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path, tuned_tensors())
     partial = tmp_path / "out.safetensors.partial"
     partial.mkdir()
-    (partial / "job.json").write_text('{"made_by": "loratool extract --resume", "job": "another"}')
+    (partial / "job.json").write_text('{"made_by": "loratool extract, to resume", "job": "another"}')
     (partial / f"0-rank-3.{'0' * 32}.safetensors").write_text("no longer true")
 
     extract(base, tuned, tmp_path / "out.safetensors", Rule("rank", 3), resume=True, **COMFY)

@@ -263,7 +263,7 @@ BAD_ADAPTERS: dict[str, tuple[Tensors, type[LoratoolError], str]] = {
     "rank 0": (
         {"lora_unet_fc.lora_down.weight": torch.ones(0, 8), "lora_unet_fc.lora_up.weight": torch.ones(12, 0)},
         InvalidAdapter,
-        "rank 0",
+        "leaves without elements: down",
     ),
     "one dimension": (
         {"lora_unet_fc.lora_down.weight": torch.ones(8), "lora_unet_fc.lora_up.weight": torch.ones(12)},

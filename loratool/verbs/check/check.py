@@ -211,7 +211,7 @@ def _other_kinds(context: CheckContext) -> Iterator[Finding]:
         if changes[0].delta.stacked:
             # Neither left out nor made LoRA of: a stack has no LoRA, and is the most of what was trained.
             what = f"has LoRA on {len(changes)} stacks of experts, which {context.consumer.title} does not have"
-            yield Finding(REFUSED, what, "merge it into its base: `merge()`", False, names)
+            yield Finding(REFUSED, what, "merge it into its base", False, names)
             continue
         gone = not has_lora(changes[0].parameter, changes[0].delta)
         lost = math.hypot(*map(norm_or_zero, changes)) if gone else 0.0

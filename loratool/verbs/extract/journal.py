@@ -23,7 +23,7 @@ from loratool.verbs.extract.outcomes import ExtractedModule, Outcome
 
 SUFFIX: Final = ".partial"
 JOB: Final = "job.json"
-MADE_BY: Final = "loratool extract --resume"
+MADE_BY: Final = "loratool extract, to resume"
 """What the job of a journal says of who made it."""
 PIECE: Final = re.compile(r"[\w.+-]+\.[0-9a-f]{32}\.safetensors|[\w.+-]+\.tmp|\.tmp\w+")
 """The names of outcomes, which end in a digest of the file, and of outcomes that were not written to
