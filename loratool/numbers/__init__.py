@@ -1,6 +1,9 @@
 """Numerics on tensors, without any knowledge of adapters. In the order of use:
 
-- `threads`: pieces of work on a few threads, and the cores and memory there are.
+- `settings`: torch's own settings while a verb works, put back afterwards.
+- `threads`: pieces of work on threads of one core each, and the cores and memory there are.
+- `workload`: how long work takes on the CPU and on a GPU, by measured rates.
+- `faults`: what a device's errors mean.
 - `devices`: the CPU or the GPUs that the pieces are computed on, and tensors sent to them.
 - `linalg`: norms, spectra and angles of products of factors.
 - `krylov`: the leading singular triples of a dense matrix.

@@ -57,13 +57,18 @@ def devices_named(name: str) -> tuple[torch.device, ...]:
     there = {"cpu": (CPU,), CUDA: cuda, "mps": mps}[kind]
     chosen = there[int(number) : int(number) + 1] if number else there
     if not chosen:
-        why = why_no_cuda() if kind == CUDA and not cuda else None
         seen = f"{len(cuda)} CUDA devices and {'an' if mps else 'no'} MPS device"
-        more = f": {why}" if why else ""
+        why = why_no_cuda() if has_cuda() else "it is built without CUDA; pytorch.org has builds with it"
+        more = f" ({why})" if why and kind == CUDA and not cuda else ""
         raise LoratoolError(
             f"`device={name!r}`: this torch, {torch.__version__}, sees {seen}{more}; `device='cpu'` does without"
         )
     return chosen
+
+
+def has_cuda() -> bool:
+    """Whether this torch is built for CUDA, or for ROCm, which answers to its name."""
+    return bool(torch.version.cuda or torch.version.hip)
 
 
 def cuda_count() -> int:
@@ -76,7 +81,7 @@ def cuda_count() -> int:
 
 def why_no_cuda() -> str | None:
     """Why CUDA does not start on a machine that has a GPU; None where there is no GPU, or no driver for one."""
-    if torch.version.cuda is None and torch.version.hip is None:
+    if not has_cuda():
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

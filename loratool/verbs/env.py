@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -59,6 +59,7 @@ def environment() -> Environment:
     meminfo = memory_sizes()
     total = meminfo.get("MemTotal", 0)
     limit = memory_limit()
+    devices = tuple(_devices())
     return Environment(
         versions={"loratool": __version__, "Python": platform.python_version(), **_versions()},
         system=platform.platform(),
@@ -69,8 +70,8 @@ def environment() -> Environment:
         # tell that memory (total 0), any limit is shown.
         memory_limit=limit if limit < (total or limit + 1) else 0,
         memory_free=meminfo.get("MemAvailable", 0),
-        devices=tuple(_devices()),
-        auto=_auto(),
+        devices=devices,
+        auto=_auto(devices),
     )
 
 
@@ -103,11 +104,14 @@ def _devices() -> list[Device]:
     return found
 
 
-def _auto() -> str:
+def _auto(devices: Sequence[Device]) -> str:
     """What `--device auto` takes here, in words."""
-    if not cuda_count():
+    gpus = [device for device in devices if device.name.startswith(CUDA)]
+    if not gpus:
         why = why_no_cuda()
         return f"the CPU: CUDA does not start ({why})" if why else "the CPU: there is no GPU"
+    if all(device.trouble for device in gpus):
+        return "the CPU: no GPU works"
     if memory_limit_of_addresses():
         return "the CPU: fewer addresses (ulimit -v) than a GPU's context takes"
     return f"the GPUs, for work that they end sooner than the CPU though opening them takes {CONTEXT_SECONDS:g} s"

@@ -207,7 +207,7 @@ def write_whole_tensor(job: RowsJob, rounded: Rounding, device: torch.device = C
         raise NonFinite(_overflow_message(tensor, result))
     job.target.write(tensor_bytes(narrow.contiguous().cpu()), job.offset)
     wanted, got = (result - base).flatten().double(), (to_compute_dtype(narrow) - base).flatten().double()
-    return RoundingStats(float((got * wanted).sum()), float((wanted * wanted).sum()), got.numel(), int((got == 0).sum()))
+    return RoundingStats(_inner(got, wanted), _inner(wanted, wanted), got.numel(), int((got == 0).sum()))
 
 
 def apply_terms(tensor: TensorPlan, base: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,9 +275,14 @@ def _measure_rows(before: Tensor, change: Tensor, narrow: Tensor, scratch: Buffe
     got, wanted = stored.sub_(before.float() if before.element_size() == 1 else before).flatten(), change.flatten()
     # On a CPU numpy counts faster than torch.
     changed = np.count_nonzero(got.numpy()) if got.device == CPU else torch.count_nonzero(got)
-    # Sums, and not dot products, whose last bit depends on where in memory the numbers lie.
-    along, whole = (float((each * wanted).sum()) for each in (got, wanted))
-    return RoundingStats(along, whole, got.numel(), got.numel() - int(changed))
+    return RoundingStats(_inner(got, wanted), _inner(wanted, wanted), got.numel(), got.numel() - int(changed))
+
+
+def _inner(one: Tensor, other: Tensor) -> float:
+    """⟨one, other⟩ of two vectors, in their own dtype."""
+    # On a CPU a sum, since the last bit of MKL's dot product depends on where in memory the numbers lie. A GPU's does not,
+    # and needs no memory for the products.
+    return float((one * other).sum() if one.device == CPU else torch.dot(one, other))
 
 
 def _require_in_range(tensor: TensorPlan, wide: Tensor, dtype: torch.dtype) -> None:
