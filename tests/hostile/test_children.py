@@ -83,7 +83,13 @@ def test_the_child_alone_imports_nothing_from_there(strange: Path) -> None:
     assert not (strange / "ran").exists()
 
 
-@pytest.mark.parametrize("settings", [b"text.usetex: True\nfigure.dpi: 1e9\nsvg.fonttype: path\n", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        b"text.usetex: True\nfigure.dpi: 1e9\nsvg.fonttype: path\n",
+        pytest.param(b"\xff\xfe", marks=pytest.mark.slow),
+    ],
+)
 def test_charts_are_drawn_by_our_settings(tmp_path: Path, run: Run, settings: bytes) -> None:
     pages = []
     for name in ("before.html", "after.html"):
