@@ -63,14 +63,20 @@ class PlannedChange:
             # Before it was rounded, a merged number lay between the middles to its neighbours, or between the neighbours
             # where the merge rounded by chance. `change` is what the plan adds: −ΔW.
             reach = 1.0 if by_chance else 0.5
-            stored, (below, above) = part.double(), (each.double() for each in adjacent_values(part))
+            stored = part.double()
             # ΔW was a float32 product. A narrow dtype has the sum rounded twice, to float32 and then to the dtype.
-            slack = PRODUCT * change.abs() + (_SUM * stored.abs() if part.element_size() < 4 else 0.0)
-            lowest = stored + reach * (below - stored) + change - slack
-            highest = stored + reach * (above - stored) + change + slack
-            # Doubtful where a neighbour of the number that subtraction finds may be the base's just as well.
-            under, over = (each.double() for each in adjacent_values((stored + change).to(part.dtype)))
-            count += int(((under >= lowest) | (over <= highest)).sum())
+            slack = change.abs().mul_(PRODUCT)
+            if part.element_size() < 4:
+                slack.add_(stored.abs().mul_(_SUM))
+            restored = (stored + change).to(part.dtype)
+            # Doubtful where a neighbour of the number that subtraction finds may be the base's just as well. Sums are taken
+            # in place: a dozen arrays of float64 would not stay in cache.
+            lowest, highest = (
+                beside.double().sub_(stored).mul_(reach).add_(stored).add_(change) for beside in adjacent_values(part)
+            )
+            under, over = adjacent_values(restored)
+            doubt = under.double().ge(lowest.sub_(slack)).logical_or_(over.double().le(highest.add_(slack)))
+            count += int(torch.count_nonzero(doubt))
         return count
 
     def _blocks(self, merged: Tensor, start: int, device: torch.device = CPU) -> Iterator[tuple[Tensor, Tensor]]:
