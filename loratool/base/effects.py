@@ -15,6 +15,7 @@ from loratool.deltas.schema import WEIGHT
 from loratool.errors import NeedsBase, ShapeMismatch
 from loratool.names import Module
 from loratool.numbers.devices import CPU, pins_memory, send
+from loratool.numbers.faults import fault_of
 from loratool.numbers.krylov import squared_norm
 
 
@@ -90,4 +91,7 @@ def _matrix_added(delta: Delta, weight: Tensor) -> Tensor:
     try:
         return delta.apply(weight) - weight
     except RuntimeError as error:
+        # A device that has no memory left says so in the same type of error.
+        if fault_of(error):
+            raise
         raise ShapeMismatch(f"does not fit its weight of {list(weight.shape)}: is the base another model?") from error

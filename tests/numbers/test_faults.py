@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
 import torch
 
 from loratool import LoratoolError
+from loratool.base.effects import _matrix_added
+from loratool.deltas.multiply import IA3
 from loratool.numbers.devices import CPU, DevicePool
 from loratool.numbers.faults import FAULTS, Fault, fault_of
 
@@ -100,3 +103,16 @@ def test_a_bug_is_a_bug_on_a_device_too() -> None:
 
     with pytest.raises(RuntimeError, match="shapes"):
         DevicePool((CPU,), staged=True, strict=False).run_batch("it", [1], compute)
+
+
+@pytest.mark.parametrize("message", messages(Fault.MEMORY)[:4])
+def test_memory_that_runs_out_is_not_taken_for_another_model(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+    """A shape that does not fit is an error of torch's like any other: what a device says is left to those who know it."""
+
+    def apply(delta: IA3, weight: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(IA3, "apply", apply)
+    with pytest.raises(RuntimeError, match=re.escape(message[:20])) as raised:
+        _matrix_added(IA3(torch.ones(3), False, 0.0, {}), torch.ones(3, 4))
+    assert fault_of(raised.value) is Fault.MEMORY
