@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from benchmarks.mutants import SORTS, VERBS, run_verb
+from benchmarks.mutants import FLAT, SORTS, VERBS, Sort, run_verb, write_mutant
+from loratool import delta
 from loratool.deltas.forms import FORMS, require_form
-from loratool.errors import InvalidAdapter
+from loratool.errors import InvalidAdapter, NonFinite
 from tests.conftest import examples
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -23,6 +26,28 @@ def test_the_files_themselves_can_be_merged_and_taken_back(
     monkeypatch.chdir(tmp_path)
     (undo,) = (verb for verb in VERBS if "--undo" in verb)
     assert run_verb(tmp_path, name, 0, undo)[0] == 0
+
+
+def test_a_difference_of_a_single_number_goes_through_every_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sort = Sort((12, 8), {f"{FLAT}.diff": (12, 8), f"{FLAT}.diff_b": ()})
+    monkeypatch.setitem(SORTS, "number", sort)  # type: ignore[arg-type]
+    asked = ("delta {0} -o out", "compare {0} {0} --base base.safetensors", "combine {0} {0} -o out")
+    for verb in VERBS:
+        code, said = run_verb(tmp_path, "number", 0, verb)
+        assert code == 0 or verb not in asked, said
+
+
+@pytest.mark.parametrize("kind", ["peft ia3", "peft oft", "lora"])
+def test_numbers_whose_products_overflow_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_mutant(tmp_path, kind, 0)
+    file = path / "adapter_model.safetensors" if path.is_dir() else path
+    save_file({name: torch.full_like(tensor, 3e38) for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(NonFinite, match="q_proj"):
+        delta(path, base=tmp_path / "base.safetensors")
 
 
 @given(name=st.sampled_from(sorted(SORTS)), seed=st.integers(1, 2**32), verb=st.sampled_from(VERBS))
