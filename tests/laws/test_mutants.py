@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from benchmarks.mutants import FLAT, SORTS, VERBS, Sort, run_verb, write_mutant
+from benchmarks.mutants import FLAT, SORTS, STEM, VERBS, Sort, run_verb, write_mutant
 from loratool import delta
 from loratool.deltas.forms import FORMS, require_form
 from loratool.errors import InvalidAdapter, NonFinite
@@ -36,6 +37,24 @@ def test_a_difference_of_a_single_number_goes_through_every_verb(tmp_path: Path,
     for verb in VERBS:
         code, said = run_verb(tmp_path, "number", 0, verb)
         assert code == 0 or verb not in asked, said
+
+
+@pytest.mark.parametrize(
+    ("leaves", "config"),
+    [
+        ({"lora_A.weight": (2, 8), "lora_B.weight": (12, 2), "bias": ()}, {"bias": "all"}),
+        ({"modules_to_save.weight": (12, 8), "modules_to_save.bias": ()}, {"modules_to_save": ["q_proj"]}),
+    ],
+)
+def test_a_single_number_takes_the_place_of_no_bias(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaves: dict[str, tuple[int, ...]], config: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **config}
+    sort = Sort((12, 8), {f"{STEM}.{leaf}": shape for leaf, shape in leaves.items()}, said)
+    monkeypatch.setitem(SORTS, "number", sort)  # type: ignore[arg-type]
+    merges = [run_verb(tmp_path, "number", 0, verb) for verb in VERBS if verb.startswith("merge")]
+    assert all(code == 1 and "is a change of []" in " ".join(words.split()) for code, words in merges), merges
 
 
 @pytest.mark.parametrize("kind", ["peft ia3", "peft oft", "lora"])
