@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from benchmarks.mutants import FLAT, SORTS, STEM, VERBS, Sort, run_verb, write_mutant
-from loratool import delta
+from loratool import delta, edit, resize
 from loratool.deltas.forms import FORMS, require_form
 from loratool.errors import InvalidAdapter, NonFinite
+from loratool.numbers.factor import Storage, StoredFactors, recompress
+from loratool.numbers.ranks import Rule
 from tests.conftest import examples
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -67,6 +69,25 @@ def test_numbers_whose_products_overflow_are_refused_by_name(
     save_file({name: torch.full_like(tensor, 3e38) for name, tensor in load_file(file).items()}, file)
     with pytest.raises(NonFinite, match="q_proj"):
         delta(path, base=tmp_path / "base.safetensors")
+    if kind == "lora":
+        with pytest.raises(NonFinite, match="q_proj"):
+            resize(path, tmp_path / "out", Rule("rank", 1))
+
+
+def test_of_products_found_together_only_those_that_overflow_are_refused() -> None:
+    ordinary, large = torch.ones(8, 2), torch.full((8, 2), 1e300, dtype=torch.float64)
+    rule, storage = Rule(method="rank", value=1), Storage(torch.float32)
+    one, other = recompress([(ordinary, ordinary.T), (large, large.T)], [rule, rule], [storage, storage])
+    assert isinstance(one, StoredFactors)
+    assert isinstance(other, NonFinite)
+
+
+def test_numbers_that_overflow_float64_are_refused_by_name_where_an_adapter_is_edited(tmp_path: Path) -> None:
+    path = write_mutant(tmp_path, "lora", 0)
+    wide = {name: torch.full_like(tensor, 1e300, dtype=torch.float64) for name, tensor in load_file(path).items()}
+    save_file(wide | {f"{FLAT}.alpha": torch.tensor(2.0)}, path)
+    with pytest.raises(NonFinite, match="q_proj"):
+        edit(path, tmp_path / "out", scale={"*": 2.0})
 
 
 @given(name=st.sampled_from(sorted(SORTS)), seed=st.integers(1, 2**32), verb=st.sampled_from(VERBS))
