@@ -74,6 +74,14 @@ def test_numbers_whose_products_overflow_are_refused_by_name(
             resize(path, tmp_path / "out", Rule("rank", 1))
 
 
+def test_a_change_whose_square_overflows_is_refused(tmp_path: Path) -> None:
+    path = write_mutant(tmp_path, "peft, saved", 0)
+    file = path / "adapter_model.safetensors"
+    save_file({name: torch.full_like(tensor, 1e200, dtype=torch.float64) for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(NonFinite, match="q_proj"):
+        delta(path, base=tmp_path / "base.safetensors")
+
+
 def test_of_products_found_together_only_those_that_overflow_are_refused() -> None:
     ordinary, large = torch.ones(8, 2), torch.full((8, 2), 1e300, dtype=torch.float64)
     rule, storage = Rule(method="rank", value=1), Storage(torch.float32)

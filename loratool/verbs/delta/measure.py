@@ -40,8 +40,8 @@ def measure_module(name: str, effect: Effect, *, spectrum: bool) -> ModuleMeasur
     """The figures of one change, except its share, which depends on all changes; raises `NonFinite` where it overflows."""
     with error_context(name):
         sigma, norm, complete = _singular_values(effect, whole=spectrum)
-        # Norms of vectors are found without a decomposition, which would have refused them.
-        if not math.isfinite(norm):
+        # Norms of vectors are found without a decomposition, which would have refused them; shares are of squares.
+        if not math.isfinite(norm * norm):
             raise NonFinite(OVERFLOWN)
     first = float(sigma[0]) if len(sigma) else 0.0
     return ModuleMeasure(
