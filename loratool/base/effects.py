@@ -72,7 +72,7 @@ def effect_of(
         return Effect(tuple(whole.shape), None, whole, norm)
     # A bias has no factors, and a rank beyond the sides of ΔW (LoHa's) saves nothing.
     shape = base.shape_of(module, parameter) if base and delta.kernel_flattened else delta.shape
-    if (shape[0], math.prod(shape[1:])) != (delta.shape[0], math.prod(delta.shape[1:])):
+    if (shape[:1], math.prod(shape[1:])) != (delta.shape[:1], math.prod(delta.shape[1:])):
         raise ShapeMismatch(f"is a change of {list(delta.shape)}, the base's weight is {list(shape)}")
     factors = delta.factors() if len(shape) > 1 else None
     if factors is not None and factors[0].shape[1] <= min(len(factors[0]), factors[1].shape[1]):

@@ -130,7 +130,8 @@ class Replace(StoredDelta):
 
     def may_reshape(self, weight: Sequence[int]) -> bool:
         """Whether the weight differs in its rows at most: a vocabulary may grow."""
-        return self.shape[1:] == tuple(weight[1:])
+        # Single numbers have no rows that could be more or fewer.
+        return len(weight) == len(self.shape) > 0 and self.shape[1:] == tuple(weight[1:])
 
     def dense(self) -> Tensor:
         raise NeedsBase("a replaced weight is no difference until the base is known")
@@ -199,7 +200,7 @@ class TokenRows(StoredDelta):
         return True
 
     def may_reshape(self, weight: Sequence[int]) -> bool:
-        return self.length > weight[0] and self.rows.shape[1:] == tuple(weight[1:])
+        return len(weight) == self.rows.ndim and self.length > weight[0] and self.rows.shape[1:] == tuple(weight[1:])
 
     def fitted(self, weight: Sequence[int]) -> TokenRows:
         """The same rows for a weight of the shape `weight`, which grows where they are all that it lacks.

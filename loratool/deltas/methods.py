@@ -27,6 +27,7 @@ from loratool.deltas.base import Delta
 from loratool.deltas.full import Full
 from loratool.deltas.lora import LoRA
 from loratool.deltas.schema import MERGE_METHOD_NAMES
+from loratool.numbers.linalg import require_decomposable
 
 Back = Callable[[Tensor], Delta]
 """Turns coordinates back into a delta."""
@@ -153,7 +154,7 @@ def _ranks(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
 
 def _leading(matrix: Tensor) -> Tensor:
     """The left singular vectors of a float64 matrix whose singular values are above `_NOISE`."""
-    left, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)
+    left, sigma, _ = torch.linalg.svd(require_decomposable(matrix), full_matrices=False)
     found: Tensor = left[:, sigma > _NOISE * sigma[:1]]
     return found
 

@@ -58,8 +58,8 @@ def require_alike(deltas: Sequence[Delta]) -> None:
 
 
 def _sides(delta: Delta) -> tuple[int, int]:
-    """The rows and columns of a delta as a matrix, with its kernel flattened."""
-    return delta.shape[0], math.prod(delta.shape[1:])
+    """The rows and columns of a delta as a matrix, with its kernel flattened; a single number is one of one row."""
+    return math.prod(delta.shape[:1]), math.prod(delta.shape[1:])
 
 
 def factors_of(delta: Delta) -> tuple[Tensor, Tensor] | None:

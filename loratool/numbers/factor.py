@@ -137,7 +137,12 @@ def recompress(
     """The best factors of products (up, down) of one shape at the ranks that the rules give, from the factors alone. What
     `factorise` would raise of a product stands in the place of its factors."""
     ups, downs = zip(*products, strict=True)
-    cores = ProductSVD.enough_each(ups, downs, [partial(_rank_of, rule) for rule in rules])
+    try:
+        cores = ProductSVD.enough_each(ups, downs, [partial(_rank_of, rule) for rule in rules])
+    except NonFinite as error:
+        # Of several it does not say which: then each is tried by itself.
+        apart = zip(products, rules, storages, strict=True)
+        return [error] if len(products) == 1 else [recompress([p], [rule], [storage])[0] for p, rule, storage in apart]
     done: list[StoredFactors | LoratoolError] = []
     for core, rule, storage in zip(cores, rules, storages, strict=True):
         try:

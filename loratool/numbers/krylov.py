@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from loratool.numbers.devices import to_float64
+from loratool.numbers.linalg import require_decomposable
 
 OVERSAMPLING: Final = 8
 """Columns of a block beyond the expected rank, without which the last of the wanted triples would converge slowly."""
@@ -126,7 +127,7 @@ def spectral_norm(matrix: Tensor, *, seed: int = 0) -> float:
         if sigma - last <= SETTLED * sigma:
             return sigma
         last = sigma
-    return math.sqrt(max(float(torch.linalg.eigvalsh(_gram(matrix))[-1]), 0.0))
+    return math.sqrt(max(float(torch.linalg.eigvalsh(require_decomposable(_gram(matrix)))[-1]), 0.0))
 
 
 @dataclass(slots=True)
@@ -144,7 +145,7 @@ class _Asked:
 
 def _exact(matrix: Tensor, asked: _Asked) -> TruncatedSVD:
     """The triples from the eigenvectors of D · Dᵀ in float64: exact enough for a float32 matrix, and cheaper than an SVD."""
-    values, vectors = torch.linalg.eigh(_gram(matrix))
+    values, vectors = torch.linalg.eigh(require_decomposable(_gram(matrix)))
     squared, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     spectrum = Spectrum(squared.sqrt(), asked.total, True, asked.noise)
     rank = min(asked.wanted(spectrum) or 0, len(squared))
@@ -279,7 +280,7 @@ class _Range:
     def ritz(self) -> tuple[Tensor, Tensor]:
         """The squares of the singular values of basisᵀ · D, largest first, and the rotation of the basis to the singular
         vectors."""
-        values, vectors = torch.linalg.eigh(self.gram)
+        values, vectors = torch.linalg.eigh(require_decomposable(self.gram))
         return values.flip(1).clamp_min(0), vectors.flip(2)
 
 

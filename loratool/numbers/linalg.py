@@ -10,6 +10,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from loratool.errors import NonFinite
+
 _NARROW: Final = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 """Dtypes that `torch.aminmax` does not know."""
 
@@ -40,6 +42,18 @@ def all_finite(tensor: Tensor) -> bool:
     return all(map(math.isfinite, bounds(tensor)))
 
 
+OVERFLOWN: Final = "has numbers so large that products of them are NaN or Inf: its training diverged, or the file is damaged"
+"""The message of `NonFinite` where nothing but the numbers of an input is to blame."""
+
+
+def require_decomposable(matrix: Tensor) -> Tensor:
+    """`matrix`, or a stack of them, about to be decomposed; raises `NonFinite` where it holds NaN or Inf, on which LAPACK
+    does not converge. Adapters that hold these are refused when they are read: most often products have overflowed."""
+    if not all_finite(matrix):
+        raise NonFinite(OVERFLOWN)
+    return matrix
+
+
 def singular_values(up: Tensor, down: Tensor) -> Tensor:
     """The singular values of `up @ down`, (m, r) and (r, n), largest first, in float64, from a core of at most r × r.
 
@@ -47,7 +61,7 @@ def singular_values(up: Tensor, down: Tensor) -> Tensor:
     """
     up_core = torch.linalg.qr(up.double(), mode="r").R
     down_core = torch.linalg.qr(down.double().T, mode="r").R
-    sigma: Tensor = torch.linalg.svdvals(up_core @ down_core.T)
+    sigma: Tensor = torch.linalg.svdvals(require_decomposable(up_core @ down_core.T))
     return sigma
 
 
@@ -103,7 +117,7 @@ def relation(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], *, angles
     # Dependent columns span less than they number: then the spans are those of the product, by QR and SVD.
     if any(found is None for found in cosines):
         bases = [_bases(up, down.T) for up, down in zip(ups, downs, strict=True)]
-        cosines = [torch.linalg.svdvals(bases[0][side].T @ bases[1][side]) for side in (0, 1)]
+        cosines = [torch.linalg.svdvals(require_decomposable(bases[0][side].T @ bases[1][side])) for side in (0, 1)]
     outputs, inputs = (
         tuple(torch.rad2deg(torch.arccos(found.clamp(-1, 1))).tolist()) for found in cosines if found is not None
     )
@@ -161,7 +175,7 @@ class _Products:
         # L₁⁻¹ · across · L₂⁻ᵀ holds the inner products of two orthonormal bases.
         left = torch.linalg.solve_triangular(roots[0], self.across, upper=False)
         both = torch.linalg.solve_triangular(roots[1], left.mT, upper=False)
-        found: Tensor = torch.linalg.svdvals(both)
+        found: Tensor = torch.linalg.svdvals(require_decomposable(both))
         return found
 
 
@@ -169,7 +183,7 @@ def _bases(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal bases of the column space and of the row space of a product in float64, noise left out."""
     up_basis, up_core = torch.linalg.qr(up)
     down_basis, down_core = torch.linalg.qr(down.T)
-    left, sigma, right = torch.linalg.svd(up_core @ down_core.T, full_matrices=False)
+    left, sigma, right = torch.linalg.svd(require_decomposable(up_core @ down_core.T), full_matrices=False)
     kept = sigma > _NOISE * sigma[:1]
     return up_basis @ left[:, kept], down_basis @ right[kept].T
 
@@ -219,7 +233,7 @@ class ProductSVD:
         # Both are scaled to entries of about 1, so that products of their products stay in range.
         sizes = [_largest(gram.diagonal(dim1=-2, dim2=-1), 1), _largest(triangle.abs(), 2)]
         gram, scaled = gram / sizes[0][..., None, None], triangle / sizes[1][..., None, None]
-        values, vectors = torch.linalg.eigh(scaled @ gram @ scaled.mT)
+        values, vectors = torch.linalg.eigh(require_decomposable(scaled @ gram @ scaled.mT))
         whole = sizes[0].double() * sizes[1].double() ** 2
         squares = values.double().flip(-1).clamp_min(0) * whole[..., None]
         return cls(up, down, squares, squares.sqrt(), reflectors, tau, vectors.double().flip(-1), triangle.double().mT)

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratool.numbers.linalg import ProductSVD, all_finite, bounds, difference_norm
+from loratool.errors import NonFinite
+from loratool.numbers.krylov import spectral_norm, truncated_svd
+from loratool.numbers.linalg import ProductSVD, all_finite, bounds, difference_norm, relation, singular_values
 from tests.conftest import examples
 
 sizes = st.integers(1, 24)
@@ -88,3 +90,19 @@ def test_factors_of_any_size_that_float32_holds(scale: float) -> None:
     torch.testing.assert_close(core.sigma[:6], sigma[:6], rtol=1e-4, atol=0)
     ups, downs = core.factors(3)
     assert core.distance(ups, downs) == pytest.approx(float(sigma[3:].norm()), rel=2e-3)
+
+
+@pytest.mark.parametrize("size", [8, 200])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e300])
+def test_what_cannot_be_decomposed_is_refused(size: int, bad: float) -> None:
+    up, down = torch.full((size, 2), bad, dtype=torch.float64), torch.full((2, size), bad, dtype=torch.float64)
+    matrix = up @ down
+    for decompose in (
+        lambda: singular_values(up, down),
+        lambda: ProductSVD.of(up, down),
+        lambda: relation((up, down), (up, down)),
+        lambda: truncated_svd(matrix, lambda spectrum: 2),
+        lambda: spectral_norm(matrix),
+    ):
+        with pytest.raises(NonFinite, match="products of them are NaN or Inf"):
+            decompose()

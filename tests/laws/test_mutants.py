@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from benchmarks.mutants import SORTS, VERBS, run_verb
+from benchmarks.mutants import FLAT, SORTS, STEM, VERBS, Sort, run_verb, write_mutant
+from loratool import delta, edit, resize
 from loratool.deltas.forms import FORMS, require_form
-from loratool.errors import InvalidAdapter
+from loratool.errors import InvalidAdapter, NonFinite
+from loratool.numbers.factor import Storage, StoredFactors, recompress
+from loratool.numbers.ranks import Rule
 from tests.conftest import examples
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -23,6 +29,73 @@ def test_the_files_themselves_can_be_merged_and_taken_back(
     monkeypatch.chdir(tmp_path)
     (undo,) = (verb for verb in VERBS if "--undo" in verb)
     assert run_verb(tmp_path, name, 0, undo)[0] == 0
+
+
+def test_a_difference_of_a_single_number_goes_through_every_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sort = Sort((12, 8), {f"{FLAT}.diff": (12, 8), f"{FLAT}.diff_b": ()})
+    monkeypatch.setitem(SORTS, "number", sort)  # type: ignore[arg-type]
+    asked = ("delta {0} -o out", "compare {0} {0} --base base.safetensors", "combine {0} {0} -o out")
+    for verb in VERBS:
+        code, said = run_verb(tmp_path, "number", 0, verb)
+        assert code == 0 or verb not in asked, said
+
+
+@pytest.mark.parametrize(
+    ("leaves", "config"),
+    [
+        ({"lora_A.weight": (2, 8), "lora_B.weight": (12, 2), "bias": ()}, {"bias": "all"}),
+        ({"modules_to_save.weight": (12, 8), "modules_to_save.bias": ()}, {"modules_to_save": ["q_proj"]}),
+    ],
+)
+def test_a_single_number_takes_the_place_of_no_bias(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaves: dict[str, tuple[int, ...]], config: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **config}
+    sort = Sort((12, 8), {f"{STEM}.{leaf}": shape for leaf, shape in leaves.items()}, said)
+    monkeypatch.setitem(SORTS, "number", sort)  # type: ignore[arg-type]
+    merges = [run_verb(tmp_path, "number", 0, verb) for verb in VERBS if verb.startswith("merge")]
+    assert all(code == 1 and "is a change of []" in " ".join(words.split()) for code, words in merges), merges
+
+
+@pytest.mark.parametrize("kind", ["peft ia3", "peft oft", "lora"])
+def test_numbers_whose_products_overflow_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_mutant(tmp_path, kind, 0)
+    file = path / "adapter_model.safetensors" if path.is_dir() else path
+    save_file({name: torch.full_like(tensor, 3e38) for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(NonFinite, match="q_proj"):
+        delta(path, base=tmp_path / "base.safetensors")
+    if kind == "lora":
+        with pytest.raises(NonFinite, match="q_proj"):
+            resize(path, tmp_path / "out", Rule("rank", 1))
+
+
+def test_a_change_whose_square_overflows_is_refused(tmp_path: Path) -> None:
+    path = write_mutant(tmp_path, "peft, saved", 0)
+    file = path / "adapter_model.safetensors"
+    save_file({name: torch.full_like(tensor, 1e200, dtype=torch.float64) for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(NonFinite, match="q_proj"):
+        delta(path, base=tmp_path / "base.safetensors")
+
+
+def test_of_products_found_together_only_those_that_overflow_are_refused() -> None:
+    ordinary, large = torch.ones(8, 2), torch.full((8, 2), 1e300, dtype=torch.float64)
+    rule, storage = Rule(method="rank", value=1), Storage(torch.float32)
+    one, other = recompress([(ordinary, ordinary.T), (large, large.T)], [rule, rule], [storage, storage])
+    assert isinstance(one, StoredFactors)
+    assert isinstance(other, NonFinite)
+
+
+def test_numbers_that_overflow_float64_are_refused_by_name_where_an_adapter_is_edited(tmp_path: Path) -> None:
+    path = write_mutant(tmp_path, "lora", 0)
+    wide = {name: torch.full_like(tensor, 1e300, dtype=torch.float64) for name, tensor in load_file(path).items()}
+    save_file(wide | {f"{FLAT}.alpha": torch.tensor(2.0)}, path)
+    with pytest.raises(NonFinite, match="q_proj"):
+        edit(path, tmp_path / "out", scale={"*": 2.0})
 
 
 @given(name=st.sampled_from(sorted(SORTS)), seed=st.integers(1, 2**32), verb=st.sampled_from(VERBS))

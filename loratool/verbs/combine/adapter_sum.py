@@ -216,8 +216,7 @@ class AdapterSum:
 
 def _flat(delta: Delta) -> tuple[int, ...]:
     """The delta's shape as a matrix, (out, in · kernel), which is the same for a linear layer and a 1 × 1 convolution."""
-    rows, *others = delta.shape
-    return (rows, prod(others)) if others else (rows,)
+    return (delta.shape[0], prod(delta.shape[1:])) if len(delta.shape) > 1 else delta.shape
 
 
 def _as_stored(change: Change, dtype: torch.dtype | None, target: Format) -> tuple[Delta, ApproximatedModule | None]:

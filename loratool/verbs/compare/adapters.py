@@ -249,9 +249,9 @@ Operand = tuple[Tensor, Tensor | None]
 def _operand(delta: Delta) -> Operand:
     """The factors of a delta, or the whole matrix where a second delta of this rank would make that the lesser work."""
     factors = factors_of(delta)
-    if factors and 2 * factors[0].shape[1] <= min(delta.shape[0], math.prod(delta.shape[1:])):
+    if factors and 2 * factors[0].shape[1] <= min(math.prod(delta.shape[:1]), math.prod(delta.shape[1:])):
         return factors[0].double(), factors[1].double()
-    return delta.dense().double().reshape(delta.shape[0], -1), None
+    return delta.dense().double().reshape(math.prod(delta.shape[:1]), -1), None
 
 
 def _inner(one: Operand, other: Operand) -> Tensor:

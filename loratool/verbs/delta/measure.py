@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from loratool.base.effects import Effect
+from loratool.errors import NonFinite, error_context
 from loratool.numbers.factor import rescaled_to_safe_range
 from loratool.numbers.krylov import spectral_norm, squared_norm, truncated_svd
-from loratool.numbers.linalg import ProductSVD, effective_rank
+from loratool.numbers.linalg import OVERFLOWN, ProductSVD, effective_rank
 
 _SMALL: Final = 512
 """Smaller side of a matrix up to which the whole spectrum is found, asked for or not."""
@@ -36,8 +37,12 @@ class ModuleMeasure:
 
 
 def measure_module(name: str, effect: Effect, *, spectrum: bool) -> ModuleMeasure:
-    """The figures of one change, except its share, which depends on all changes."""
-    sigma, norm, complete = _singular_values(effect, whole=spectrum)
+    """The figures of one change, except its share, which depends on all changes; raises `NonFinite` where it overflows."""
+    with error_context(name):
+        sigma, norm, complete = _singular_values(effect, whole=spectrum)
+        # Norms of vectors are found without a decomposition, which would have refused them; shares are of squares.
+        if not math.isfinite(norm * norm):
+            raise NonFinite(OVERFLOWN)
     first = float(sigma[0]) if len(sigma) else 0.0
     return ModuleMeasure(
         name=name,

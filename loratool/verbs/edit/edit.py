@@ -15,7 +15,7 @@ from loratool.adapter.strengths import Strength, architecture_of
 from loratool.archs import Arch
 from loratool.archs.blocks import block_of
 from loratool.deltas.relations import norm_of
-from loratool.errors import LoratoolError, error_in_file, first_few
+from loratool.errors import LoratoolError, error_context, error_in_file, first_few
 from loratool.files.paths import path_of
 from loratool.names import Module
 from loratool.numbers.settings import steady_arithmetic
@@ -178,7 +178,8 @@ def _report(adapter: Adapter, arch: Arch, blocks: Mapping[Module, str], factors:
     norms: dict[Module, float | None] = {}
     for change in adapter.changes:
         before = norms.get(change.module, 0.0)
-        mine = norm_of(change.delta) if change.delta.additive and not change.per_expert else None
+        with error_context(change):
+            mine = norm_of(change.delta) if change.delta.additive and not change.per_expert else None
         norms[change.module] = None if before is None or mine is None else math.hypot(before, mine)
     modules = [EditedModule(str(module), blocks[module], norms[module], factor) for module, factor in factors.items()]
     return EditReport(

@@ -61,10 +61,10 @@ def _measure_part(
         # A full difference, or a LoKr of whole sides, has no pair of factors: its norm is cheap, its spectrum is not.
         if factors is None:
             return ModuleValues(float(delta.dense().double().norm()), 0.0, 0.0, remark)
+        # ‖ΔW‖ is the root of the sum of squared singular values, so one small SVD tells all three figures.
+        sigma = singular_values(*factors)
     except LoratoolError as error:
         return ModuleValues(0.0, 0.0, 0.0, str(error))
-    # ‖ΔW‖ is the root of the sum of squared singular values, so one small SVD tells all three figures.
-    sigma = singular_values(*factors)
     return ModuleValues(float(sigma.norm()), float(sigma.max()), effective_rank(sigma), remark)
 
 

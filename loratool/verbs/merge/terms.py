@@ -77,7 +77,7 @@ def _fits(delta: Delta, wanted: tuple[int, ...]) -> bool:
         inputs = (wanted[1], prod(wanted[1:])) if len(wanted) > 1 else (1,)
         return delta.shape[0] in (ANY, wanted[0]) and (delta.shape[1] == ANY or delta.shape[1] in inputs)
     if delta.kernel_flattened:
-        return (delta.shape[0], prod(delta.shape[1:])) == (wanted[0], prod(wanted[1:]))
+        return (delta.shape[:1], prod(delta.shape[1:])) == (wanted[:1], prod(wanted[1:]))
     return _same_but_ones(delta.shape, wanted)
 
 
