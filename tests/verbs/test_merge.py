@@ -561,3 +561,17 @@ def test_a_history_of_many_strengths_has_room(tmp_path: Path) -> None:
     merge(tmp_path / "base.safetensors", [weighted], tmp_path / "o.safetensors")
     (step,) = inspect(tmp_path / "o.safetensors").history
     assert step["adapters"][0]["parts"].keys() == parts.keys()
+
+
+@pytest.mark.parametrize("rows", [5, 13])
+def test_a_bias_of_other_rows_than_its_weight_is_another_model(tmp_path: Path, rows: int) -> None:
+    base = save(tmp_path / "base.safetensors", {"model.fc.weight": torch.ones(12, 8), "model.fc.bias": torch.ones(12)})
+    prefix, folder = "base_model.model.model.fc", tmp_path / "adapter"
+    folder.mkdir()
+    tensors = {f"{prefix}.bias": torch.ones(rows)}
+    tensors |= {f"{prefix}.lora_A.weight": torch.ones(2, 8), f"{prefix}.lora_B.weight": torch.ones(12, 2)}
+    save(folder / "adapter_model.safetensors", tensors)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "bias": "all"}))
+    with pytest.raises(ShapeMismatch, match=r"model\.fc\.bias gets the shape .*model\.fc\.weight of the same layer has"):
+        merge(base, [folder], tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()

@@ -12,8 +12,16 @@ from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import Strength, strengths_of
 from loratool.deltas.full import Enlarge
 from loratool.deltas.relations import same_bytes
-from loratool.deltas.schema import BIAS
-from loratool.errors import LoratoolError, UnmatchedModules, Unsupported, error_context, error_in_file, first_few
+from loratool.deltas.schema import BIAS, WEIGHT
+from loratool.errors import (
+    LoratoolError,
+    ShapeMismatch,
+    UnmatchedModules,
+    Unsupported,
+    error_context,
+    error_in_file,
+    first_few,
+)
 from loratool.files.header import BITS, TensorInfo
 from loratool.files.layout import Layout
 from loratool.files.tensors import FLOATS
@@ -112,6 +120,7 @@ def make_plan(
         raise LoratoolError("nothing to merge: `Selection(include=)` and `exclude=` leave no module of any adapter")
     # Only now is it known which heads are untied: `tensors` adds those, and fills in `config` on the way.
     tensors = draft.tensors(dtype)
+    _require_same_rows(layout, tensors)
     resize_config(layout, tensors.values(), draft.config)
     warnings = [f"{name} is not part of the model and is left out of the output" for name in layout.left_out]
     warnings += draft.untied.warnings()
@@ -119,6 +128,22 @@ def make_plan(
     if any(name.startswith("model_ema.") for name in layout.tensors):
         warnings.append("the base's model_ema copies are left as they were")
     return Plan(layout, tensors, draft.matched, tuple(map(str, draft.unmatched)), draft.config, tuple(warnings))
+
+
+def _require_same_rows(layout: Layout, tensors: Mapping[str, TensorPlan]) -> None:
+    """Raises `ShapeMismatch` where a weight, or a bias, gets another number of rows than the other of its layer has."""
+    for tensor in tensors.values():
+        stem, _, parameter = tensor.name.rpartition(".")
+        other = tensors.get(f"{stem}.{BIAS if parameter == WEIGHT else WEIGHT}") if parameter in (BIAS, WEIGHT) else None
+        if other is None or tensor.shape == tensor.source.shape or not (tensor.shape and other.shape):
+            continue
+        bias, weight = (tensor, other) if parameter == BIAS else (other, tensor)
+        # Conv1D's outputs are its columns.
+        if bias.shape[0] not in (weight.shape[0], weight.shape[-1]):
+            raise ShapeMismatch(
+                f"{layout.root}: {tensor.name} gets the shape {list(tensor.shape)}, but {other.name} of the same layer has "
+                f"{list(other.shape)}: the adapter replaces one and not the other; `Selection(exclude=)` leaves it out"
+            )
 
 
 class _PlanDraft:
