@@ -22,6 +22,7 @@ from loratool.keys.places import WeightIndex
 from loratool.names import Module
 from loratool.numbers.workload import Workload
 from loratool.verbs.merge.heads import class_with_head, head_config, is_of_head, require_head
+from loratool.verbs.merge.leftovers import unreached_layers
 from loratool.verbs.merge.sizes import resize_config
 from loratool.verbs.merge.stacks import lay_experts
 from loratool.verbs.merge.terms import Term, grows, require_no_overlap, terms_of
@@ -114,7 +115,7 @@ def make_plan(
     tensors = draft.tensors(dtype)
     resize_config(layout, tensors.values(), draft.config)
     warnings = [f"{name} is not part of the model and is left out of the output" for name in layout.left_out]
-    warnings += draft.untied.warnings()
+    warnings += [*draft.untied.warnings(), *draft.leftovers]
     # Training scripts of Stable Diffusion keep averaged copies of the weights in the same file; inference reads the others.
     if any(name.startswith("model_ema.") for name in layout.tensors):
         warnings.append("the base's model_ema copies are left as they were")
@@ -136,6 +137,7 @@ class _PlanDraft:
         self.unmatched_of: dict[str, None] = {}
         self.matched = 0
         self.config = self.untied.config
+        self.leftovers: list[str] = []
 
     def add(self, adapter: Adapter, selection: Selection, strengths: Mapping[Module, float]) -> None:
         """Adds the terms of one adapter, and its modules without a target to `unmatched`."""
@@ -164,6 +166,9 @@ class _PlanDraft:
                 head.append(change)
             else:
                 self._place(adapter, change, module, by_module[change.module], mine)
+        # Of modules that the user chose, nobody expects that they are all.
+        if len(chosen) == len(adapter.changes):
+            self.leftovers += unreached_layers(adapter, mine, self.layout)
         for name, terms in mine.items():
             require_no_overlap(adapter, name, terms)
             self.terms.setdefault(name, []).extend(terms)
