@@ -21,7 +21,7 @@ from loratool.keys.detect import detect
 from loratool.keys.places import WeightIndex
 from loratool.names import Module
 from loratool.numbers.workload import Workload
-from loratool.verbs.merge.heads import class_with_head, head_config, is_of_head, require_head
+from loratool.verbs.merge.heads import class_with_head, head_config, is_of_head, require_head, unread_weights
 from loratool.verbs.merge.leftovers import unreached_layers
 from loratool.verbs.merge.sizes import resize_config
 from loratool.verbs.merge.stacks import lay_experts
@@ -195,6 +195,8 @@ class _PlanDraft:
             self.terms.setdefault(tensor, []).append(term)
         self.matched += len(head)
         self.config |= head_config(self.layout, name, head)
+        for tensor in unread_weights(self.layout, name):
+            self.leftovers.append(f"{tensor} stays in the output, and {name}, which it now is, does not read it")
 
     def _place(
         self, adapter: Adapter, change: Change, module: Module, strength: float, terms: dict[str, list[Term]]
