@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
     WeightTransform,
 )
 from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
 
 import loratool
 
@@ -56,6 +57,7 @@ CONFIGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "cohere_compass": {"text_config": ROPE_OF_LAYERS},
     "cohere_compass_text": ROPE_OF_LAYERS,
     "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    "decision_transformer": {"add_cross_attention": True},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", *["sparse"] * 31]}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", *["sparse"] * 31]},
     "diffusion_gemma": {"text_config": {"moe_intermediate_size": 64, "num_experts": 8, "top_k_experts": 2}},
@@ -63,11 +65,13 @@ CONFIGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1},
     "emu3": {"vocabulary_map": {"<image>": 5}},
     "esm": {"vocab_size": 33},
+    "gpt2": {"add_cross_attention": True},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1], "downsample_rate": "4/8"},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "hunyuan_vl": {"text_config": {"head_dim": 128}},
     "hunyuan_vl_text": {"head_dim": 128},
+    "imagegpt": {"add_cross_attention": True},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "ministral": {"head_dim": 128},
     "moonshine_streaming": {"num_key_value_heads": 8},
@@ -78,7 +82,7 @@ CONFIGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
 }  # fmt: skip
-"""What the default config of a model type lacks, so that no model can be built from it."""
+"""What the default config of a model type lacks, so that no model can be built from it, or not all of its modules."""
 LABELLING: Final = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 """The endings of classes that put a head for labels or spans in the place of a language model's."""
 ALIASES: Final = ("tie_embedding", "tie_embeddings", "tie_codebooks_embeddings")
@@ -215,6 +219,19 @@ def stacks_of(model: PreTrainedModel) -> list[str]:
     return sorted(found)
 
 
+def conv1d_of(model: PreTrainedModel) -> list[str]:
+    """The last names of a model's own modules of transformers' Conv1D, whose weights lie as (in, out); not its
+    parts' own."""
+    parts = [f"{path}." for path, part in model.named_modules() if path and isinstance(part, PreTrainedModel)]
+    return sorted(
+        {
+            path.rpartition(".")[2]
+            for path, module in model.named_modules()
+            if isinstance(module, Conv1D) and not any(map(path.startswith, parts))
+        }
+    )
+
+
 def ties_of(model: type[PreTrainedModel]) -> list[str]:
     """What decides whether a class ties its weights, beside `tie_word_embeddings` in its config.
 
@@ -257,7 +274,7 @@ def head_of(model: PreTrainedModel) -> list[str]:
 def class_row(
     model: type[PreTrainedModel], built: PreTrainedModel | None, tables: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Any]:
-    """What is known of a class; the parts and the stacks only where a model of it could be `built`."""
+    """What is known of a class; parts, stacks and Conv1D only where a model of it could be `built`."""
     row: dict[str, Any] = {"type": model.config_class.model_type}
     if model.base_model_prefix:
         row["prefix"] = model.base_model_prefix
@@ -268,8 +285,8 @@ def class_row(
         if ties := ties_of(model):
             row["ties"] = ties
     if built:
-        parts, stacks = parts_of(built, tables), stacks_of(built)
-        row |= ({"parts": parts} if parts else {}) | ({"stacks": stacks} if stacks else {})
+        found = {"parts": parts_of(built, tables), "stacks": stacks_of(built), "conv1d": conv1d_of(built)}
+        row |= {name: value for name, value in found.items() if value}
     return row
 
 

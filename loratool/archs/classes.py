@@ -8,7 +8,8 @@ The facts are transformers' own, read from it by `python -m docs.models` into `t
   entry that has the same. `archs.memory` applies them.
 - `autos`: the class of each model type, by the table of transformers that says it.
 - `classes`: by class, its model `type`, the `prefix` of its base model, the weights `tied` to others (target to source, in
-  memory's names), what decides whether they are (`ties`), its `parts`, models by path, and its `stacks`.
+  memory's names), what decides whether they are (`ties`), its `parts`, models by path, its `stacks`, and the
+  names of its own modules of Conv1D.
 - `heads`: by class for labels or spans, the parameters that the language model of the same base lacks.
 """
 
@@ -185,3 +186,21 @@ def is_stack_transposed(config: Mapping[str, Any], parameter: str) -> bool | Non
         if f"^{ending}" in stacks:
             return True
     return None
+
+
+def conv1d_names(config: Mapping[str, Any]) -> list[tuple[str, frozenset[str]]] | None:
+    """By what the paths of a part's modules begin with, the last names of those of transformers' Conv1D, whose weights lie
+    as (in, out); None for a class that transformers has not."""
+    parts = model_parts(config)
+    prefix = parts[0].facts.get("prefix", "") if parts else ""
+    own = [(part.path, frozenset(part.facts["conv1d"])) for part in parts if "conv1d" in part.facts]
+    return [(scope, names) for path, names in own for scope in scopes_of(path, prefix)] if parts else None
+
+
+def scopes_of(path: str, prefix: str) -> tuple[str, ...]:
+    """What a part's names begin with: its path, with and without the prefix of the whole's base model."""
+    if not path:
+        return ("",)
+    inner = path.removeprefix(prefix).removeprefix(".")
+    inner = f"{inner}." if inner else ""
+    return (f"{prefix}.{inner}", inner) if prefix else (inner,)

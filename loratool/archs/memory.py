@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from loratool.archs.classes import ModelPart, conversion_rows, model_parts
+from loratool.archs.classes import ModelPart, conversion_rows, model_parts, scopes_of
 
 _EXPERT: Final = re.compile(r"(?<=experts\.)\d+(?=\.)")
 """The number of an expert, which no conversion looks at: experts are renamed by the first of each kind."""
@@ -72,7 +72,7 @@ def transforms_of(config: Mapping[str, Any], *, saving: bool = False) -> tuple[N
         return ()
     prefix = parts[0].facts.get("prefix", "")
     rows = [
-        (row, _scopes(part.path, prefix))
+        (row, scopes_of(part.path, prefix))
         for part, conversions in _conversions(parts)
         for row in conversions
         # What was not there when the model was loaded is not put there when it is saved.
@@ -105,15 +105,6 @@ def _conversions(parts: Iterable[ModelPart]) -> Iterator[tuple[ModelPart, Sequen
 
 def _is_inside(path: str, outer: Iterable[str]) -> bool:
     return any(not other or path.startswith(f"{other}.") for other in outer)
-
-
-def _scopes(path: str, prefix: str) -> tuple[str, ...]:
-    """What a part's names begin with: its path, with and without the prefix of the whole's base model."""
-    if not path:
-        return ("",)
-    inner = path.removeprefix(prefix).removeprefix(".")
-    inner = f"{inner}." if inner else ""
-    return (f"{prefix}.{inner}", inner) if prefix else (inner,)
 
 
 def _transform(

@@ -284,6 +284,10 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> dict[str, PeftConf
 
 def _refusal(document: Mapping[str, Any], kind: str) -> str:
     """Why an adapter with this config cannot be merged into weights, "" where it can."""
+    if why := UNMERGEABLE.get(kind):
+        return f"peft_type {kind} {why}, and cannot be merged into weights"
+    if kind not in TUNERS:
+        return f"peft_type {kind} is not a kind that this version computes; {_BY_PEFT}"
     for name, reason in REFUSED_FIELDS.items():
         # One block along the diagonal is a plain LoRA.
         whole = isinstance(document.get(name), dict) and document[name].get("nblocks") == 1
@@ -293,7 +297,8 @@ def _refusal(document: Mapping[str, Any], kind: str) -> str:
     new = [
         name
         for name, value in document.items()
-        if name not in USED | HARMLESS and (value is True or (isinstance(value, dict | list) and value))
+        if name not in USED | HARMLESS | REFUSED_FIELDS.keys()
+        and (value is True or (isinstance(value, dict | list) and value))
     ]
     if new:
         return (
@@ -305,9 +310,7 @@ def _refusal(document: Mapping[str, Any], kind: str) -> str:
             f"init_lora_weights is {init!r}, which changed the base it was trained on; save it with PEFT's "
             "path_initial_model_for_weight_conversion, or set init_lora_weights to true if the base is the changed one"
         )
-    if why := UNMERGEABLE.get(kind):
-        return f"peft_type {kind} {why}, and cannot be merged into weights"
-    return "" if kind in TUNERS else f"peft_type {kind} is not a kind that this version computes; {_BY_PEFT}"
+    return ""
 
 
 def _rank(value: object, what: str) -> int:

@@ -304,11 +304,12 @@ def require_adapter(found: AdapterListing) -> None:
     """Raises `Unsupported` for what the config or the keys say cannot be read, `InvalidAdapter` unless there is a delta and
     every tensor is explained."""
     name = found.path
+    # Whose layout the keys are of comes first: its config is no PEFT's.
+    if why := refusal(found.header.tensors):
+        raise Unsupported(f"{name}: {why}")
     for config in found.configs.values():
         if config.refusal:
             raise Unsupported(f"{config.where}: {config.refusal}")
-    if why := refusal(found.header.tensors):
-        raise Unsupported(f"{name}: {why}")
     if found.problems:
         raise InvalidAdapter(f"{name}: {found.problems[0]}")
     if not found.groups:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from loratool.archs import ARCHS, Component
-from loratool.archs.classes import TIE, TiedWeights, model_parts, tied_weights
+from loratool.archs.classes import TIE, TiedWeights, conv1d_names, model_parts, tied_weights
 from loratool.archs.links import Link, parts_mentioned
 from loratool.archs.llm import CONV1D, fuse_rows, is_decoder, meta, mixture_of_experts
 from loratool.archs.memory import MemoryTensors, tensors_in_memory
@@ -254,15 +254,22 @@ class WeightIndex:
         self._places[parameter][key] = (self.own[name],)
 
     def _is_conv1d(self, path: str, shape: tuple[int, ...]) -> bool:
-        """Whether a weight is that of a GPT-2 layer, stored as (in, out): by its name, and by the shape of a c_attn."""
+        """Whether a weight is that of a Conv1D, stored as (in, out): by the model's class, else by its name, and by the
+        shape of a c_attn."""
         block, _, leaf = path.rpartition(".")
         if leaf not in CONV1D or len(shape) != 2:
             return False
+        if self._conv1d is not None:
+            return any(path.startswith(scope) and leaf in names for scope, names in self._conv1d)
         # The block's c_attn decides for all of its layers: it stacks q, k and v along the output, so the longer side is the
         # output. A c_proj of attention is square, and its own shape says nothing.
         attention = block.replace(".mlp", ".attn") + ".c_attn.weight"
         stored = self._layout.tensors.get(attention)
         return stored is not None and stored[1].shape[1:] == (3 * stored[1].shape[0],)
+
+    @cached_property
+    def _conv1d(self) -> list[tuple[str, frozenset[str]]] | None:
+        return conv1d_names(self._layout.config)
 
     def _add_links(self, component: str, paths: frozenset[str]) -> None:
         """Adds the names that the places of a component have in the namings that the base is not in."""

@@ -35,3 +35,14 @@ def test_a_method_that_nobody_knows_is_refused_and_a_number_is_not() -> None:
         assert "use_new" in PeftConfig.parse({"use_new": value}, "config").refusal
     for value in (False, None, 3, "x", {}, []):
         assert not PeftConfig.parse({"new": value}, "config").refusal
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("FROD", "is not a kind"), ("SHADOW", "runs a network of its own")])
+def test_a_tuner_that_is_not_computed_is_refused_as_such(kind: str, reason: str) -> None:
+    # Its fields are its own business, and merging with PEFT, the way out of fields, is none where PEFT cannot.
+    assert reason in PeftConfig.parse({"peft_type": kind, "its_own": True}, "config").refusal
+
+
+def test_a_diagonal_of_one_block_is_a_plain_lora() -> None:
+    assert not PeftConfig.parse({"use_bdlora": {"nblocks": 1}}, "config").refusal
+    assert PeftConfig.parse({"use_bdlora": {"nblocks": 2}}, "config").refusal == REFUSED_FIELDS["use_bdlora"]

@@ -50,6 +50,7 @@ def test_says_what_it_is_and_what_to_do(tmp_path: Path, tensors: Tensors, words:
 
 def test_mlx_keeps_its_scale_in_a_config_of_its_own(tmp_path: Path) -> None:
     path = folder(tmp_path / "mlx", {"model.layers.0.self_attn.q_proj.lora_a": torch.ones(8, 4)}, "adapters.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "lora_parameters": {"scale": 20.0}}))
     with pytest.raises(LoratoolError, match=r"MLX.*mlx_lm\.fuse"):
         load(path)
 

@@ -32,6 +32,8 @@ KINDS = {
     "weights that no config unties": "T5ForConditionalGeneration",
     "a config inside the config": "Qwen3VLForConditionalGeneration",
     "another entry of the config": "Lfm2ForCausalLM",
+    "Conv1D in cross attention": "GPT2LMHeadModel",
+    "Conv1D without a stack of q, k and v": "ClvpForCausalLM",
 }
 
 

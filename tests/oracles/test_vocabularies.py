@@ -162,8 +162,10 @@ def test_a_new_head_is_added_with_its_class(tmp_path: Path, labels: int) -> None
     name = "LlamaForSequenceClassification"
     wanted = classifier(llm("llama", pad_token_id=0), name, tmp_path, Q, num_labels=labels)
 
-    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    report = merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
 
+    unread = f"lm_head.weight stays in the output, and {name}, which it now is, does not read it"
+    assert unread in report.warnings
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     assert said["architectures"] == [name]
     assert len(said["id2label"]) == labels

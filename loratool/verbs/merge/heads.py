@@ -65,3 +65,11 @@ def head_config(layout: Layout, name: str, held: Sequence[Change]) -> dict[str, 
     if labels and isinstance(said, Mapping) and len(said) == counts[-1]:
         labels = {}
     return {"architectures": [name], **labels}
+
+
+def unread_weights(layout: Layout, name: str) -> list[str]:
+    """The base's tensors outside of its base model, its language model's head above all, that the class `name` lacks."""
+    prefix = class_facts(name).get("prefix", "")
+    # A base whose names are without the prefix is the base model alone, and all of it is read.
+    outside = [each for each in layout.tensors if not each.startswith(f"{prefix}.") and each not in head_of(name)]
+    return outside if len(outside) < len(layout.tensors) else []

@@ -29,7 +29,8 @@ from loratool.keys.detect import detect
 from loratool.keys.places import WeightIndex
 from loratool.names import Module
 from loratool.numbers.workload import Workload
-from loratool.verbs.merge.heads import class_with_head, head_config, is_of_head, require_head
+from loratool.verbs.merge.heads import class_with_head, head_config, is_of_head, require_head, unread_weights
+from loratool.verbs.merge.leftovers import unreached_layers
 from loratool.verbs.merge.sizes import resize_config
 from loratool.verbs.merge.stacks import lay_experts
 from loratool.verbs.merge.terms import Term, grows, require_no_overlap, terms_of
@@ -123,7 +124,7 @@ def make_plan(
     _require_same_rows(layout, tensors)
     resize_config(layout, tensors.values(), draft.config)
     warnings = [f"{name} is not part of the model and is left out of the output" for name in layout.left_out]
-    warnings += draft.untied.warnings()
+    warnings += [*draft.untied.warnings(), *draft.leftovers]
     # Training scripts of Stable Diffusion keep averaged copies of the weights in the same file; inference reads the others.
     if any(name.startswith("model_ema.") for name in layout.tensors):
         warnings.append("the base's model_ema copies are left as they were")
@@ -161,6 +162,7 @@ class _PlanDraft:
         self.unmatched_of: dict[str, None] = {}
         self.matched = 0
         self.config = self.untied.config
+        self.leftovers: list[str] = []
 
     def add(self, adapter: Adapter, selection: Selection, strengths: Mapping[Module, float]) -> None:
         """Adds the terms of one adapter, and its modules without a target to `unmatched`."""
@@ -189,6 +191,9 @@ class _PlanDraft:
                 head.append(change)
             else:
                 self._place(adapter, change, module, by_module[change.module], mine)
+        # Of modules that the user chose, nobody expects that they are all.
+        if len(chosen) == len(adapter.changes):
+            self.leftovers += unreached_layers(adapter, mine, self.layout)
         for name, terms in mine.items():
             require_no_overlap(adapter, name, terms)
             self.terms.setdefault(name, []).extend(terms)
@@ -215,6 +220,8 @@ class _PlanDraft:
             self.terms.setdefault(tensor, []).append(term)
         self.matched += len(head)
         self.config |= head_config(self.layout, name, head)
+        for tensor in unread_weights(self.layout, name):
+            self.leftovers.append(f"{tensor} stays in the output, and {name}, which it now is, does not read it")
 
     def _place(
         self, adapter: Adapter, change: Change, module: Module, strength: float, terms: dict[str, list[Term]]
