@@ -132,18 +132,15 @@ def make_plan(
 
 
 def _require_same_rows(layout: Layout, tensors: Mapping[str, TensorPlan]) -> None:
-    """Raises `ShapeMismatch` where a weight, or a bias, gets another number of rows than the other of its layer has."""
-    for tensor in tensors.values():
-        stem, _, parameter = tensor.name.rpartition(".")
-        other = tensors.get(f"{stem}.{BIAS if parameter == WEIGHT else WEIGHT}") if parameter in (BIAS, WEIGHT) else None
-        if other is None or tensor.shape == tensor.source.shape or not (tensor.shape and other.shape):
-            continue
-        bias, weight = (tensor, other) if parameter == BIAS else (other, tensor)
+    """Raises `ShapeMismatch` where a bias gets another number of rows than the weight of its layer has then."""
+    for bias in tensors.values():
+        stem, _, parameter = bias.name.rpartition(".")
+        weight = tensors.get(f"{stem}.{WEIGHT}") if parameter == BIAS and bias.shape != bias.source.shape else None
         # Conv1D's outputs are its columns.
-        if bias.shape[0] not in (weight.shape[0], weight.shape[-1]):
+        if weight and bias.shape[0] not in (weight.shape[0], weight.shape[-1]):
             raise ShapeMismatch(
-                f"{layout.root}: {tensor.name} gets the shape {list(tensor.shape)}, but {other.name} of the same layer has "
-                f"{list(other.shape)}: the adapter replaces one and not the other; `Selection(exclude=)` leaves it out"
+                f"{layout.root}: {bias.name} gets the shape {list(bias.shape)}, but {weight.name} of the same layer has "
+                f"{list(weight.shape)}: the adapter is for another model; `Selection(exclude=)` leaves it out"
             )
 
 
