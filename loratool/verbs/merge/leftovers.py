@@ -50,7 +50,8 @@ def _layers(names: Iterable[str]) -> dict[str, dict[int, set[str]]]:
 def _chooses_layers(config: Mapping[str, Any]) -> bool:
     """Whether PEFT's config names the layers to change, by their numbers or in its target_modules."""
     targets = config.get("target_modules") or []
-    names = [targets] if isinstance(targets, str) else targets
+    # The rest of a config is not checked: what is no list names no layer.
+    names = targets if isinstance(targets, list) else [targets]
     return config.get("layers_to_transform") is not None or any(_NUMBERED.search(str(name)) for name in names)
 
 
