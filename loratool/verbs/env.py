@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,10 +12,9 @@ from typing import Final
 import torch
 
 from loratool._version import __version__
-from loratool.numbers.devices import CUDA, cuda_count, trouble_with, why_no_cuda
+from loratool.numbers.devices import CPU, CUDA, cuda_count, open_devices, trouble_with
 from loratool.numbers.threads import (
     memory_limit,
-    memory_limit_of_addresses,
     memory_sizes,
     threads_for,
     usable_cores,
@@ -71,7 +70,7 @@ def environment() -> Environment:
         memory_limit=limit if limit < (total or limit + 1) else 0,
         memory_free=meminfo.get("MemAvailable", 0),
         devices=devices,
-        auto=_auto(devices),
+        auto=_auto(),
     )
 
 
@@ -104,16 +103,11 @@ def _devices() -> list[Device]:
     return found
 
 
-def _auto(devices: Sequence[Device]) -> str:
-    """What `--device auto` takes here, in words."""
-    gpus = [device for device in devices if device.name.startswith(CUDA)]
-    if not gpus:
-        why = why_no_cuda()
-        return f"the CPU: CUDA does not start ({why})" if why else "the CPU: there is no GPU"
-    if all(device.trouble for device in gpus):
-        return "the CPU: no GPU works"
-    if memory_limit_of_addresses():
-        return "the CPU: fewer addresses (ulimit -v) than a GPU's context takes"
+def _auto() -> str:
+    """What `--device auto` takes here, in words, by the rule that the verbs have."""
+    pool = open_devices("auto")
+    if pool.devices == (CPU,):
+        return f"the CPU: {pool.why}"
     return f"the GPUs, for work that they end sooner than the CPU though opening them takes {CONTEXT_SECONDS:g} s"
 
 
