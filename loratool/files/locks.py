@@ -24,8 +24,6 @@ from typing import Final
 
 from loratool.errors import OutputError
 
-LOCK: Final = re.compile(r"\.loratool-([0-9a-f]{16})\.lock")
-"""The names of lock files, with the hash of what is locked."""
 TEMPORARY: Final = re.compile(r"\.loratool-([0-9a-f]{16})-[0-9a-f]{8}\.tmp")
 """The names of temporaries, with the hash of the lock that the run that writes there has."""
 LOCK_TRIES: Final = 5
@@ -44,6 +42,11 @@ def entry_hash(name: str) -> str:
     return hashlib.blake2b(alike.encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
 
+def _path_of_lock(folder: Path, hashed: str) -> Path:
+    """The file of the lock on the entry of `folder` whose name has this hash."""
+    return folder / f".loratool-{hashed}.lock"
+
+
 class Lock:
     """A lock on the entry `name` of `folder`, from `take` to `release`; `target` is what messages call it.
 
@@ -53,13 +56,13 @@ class Lock:
     def __init__(self, folder: Path, name: str, target: Path) -> None:
         self.target, self.hash = target, entry_hash(name)
         self.folder = folder
-        self.path = folder / f".loratool-{self.hash}.lock"
+        self.path = _path_of_lock(folder, self.hash)
         self.descriptor: int | None = None
 
     def take(self) -> None:
         """Takes the lock; raises `OutputError` where another run has it."""
         for _ in range(LOCK_TRIES):
-            descriptor = _open_lock(self.path, os.O_CREAT)
+            descriptor = _open_lock(self.path)
             # Another run may have removed the file between the two steps: then this lock is on one that nobody else finds.
             if _try_lock(descriptor) is not False and _is_same(descriptor, self.path):
                 self.descriptor = descriptor
@@ -86,7 +89,7 @@ def take_dead_lock(folder: Path, hashed: str) -> int | None:
     has it, or nobody can tell."""
     # Tidying up is a favour: files of other users may refuse it.
     try:
-        descriptor = _open_lock(path := folder / f".loratool-{hashed}.lock", os.O_CREAT)
+        descriptor = _open_lock(path := _path_of_lock(folder, hashed))
     except (OSError, OutputError):
         return None
     if _try_lock(descriptor) and _is_same(descriptor, path):
@@ -98,13 +101,14 @@ def take_dead_lock(folder: Path, hashed: str) -> int | None:
 def drop_lock(folder: Path, hashed: str, descriptor: int) -> None:
     """Removes the file of a lock that `take_dead_lock` took, and lets others go on."""
     with contextlib.suppress(OSError):
-        (folder / f".loratool-{hashed}.lock").unlink(missing_ok=True)
+        _path_of_lock(folder, hashed).unlink(missing_ok=True)
     os.close(descriptor)
 
 
-def _open_lock(path: Path, create: int) -> int:
+def _open_lock(path: Path) -> int:
+    """Opens the file of a lock, which is made where it is not there."""
     try:
-        descriptor = os.open(path, os.O_RDWR | create | _PLAIN, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _PLAIN, 0o600)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise OutputError(f"{path}: is no plain file, where a lock is to be; remove it") from error
