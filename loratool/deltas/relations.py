@@ -20,12 +20,8 @@ def relate_deltas(one: Delta, other: Delta, *, angles: bool = True) -> Relation 
     if not (one.additive and other.additive):
         return None
     require_alike([one, other])
-    factors = factors_of(one), factors_of(other)
-    if factors[0] and factors[1]:
-        # Both ranks together below both sides of the weight: Gram matrices of factors are then the smaller ones.
-        ranks = factors[0][0].shape[1], factors[1][0].shape[1]
-        if sum(ranks) <= min(_sides(one)):
-            return relation(factors[0], factors[1], angles=angles)
+    if factors := _small_factors(one, other):
+        return relation(*factors, angles=angles)
     return _dense(one.dense().double().flatten(), other.dense().double().flatten())
 
 
@@ -37,16 +33,23 @@ def relate_each(pairs: Sequence[tuple[Delta, Delta]]) -> list[Relation | None]:
     for number, (one, other) in enumerate(pairs):
         if not (one.additive and other.additive and _sides(one) == _sides(other)):
             continue
-        mine, theirs = factors_of(one), factors_of(other)
-        if mine and theirs and mine[0].shape[1] + theirs[0].shape[1] <= min(_sides(one)):
-            factors[number] = mine, theirs
-            groups.setdefault(tuple(factor.shape for factor in (*mine, *theirs)), []).append(number)
+        if both := _small_factors(one, other):
+            factors[number] = both
+            groups.setdefault(tuple(factor.shape for pair in both for factor in pair), []).append(number)
     found: list[Relation | None] = [None] * len(pairs)
     for numbers in groups.values():
         together = relations(*([factors[number][side] for number in numbers] for side in (0, 1)))
         for number, each in zip(numbers, together, strict=True):
             found[number] = each
     return found
+
+
+def _small_factors(one: Delta, other: Delta) -> tuple[Factors, Factors] | None:
+    """The factors of two deltas on one weight, where both have them and Gram matrices of these are smaller than ΔW."""
+    mine, theirs = factors_of(one), factors_of(other)
+    if mine is None or theirs is None or mine[0].shape[1] + theirs[0].shape[1] > min(_sides(one)):
+        return None
+    return mine, theirs
 
 
 def require_alike(deltas: Sequence[Delta]) -> None:
