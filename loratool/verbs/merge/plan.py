@@ -11,11 +11,9 @@ from loratool.adapter.adapter import Adapter, Change
 from loratool.adapter.selection import Selection
 from loratool.adapter.strengths import Strength, strengths_of
 from loratool.deltas.full import Enlarge
-from loratool.deltas.relations import same_bytes
-from loratool.deltas.schema import BIAS, WEIGHT
+from loratool.deltas.schema import BIAS
 from loratool.errors import (
     LoratoolError,
-    ShapeMismatch,
     UnmatchedModules,
     Unsupported,
     error_context,
@@ -31,7 +29,7 @@ from loratool.names import Module
 from loratool.numbers.workload import Workload
 from loratool.verbs.merge.heads import class_with_head, head_config, is_of_head, require_head, unread_weights
 from loratool.verbs.merge.leftovers import unreached_layers
-from loratool.verbs.merge.sizes import resize_config
+from loratool.verbs.merge.sizes import require_same_rows, resize_config
 from loratool.verbs.merge.stacks import lay_experts
 from loratool.verbs.merge.terms import Term, grows, require_no_overlap, terms_of
 from loratool.verbs.merge.ties import UntiedWeights, is_of_all
@@ -121,7 +119,7 @@ def make_plan(
         raise LoratoolError("nothing to merge: `Selection(include=)` and `exclude=` leave no module of any adapter")
     # Only now is it known which heads are untied: `tensors` adds those, and fills in `config` on the way.
     tensors = draft.tensors(dtype)
-    _require_same_rows(layout, tensors)
+    require_same_rows(layout, tensors)
     resize_config(layout, tensors.values(), draft.config)
     warnings = [f"{name} is not part of the model and is left out of the output" for name in layout.left_out]
     warnings += [*draft.untied.warnings(), *draft.leftovers]
@@ -129,19 +127,6 @@ def make_plan(
     if any(name.startswith("model_ema.") for name in layout.tensors):
         warnings.append("the base's model_ema copies are left as they were")
     return Plan(layout, tensors, draft.matched, tuple(map(str, draft.unmatched)), draft.config, tuple(warnings))
-
-
-def _require_same_rows(layout: Layout, tensors: Mapping[str, TensorPlan]) -> None:
-    """Raises `ShapeMismatch` where a bias gets another number of rows than the weight of its layer has then."""
-    for bias in tensors.values():
-        stem, _, parameter = bias.name.rpartition(".")
-        weight = tensors.get(f"{stem}.{WEIGHT}") if parameter == BIAS and bias.shape != bias.source.shape else None
-        # Conv1D's outputs are its columns.
-        if weight and bias.shape[0] not in (weight.shape[0], weight.shape[-1]):
-            raise ShapeMismatch(
-                f"{layout.root}: {bias.name} gets the shape {list(bias.shape)}, but {weight.name} of the same layer has "
-                f"{list(weight.shape)}: the adapter is for another model; `Selection(exclude=)` leaves it out"
-            )
 
 
 class _PlanDraft:
@@ -168,7 +153,9 @@ class _PlanDraft:
         by_module = {**strengths}
         for change in chosen:
             by_module |= dict.fromkeys((part.module for part in change.per_expert), strengths[change.module])
-        taken = lay_experts(adapter, self._without_tied_copies(chosen), self.targets, self.layout)
+        single = self.untied.without_equal_copies(chosen)
+        self.matched += len(chosen) - len(single)
+        taken = lay_experts(adapter, single, self.targets, self.layout)
         # Then the modules that the base does not know: one prefix must place all of them, as a wrapper adds or drops one.
         lost = {
             change.module
@@ -255,27 +242,6 @@ class _PlanDraft:
         if not inputs or not delta.resizable or self.layout.is_folder or delta.shape != (base[0], 2 * base[-1]):
             return change
         return replace(change, delta=Enlarge(delta, delta.shape))
-
-    def _without_tied_copies(self, changes: Sequence[Change]) -> list[Change]:
-        """The changes without those of a head that the base ties, where they are the embedding's once more.
-
-        PEFT stores both; what is one stays one, unless one of the two was trained further."""
-        whole = [change for change in changes if change.delta.replaces or change.delta.acts_on_tied_head]
-        further = {change.module for change in changes if not (change.delta.replaces or change.delta.acts_on_tied_head)}
-        alone = [change for change in whole if change.module not in further]
-        stored = [change for change in alone if self.targets.find(change.module, change.parameter)]
-        kept, left_out = set[int](), set[int]()
-        for change in alone:
-            if not self.targets.find(change.module, change.parameter):
-                same = [other for other in stored if same_bytes(other.delta, change.delta)]
-                kept |= {id(other) for other in same}
-                left_out |= {id(change)} if same else set()
-        self.matched += len(left_out)
-        return [
-            replace(change, delta=change.delta.shared()) if id(change) in kept else change
-            for change in changes
-            if id(change) not in left_out
-        ]
 
     def tensors(self, dtype: str | None) -> dict[str, TensorPlan]:
         """Every tensor of the output: those of the base, then the heads that were untied."""

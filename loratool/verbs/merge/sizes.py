@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.archs.llm import is_embedding
+from loratool.deltas.schema import BIAS, WEIGHT
 from loratool.errors import ShapeMismatch, Unsupported
 from loratool.files.layout import Layout
 from loratool.keys.places import module_of
@@ -47,6 +48,19 @@ def resize_config(layout: Layout, tensors: Iterable[TensorPlan], config: Mutable
             raise Unsupported(
                 f"{layout.root}: {plan.name} would have {after} rows in the place of {before}, and no entry of config.json "
                 "is known to say so; `Selection(exclude=)` leaves it out"
+            )
+
+
+def require_same_rows(layout: Layout, tensors: Mapping[str, TensorPlan]) -> None:
+    """Raises `ShapeMismatch` where a bias gets another number of rows than the weight of its layer has then."""
+    for bias in tensors.values():
+        stem, _, parameter = bias.name.rpartition(".")
+        weight = tensors.get(f"{stem}.{WEIGHT}") if parameter == BIAS and bias.shape != bias.source.shape else None
+        # Conv1D's outputs are its columns.
+        if weight and bias.shape[0] not in (weight.shape[0], weight.shape[-1]):
+            raise ShapeMismatch(
+                f"{layout.root}: {bias.name} gets the shape {list(bias.shape)}, but {weight.name} of the same layer has "
+                f"{list(weight.shape)}: the adapter is for another model; `Selection(exclude=)` leaves it out"
             )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from loratool.adapter.adapter import Adapter, Change
 from loratool.archs.memory import name_on_disk
+from loratool.deltas.relations import same_bytes
 from loratool.deltas.schema import BIAS
 from loratool.errors import first_few
 from loratool.files.layout import Layout
@@ -60,6 +62,26 @@ class UntiedWeights:
         if tie.weights.said or len(tie.stored) < len(tie.members):
             self.untie(tie, self._member(tie, module, change.parameter))
         return [places]
+
+    def without_equal_copies(self, changes: Sequence[Change]) -> list[Change]:
+        """The changes without those of a head that the base ties, where they are the embedding's once more.
+
+        PEFT stores both; what is one stays one, unless one of the two was trained further."""
+        whole = [change for change in changes if change.delta.replaces or change.delta.acts_on_tied_head]
+        further = {change.module for change in changes if not (change.delta.replaces or change.delta.acts_on_tied_head)}
+        alone = [change for change in whole if change.module not in further]
+        stored = [change for change in alone if self.targets.find(change.module, change.parameter)]
+        kept, left_out = set[int](), set[int]()
+        for change in alone:
+            if not self.targets.find(change.module, change.parameter):
+                same = [other for other in stored if same_bytes(other.delta, change.delta)]
+                kept |= {id(other) for other in same}
+                left_out |= {id(change)} if same else set()
+        return [
+            replace(change, delta=change.delta.shared()) if id(change) in kept else change
+            for change in changes
+            if id(change) not in left_out
+        ]
 
     def without_copies(self, adapter: Adapter, changes: Sequence[tuple[Change, Module]]) -> list[tuple[Change, Module]]:
         """The changes, without those that an adapter of tied weights (PEFT's ensure_weight_tying) has once more for each
