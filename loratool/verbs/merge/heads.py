@@ -32,15 +32,20 @@ def class_with_head(adapter: Adapter, layout: Layout) -> str:
     return name if head_of(name) and name != base and same else ""
 
 
+def head_tensor(change: Change) -> str:
+    """The tensor that a change of a head, whose modules every class calls alike, is the value of."""
+    return f"{change.module.path}.{change.parameter}"
+
+
 def is_of_head(change: Change, name: str) -> bool:
     """Whether a change is a value of the head of the class `name`."""
-    return change.delta.replaces and f"{change.module.path}.{change.parameter}" in head_of(name)
+    return change.delta.replaces and head_tensor(change) in head_of(name)
 
 
 def require_head(layout: Layout, name: str, held: Sequence[Change]) -> None:
     """Raises `Unsupported` where neither the base nor `held`, what the adapter has of the head, has all of it, or where the
     class calls the rest of the model by other names."""
-    there = {f"{change.module.path}.{change.parameter}" for change in held}
+    there = {head_tensor(change) for change in held}
     missing = [each for each in head_of(name) if each not in there and each not in layout.tensors]
     if missing:
         raise Unsupported(

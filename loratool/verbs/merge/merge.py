@@ -16,7 +16,7 @@ from loratool.files.header import TensorInfo, stored_dtype
 from loratool.files.in_place import finish_change_in_place
 from loratool.files.layout import Layout, open_layout, require_weights
 from loratool.files.paths import path_of
-from loratool.numbers.devices import open_devices
+from loratool.numbers.device_choice import open_devices
 from loratool.numbers.settings import steady_arithmetic
 from loratool.numbers.threads import Progress
 from loratool.verbs.merge.blocks import Rounding, RoundingStats

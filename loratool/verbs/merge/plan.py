@@ -27,7 +27,7 @@ from loratool.keys.detect import detect
 from loratool.keys.places import WeightIndex
 from loratool.names import Module
 from loratool.numbers.workload import Workload
-from loratool.verbs.merge.heads import class_with_head, head_config, is_of_head, require_head, unread_weights
+from loratool.verbs.merge.heads import class_with_head, head_config, head_tensor, is_of_head, require_head, unread_weights
 from loratool.verbs.merge.leftovers import unreached_layers
 from loratool.verbs.merge.sizes import require_same_rows, resize_config
 from loratool.verbs.merge.stacks import lay_experts
@@ -197,7 +197,7 @@ class _PlanDraft:
         # The values come from the adapter alone: any weight lends the new ones its dtype and its file.
         source = next(tensor for tensor, (_, info) in self.layout.tensors.items() if info.dtype in FLOATS and info.shape)
         for change in head:
-            tensor = f"{change.module.path}.{change.parameter}"
+            tensor = head_tensor(change)
             self.heads[tensor] = source
             rows = change.delta.shape[0]
             term = Term(str(change), change.delta, strengths[change.module], 0, rows, transposed=False)
