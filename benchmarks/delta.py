@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import common, floors
 from loratool import load
-from loratool.numbers.devices import devices_named
+from loratool.numbers.device_choice import devices_named
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import torch
 from benchmarks import common, floors
 from loratool import Checkpoint, Rule
 from loratool.numbers import krylov
-from loratool.numbers.devices import devices_named
+from loratool.numbers.device_choice import devices_named
 from loratool.numbers.krylov import truncated_svd
 
 RANK = 16

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import common, floors
-from loratool.numbers.devices import devices_named
+from loratool.numbers.device_choice import devices_named
 
 PEFT = """
 import sys, time, torch

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import common, floors
-from loratool.numbers.devices import devices_named
+from loratool.numbers.device_choice import devices_named
 
 STRENGTH = "0.12"
 """Factors of 0.02 · N(0, 1) and rank 16 make 0.0016 · N(0, 1); weights are 0.02 · N(0, 1)."""

@@ -19,7 +19,8 @@ from loratool.deltas.lora import Embedding, LoRA
 from loratool.deltas.schema import BIAS, WEIGHT
 from loratool.errors import LoratoolError, NeedsBase, Unsupported, error_context, error_in_file
 from loratool.numbers.budgets import RankAllocator, within_error
-from loratool.numbers.devices import DevicePool, open_devices
+from loratool.numbers.device_choice import open_devices
+from loratool.numbers.devices import DevicePool
 from loratool.numbers.factor import Storage, StoredFactors, candidate_of, factorise, recompress
 from loratool.numbers.linalg import ProductSVD
 from loratool.numbers.ranks import Budget, RankCandidate, Rule

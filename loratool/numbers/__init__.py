@@ -4,6 +4,7 @@
 - `threads`: pieces of work on threads of one core each, and the cores and memory there are.
 - `workload`: how long work takes on the CPU and on a GPU, by measured rates.
 - `faults`: what a device's errors mean.
+- `device_choice`: which devices a verb computes on, each tried first.
 - `devices`: the CPU or the GPUs that the pieces are computed on, and tensors sent to them.
 - `linalg`: norms, spectra and angles of products of factors.
 - `krylov`: the leading singular triples of a dense matrix.

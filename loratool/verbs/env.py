@@ -12,7 +12,8 @@ from typing import Final
 import torch
 
 from loratool._version import __version__
-from loratool.numbers.devices import CPU, CUDA, cuda_count, open_devices, trouble_with
+from loratool.numbers.device_choice import cuda_count, open_devices, trouble_with
+from loratool.numbers.devices import CPU, CUDA
 from loratool.numbers.threads import (
     memory_limit,
     memory_sizes,

@@ -29,7 +29,7 @@ from loratool.files.history import history_entry, input_record
 from loratool.files.paths import path_of
 from loratool.files.tensors import torch_dtype
 from loratool.numbers.budgets import RankAllocator
-from loratool.numbers.devices import open_devices
+from loratool.numbers.device_choice import open_devices
 from loratool.numbers.ranks import NUMERICAL, Budget, RankCandidate, Rule
 from loratool.numbers.settings import steady_arithmetic
 from loratool.verbs.reports import Report, worst_of

@@ -29,7 +29,8 @@ from loratool import (
     unmerge,
 )
 from loratool.deltas.base import Delta, to_device
-from loratool.numbers.devices import CPU, MOST_LANES, DevicePool, devices_named, open_devices
+from loratool.numbers.device_choice import devices_named, open_devices
+from loratool.numbers.devices import CPU, MOST_LANES, DevicePool
 from loratool.numbers.settings import steady_arithmetic
 from loratool.numbers.threads import read_ahead
 from loratool.verbs.compare.compare import AdapterComparison

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from loratool import LoratoolError
-from loratool.numbers import devices
-from loratool.numbers.devices import CPU, MOST_AT_ONCE, MOST_LANES, DevicePool, open_devices, room_on, trouble_with
+from loratool.numbers import device_choice
+from loratool.numbers.device_choice import open_devices, room_on, trouble_with
+from loratool.numbers.devices import CPU, MOST_AT_ONCE, MOST_LANES, DevicePool
 from loratool.numbers.workload import OPERATIONS_OF_SPECTRUM, Workload
 
 GPU = torch.device("cuda", 0)
@@ -28,9 +29,9 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 << 30, 80 << 30))
-    monkeypatch.setattr(devices, "trouble_with", works)
-    monkeypatch.setattr(devices, "usable_cores", lambda: 16)
-    monkeypatch.setattr(devices, "memory_limit_of_addresses", lambda: 0)
+    monkeypatch.setattr(device_choice, "trouble_with", works)
+    monkeypatch.setattr(device_choice, "usable_cores", lambda: 16)
+    monkeypatch.setattr(device_choice, "memory_limit_of_addresses", lambda: 0)
     return opened
 
 
@@ -57,7 +58,7 @@ def test_what_is_asked_for_is_taken(one_gpu: list[torch.device]) -> None:
 def test_a_limit_of_addresses_leaves_no_room_for_a_context(
     one_gpu: list[torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "memory_limit_of_addresses", lambda: 8 << 30)
+    monkeypatch.setattr(device_choice, "memory_limit_of_addresses", lambda: 8 << 30)
     pool = open_devices("auto", EXTRACTION)
     assert pool.devices == (CPU,)
     assert "ulimit -v" in pool.why
@@ -81,9 +82,9 @@ def test_a_gpu_that_does_not_work_is_a_line_or_an_error(
         raise error
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(devices, "memory_limit_of_addresses", lambda: 0)
-    monkeypatch.setattr(devices, "usable_cores", lambda: 16)
-    monkeypatch.setattr(devices, "_load_linear_algebra", fails)
+    monkeypatch.setattr(device_choice, "memory_limit_of_addresses", lambda: 0)
+    monkeypatch.setattr(device_choice, "usable_cores", lambda: 16)
+    monkeypatch.setattr(device_choice, "_load_linear_algebra", fails)
     real = torch.eye
     monkeypatch.setattr(torch, "eye", lambda size, dtype, device: real(size, dtype=dtype))
     pool = open_devices("auto", EXTRACTION)
@@ -124,9 +125,9 @@ def test_what_is_given_at_once_follows_what_is_free(monkeypatch: pytest.MonkeyPa
     lanes, at_once = room_on([GPU])
     assert 1 <= lanes <= MOST_LANES
     assert 0 < at_once <= MOST_AT_ONCE
-    assert lanes * at_once * devices.WORKING_SETS <= free
+    assert lanes * at_once * device_choice.WORKING_SETS <= free
     # The most that all lanes take together stays under 3 GiB, whatever is free.
-    assert lanes * at_once * devices.WORKING_SETS <= 3 << 30
+    assert lanes * at_once * device_choice.WORKING_SETS <= 3 << 30
 
 
 def test_batches_hold_what_is_alike_and_fits() -> None:

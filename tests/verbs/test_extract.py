@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from loratool import Budget, Checkpoint, LoratoolError, Rule, Selection, WeightedAdapter, extract, inspect, load, merge
 from loratool.archs import ARCHS, Arch
 from loratool.errors import NonFinite, OutputError, ShapeMismatch, UnmatchedModules, Unsupported
-from loratool.numbers.devices import open_devices
+from loratool.numbers.device_choice import open_devices
 from tests.models import Tensors, clip, kohya, llm, peft_adapter, save, sdxl_checkpoint
 from tests.oracles.test_peft import meta_names
 

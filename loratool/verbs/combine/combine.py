@@ -27,7 +27,7 @@ from loratool.formats.table import format_named
 from loratool.keys.identify import format_of
 from loratool.keys.resolve import resolve_common_routes
 from loratool.names import Module
-from loratool.numbers.devices import open_devices
+from loratool.numbers.device_choice import open_devices
 from loratool.numbers.ranks import Budget, Rule
 from loratool.numbers.settings import steady_arithmetic
 from loratool.verbs.combine.adapter_sum import AdapterSum, as_sum

@@ -15,7 +15,8 @@ from loratool.base.base import BaseCheckpoint, open_base
 from loratool.errors import LoratoolError
 from loratool.files.layout import Layout, open_layout, require_weights
 from loratool.files.paths import path_of
-from loratool.numbers.devices import DevicePool, open_devices
+from loratool.numbers.device_choice import open_devices
+from loratool.numbers.devices import DevicePool
 from loratool.numbers.settings import steady_arithmetic
 from loratool.numbers.workload import Workload
 from loratool.verbs.compare.adapters import (

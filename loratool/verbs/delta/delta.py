@@ -23,7 +23,8 @@ from loratool.files.output import NewOutput
 from loratool.files.paths import path_of
 from loratool.files.tensors import torch_dtype
 from loratool.files.writer import SafetensorsAppender, Writer
-from loratool.numbers.devices import DevicePool, open_devices
+from loratool.numbers.device_choice import open_devices
+from loratool.numbers.devices import DevicePool
 from loratool.numbers.settings import steady_arithmetic
 from loratool.numbers.threads import Progress, progress_counter, run_all
 from loratool.verbs.delta.file import Naming, naming_of, provenance, room_for_header, store_parts

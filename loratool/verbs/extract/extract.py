@@ -26,7 +26,7 @@ from loratool.formats.table import Format, format_named
 from loratool.keys.resolve import archs_of_base, resolve_base_routes
 from loratool.keys.routes import arch_without_table
 from loratool.names import CONTAINER, VAE, Module
-from loratool.numbers.devices import open_devices
+from loratool.numbers.device_choice import open_devices
 from loratool.numbers.factor import Split
 from loratool.numbers.ranks import Budget, Rule
 from loratool.numbers.settings import steady_arithmetic

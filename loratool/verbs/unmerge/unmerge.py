@@ -17,7 +17,8 @@ from loratool.errors import LoratoolError, Unsupported
 from loratool.files.history import history_of, input_name
 from loratool.files.layout import Layout, open_layout
 from loratool.files.paths import path_of
-from loratool.numbers.devices import CPU, DevicePool, open_devices
+from loratool.numbers.device_choice import open_devices
+from loratool.numbers.devices import CPU, DevicePool
 from loratool.numbers.settings import steady_arithmetic
 from loratool.numbers.threads import Progress
 from loratool.verbs.merge.added import PlannedChange, rows_of
